@@ -1,0 +1,91 @@
+"""The activations: each is a function with its first two derivatives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layer import Context
+from ..pointwise import Pointwise
+
+
+@dataclass(frozen=True)
+class ReLU(Pointwise):
+    """``max(x, 0)``; slope 0 at 0."""
+
+    stem = "relu"
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def slope(self, ctx: Context) -> Tensor:
+        return ctx.x > 0
+
+
+@dataclass(frozen=True)
+class LeakyReLU(Pointwise):
+    """``x`` where positive, ``negative_slope * x`` elsewhere."""
+
+    stem = "leaky_relu"
+    negative_slope: float = 0.01
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.leaky_relu(x, self.negative_slope)
+
+    def slope(self, ctx: Context) -> Tensor:
+        return torch.where(ctx.x > 0, 1.0, self.negative_slope).to(ctx.x.dtype)
+
+
+@dataclass(frozen=True)
+class Tanh(Pointwise):
+    """``tanh x``: ``f' = 1 - y^2``, ``f'' = -2 y (1 - y^2)``."""
+
+    stem = "tanh"
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    def slope(self, ctx: Context) -> Tensor:
+        return 1 - ctx.y * ctx.y
+
+    def curve(self, ctx: Context) -> Tensor:
+        return -2 * ctx.y * (1 - ctx.y * ctx.y)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Pointwise):
+    """``1 / (1 + e^-x)``: ``f' = y (1 - y)``, ``f'' = f' (1 - 2 y)``."""
+
+    stem = "sigmoid"
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def slope(self, ctx: Context) -> Tensor:
+        return ctx.y * (1 - ctx.y)
+
+    def curve(self, ctx: Context) -> Tensor:
+        return ctx.y * (1 - ctx.y) * (1 - 2 * ctx.y)
+
+
+@dataclass(frozen=True)
+class GELU(Pointwise):
+    """``x Phi(x)`` with the normal distribution: ``f' = Phi + x phi``, ``f'' = phi (2 - x^2)`` (1606.08415)."""
+
+    stem = "gelu"
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(x)
+
+    def slope(self, ctx: Context) -> Tensor:
+        return 0.5 * (1 + torch.erf(ctx.x / math.sqrt(2))) + ctx.x * self._density(ctx.x)
+
+    def curve(self, ctx: Context) -> Tensor:
+        return self._density(ctx.x) * (2 - ctx.x * ctx.x)
+
+    @staticmethod
+    def _density(x: Tensor) -> Tensor:
+        return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)

@@ -1,0 +1,3 @@
+from .reference import AdaptiveAvgPool2d
+
+__all__ = ["AdaptiveAvgPool2d"]

@@ -1,0 +1,3 @@
+from .reference import Add
+
+__all__ = ["Add"]

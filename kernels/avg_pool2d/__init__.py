@@ -1,0 +1,3 @@
+from .reference import AvgPool2d
+
+__all__ = ["AvgPool2d"]

@@ -1,0 +1,3 @@
+from .reference import MODES, BatchNorm
+
+__all__ = ["MODES", "BatchNorm"]

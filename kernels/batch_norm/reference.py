@@ -1,0 +1,76 @@
+"""Batch norm: the formulas of ``normalise``, with means over samples and positions of one task and channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layer import Context, Tensors
+from ..normalise import Normalise
+
+MODES = ("task", "per_step", "frozen", "running")
+
+
+@dataclass(frozen=True)
+class BatchNorm(Normalise):
+    """``y = gamma (x - mu) / sqrt(var + eps) + beta`` per task and channel; ``x [T,n,C,...]``, ``gamma, beta [T,C]``.
+
+    ``mode`` says where ``mu`` and ``var`` come from (Ioffe & Szegedy 2015, 1502.03167):
+
+    - ``task``: this pass of this task (biased variance; support and query each their own: the MAML default);
+    - ``per_step``: the same, with ``gamma, beta [T,S+1,C]``, a row for each inner step (MAML++, 1810.09502);
+    - ``frozen``, ``running``: the constants ``mu, var [C]``. The rules are the same for both: with ``running`` the
+      learner moves the constants between meta-steps.
+    """
+
+    stem = "batch_norm"
+    mode: str = "task"
+    eps: float = 1e-5
+    scale: bool = True
+    shift: bool = True
+    momentum: float = 0.1
+
+    @property
+    def given(self) -> bool:  # type: ignore[override]
+        return self.mode in ("frozen", "running")
+
+    @property
+    def varies(self) -> bool:  # type: ignore[override]
+        return self.mode == "per_step"
+
+    def mean(self, ctx: Context, u: Tensor) -> Tensor:
+        axes = (1, *range(3, u.dim()))
+        if ctx.mask is None:
+            return u.mean(axes, keepdim=True)
+        count = ctx.mask.sum(1) * u[0, 0, 0].numel()
+        return self.keep(ctx, u).sum(axes, keepdim=True) / count.reshape(-1, *(1,) * (u.dim() - 1))
+
+    def keep(self, ctx: Context, u: Tensor) -> Tensor:
+        if ctx.mask is None:
+            return u
+        return u * ctx.mask.reshape(*ctx.mask.shape, *(1,) * (u.dim() - 2)).to(u.dtype)
+
+    def standardise(self, ctx: Context, x: Tensor, constants: Tensors) -> None:
+        if not self.given:
+            super().standardise(ctx, x, constants)
+            return
+        mu, var = (c.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 3)) for c in constants)
+        ctx.r = torch.rsqrt(var + self.eps)
+        ctx.xh = (x - mu) * ctx.r
+
+    def view(self, ctx: Context, parameter: Tensor) -> Tensor:
+        row = parameter[:, self._row(ctx, parameter)] if self.varies else parameter
+        return row.reshape(row.shape[0], 1, -1, *(1,) * (ctx.xh.dim() - 3))
+
+    def reduce(self, ctx: Context, u: Tensor, parameter: Tensor) -> Tensor:
+        by_channel = u.sum((1, *range(3, u.dim())))
+        if not self.varies:
+            return by_channel
+        row, rows = self._row(ctx, parameter), parameter.shape[1]
+        return torch.nn.functional.pad(by_channel[:, None], (0, 0, row, rows - 1 - row))
+
+    @staticmethod
+    def _row(ctx: Context, parameter: Tensor) -> int:
+        return min(ctx.step, parameter.shape[1] - 1)

@@ -1,0 +1,96 @@
+"""y = W * x + b, per task: one grouped convolution whose groups are the tasks.
+
+Bilinear: writing ``*`` for the convolution, ``*'`` for its data gradient and ``(x)`` for its weight gradient,
+
+    g_x = W *' g          g_W = g (x) x
+    yd  = W * xd + Wd * x      gd_x = W *' gd + Wd *' g      gd_W = gd (x) x + g (x) xd
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layer import Context, Layer, Tangents, Tensors
+from ..terms import add, total
+
+
+@dataclass(frozen=True)
+class Conv2d(Layer):
+    """``y[t,n] = conv2d(x[t,n], W[t]) + b[t]``; ``x [T,n,C,H,W]``, ``W [T,O,C/groups,kh,kw]``, ``b [T,O]``."""
+
+    stem = "conv2d"
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    bias: bool = True
+
+    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+        ctx.x = _fold(inputs[0])
+        y = _unfold(self._conv(ctx.x, params[0]), params[0].shape[0])
+        ctx.y_shape = y.shape
+        return y + params[1][:, None, :, None, None] if self.bias else y
+
+    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+        ctx.g = _fold(g_y)
+        g_x, g_w = self._adjoints(ctx.g, ctx.x, params[0], ctx.needs_inputs[0], ctx.needs_params[0])
+        return (self._tasks(g_x, params[0]),), self._with_bias(ctx, g_w, g_y)
+
+    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+        xd, (wd, bd) = d_inputs[0], (*d_params, None)[:2]
+        ctx.xd = None if xd is None else _fold(xd)
+        tasks = params[0].shape[0]
+        return total(
+            None if ctx.xd is None else _unfold(self._conv(ctx.xd, params[0]), tasks),
+            None if wd is None else _unfold(self._conv(ctx.x, wd), tasks),
+            None if bd is None else bd[:, None, :, None, None].expand(ctx.y_shape),
+        )
+
+    def tangent_backward(
+        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+    ) -> tuple[Tangents, Tangents]:
+        gd = _fold(gd_y)
+        need_x, need_w = ctx.needs_inputs[0], ctx.needs_params[0]
+        gd_x, gd_w = self._adjoints(gd, ctx.x, params[0], need_x, need_w)
+        if need_w and ctx.xd is not None:
+            gd_w = add(self._adjoints(ctx.g, ctx.xd, params[0], False, True)[1], gd_w)
+        if need_x and d_params[0] is not None:
+            gd_x = add(self._adjoints(ctx.g, ctx.x, d_params[0], True, False)[0], gd_x)
+        return (self._tasks(gd_x, params[0]),), self._with_bias(ctx, gd_w, gd_y)
+
+    def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        groups = self.groups * weight.shape[0]
+        return torch.conv2d(x, weight.flatten(0, 1), None, self.stride, self.padding, self.dilation, groups)
+
+    def _adjoints(
+        self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not (need_x or need_w):
+            return None, None
+        g_x, g_w, _ = torch.ops.aten.convolution_backward(
+            g, x, weight.flatten(0, 1), None, self.stride, self.padding, self.dilation, False, (0, 0),
+            self.groups * weight.shape[0], (need_x, need_w, False),
+        )  # fmt: skip
+        return g_x, None if g_w is None else g_w.reshape(weight.shape)
+
+    @staticmethod
+    def _tasks(g_x: Tensor | None, weight: Tensor) -> Tensor | None:
+        return None if g_x is None else _unfold(g_x, weight.shape[0])
+
+    def _with_bias(self, ctx: Context, g_w: Tensor | None, g: Tensor) -> Tangents:
+        if not self.bias:
+            return (g_w,)
+        return g_w, g.sum((1, 3, 4)) if ctx.needs_params[1] else None
+
+
+def _fold(x: Tensor) -> Tensor:
+    """``[T,n,C,H,W]`` -> ``[n,T*C,H,W]``: tasks become groups of channels."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _unfold(x: Tensor, tasks: int) -> Tensor:
+    """The inverse of ``_fold``."""
+    return x.unflatten(1, (tasks, -1)).transpose(0, 1)

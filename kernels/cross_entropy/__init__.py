@@ -1,0 +1,3 @@
+from .reference import CrossEntropy
+
+__all__ = ["CrossEntropy"]

@@ -1,0 +1,3 @@
+from .reference import CustomLoss
+
+__all__ = ["CustomLoss"]

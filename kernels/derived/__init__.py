@@ -1,0 +1,3 @@
+from .reference import Derived
+
+__all__ = ["Derived"]

@@ -1,0 +1,3 @@
+from .reference import Flatten
+
+__all__ = ["Flatten"]

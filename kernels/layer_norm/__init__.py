@@ -1,0 +1,3 @@
+from .reference import LayerNorm
+
+__all__ = ["LayerNorm"]

@@ -1,0 +1,3 @@
+from .reference import Linear
+
+__all__ = ["Linear"]

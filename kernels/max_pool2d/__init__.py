@@ -1,0 +1,3 @@
+from .reference import MaxPool2d
+
+__all__ = ["MaxPool2d"]

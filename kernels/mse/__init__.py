@@ -1,0 +1,3 @@
+from .reference import MSE
+
+__all__ = ["MSE"]

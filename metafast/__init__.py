@@ -1,0 +1,37 @@
+"""metafast: exact second-order meta-gradients for a whole batch of tasks."""
+
+from metafast.algorithms import (
+    ANIL,
+    FOMAML,
+    MAML,
+    Adapted,
+    Learner,
+    LearnerOutput,
+    MAMLPlusPlus,
+    MetaSGD,
+    Reptile,
+    multi_step_weights,
+    without_batch_norm,
+)
+from metafast.capture import CaptureError
+from metafast.rates import Rate
+from metafast.tasks import TaskBatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ANIL",
+    "FOMAML",
+    "MAML",
+    "Adapted",
+    "CaptureError",
+    "Learner",
+    "LearnerOutput",
+    "MAMLPlusPlus",
+    "MetaSGD",
+    "Rate",
+    "Reptile",
+    "TaskBatch",
+    "multi_step_weights",
+    "without_batch_norm",
+]

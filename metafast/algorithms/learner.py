@@ -1,0 +1,200 @@
+"""What all gradient-based learners share: the captured model, the checks, the choice of executor, adaptation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metafast.capture import capture
+from metafast.checks import check_like, resolve_names
+from metafast.executors import Choice, choose
+from metafast.executors.reference import ReferenceExecutor
+from metafast.kernels.batch_norm import MODES
+from metafast.losses import LossLike, as_loss
+from metafast.program import Program
+from metafast.rates import Rate, Rates
+from metafast.statistics import track
+from metafast.tasks import Batch, TaskBatch
+
+
+@dataclass(frozen=True)
+class LearnerOutput:
+    """``loss``: the mean over tasks; ``losses [T]``; ``outputs [T, m, ...]`` of the adapted models on the query sets
+    (no gradient flows through the outputs)."""
+
+    loss: Tensor
+    losses: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """T adapted models. ``parameters [T, P]``."""
+
+    program: Program
+    choice: Choice
+    parameters: Tensor
+    step: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept."""
+        if x.dim() < 2 or x.shape[0] != self.parameters.shape[0]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; {self.parameters.shape[0]} adapted models take [T, n, ...] with "
+                f"T = {self.parameters.shape[0]}"
+            )
+        return self.choice.executor.predict(self.program, self.parameters, x.contiguous(), self.step)
+
+    def state_dict(self, task: int) -> dict[str, Tensor]:
+        """The parameters of one task under the user's names: ``model.load_state_dict(..., strict=False)``."""
+        tensors = self.program.unflatten(self.parameters[task])
+        return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
+
+
+class Learner(nn.Module):
+    """A model that learns to adapt. ``parameters()`` are the meta-parameters; torch optimisers do the outer step.
+
+    Args:
+        model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
+        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
+        lr: inner learning rate: a number, or a :class:`Rate`.
+        steps: S, the number of inner steps.
+        adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: everything.
+        bn: where batch norm takes its statistics from: ``"task"``, ``"per_step"``, ``"frozen"`` or ``"running"``.
+        backend: the executor, or ``"auto"`` for the fastest that can run the model.
+
+    Raises:
+        CaptureError: the model's forward pass cannot become a Program.
+        ValueError: an option out of its range; the text names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: LossLike,
+        lr: float | Rate,
+        steps: int = 1,
+        adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
+        bn: str = "task",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
+        if bn not in MODES:
+            raise ValueError(f"bn={bn!r} is unknown; choose from {MODES}")
+        self.model, self.steps, self.backend = model, steps, backend
+        names = None if adapt is None else resolve_names(model, adapt)
+        self.program = capture(model, as_loss(loss), bn=bn, adapt=names, steps=steps)
+        first = next(model.parameters())
+        self.rows = self._rows_per_step()
+        self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self.program, steps, first)
+        self.tracks = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
+        self._seen: dict[tuple[object, ...], tuple[Choice, Tensor, tuple[int, ...]]] = {}
+
+    def adapt(
+        self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
+    ) -> Adapted:
+        """Adapts to T tasks, ``support_x [T, n, ...]``, and returns their models; no graph is kept.
+
+        ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
+        """
+        tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
+        choice = self._prepare(tasks)
+        steps = self.steps if steps is None else steps
+        if steps < 0:
+            raise ValueError(f"steps={steps}: the number of inner steps cannot be negative")
+        with torch.no_grad():
+            theta = self._adapted(choice, tasks.support, steps)
+        return Adapted(self.program, choice, theta, steps)
+
+    def explain(self, x: Tensor | None = None) -> str:
+        """Which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
+        if x is not None:
+            choice = choose(self.program, x, self.backend)
+        elif self._seen:
+            choice, x, _ = next(reversed(self._seen.values()))
+        else:
+            return "no batch has been seen yet; call explain(support_x)"
+        hows = choice.executor.explain(self.program, x)
+        width = max(len(n.name) for n in self.program.nodes)
+        sizes = [sum(self.program.parameters[k].size for k in n.params) for n in self.program.nodes]
+        lines = [f"executor: {choice.executor.name} (backend={self.backend!r})"]
+        lines += [f"  passed over {name}: {reason}" for name, reason in choice.passed_over]
+        for node, size, how in zip(self.program.nodes, sizes, hows, strict=True):
+            label = getattr(node.layer, "label", node.layer.stem)
+            lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
+        moved = sum(p.size for p in self.program.parameters if p.adapted)
+        lines.append(f"  loss: {self.program.loss.stem}; {moved:,} of {self.program.size:,} parameters are adapted")
+        return "\n".join(lines)
+
+    def flat_parameters(self) -> Tensor:
+        """The meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
+        return self.program.flatten(self._named())
+
+    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+        trajectory = choice.executor.adapt(self.program, self.flat_parameters(), self.rate(), support, steps)
+        return trajectory[-1]
+
+    def _named(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
+
+    def _rows_per_step(self) -> nn.ParameterDict:
+        """``per_step`` batch norm: gamma and beta with a row for each inner step, started from the model's."""
+        named = dict(self.model.named_parameters())
+        rows = nn.ParameterDict()
+        for p in self.program.parameters:
+            if p.shape != named[p.name].shape:
+                rows[p.name.replace(".", "/")] = nn.Parameter(named[p.name].detach().expand(p.shape).clone())
+        return rows
+
+    def _prepare(self, tasks: TaskBatch) -> Choice:
+        """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+        x, masked = tasks.support_x, tasks.support_mask is not None or tasks.query_mask is not None
+        key = (*x.shape, tasks.query_x.shape[1], x.dtype, x.device, masked)
+        first = key not in self._seen
+        if first:
+            check_like(tasks, next(self.model.parameters()))
+            probe = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
+            if probe.shape[:2] != (1, x.shape[1]):
+                raise ValueError(
+                    f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(probe.shape[1:])}; its first "
+                    "axis must stay the sample axis n"
+                )
+            self._seen[key] = choose(self.program, x, self.backend, masked), x, tuple(probe.shape[2:])
+        choice, _, output = self._seen[key]
+        if first or x.device.type == "cpu":  # reading labels back from a GPU each time would stall it
+            self.program.loss.check(output, tasks.support_y, "support_y")
+            self.program.loss.check(output, tasks.query_y, "query_y")
+        return choice
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        """Adds ``[P]`` to the ``.grad`` of the meta-parameters."""
+        named = self._named()
+        for p, g in zip(self.program.parameters, self.program.unflatten(gradient), strict=True):
+            parameter = named[p.name]
+            if parameter.requires_grad:
+                parameter.grad = g.clone() if parameter.grad is None else parameter.grad + g
+
+    def _track(self, tasks: TaskBatch) -> None:
+        if self.tracks:
+            track(self.program, self.flat_parameters().detach(), tasks.support)
+
+
+def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
+    """Weights of the query losses after steps ``0..S``; ``None``: the last only.
+
+    Raises:
+        ValueError: not S numbers, or one that is not finite.
+    """
+    if weights is None:
+        return [0.0] * steps + [1.0]
+    values = [float(w) for w in weights]
+    if len(values) != steps or not all(math.isfinite(w) for w in values):
+        raise ValueError(f"step_weights={values}: give {steps} finite numbers, one for the query loss after each step")
+    return [0.0, *values]

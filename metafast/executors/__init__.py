@@ -1,0 +1,54 @@
+"""The executors and the choice between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from metafast.executors.base import Executor, MetaGradient
+from metafast.executors.reference import ReferenceExecutor
+from metafast.program import Program
+
+__all__ = ["Choice", "Executor", "MetaGradient", "ReferenceExecutor", "choose", "executors"]
+
+_EXECUTORS: list[Executor] = [ReferenceExecutor()]
+
+
+def executors() -> list[Executor]:
+    """All executors, in the order in which ``auto`` tries them."""
+    return list(_EXECUTORS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The executor that runs, and why those tried before it do not."""
+
+    executor: Executor
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = False) -> Choice:
+    """The first executor that takes ``program`` on batches like ``x [T, n, ...]``; or ``backend``, and no other.
+
+    ``masked``: are some samples padding?
+
+    Raises:
+        ValueError: ``backend`` is unknown.
+        RuntimeError: ``backend`` cannot run this program; the text says why and what else exists.
+    """
+    names = [e.name for e in _EXECUTORS]
+    if backend not in ("auto", *names):
+        raise ValueError(f"backend={backend!r} is unknown; choose from {['auto', *names]}")
+    passed_over: list[tuple[str, str]] = []
+    for executor in _EXECUTORS:
+        if backend not in ("auto", executor.name):
+            continue
+        reason = executor.refuses(program, x, masked)
+        if reason is None:
+            return Choice(executor, tuple(passed_over))
+        passed_over.append((executor.name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
+    raise RuntimeError(
+        f"backend={backend!r} cannot run this model ({reasons}). Use backend='auto', or one of {names}"
+    )
