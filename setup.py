@@ -1,10 +1,82 @@
-"""Package layout; everything that is not code lives in pyproject.toml."""
+"""The package layout and the extension ``metafast._C``; everything that is not code lives in pyproject.toml.
 
+METAFAST_CPU=0 leaves the extension out and METAFAST_CPU=1 makes a failure to build it an error. By default it is
+built where that is possible, and metafast runs without it elsewhere.
+"""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+# The inner loop, once for each instruction set: name, bytes in a vector, flags.
+BUILDS = [("plain", 16, [])]
+if X86:
+    BUILDS += [
+        ("avx2", 32, ["-mavx2", "-mfma"]),
+        ("avx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
+    ]
+FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
+CORE = ["csrc/core/plan.cpp", "csrc/core/passes.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/arena.cpp"]
+
+
+class BuildNative(build_ext):
+    """Compiles each source with the flags that it needs, side by side."""
+
+    def build_extension(self, ext: Extension) -> None:
+        from torch.utils import cpp_extension
+
+        torch_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
+        jobs = [("csrc/bindings.cpp", "bindings", torch_macros, ["-std=c++20"], cpp_extension.include_paths())]
+        jobs += [(s, "core", [("METAFAST_X86", None)] * X86, ["-std=c++17"], []) for s in CORE]
+        for name, size, flags in BUILDS:
+            macros = [("METAFAST_NAMESPACE", f"metafast::{name}"), ("METAFAST_VECTOR_BYTES", str(size))]
+            jobs.append(("csrc/cpu/inner_loop.cpp", name, macros, ["-std=c++17", *flags], []))
+        extra = os.environ.get("METAFAST_CXXFLAGS", "").split()
+
+        def build(job: tuple) -> list[str]:
+            source, folder, macros, flags, includes = job
+            return self.compiler.compile(
+                [source], os.path.join(self.build_temp, folder), macros, includes, extra_postargs=FLAGS + flags + extra
+            )  # fmt: skip
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for paths in pool.map(build, jobs) for path in paths]
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, target, libraries=["torch_cpu", "c10"], library_dirs=cpp_extension.library_paths(),
+            extra_postargs=extra, target_lang="c++",
+        )  # fmt: skip
+
+
+def extensions() -> list[Extension]:
+    """The extension, or nothing where it is not wanted or torch is not there to build against."""
+    wanted = os.environ.get("METAFAST_CPU")
+    if wanted == "0":
+        return []
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError:
+        if wanted == "1":
+            raise
+        return []
+    headers = [str(p) for p in Path("csrc").rglob("*.h")]
+    sources = ["csrc/bindings.cpp", "csrc/cpu/inner_loop.cpp", *CORE]
+    return [Extension("metafast._C", sources, depends=headers, py_limited_api=True, optional=wanted != "1")]
+
 
 packages = [*find_packages(include=["metafast", "metafast.*"]), "metafast.kernels"]
 packages += [f"metafast.kernels.{p}" for p in find_packages("kernels")]
 
-setup(packages=packages, package_dir={"metafast.kernels": "kernels"})
+setup(
+    packages=packages,
+    package_dir={"metafast.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -10,20 +10,22 @@ from torch import Tensor, nn
 from metafast.tasks import TaskBatch
 
 
-def check_like(tasks: TaskBatch, parameter: Tensor) -> None:
-    """The batch must live where the model lives, in its dtype."""
+def check_like(tasks: TaskBatch, learner: nn.Module) -> None:
+    """The batch must live where the learner lives, in its dtype."""
+    tensors = {name: t for name, t in learner.state_dict().items() if t.is_floating_point()}
     for name in ("support_x", "query_x"):
         x: Tensor = getattr(tasks, name)
-        if x.device != parameter.device:
-            raise ValueError(
-                f"{name} is on {x.device} and the model on {parameter.device}; use tasks.to({str(parameter.device)!r}) "
-                "or move the model"
-            )
-        if x.dtype != parameter.dtype:
-            raise TypeError(
-                f"{name} has dtype {x.dtype} and the model's parameters {parameter.dtype}; use "
-                f"tasks.to({parameter.dtype}) or convert the model"
-            )
+        for known, tensor in tensors.items():
+            if x.device != tensor.device:
+                raise ValueError(
+                    f"{name} is on {x.device} and {known} on {tensor.device}; use tasks.to(device) and "
+                    "learner.to(device) with one device"
+                )
+            if x.dtype != tensor.dtype:
+                raise TypeError(
+                    f"{name} has dtype {x.dtype} and {known} {tensor.dtype}; use tasks.to({tensor.dtype}) or "
+                    f"learner.to({x.dtype})"
+                )
 
 
 def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn.Module) -> set[str]:

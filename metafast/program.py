@@ -69,7 +69,7 @@ class Program:
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """Views of ``[..., P]`` as one tensor ``[..., *shape]`` a parameter, in the order of ``parameters``."""
         lead = flat.shape[:-1]
-        return [flat[..., p.offset : p.offset + p.size].reshape(*lead, *p.shape) for p in self.parameters]
+        return [flat[..., p.offset : p.offset + p.size].reshape((*lead, *p.shape)) for p in self.parameters]
 
     @cached_property
     def adapted(self) -> Tensor:

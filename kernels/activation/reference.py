@@ -36,7 +36,7 @@ class LeakyReLU(Pointwise):
         return torch.nn.functional.leaky_relu(x, self.negative_slope)
 
     def slope(self, ctx: Context) -> Tensor:
-        return torch.where(ctx.x > 0, 1.0, self.negative_slope).to(ctx.x.dtype)
+        return torch.full_like(ctx.x, self.negative_slope).masked_fill(ctx.x > 0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""Any function of tensors as a layer: its four rules from torch.func.
+"""Any function of tensors as a layer: its four rules from torch.func, in reverse mode alone.
 
-    backward          (g_p, g_x) = vjp f (p, x) (g_y)
-    tangent_forward   yd = jvp f (p, x) (pd, xd)
-    tangent_backward  (gd_p, gd_x) = jvp [ (p, x, g) -> vjp f (p, x) (g) ] (pd, xd, gd_y)
+    backward          (g_p, g_x) = pull(p, x, g_y) = vjp f (p, x) (g_y)
+    tangent_forward   yd = vjp [ g -> pull(p, x, g) ] (pd, xd)
+    tangent_backward  (gd_p, gd_x) = vjp [ (p, x) -> pull(p, x, g_y) ] (pd, xd) + pull(p, x, gd_y)
+
+The second holds because a pull is linear in ``g``, the third because its Jacobian in ``(p, x)`` is the Hessian of
+``<f, g_y>``, which is symmetric. Forward mode would cost less, but torch's gradient functions often lack it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
 from ..layer import Context, Layer, Tangents, Tensors
 
@@ -38,12 +41,14 @@ class Derived(Layer):
 
     def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         ctx.d = _zeros_for_none(ctx.p, d_params), _zeros_for_none(ctx.x, d_inputs)
-        return jvp(self._over_tasks, (ctx.p, ctx.x), ctx.d)[1]
+        return vjp(lambda g: self._pull(ctx.p, ctx.x, g), ctx.g)[1](ctx.d)[0]  # type: ignore[no-any-return]
 
     def tangent_backward(
         self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
-        _, (gd_p, gd_x) = jvp(self._pull, (ctx.p, ctx.x, ctx.g), (*ctx.d, gd_y))
+        bent = vjp(lambda p, x: self._pull(p, x, ctx.g), ctx.p, ctx.x)[1](ctx.d)
+        plain = self._pull(ctx.p, ctx.x, gd_y)
+        gd_p, gd_x = (tuple(a + b for a, b in zip(*pair, strict=True)) for pair in zip(bent, plain, strict=True))
         return self._wanted(ctx, gd_p, gd_x)
 
     def _over_tasks(self, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:

@@ -89,8 +89,9 @@ class Learner(nn.Module):
         if bn not in MODES:
             raise ValueError(f"bn={bn!r} is unknown; choose from {MODES}")
         self.model, self.steps, self.backend = model, steps, backend
-        names = None if adapt is None else resolve_names(model, adapt)
-        self.program = capture(model, as_loss(loss), bn=bn, adapt=names, steps=steps)
+        self.loss, self.bn = as_loss(loss), bn
+        self.adapted_names = None if adapt is None else resolve_names(model, adapt)
+        self.program = self._capture()
         first = next(model.parameters())
         self.rows = self._rows_per_step()
         self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self.program, steps, first)
@@ -141,6 +142,9 @@ class Learner(nn.Module):
         trajectory = choice.executor.adapt(self.program, self.flat_parameters(), self.rate(), support, steps)
         return trajectory[-1]
 
+    def _capture(self) -> Program:
+        return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
+
     def _named(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
 
@@ -159,7 +163,8 @@ class Learner(nn.Module):
         key = (*x.shape, tasks.query_x.shape[1], x.dtype, x.device, masked)
         first = key not in self._seen
         if first:
-            check_like(tasks, next(self.model.parameters()))
+            check_like(tasks, self)
+            self.program = self._capture()  # the module's buffers are other tensors once it has been moved
             probe = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
             if probe.shape[:2] != (1, x.shape[1]):
                 raise ValueError(

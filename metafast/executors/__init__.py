@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafast.executors.base import Executor, MetaGradient
+from metafast.executors.native import NativeExecutor
 from metafast.executors.reference import ReferenceExecutor
 from metafast.program import Program
 
-__all__ = ["Choice", "Executor", "MetaGradient", "ReferenceExecutor", "choose", "executors"]
+__all__ = ["Choice", "Executor", "MetaGradient", "NativeExecutor", "ReferenceExecutor", "choose", "executors"]
 
-_EXECUTORS: list[Executor] = [ReferenceExecutor()]
+_EXECUTORS: list[Executor] = [NativeExecutor(), ReferenceExecutor()]
 
 
 def executors() -> list[Executor]:

@@ -1,0 +1,356 @@
+// The operators that Python calls, torch.ops.metafast.*, on torch's stable ABI: the only file that knows torch.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <mutex>
+#include <stdexcept>
+
+#include "core/plan.h"
+#include "cpu/arena.h"
+#include "cpu/isa.h"
+
+namespace metafast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void fail(const std::string& reason) { throw std::runtime_error("metafast: " + reason); }
+
+std::vector<double> numbers(const Tensor& t) {
+  const auto* data = static_cast<const double*>(t.data_ptr());
+  return std::vector<double>(data, data + t.numel());
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr;
+}
+
+// Plans of the models seen lately.
+std::shared_ptr<Plan> find_plan(const Tensor& description, const std::string& isa, Layout layout, int element_size) {
+  struct Entry {
+    std::vector<double> description;
+    std::string isa;
+    int element_size;
+    std::shared_ptr<Plan> plan;
+  };
+  static std::mutex mutex;
+  static std::vector<Entry> entries;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = numbers(description);
+  for (const Entry& e : entries) {
+    if (e.element_size == element_size && e.isa == isa && e.description == key) return e.plan;
+  }
+  if (entries.size() >= 32) entries.erase(entries.begin());
+  entries.push_back({key, isa, element_size, std::make_shared<Plan>(key, layout, element_size)});
+  return entries.back().plan;
+}
+
+// One call: a Job, what it points to, and how it is spread over threads.
+template <class T>
+class Call {
+ public:
+  Call(Goal goal, const Tensor& description, const std::string& isa, const Tensor& constants, int64_t tasks)
+      : isa(find_isa<T>(isa.c_str())) {
+    if (!this->isa) fail("there is no build \"" + isa + "\" for this processor");
+    plan = find_plan(description, isa, this->isa->layout, sizeof(T));
+    constants_ = plan->template constants<T>(data<const T>(constants));
+    job.goal = goal;
+    job.program = &plan->program();
+    job.inner = plan->inner().data();
+    job.n_params = static_cast<int64_t>(plan->inner().size());
+    job.tasks = tasks;
+    job.constants = constants_.data();
+  }
+
+  void params(const Tensor& t) {
+    expect(t, t.dim() == 1 ? job.n_params : job.tasks * job.n_params, "params");
+    job.params_per_task = t.dim() == 2;
+    job.params = data<T>(t);
+    if (job.params_per_task) return;
+    inner_params.assign(job.program->size, T(0));
+    for (int64_t i = 0; i < job.n_params; ++i) inner_params[job.inner[i]] = job.params[i];
+    job.params = inner_params.data();
+  }
+
+  void rates(const Tensor& lr, int64_t steps) {
+    const auto sizes = lr.sizes();
+    const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
+    expect(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
+    job.steps = static_cast<int32_t>(steps), job.lr_rows = static_cast<int32_t>(rows);
+    alpha.assign(rows * size, T(0));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < job.n_params; ++i) {
+        if (plan->adapted()[i]) alpha[r * size + job.inner[i]] = data<T>(lr)[width == 1 ? r : r * width + i];
+      }
+    }
+    job.alpha = alpha.data();
+  }
+
+  Samples<T> samples(const Tensor& x, const Tensor& y, bool with_targets) {
+    const Program& p = *job.program;
+    const int32_t n = static_cast<int32_t>(x.sizes()[1]);
+    const int64_t count = job.tasks * n;
+    const int h = p.input.h - 2 * p.border_y, w = p.input.w - 2 * p.border_x;
+    expect(x, count * p.input.c * h * w, "x");
+    Samples<T> s{n, data<T>(x), nullptr, nullptr};
+    if (!with_targets) return s;
+    if (p.loss == LossKind::mse) {
+      expect(y, count * p.out.c * p.out.h * p.out.w, "targets");
+      s.targets = data<T>(y);
+    } else {
+      if (y.scalar_type() != ScalarType::Long || y.numel() != count) fail("labels must be int64 of shape [T, n]");
+      s.labels = data<int64_t>(y);
+      for (int64_t i = 0; i < count; ++i) {
+        if (s.labels[i] < 0 || s.labels[i] >= p.out.c) {
+          fail("label " + std::to_string(s.labels[i]) + " of task " + std::to_string(i / n) + " is outside 0.." +
+               std::to_string(p.out.c - 1) + ": the model has " + std::to_string(p.out.c) + " outputs");
+        }
+      }
+    }
+    return s;
+  }
+
+  // Runs all tasks. Chunks of tasks are summed apart and then in order, so the threads do not matter to the sums.
+  void run(bool sums, bool lr_sums, int64_t budget) {
+    const int64_t chunk = (job.tasks + 63) / 64, chunks = (job.tasks + chunk - 1) / chunk;
+    const int64_t size = job.program->size;
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
+    if (sums) partial.assign(chunks * size, T(0)), job.sums = partial.data();
+    if (lr_sums) lr_partial.assign(chunks * job.lr_rows * size, T(0)), job.lr_sums = lr_partial.data();
+    job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
+               job.steps * job.taped->tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
+    const int64_t memory = isa->memory(job) * sizeof(T);
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      const Arena arena(memory);
+      isa->run(job, chunk, begin * chunk, std::min(job.tasks, end * chunk), static_cast<T*>(arena.data()));
+    });
+    total(partial, chunks, size);
+    total(lr_partial, chunks, job.lr_rows * size);
+  }
+
+  Tensor grad(const Tensor& like, T scale) const {
+    const int64_t sizes[] = {job.n_params};
+    Tensor out = torch::stable::new_empty(like, {sizes, 1});
+    for (int64_t i = 0; i < job.n_params; ++i) data<T>(out)[i] = partial[job.inner[i]] * scale;
+    return out;
+  }
+
+  // Of the shape of lr.
+  Tensor lr_grad(const Tensor& lr, T scale) const {
+    const int64_t rows = lr.sizes()[0], width = lr.sizes()[1], size = job.program->size;
+    const int64_t sizes[] = {job.needs_lr ? rows : 0, width};
+    Tensor out = torch::stable::new_empty(lr, {sizes, 2});
+    for (int64_t r = 0; r < sizes[0]; ++r) {
+      T* to = data<T>(out) + r * width;
+      double sum = 0;
+      for (int64_t i = 0; i < job.n_params; ++i) {
+        const T value = plan->adapted()[i] ? lr_partial[r * size + job.inner[i]] * scale : T(0);
+        width == 1 ? sum += value : to[i] = value;
+      }
+      if (width == 1) to[0] = static_cast<T>(sum);
+    }
+    return out;
+  }
+
+  Tensor empty(const Tensor& like, std::vector<int64_t> sizes) const {
+    return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
+  }
+
+  // [T, n, c, h, w]; Python gives it the shape of the model's outputs.
+  Tensor outputs(const Tensor& like, int64_t n) {
+    const Grid& g = job.program->out;
+    Tensor out = empty(like, {job.tasks, n, g.c, g.h, g.w});
+    job.outputs = data<T>(out);
+    return out;
+  }
+
+  const Isa<T>* isa;
+  std::shared_ptr<Plan> plan;
+  Job<T> job{};
+
+ private:
+  static void expect(const Tensor& t, int64_t elements, const char* name) {
+    const auto wanted = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+    if (t.scalar_type() != wanted) fail(std::string(name) + " must have the dtype of the parameters");
+    if (!t.is_contiguous()) fail(std::string(name) + " must be contiguous");
+    if (t.numel() != elements) {
+      fail(std::string(name) + " has " + std::to_string(t.numel()) + " elements where the model needs " +
+           std::to_string(elements));
+    }
+  }
+
+  static void total(std::vector<T>& parts, int64_t count, int64_t size) {
+    for (int64_t k = 1; k < count && !parts.empty(); ++k) {
+      for (int64_t i = 0; i < size; ++i) parts[i] += parts[k * size + i];
+    }
+  }
+
+  std::vector<T> constants_, inner_params, alpha, partial, lr_partial;
+};
+
+template <class F>
+auto by_dtype(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Float) return f(float());
+  if (t.scalar_type() == ScalarType::Double) return f(double());
+  fail("params must be float32 or float64");
+}
+
+Tensor predict(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor x, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    Call<decltype(real)> call(Goal::predict, description, isa, constants, x.sizes()[0]);
+    call.params(params);
+    call.job.query = call.samples(x, x, false);
+    call.job.step = static_cast<int32_t>(step);
+    call.job.plain = &call.plan->pass(call.job.query.n, PassKind::predict);
+    Tensor outputs = call.outputs(x, call.job.query.n);
+    call.run(false, false, 0);
+    return outputs;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string isa, Tensor constants, Tensor params,
+                                                 Tensor x, Tensor y, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    Call<T> call(Goal::loss_and_grad, description, isa, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    job.query = call.samples(x, y, true);
+    job.step = static_cast<int32_t>(step);
+    job.plain = &call.plan->pass(job.query.n, PassKind::plain);
+    Tensor outputs = call.outputs(x, job.query.n), losses = call.empty(x, {job.tasks});
+    Tensor grads = call.empty(x, {job.tasks, job.n_params});
+    job.losses = data<T>(losses), job.grads = data<T>(grads);
+    call.run(false, false, 0);
+    return std::make_tuple(losses, grads, outputs);
+  });
+}
+
+Tensor adapt(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y,
+             int64_t steps) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    Call<T> call(Goal::adapt, description, isa, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    call.rates(lr, steps);
+    job.support = call.samples(x, y, true);
+    job.taped = &call.plan->pass(job.support.n, PassKind::taped);
+    Tensor trajectory = call.empty(x, {steps + 1, job.tasks, job.n_params});
+    job.trajectory = data<T>(trajectory);
+    call.run(false, false, 0);
+    return trajectory;
+  });
+}
+
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor constants, Tensor trajectory, Tensor lr,
+                                     Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
+  return by_dtype(trajectory, [&](auto real) {
+    using T = decltype(real);
+    Call<T> call(Goal::adapt_vjp, description, isa, constants, x.sizes()[0]);
+    auto& job = call.job;
+    const int64_t steps = trajectory.sizes()[0] - 1;
+    call.rates(lr, steps);
+    job.support = call.samples(x, y, true);
+    job.taped = &call.plan->pass(job.support.n, PassKind::taped);
+    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    job.v_everywhere = v.dim() == 3;
+    job.first_order = first_order, job.needs_lr = needs_lr;
+    if (trajectory.numel() != (steps + 1) * job.tasks * job.n_params || trajectory.scalar_type() != v.scalar_type() ||
+        v.numel() != (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params) {
+      fail("trajectory [S+1, T, P] and v [T, P] or [S+1, T, P] do not match the model and the tasks");
+    }
+    Tensor grads = call.empty(x, {job.tasks, job.n_params});
+    job.grads = data<T>(grads);
+    call.run(false, needs_lr, 0);
+    return std::make_tuple(grads, call.lr_grad(lr, T(1)));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(
+    Tensor description, std::string isa, Tensor constants, Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
+    Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, bool needs_lr, int64_t budget) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    Call<T> call(Goal::meta_gradient, description, isa, constants, support_x.sizes()[0]);
+    auto& job = call.job;
+    const std::vector<double> weights = numbers(step_weights);
+    call.params(params);
+    call.rates(lr, static_cast<int64_t>(weights.size()) - 1);
+    job.weights = weights.data();
+    job.first_order = first_order, job.needs_lr = needs_lr;
+    job.support = call.samples(support_x, support_y, true);
+    job.query = call.samples(query_x, query_y, true);
+    job.taped = &call.plan->pass(job.support.n, PassKind::taped);
+    job.plain = &call.plan->pass(job.query.n, PassKind::plain);
+    Tensor outputs = call.outputs(query_x, job.query.n), losses = call.empty(query_x, {job.tasks});
+    job.losses = data<T>(losses);
+    call.run(true, needs_lr, budget);
+    const T scale = T(1) / job.tasks;
+    return std::make_tuple(losses, outputs, call.grad(params, scale), call.lr_grad(lr, scale));
+  });
+}
+
+// Raises with the reason where the model cannot be run; else elements of memory: of the tape of one step's pass over n
+// samples, of the tangents of that pass, and of a pass over m samples that no tangent follows.
+Tensor memory(Tensor description, std::string isa, bool in_double, int64_t n, int64_t m) {
+  const auto* f = find_isa<float>(isa.c_str());
+  const auto* d = find_isa<double>(isa.c_str());
+  if (!f) fail("there is no build \"" + isa + "\" for this processor");
+  auto plan = find_plan(description, isa, in_double ? d->layout : f->layout, in_double ? 8 : 4);
+  const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped), &plain = plan->pass(static_cast<int>(m), PassKind::plain);
+  const int64_t sizes[] = {3};
+  Tensor out = torch::stable::new_empty(description, {sizes, 1});
+  auto* to = data<double>(out);
+  to[0] = static_cast<double>(taped.tape), to[1] = static_cast<double>(taped.scratch), to[2] = static_cast<double>(plain.tape);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(metafast, m) {
+  m.def("predict(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, int step) -> Tensor");
+  m.def("loss_and_grad(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor y, int step) -> "
+        "(Tensor, Tensor, Tensor)");
+  m.def("adapt(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y, int steps) -> "
+        "Tensor");
+  m.def("adapt_vjp(Tensor description, str isa, Tensor constants, Tensor trajectory, Tensor lr, Tensor x, Tensor y, "
+        "Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
+  m.def("meta_gradient(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor support_x, "
+        "Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, bool needs_lr, "
+        "int budget) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("memory(Tensor description, str isa, bool in_double, int n, int m) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  m.impl("predict", TORCH_BOX(&predict));
+  m.impl("loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("adapt", TORCH_BOX(&adapt));
+  m.impl("adapt_vjp", TORCH_BOX(&adapt_vjp));
+  m.impl("meta_gradient", TORCH_BOX(&meta_gradient));
+  m.impl("memory", TORCH_BOX(&memory));
+}
+
+// Names of the builds for this processor, the best first.
+PyObject* isas(PyObject*, PyObject*) {
+  int count = 0;
+  const char* const* names = isa_names(count);
+  PyObject* tuple = PyTuple_New(count);
+  for (int i = 0; tuple && i < count; ++i) PyTuple_SetItem(tuple, i, PyUnicode_FromString(names[i]));
+  return tuple;
+}
+
+}  // namespace metafast
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyMethodDef methods[] = {{"isas", metafast::isas, METH_NOARGS, "Builds for this processor, the best first."},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The native executor.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,50 @@
+// What a rule sees of the pass that it belongs to. METAFAST_NAMESPACE keeps the builds for several instruction sets
+// apart, inside namespace metafast.
+#pragma once
+#include "../program.h"
+
+namespace METAFAST_NAMESPACE {
+
+// Pointers are null where a thing is not wanted (an adjoint) or zero (a tangent). `grad` takes the adjoints of the
+// parameters, or their tangents; rules add to it.
+template <class M>
+struct Frame {
+  using T = typename M::Real;
+  M& m;
+  const Op& op;
+  int n, step;
+  const T *theta, *u, *constants;
+  T* grad;
+  bool all_params;  // adjoints of all parameters are wanted, not only of the adapted ones
+  T* saved;
+  const T *x[2], *xd[2];
+  T *y, *yd;
+  const T *g_y, *gd_y;
+  T *g_x[2], *gd_x[2];
+
+  bool wants(const Slot& slot) const { return grad && slot.at >= 0 && (all_params || slot.adapted); }
+  bool moves(const Slot& slot) const { return slot.at >= 0 && slot.adapted; }
+  int pixels(const Grid& grid) const { return n * grid.h * grid.w; }
+  long row(const Slot& slot) const {
+    return slot.at + static_cast<long>(step < slot.rows ? step : slot.rows - 1) * slot.stride;
+  }
+};
+
+template <class M>
+struct LossFrame {
+  using T = typename M::Real;
+  M& m;
+  Grid grid;
+  int n;
+  const int64_t* labels;  // cross_entropy: [n]
+  const T* targets;       // mse: as y
+  T* saved;
+  const T* y;
+  T* g;
+  const T* yd;
+  T* gd;
+
+  long size() const { return static_cast<long>(n) * grid.h * grid.w * grid.ld; }
+};
+
+}  // namespace METAFAST_NAMESPACE

@@ -1,0 +1,26 @@
+#pragma once
+#include "pointwise.h"
+
+namespace METAFAST_NAMESPACE {
+
+struct LeakyReLU {
+  double negative_slope;
+  static constexpr bool keeps_zero = true, curved = false;
+
+  template <class M>
+  auto value(typename M::Pack x) const {
+    return times_slope<M>(x, x, x);
+  }
+
+  template <class M>
+  auto times_slope(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
+    return M::select(x > 0, g, g * typename M::Real(negative_slope));
+  }
+
+  template <class M>
+  auto curve(typename M::Pack x, typename M::Pack) const {
+    return x * 0;
+  }
+};
+
+}  // namespace METAFAST_NAMESPACE

@@ -1,0 +1,26 @@
+#pragma once
+#include "pointwise.h"
+
+namespace METAFAST_NAMESPACE {
+
+struct ReLU {
+  double unused;
+  static constexpr bool keeps_zero = true, curved = false;
+
+  template <class M>
+  auto value(typename M::Pack x) const {
+    return M::select(x > 0, x, x * 0);  // not zero where x is NaN
+  }
+
+  template <class M>
+  auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+    return M::select(y > 0, g, M::broadcast(0));
+  }
+
+  template <class M>
+  auto curve(typename M::Pack x, typename M::Pack) const {
+    return x * 0;
+  }
+};
+
+}  // namespace METAFAST_NAMESPACE

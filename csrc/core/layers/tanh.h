@@ -1,0 +1,27 @@
+// f' = 1 - y^2, f'' = -2 y (1 - y^2).
+#pragma once
+#include "pointwise.h"
+
+namespace METAFAST_NAMESPACE {
+
+struct Tanh {
+  double unused;
+  static constexpr bool keeps_zero = true, curved = true;
+
+  template <class M>
+  auto value(typename M::Pack x) const {
+    return M::tanh(x);
+  }
+
+  template <class M>
+  auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+    return g * (1 - y * y);
+  }
+
+  template <class M>
+  auto curve(typename M::Pack, typename M::Pack y) const {
+    return -2 * y * (1 - y * y);
+  }
+};
+
+}  // namespace METAFAST_NAMESPACE

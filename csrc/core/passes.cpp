@@ -1,0 +1,114 @@
+// Where a pass keeps things. What must outlive the pass has a place of its own; the rest shares memory by lifetime.
+#include <algorithm>
+
+#include "plan.h"
+
+namespace metafast {
+
+namespace {
+
+struct Interval {
+  int64_t* offset;
+  int64_t size;
+  int born, dies;  // both inclusive
+  int64_t end() const { return *offset + size; }
+};
+
+// Places intervals so that no two alive at once overlap, each as low as it can; returns the height.
+int64_t arrange(std::vector<Interval>& intervals) {
+  std::stable_sort(intervals.begin(), intervals.end(), [](const Interval& a, const Interval& b) { return a.size > b.size; });
+  std::vector<const Interval*> placed;  // by offset
+  int64_t height = 0;
+  for (Interval& one : intervals) {
+    int64_t at = 0;
+    for (const Interval* other : placed) {
+      if (other->dies < one.born || one.dies < other->born) continue;
+      if (at + one.size <= *other->offset) break;
+      at = std::max(at, other->end());
+    }
+    *one.offset = at;
+    height = std::max(height, one.end());
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), &one,
+                                   [](const Interval* a, const Interval* b) { return *a->offset < *b->offset; }),
+                  &one);
+  }
+  return height;
+}
+
+bool reads_x(Kind k) {
+  return k == Kind::conv2d || k == Kind::batch_norm || k == Kind::layer_norm || k == Kind::norm_relu_pool ||
+         k == Kind::leaky_relu || k == Kind::gelu;
+}
+bool reads_y(Kind k) { return k == Kind::relu || k == Kind::tanh || k == Kind::sigmoid; }
+bool reads_xd(Kind k) { return k != Kind::relu && k != Kind::leaky_relu && k != Kind::add && k != Kind::max_pool2d && k != Kind::avg_pool2d; }
+
+}  // namespace
+
+const Pass& Plan::pass(int n, PassKind kind) {
+  auto& slot = passes_[{n, static_cast<int>(kind)}];
+  if (!slot) {
+    slot = std::make_unique<OwnedPass>();
+    build_pass(n, kind, *slot);
+  }
+  return slot->pass;
+}
+
+int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
+  const auto bytes = [&](int64_t count) { return (count + element_size_ - 1) / element_size_; };
+  const int64_t outputs = static_cast<int64_t>(n) * op.y.h * op.y.w * op.y.ld;
+  switch (op.kind) {
+    case Kind::batch_norm: return 8 * op.x.ld;
+    case Kind::layer_norm: return 8 * static_cast<int64_t>(n);
+    case Kind::max_pool2d: return bytes(outputs);
+    case Kind::norm_relu_pool: return 8 * op.x.ld + outputs * (kind == PassKind::taped ? 2 : 1) + bytes(outputs);
+    default: return 0;
+  }
+}
+
+// Time runs through the forward rules 0 .. L-1, the loss at L, and the backward rules of L-1 .. 0 at L+1 .. 2L.
+void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
+  const int values = static_cast<int>(grids_.size()), L = static_cast<int>(ops_.size()), end = 2 * L + 1;
+  for (auto* v : {&out.value, &out.adjoint, &out.tangent, &out.d_adjoint}) v->assign(values, -1);
+  out.saved.assign(L + 1, -1);
+  std::vector<int> made(values, 0), first_reader(values, L), last_reader(values, -1), needed(values, 0), bent(values, 0);
+  const int output = program_.output;
+  const bool backward = kind != PassKind::predict;
+  for (int k = 0; k < L; ++k) {
+    const Op& op = ops_[k];
+    made[op.output] = k;
+    for (int v : op.input) {
+      if (v < 0) continue;
+      first_reader[v] = std::min(first_reader[v], k), last_reader[v] = std::max(last_reader[v], k);
+      needed[v] = std::max(needed[v], backward && depends_[op.output] && reads_x(op.kind) ? 2 * L - k : k);
+      if (reads_xd(op.kind)) bent[v] = std::max(bent[v], 2 * L - k);
+      bent[v] = std::max(bent[v], k);
+    }
+    if (backward && reads_y(op.kind)) needed[op.output] = std::max(needed[op.output], 2 * L - k);
+  }
+  needed[output] = std::max(needed[output], L + 1);
+  bent[output] = std::max(bent[output], L);
+  last_reader[output] = L;
+
+  const auto size = [&](int v) { return (static_cast<int64_t>(n) * grids_[v].h * grids_[v].w * grids_[v].ld + 15) / 16 * 16; };
+  const bool taped = kind == PassKind::taped;
+  std::vector<Interval> tape, scratch;
+  const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies) {
+    if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, taped ? 0 : born, taped ? end : dies});
+  };
+  for (int k = 0; k < L; ++k) keep(out.saved[k], saved_elements(ops_[k], n, kind), k, backward ? 2 * L - k : k);
+  for (const Op& op : ops_) {
+    const int v = op.output;
+    keep(out.value[v], size(v), made[v], needed[v]);
+    const int adjoint_born = 2 * L - last_reader[v], adjoint_dies = 2 * L - made[v];
+    if (backward && (taped ? moving_[v] : depends_[v])) keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies);
+    if (taped && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], bent[v]});
+    if (taped && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies});
+  }
+  const Grid& o = program_.out;
+  if (program_.loss == LossKind::cross_entropy) keep(out.saved[L], static_cast<int64_t>(n) * o.ld, L, L);
+  const int64_t height = arrange(tape), scratch_height = arrange(scratch);
+  out.pass = {n, out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
+              height, scratch_height};
+}
+
+}  // namespace metafast

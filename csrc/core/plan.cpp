@@ -1,0 +1,449 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace metafast {
+
+namespace {
+
+// Kinds as native.py numbers them: those of program.h, and the ones that become others here.
+enum Stem { linear = 100, flatten = 101, adaptive_avg_pool2d = 102 };
+
+struct Parameter {
+  int64_t at, size;
+  bool adapted;
+};
+
+struct Node {
+  int kind, input[2], param[2];
+  int64_t constants;
+  double option[10];
+};
+
+int round_up(int value, int step) { return (value + step - 1) / step * step; }
+
+[[noreturn]] void refuse(const std::string& reason) { throw std::runtime_error(reason); }
+
+// Elements of a parameter in the user's vector by (row, channel, y, x), each in its place of the inner one.
+struct Placement {
+  int rows, c, h, w, ld;
+  int panel;       // > 0: rows are columns of panels (a weight); 0: rows are `stride` apart (a vector a row)
+  int64_t stride, size;
+  bool operator==(const Placement& o) const {
+    return rows == o.rows && c == o.c && h == o.h && w == o.w && ld == o.ld && panel == o.panel;
+  }
+};
+
+}  // namespace
+
+class PlanBuilder {
+ public:
+  PlanBuilder(Plan& plan, const std::vector<double>& description) : plan(plan), numbers(description) {}
+
+  void run() {
+    read();
+    find_live();
+    choose_input();
+    for (size_t k = 0; k < nodes.size(); ++k) {
+      if (live[k]) add_node(static_cast<int>(k));
+    }
+    fuse();
+    finish();
+  }
+
+ private:
+  int next() { return static_cast<int>(next_real()); }
+  double next_real() {
+    if (cursor >= numbers.size()) refuse("the description of the model ends early");
+    return numbers[cursor++];
+  }
+
+  void read() {
+    plan.program_.loss = static_cast<LossKind>(next());
+    output = next();
+    input = {next(), next(), next(), 0};
+    parameters.resize(next());
+    nodes.resize(next());
+    for (auto& p : parameters) {
+      p.at = next(), p.size = next();
+      p.adapted = next() != 0;
+    }
+    for (auto& n : nodes) {
+      n.kind = next();
+      for (int& v : n.input) v = next();
+      for (int& v : n.param) v = next();
+      n.constants = next();
+      for (double& v : n.option) v = next_real();
+    }
+  }
+
+  void find_live() {
+    live.assign(nodes.size(), false);
+    std::vector<bool> wanted(nodes.size() + 1, false);
+    wanted[output] = true;
+    for (size_t k = nodes.size(); k-- > 0;) {
+      if (!wanted[k + 1]) continue;
+      live[k] = true;
+      for (int v : nodes[k].input) {
+        if (v >= 0) wanted[v] = true;
+      }
+    }
+  }
+
+  // The input is stored without padding channels where only contractions read it, and with a border of zeros where
+  // they all want the same one.
+  void choose_input() {
+    const int lanes = plan.layout_.lanes;
+    bool contractions = true, border = input.c < lanes;
+    int py = -1, px = -1;
+    std::vector<bool> reads(nodes.size() + 1, false);
+    reads[0] = true;
+    for (size_t k = 0; k < nodes.size(); ++k) {
+      const Node& n = nodes[k];
+      const bool reader = live[k] && ((n.input[0] >= 0 && reads[n.input[0]]) || (n.input[1] >= 0 && reads[n.input[1]]));
+      if (!reader) continue;
+      if (n.kind == flatten) {
+        reads[k + 1] = true;
+        border = false;
+      } else if (n.kind == linear) {
+        border = false;
+      } else if (n.kind == static_cast<int>(Kind::conv2d)) {
+        const int y = static_cast<int>(n.option[6]), x = static_cast<int>(n.option[7]);
+        if (py >= 0 && (y != py || x != px)) border = false;
+        py = y, px = x;
+      } else {
+        contractions = border = false;
+      }
+    }
+    if (reads[output]) refuse("the model hands on its input unchanged");
+    input.ld = contractions ? input.c : round_up(input.c, lanes);
+    Program& p = plan.program_;
+    if (contractions && border && py >= 0) {
+      p.border_y = py, p.border_x = px;
+      input.h += 2 * py, input.w += 2 * px;
+    }
+    p.input = input;
+    plan.grids_ = {input};
+    value_of.assign(nodes.size() + 1, 0);
+    flat.assign(nodes.size() + 1, false);
+    flat[0] = input.h * input.w == 1;
+    moves = {false}, depends = {false};
+  }
+
+  void add_node(int k) {
+    const Node& n = nodes[k];
+    const int in = n.input[0];
+    if (n.kind == flatten) {
+      value_of[k + 1] = value_of[in];
+      flat[k + 1] = true;
+      return;
+    }
+    Op op{};
+    op.input[0] = value_of[in];
+    op.input[1] = n.input[1] < 0 ? -1 : value_of[n.input[1]];
+    op.x = op.y = plan.grids_[op.input[0]];
+    op.weight.at = op.bias.at = -1;
+    flat[k + 1] = flat[in];
+    if (n.kind == linear) {
+      make_linear(n, op, flat[in]);
+    } else if (n.kind == adaptive_avg_pool2d) {
+      op.kind = Kind::avg_pool2d;
+      op.adaptive = true;
+      op.y.h = static_cast<int>(n.option[0]), op.y.w = static_cast<int>(n.option[1]);
+    } else {
+      op.kind = static_cast<Kind>(n.kind);
+      make(n, op, flat[in]);
+    }
+    if (n.kind == linear || op.kind == Kind::conv2d) flat[k + 1] = n.kind == linear;
+    add_op(op, n);
+    value_of[k + 1] = op.output;
+  }
+
+  void make(const Node& n, Op& op, bool vector) {
+    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
+    switch (op.kind) {
+      case Kind::conv2d: return make_conv(n, op, vector);
+      case Kind::batch_norm:
+        if (vector && op.x.h * op.x.w > 1) refuse("batch norm of flattened images");
+        op.eps = n.option[0], op.given = option(1) != 0;
+        if (op.eps <= 0) refuse("batch norm with eps = 0");
+        if (op.given) {
+          op.constants = plan.constants_size_;
+          plan.constants_.push_back({n.constants, op.constants, op.x.c, op.x.ld});
+          plan.constants_size_ += 2 * op.x.ld;
+        }
+        op.weight = place(n.param[0], {option(2), op.x.c, 1, 1, op.x.ld, 0, 0, 0});
+        op.bias = place(n.param[1], {option(2), op.x.c, 1, 1, op.x.ld, 0, 0, 0});
+        return;
+      case Kind::layer_norm: {
+        const int axes = vector ? 1 : 3;
+        if (option(1) != axes) refuse("layer norm over a part of a sample");
+        op.eps = n.option[0];
+        const Placement whole{1, op.x.c, op.x.h, op.x.w, op.x.ld, 0, 0, 0};
+        op.weight = place(n.param[0], whole), op.bias = place(n.param[1], whole);
+        return;
+      }
+      case Kind::leaky_relu: op.slope = n.option[0]; return;
+      case Kind::max_pool2d:
+      case Kind::avg_pool2d: return make_pool(n, op);
+      case Kind::add: {
+        const Grid &a = op.x, &b = plan.grids_[op.input[1]];
+        if (a.h != b.h || a.w != b.w || a.c != b.c || a.ld != b.ld || vector != flat[n.input[1]])
+          refuse("a sum of values of different shapes");
+        return;
+      }
+      default: return;
+    }
+  }
+
+  void make_linear(const Node& n, Op& op, bool vector) {
+    if (!vector) refuse("a linear layer on values that are not [n, features]");
+    const int outputs = static_cast<int>(n.option[0]);
+    const Grid x = op.x;
+    if (static_cast<int>(n.option[1]) != x.c * x.h * x.w) refuse("a linear layer of another number of features");
+    op.kind = Kind::conv2d;
+    op.window = {1, 1, 1, 1, 0, 0, 1, 1};
+    op.x = {1, 1, x.h * x.w * x.ld, x.h * x.w * x.ld};
+    op.y = {1, 1, outputs, round_up(outputs, plan.layout_.lanes)};
+    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, x.ld, plan.layout_.panel, 0, 0});
+    op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
+  }
+
+  void make_conv(const Node& n, Op& op, bool vector) {
+    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
+    if (vector && op.x.h * op.x.w > 1) refuse("a convolution of flattened images");
+    if (option(1) != op.x.c) refuse("convolution in groups");
+    op.window = {option(2), option(3), option(4), option(5), option(6), option(7), option(8), option(9)};
+    Window& w = op.window;
+    if (op.input[0] == 0 && plan.program_.border_y + plan.program_.border_x > 0) w.py = w.px = 0;
+    const int outputs = option(0), lanes = plan.layout_.lanes;
+    op.y = {(op.x.h + 2 * w.py - w.dy * (w.kh - 1) - 1) / w.sy + 1, (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1,
+            outputs, round_up(outputs, lanes)};
+    if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
+      refuse("a convolution whose window is larger than its padded input");
+    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, plan.layout_.panel, 0, 0});
+    op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
+  }
+
+  void make_pool(const Node& n, Op& op) {
+    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
+    const bool max = op.kind == Kind::max_pool2d;
+    op.window = {option(0), option(1), option(2), option(3), option(4), option(5), max ? option(6) : 1, max ? option(7) : 1};
+    const Window& w = op.window;
+    const bool ceil = option(max ? 8 : 6) != 0;
+    op.count_pad = !max && option(7) != 0;
+    op.divisor = max ? 0 : n.option[8];
+    if (max && w.kh * w.kw > 255) refuse("max pooling over more than 255 pixels");
+    const auto outputs = [&](int in, int k, int step, int pad, int spread) {
+      const int reach = in + 2 * pad - spread * (k - 1) - 1;
+      int count = (reach + (ceil ? step - 1 : 0)) / step + 1;
+      if (ceil && (count - 1) * step >= in + pad) --count;  // a window must begin inside the image or its left padding
+      return count;
+    };
+    op.y.h = outputs(op.x.h, w.kh, w.sy, w.py, w.dy), op.y.w = outputs(op.x.w, w.kw, w.sx, w.px, w.dx);
+    if (op.y.h < 1 || op.y.w < 1) refuse("a pooling whose window is larger than its padded input");
+  }
+
+  void add_op(Op& op, const Node& n) {
+    op.output = static_cast<int>(plan.grids_.size());
+    plan.grids_.push_back(op.y);
+    bool depend = false, move = false;
+    for (int v : op.input) {
+      if (v >= 0) depend |= depends[v], move |= moves[v];
+    }
+    for (int p : n.param) {
+      if (p >= 0) depend = true, move |= parameters[p].adapted;
+    }
+    if (op.kind == Kind::conv2d) tabulate(op, depends[op.input[0]]);
+    depends.push_back(depend), moves.push_back(move);
+    plan.ops_.push_back(op);
+  }
+
+  const int32_t* table(std::vector<int32_t> values) {
+    plan.tables_.push_back(std::make_unique<std::vector<int32_t>>(std::move(values)));
+    return plan.tables_.back()->data();
+  }
+
+  const Gather* gather(std::vector<Gather> values) {
+    plan.gathers_.push_back(std::make_unique<std::vector<Gather>>(std::move(values)));
+    return plan.gathers_.back()->data();
+  }
+
+  void tabulate(Op& op, bool backward) {
+    const Window& w = op.window;
+    const Grid &x = op.x, &y = op.y;
+    op.padded = w.py == 0 && w.px == 0;
+    const bool runs = op.padded && w.dx == 1;  // a row of the window is one run of memory
+    const int across = runs ? 1 : w.kw, length = runs ? w.kw * x.ld : x.ld;
+    std::vector<int32_t> source, target, first, offsets;
+    for (int s = 0; s < w.kh * across; ++s) first.push_back(s * length);
+    for (int oy = 0; oy < y.h; ++oy) {
+      for (int ox = 0; ox < y.w; ++ox) {
+        target.push_back((oy * y.w + ox) * y.ld);
+        for (int s = 0; s < w.kh * across; ++s) {
+          const int iy = oy * w.sy - w.py + s / across * w.dy, ix = ox * w.sx - w.px + s % across * w.dx;
+          source.push_back(iy < 0 || iy >= x.h || ix < 0 || ix >= x.w ? -1 : (iy * x.w + ix) * x.ld);
+        }
+      }
+    }
+    const int rows = op.padded ? w.kh * w.kw * x.ld : x.ld;
+    for (int i = 0; i < rows; ++i) offsets.push_back(op.padded ? source[i / length] + i % length : i);
+    op.n_offsets = rows;
+    op.offsets = table(std::move(offsets));
+    op.forward = gather({{y.h * y.w, w.kh * across, length, table(std::move(source)), table(std::move(target)),
+                          table(std::move(first))}});
+    if (backward) tabulate_backward(op);
+  }
+
+  void tabulate_backward(Op& op) {
+    const Window& w = op.window;
+    const Grid &x = op.x, &y = op.y;
+    std::vector<Gather> classes;
+    for (int ry = 0; ry < std::min(w.sy, x.h); ++ry) {
+      for (int rx = 0; rx < std::min(w.sx, x.w); ++rx) {
+        std::vector<int32_t> taps, source, target, first;
+        for (int tap = 0; tap < w.kh * w.kw; ++tap) {
+          const bool meets = (ry + w.py - tap / w.kw * w.dy) % w.sy == 0 && (rx + w.px - tap % w.kw * w.dx) % w.sx == 0;
+          if (meets) taps.push_back(tap), first.push_back(tap * y.ld);
+        }
+        for (int iy = ry; iy < x.h; iy += w.sy) {
+          for (int ix = rx; ix < x.w; ix += w.sx) {
+            target.push_back((iy * x.w + ix) * x.ld);
+            for (int tap : taps) {
+              const int top = iy + w.py - tap / w.kw * w.dy, left = ix + w.px - tap % w.kw * w.dx;
+              const bool inside = top >= 0 && left >= 0 && top / w.sy < y.h && left / w.sx < y.w;
+              source.push_back(inside ? (top / w.sy * y.w + left / w.sx) * y.ld : -1);
+            }
+          }
+        }
+        classes.push_back({static_cast<int>(target.size()), static_cast<int>(taps.size()), y.ld, table(std::move(source)),
+                           table(std::move(target)), table(std::move(first))});
+      }
+    }
+    op.classes = static_cast<int>(classes.size());
+    op.backward = gather(std::move(classes));
+  }
+
+  Slot place(int index, Placement p) {
+    if (index < 0) return {-1, 0, 0, 0, false};
+    const Parameter& parameter = parameters[index];
+    const int panel = plan.layout_.panel;
+    if (static_cast<int64_t>(p.rows) * p.c * p.h * p.w != parameter.size) refuse("a parameter of another size than its layer");
+    p.stride = round_up(p.h * p.w * p.ld, panel);
+    p.size = p.panel ? static_cast<int64_t>(round_up(p.rows, panel)) * p.h * p.w * p.ld : p.rows * p.stride;
+    if (placed.count(index)) {
+      if (!(placed[index].first == p)) refuse("a parameter that two layers share in different layouts");
+    } else {
+      placed[index] = {p, size};
+      size += p.size;
+    }
+    return {placed[index].second, p.size, p.rows, static_cast<int32_t>(p.stride), parameter.adapted};
+  }
+
+  // Batch norm, ReLU and 2x2 max-pooling in a row, read by nothing else, become one operation.
+  void fuse() {
+    std::vector<int> readers(plan.grids_.size(), 0);
+    for (const Op& op : plan.ops_) {
+      for (int v : op.input) {
+        if (v >= 0) ++readers[v];
+      }
+    }
+    ++readers[value_of[output]];
+    std::vector<Op> fused;
+    for (size_t k = 0; k < plan.ops_.size(); ++k) {
+      const auto follows = [&](size_t i, Kind kind) {
+        return i < plan.ops_.size() && plan.ops_[i].kind == kind && plan.ops_[i].input[0] == plan.ops_[i - 1].output &&
+               readers[plan.ops_[i - 1].output] == 1;
+      };
+      Op op = plan.ops_[k];
+      if (op.kind == Kind::batch_norm && follows(k + 1, Kind::relu) && follows(k + 2, Kind::max_pool2d)) {
+        const Op& pool = plan.ops_[k + 2];
+        const Window& w = pool.window;
+        const bool halves = w.kh == 2 && w.kw == 2 && w.sy == 2 && w.sx == 2 && w.py + w.px == 0 && w.dy == 1 && w.dx == 1 &&
+                            pool.y.h == op.x.h / 2 && pool.y.w == op.x.w / 2;
+        if (halves) {
+          op.kind = Kind::norm_relu_pool;
+          op.y = pool.y;
+          op.output = pool.output;
+          k += 2;
+        }
+      }
+      fused.push_back(op);
+    }
+    plan.ops_ = std::move(fused);
+  }
+
+  void finish() {
+    Program& p = plan.program_;
+    const int values = static_cast<int>(plan.grids_.size());
+    std::vector<bool> begun(values, false);
+    begun[value_of[output]] = true;
+    for (size_t k = plan.ops_.size(); k-- > 0;) {
+      Op& op = plan.ops_[k];
+      for (int i = 0; i < 2; ++i) {
+        if (op.input[i] < 0) continue;
+        op.add[i] = begun[op.input[i]];
+        begun[op.input[i]] = true;
+      }
+    }
+    plan.moving_ = std::make_unique<bool[]>(values);
+    plan.depends_ = std::make_unique<bool[]>(values);
+    std::copy(moves.begin(), moves.end(), plan.moving_.get());
+    std::copy(depends.begin(), depends.end(), plan.depends_.get());
+    place_parameters();
+    p.ops = plan.ops_.data(), p.n_ops = static_cast<int>(plan.ops_.size());
+    p.n_values = values, p.output = value_of[output];
+    p.out = plan.grids_[p.output];
+    p.moving = plan.moving_.get(), p.depends = plan.depends_.get();
+    p.size = round_up(static_cast<int>(size), 64);
+    if (p.loss == LossKind::cross_entropy && (p.out.h * p.out.w > 1 || !flat[output]))
+      refuse("cross-entropy of outputs that are not [n, classes]");
+  }
+
+  void place_parameters() {
+    int64_t count = 0;
+    for (const Parameter& q : parameters) count = std::max(count, q.at + q.size);
+    plan.inner_.assign(count, 0);
+    plan.adapted_.assign(count, 0);
+    for (size_t index = 0; index < parameters.size(); ++index) {
+      const Parameter& q = parameters[index];
+      if (!placed.count(static_cast<int>(index))) {  // read by nothing that counts
+        place(static_cast<int>(index), {1, static_cast<int>(q.size), 1, 1, static_cast<int>(q.size), 0, 0, 0});
+      }
+      const auto& [p, at] = placed[static_cast<int>(index)];
+      std::fill_n(plan.adapted_.begin() + q.at, q.size, q.adapted);
+      int32_t* to = plan.inner_.data() + q.at;
+      for (int row = 0; row < p.rows; ++row) {
+        for (int c = 0; c < p.c; ++c) {
+          for (int pixel = 0; pixel < p.h * p.w; ++pixel) *to++ = static_cast<int32_t>(at + position(p, row, c, pixel));
+        }
+      }
+    }
+  }
+
+  static int64_t position(const Placement& p, int row, int c, int pixel) {
+    if (!p.panel) return row * p.stride + static_cast<int64_t>(pixel) * p.ld + c;
+    const int64_t depth = static_cast<int64_t>(p.h) * p.w * p.ld;
+    return (row / p.panel * depth + static_cast<int64_t>(pixel) * p.ld + c) * p.panel + row % p.panel;
+  }
+
+  Plan& plan;
+  const std::vector<double>& numbers;
+  size_t cursor = 0;
+  int output = 0;
+  Grid input{};
+  std::vector<Parameter> parameters;
+  std::vector<Node> nodes;
+  std::vector<bool> live, flat, moves, depends;
+  std::vector<int> value_of;  // by value of the description
+  std::map<int, std::pair<Placement, int64_t>> placed;
+  int64_t size = 0;
+};
+
+Plan::Plan(const std::vector<double>& description, Layout layout, int element_size)
+    : layout_(layout), element_size_(element_size) {
+  PlanBuilder(*this, description).run();
+}
+
+}  // namespace metafast

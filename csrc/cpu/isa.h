@@ -1,0 +1,24 @@
+// The builds of the inner loop for different instruction sets, and the choice among them.
+#pragma once
+#include "../core/job.h"
+#include "../core/layout.h"
+
+namespace metafast {
+
+template <class T>
+struct Isa {
+  Layout layout;
+  // Elements of memory that `run` needs, aligned to 64 bytes.
+  int64_t (*memory)(const Job<T>&);
+  // Tasks begin..end; tasks k * chunk and on, `chunk` of them, add to sums[k].
+  void (*run)(const Job<T>&, int64_t chunk, int64_t begin, int64_t end, T* memory);
+};
+
+// Names of the builds that this processor can run, the best one first.
+const char* const* isa_names(int& count);
+
+// The build of that name; null: no such build, or not for this processor.
+template <class T>
+const Isa<T>* find_isa(const char* name);
+
+}  // namespace metafast

@@ -1,0 +1,164 @@
+// The Machine that is one core with SIMD. Maps and reductions take a function of a pack of channels that returns the
+// function to apply to each of its elements, so what belongs to a channel stays in registers.
+#pragma once
+#include "../core/program.h"
+#include "simd.h"
+
+namespace METAFAST_NAMESPACE {
+
+// A contraction is a sum of products: of activations and weights, or (for weight gradients) of activations and adjoints.
+template <class T>
+struct Term {
+  const T *a, *weights;
+};
+
+template <class T>
+struct Pair {
+  const T *x, *g;
+};
+
+template <class T>
+class Core : public Simd<T> {
+ public:
+  using Simd<T>::lanes;
+  using typename Simd<T>::Pack;
+  using Term = METAFAST_NAMESPACE::Term<T>;
+  using Pair = METAFAST_NAMESPACE::Pair<T>;
+
+  // `workspace` holds workspace_size elements.
+  Core(const Program& program, T* workspace);
+
+  static long pixel(const Grid& grid, int sample, int y, int x) {
+    return ((static_cast<long>(sample) * grid.h + y) * grid.w + x) * grid.ld;
+  }
+
+  template <class F>
+  void each(long size, const F& f) const {
+    for (long i = 0; i < size; i += lanes) f(i);
+  }
+
+  // f(channel) gives what is done at each pixel. Pixels go in blocks that stay in the first-level cache.
+  template <class F>
+  void channels(long rows, int ld, const F& f) const {
+    for (long block = 0; block < rows; block += block_rows) {
+      const long end = block + block_rows < rows ? block + block_rows : rows;
+      for (int ch = 0; ch < ld; ch += lanes) {
+        const auto at_pixel = f(ch);
+        for (long row = block; row < end; ++row) at_pixel(row * ld + ch);
+      }
+    }
+  }
+
+  // out[k][channel] = sum over pixels of K quantities. Blocks are summed in the real type, their sums in double.
+  template <int K, class F>
+  void reduce(long rows, int ld, T* out, bool add, const F& f) const {
+    for (int ch = 0; ch < ld; ch += lanes) {
+      const auto at_pixel = f(ch);
+      double total[K][lanes] = {};
+      for (long block = 0; block < rows; block += block_rows) {
+        const long end = block + block_rows < rows ? block + block_rows : rows;
+        Pack even[K] = {}, odd[K] = {};
+        long row = block;
+        for (; row + 1 < end; row += 2) {
+          at_pixel(row * ld + ch, even);
+          at_pixel((row + 1) * ld + ch, odd);
+        }
+        if (row < end) at_pixel(row * ld + ch, even);
+        for (int k = 0; k < K; ++k) {
+          const Pack sum = even[k] + odd[k];
+          for (int lane = 0; lane < lanes; ++lane) total[k][lane] += sum[lane];
+        }
+      }
+      for (int k = 0; k < K; ++k) {
+        Pack sum{};
+        for (int lane = 0; lane < lanes; ++lane) sum[lane] = static_cast<T>(total[k][lane]);
+        Simd<T>::put(out + static_cast<long>(k) * ld + ch, sum, add);
+      }
+    }
+  }
+
+  // The sum over all elements of f(i).
+  template <class F>
+  T total(long size, const F& f) const {
+    double sum = 0;
+    for (long block = 0; block < size; block += block_rows * lanes) {
+      const long end = block + block_rows * lanes < size ? block + block_rows * lanes : size;
+      Pack part{};
+      for (long i = block; i < end; i += lanes) part += f(i);
+      sum += Simd<T>::sum(part);
+    }
+    return static_cast<T>(sum);
+  }
+
+  // f(sample, offset, y, x) at each pixel.
+  template <class F>
+  void pixels(const Grid& grid, int n, const F& f) const {
+    for (int sample = 0; sample < n; ++sample)
+      for (int y = 0; y < grid.h; ++y)
+        for (int x = 0; x < grid.w; ++x) f(sample, pixel(grid, sample, y, x), y, x);
+  }
+
+  // f(sample, offset of the output, top, left of the window) for each window of a pooling.
+  template <class F>
+  void windows(const Op& op, int n, const F& f) const {
+    const Window& w = op.window;
+    pixels(op.y, n, [&](int sample, long out, int y, int x) { f(sample, out, y * w.sy - w.py, x * w.sx - w.px); });
+  }
+
+  // f(channel) gives what is done to each 2x2 window: of the offset of the output and the four of the input.
+  template <class F>
+  void quads(const Op& op, int n, const F& f) const {
+    const long ld = op.x.ld, across = op.x.w * ld;
+    for (int sample = 0; sample < n; ++sample) {
+      for (int y = 0; y < op.y.h; ++y) {
+        for (int ch = 0; ch < ld; ch += lanes) {
+          const auto at_window = f(ch);
+          long out = pixel(op.y, sample, y, 0) + ch, in = pixel(op.x, sample, 2 * y, 0) + ch;
+          for (int x = 0; x < op.y.w; ++x, out += ld, in += 2 * ld) {
+            const long corners[4] = {in, in + ld, in + across, in + across + ld};
+            at_window(out, corners);
+          }
+        }
+      }
+    }
+  }
+
+  // f(channel) gives what is done at each pixel of an odd last row or column, which no 2x2 window covers.
+  template <class F>
+  void leftovers(const Op& op, int n, const F& f) const {
+    const Grid& g = op.x;
+    if (2 * op.y.h == g.h && 2 * op.y.w == g.w) return;
+    for (int ch = 0; ch < g.ld; ch += lanes) {
+      const auto at_pixel = f(ch);
+      for (int sample = 0; sample < n; ++sample) {
+        for (int y = 0; y < g.h; ++y) {
+          for (int x = y < 2 * op.y.h ? 2 * op.y.w : 0; x < g.w; ++x) at_pixel(pixel(g, sample, y, x) + ch);
+        }
+      }
+    }
+  }
+
+  // Sets the channels behind the last one to zero.
+  void clear_padding(const Grid& grid, int n, T* y) const {
+    const int last = grid.ld - lanes, real = grid.c - last;
+    if (real == lanes) return;
+    pixels(grid, n, [&](int, long out, int, int) {
+      Simd<T>::store(y + out + last, Simd<T>::first(Simd<T>::load(y + out + last), real));
+    });
+  }
+
+  // y = sum of terms W * a, plus a bias.
+  void correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const;
+  // g_x (+)= sum of terms W *' a.
+  void correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const;
+  // g_W += sum of pairs g (x) x.
+  void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const;
+
+  static long workspace_size(const Program& program);
+
+ private:
+  static constexpr int block_rows = 64;
+  T *zeros, *packed, *transformed;
+};
+
+}  // namespace METAFAST_NAMESPACE

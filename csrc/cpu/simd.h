@@ -1,0 +1,121 @@
+// Packs of lanes through the compiler's vector extensions: one source for SSE, AVX2, AVX-512 and NEON.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if !defined(METAFAST_NAMESPACE) || !defined(METAFAST_VECTOR_BYTES)
+#error "inner_loop.cpp is built once for each instruction set with METAFAST_NAMESPACE and METAFAST_VECTOR_BYTES"
+#endif
+
+namespace METAFAST_NAMESPACE {
+
+// The vector types, spelt out: attributes on dependent types do not survive overload resolution.
+template <class T>
+struct Vectors;
+template <>
+struct Vectors<float> {
+  using Integer = int32_t;
+  typedef float Pack __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef int32_t Index __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
+};
+template <>
+struct Vectors<double> {
+  using Integer = int64_t;
+  typedef double Pack __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef int64_t Index __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
+};
+
+template <class T>
+struct Simd {
+  using Real = T;
+  using Integer = typename Vectors<T>::Integer;
+  using Pack = typename Vectors<T>::Pack;
+  using Index = typename Vectors<T>::Index;
+  using Bytes = typename Vectors<T>::Bytes;
+  static constexpr int lanes = METAFAST_VECTOR_BYTES / sizeof(T);
+
+  static Pack load(const T* p) {
+    Pack v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(T* p, Pack v) { std::memcpy(p, &v, sizeof v); }
+  static void put(T* p, Pack v, bool add) { store(p, add ? load(p) + v : v); }
+  static Pack broadcast(T x) { return x - Pack{}; }
+  static Pack lowest() { return broadcast(-std::numeric_limits<T>::infinity()); }
+
+  static Pack select(Index mask, Pack a, Pack b) { return mask ? a : b; }
+
+  static Index no_winner() { return Index{}; }
+  static Index choose(Index mask, Integer a, Index b) { return mask ? Index{} + a : b; }
+  static Index load_winner(const uint8_t* p) {
+    Bytes bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Index);
+  }
+  static void store_winner(uint8_t* p, Index v) {
+    const Bytes bytes = __builtin_convertvector(v, Bytes);
+    std::memcpy(p, &bytes, sizeof bytes);
+  }
+
+  // The first `count` lanes, zeros behind them.
+  static Pack first(Pack v, int count) {
+    if (count >= lanes) return v;
+    for (int i = count < 0 ? 0 : count; i < lanes; ++i) v[i] = 0;
+    return v;
+  }
+
+  static T sum(Pack v) {
+    T total = 0;
+    for (int i = 0; i < lanes; ++i) total += v[i];
+    return total;
+  }
+
+  static T exp(T x) { return std::exp(x); }
+  static T log(T x) { return std::log(x); }
+  static T rsqrt(T x) { return 1 / std::sqrt(x); }
+  static Pack exp(Pack v) { return by_lane(v, [](T x) { return std::exp(x); }); }
+  static Pack tanh(Pack v) { return by_lane(v, [](T x) { return std::tanh(x); }); }
+  static Pack erf(Pack v) { return by_lane(v, [](T x) { return std::erf(x); }); }
+  static Pack rsqrt(Pack v) { return by_lane(v, [](T x) { return 1 / std::sqrt(x); }); }
+
+  // Rows become columns, in place: blocks of 2^k across the diagonal change places, from the largest to single lanes.
+  static void transpose(Pack (&rows)[lanes]) { swap_blocks<lanes / 2>(rows); }
+
+ private:
+  template <class F>
+  static Pack by_lane(Pack v, const F& f) {
+    for (int i = 0; i < lanes; ++i) v[i] = f(v[i]);
+    return v;
+  }
+
+  template <int B>
+  static void swap_blocks(Pack (&rows)[lanes]) {
+    for (int i = 0; i < lanes; ++i) {
+      if (i & B) continue;
+      const Pack a = rows[i], b = rows[i + B];
+      rows[i] = upper<B>(a, b, std::make_index_sequence<lanes>{});
+      rows[i + B] = lower<B>(a, b, std::make_index_sequence<lanes>{});
+    }
+    if constexpr (B > 1) swap_blocks<B / 2>(rows);
+  }
+
+  template <int B, size_t... L>
+  static Pack upper(Pack a, Pack b, std::index_sequence<L...>) {
+    return __builtin_shufflevector(a, b, (static_cast<int>(L) & B ? lanes + static_cast<int>(L) - B
+                                                                  : static_cast<int>(L))...);
+  }
+
+  template <int B, size_t... L>
+  static Pack lower(Pack a, Pack b, std::index_sequence<L...>) {
+    return __builtin_shufflevector(a, b, (static_cast<int>(L) & B ? lanes + static_cast<int>(L)
+                                                                  : static_cast<int>(L) + B)...);
+  }
+};
+
+}  // namespace METAFAST_NAMESPACE
