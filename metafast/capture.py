@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -24,11 +25,18 @@ from metafast.recognise import Match, recognise
 
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "__len__"}
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
-_TUPLE_MAKERS = {"chunk", "split", "unbind", "tensor_split", "topk", "sort", "unsafe_chunk"}
+_TUPLE_MAKERS = {"chunk", "split", "unbind", "tensor_split", "topk", "sort", "unsafe_chunk", "max", "min", "median",
+                 "kthvalue", "mode", "cummax", "cummin", "aminmax", "var_mean", "std_mean"}  # fmt: skip
 _VIEWS = {"view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "expand", "t", "narrow",
           torch.flatten, torch.reshape, torch.transpose, torch.permute, operator.getitem}  # fmt: skip
 _RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rand_like",
-           "randn_like", "bernoulli", "multinomial", "rand", "randn", "normal", "randint"}  # fmt: skip
+           "randn_like", "bernoulli", "multinomial", "rand", "randn", "normal", "randint", "randperm", "uniform",
+           "random", "exponential"}  # fmt: skip
+_REMEDIES = {
+    "'len' is not supported": "use x.size(0) in the place of len(x)",
+    "item assignment": "an in-place write has no place in a Program; build the tensor with torch.where or torch.cat",
+}
+_NO_BRANCHES = "It may not branch or loop on tensor values; use torch.where, or move the choice to __init__"
 
 
 class CaptureError(TypeError):
@@ -40,6 +48,11 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return not list(module.children()) or super().is_leaf_module(module, qualified_name)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        """Options of ``forward`` that have default values are fixed at those."""
+        function, proxies = super().create_args_for_root(*args, **kwargs)
+        return function, [p.node.args[0] if isinstance(p, fx.Proxy) and p.node.args else p for p in proxies]
 
 
 def capture(
@@ -68,25 +81,36 @@ def capture(
 
 def _trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
     tracer = _Tracer()
+    drawn = torch.get_rng_state()
     try:
-        return tracer.trace(model), tracer.root
+        graph = tracer.trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError, IndexError) as error:
+        remedy = next((r for symptom, r in _REMEDIES.items() if symptom in str(error)), _NO_BRANCHES)
         raise CaptureError(
-            f"the forward pass of {type(model).__name__} cannot be captured at {_user_line(error)}: {error}. "
-            "It may not branch or loop on tensor values; use torch.where, or move the choice to __init__"
+            f"the forward pass of {type(model).__name__} cannot be captured at {_user_line(error)}: {error}. {remedy}"
         ) from error
+    if not torch.equal(drawn, torch.get_rng_state()):
+        raise CaptureError(
+            f"the forward pass of {type(model).__name__} draws random numbers; they have no exact meta-gradient: draw "
+            "them in __init__ or take them out"
+        )
+    return graph, tracer.root
 
 
 def _user_line(error: BaseException) -> str:
-    library = os.path.dirname(torch.__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
-    frames = [f for f in frames if f.filename != __file__]
-    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "an unknown line"
+    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    return _last_user_line(frames) or "an unknown line"
 
 
 def _node_line(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    return " ".join(lines[-2:]) if lines else f"node {node.name}"
+    frames = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.stack_trace or "")
+    return _last_user_line(frames) or f"node {node.name}"
+
+
+def _last_user_line(frames: Iterable[tuple[Any, ...]]) -> str:
+    library = os.path.dirname(torch.__file__)
+    own = [f"{name}:{number} ({line})" for name, number, line in frames if not name.startswith((library, __file__))]
+    return own[-1] if own else ""
 
 
 class _Builder:
@@ -105,6 +129,7 @@ class _Builder:
         self.output = 0
 
     def visit(self, node: fx.Node) -> None:
+        self._refuse_random(node)
         if node.op == "placeholder":
             self._placeholder(node)
         elif node.op == "get_attr":
@@ -162,12 +187,12 @@ class _Builder:
             self.sizes.add(node)
             return True
         taken_apart = bool(node.users) and all(
-            user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
+            user.target is getattr or (user.target is operator.getitem and isinstance(user.args[1], int))
+            for user in node.users
         )
         return taken_apart and (_makes_tuple(node) or node.op == "call_module")
 
     def _layer(self, node: fx.Node) -> None:
-        self._refuse_random(node)
         self._refuse_in_place(node)
         match = recognise(node, self._module(node), self.attribute, self.bn)
         if match is None:
@@ -195,8 +220,8 @@ class _Builder:
 
     def _refuse_random(self, node: fx.Node) -> None:
         module = self._module(node)
-        drawing = isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-        if node.op != "call_module" and getattr(node.target, "__name__", str(node.target)) in _RANDOM:
+        drawing = module is not None and any(_draws(m) for m in module.modules())
+        if node.op != "call_module" and getattr(node.target, "__name__", str(node.target)).rstrip("_") in _RANDOM:
             drawing = _is_drawing(node)
         if drawing:
             raise CaptureError(
@@ -236,12 +261,17 @@ def _reads_size(node: fx.Node) -> bool:
         return node.target in _SIZE_METHODS
     if node.op != "call_function":
         return False
-    return node.target is len or (node.target is getattr and node.args[1] in _SIZE_ATTRIBUTES)
+    return node.target is getattr and node.args[1] in _SIZE_ATTRIBUTES
 
 
 def _makes_tuple(node: fx.Node) -> bool:
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in _TUPLE_MAKERS and node.op in ("call_method", "call_function")
+
+
+def _draws(module: nn.Module) -> bool:
+    share = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0)
+    return module.training and (isinstance(module, nn.RReLU) or (isinstance(share, float | int) and share > 0))
 
 
 def _is_drawing(node: fx.Node) -> bool:

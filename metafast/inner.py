@@ -17,6 +17,10 @@ _ONCE = (
     "a meta-gradient of metafast can be differentiated once: it is computed by a sweep that records no graph. "
     "For higher orders call learner(tasks, create_graph=True): it records the reference path, which has every order"
 )
+_MOVED = (
+    "the running statistics of batch norm have changed since learner(tasks) was called; call loss.backward() before "
+    "the next batch, or use learner.backward(tasks), which does both"
+)
 
 
 class _Once(torch.autograd.Function):
@@ -38,6 +42,10 @@ def _once(gradient: Tensor | None, *sources: Tensor) -> Tensor | None:
     return _Once.apply(gradient, *sources)
 
 
+def _versions(program: Program) -> list[int]:
+    return [constant._version for node in program.nodes for constant in node.constants]
+
+
 class Adapt(torch.autograd.Function):
     """``theta_0 [P], lr -> theta_1 .. theta_S``, each ``[T, P]``: ``theta_{s+1} = theta_s - lr_s grad L(theta_s)``."""
 
@@ -48,6 +56,7 @@ class Adapt(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         trajectory = executor.adapt(program, params.detach(), lr.detach(), support, steps)
         ctx.save_for_backward(params, lr, trajectory)
+        ctx.versions = _versions(program)
         ctx.executor, ctx.program, ctx.support, ctx.first_order = executor, program, support, first_order
         ctx.set_materialize_grads(False)
         return trajectory.unbind(0)[1:]
@@ -55,6 +64,8 @@ class Adapt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
         params, lr, trajectory = ctx.saved_tensors
+        if ctx.versions != _versions(ctx.program):
+            raise RuntimeError(_MOVED)
         v = torch.zeros_like(trajectory)
         for step, adjoint in enumerate(adjoints):
             if adjoint is not None:

@@ -206,12 +206,11 @@ def _call_reshape(call: _Call) -> Match | None:
         return None
     first = sizes[0]
     by_method = first.target == "size" and first.args == (x, 0)
-    by_length = first.target is len and first.args == (x,)
     by_shape = (
         first.target is operator.getitem and first.args[1] == 0 and isinstance(first.args[0], fx.Node)
         and first.args[0].target is getattr and first.args[0].args == (x, "shape")
     )  # fmt: skip
-    return _plain(Flatten(), call) if by_method or by_length or by_shape else None
+    return _plain(Flatten(), call) if by_method or by_shape else None
 
 
 _CALLS: dict[str, Callable[[_Call], Match | None]] = {

@@ -6,6 +6,7 @@ namespace metafast {
 // What memory looks like to one build of a Machine.
 struct Layout {
   int32_t lanes, panel;  // elements in a pack, and in a panel of weights
+  bool rows = false;     // each row of a weight is one panel, an odd number of packs: no two meet in a memory bank
 };
 
 }  // namespace metafast

@@ -117,7 +117,8 @@ class PlanBuilder {
       }
     }
     if (reads[output]) refuse("the model hands on its input unchanged");
-    input.ld = contractions ? input.c : round_up(input.c, lanes);
+    const bool dense = !plan.layout_.rows && (input.c < lanes || input.h * input.w == 1);
+    input.ld = contractions && dense ? input.c : round_up(input.c, lanes);
     Program& p = plan.program_;
     if (contractions && border && py >= 0) {
       p.border_y = py, p.border_x = px;
@@ -206,7 +207,7 @@ class PlanBuilder {
     op.window = {1, 1, 1, 1, 0, 0, 1, 1};
     op.x = {1, 1, x.h * x.w * x.ld, x.h * x.w * x.ld};
     op.y = {1, 1, outputs, round_up(outputs, plan.layout_.lanes)};
-    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, x.ld, plan.layout_.panel, 0, 0});
+    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, x.ld, panel(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
   }
 
@@ -222,7 +223,7 @@ class PlanBuilder {
             outputs, round_up(outputs, lanes)};
     if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
       refuse("a convolution whose window is larger than its padded input");
-    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, plan.layout_.panel, 0, 0});
+    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, panel(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
   }
 
@@ -325,13 +326,18 @@ class PlanBuilder {
     op.backward = gather(std::move(classes));
   }
 
+  int panel(int outputs) const {
+    const Layout& l = plan.layout_;
+    return l.rows ? (round_up(outputs, l.lanes) / l.lanes | 1) * l.lanes : l.panel;
+  }
+
   Slot place(int index, Placement p) {
     if (index < 0) return {-1, 0, 0, 0, false};
     const Parameter& parameter = parameters[index];
     const int panel = plan.layout_.panel;
     if (static_cast<int64_t>(p.rows) * p.c * p.h * p.w != parameter.size) refuse("a parameter of another size than its layer");
     p.stride = round_up(p.h * p.w * p.ld, panel);
-    p.size = p.panel ? static_cast<int64_t>(round_up(p.rows, panel)) * p.h * p.w * p.ld : p.rows * p.stride;
+    p.size = p.panel ? static_cast<int64_t>(round_up(p.rows, p.panel)) * p.h * p.w * p.ld : p.rows * p.stride;
     if (placed.count(index)) {
       if (!(placed[index].first == p)) refuse("a parameter that two layers share in different layouts");
     } else {

@@ -26,48 +26,50 @@ class Sweep {
  public:
   using T = typename M::Real;
 
-  Sweep(M& machine, const Program& program, const T* constants) : m(machine), program(program), constants(constants) {}
+  METAFAST_DEVICE Sweep(M& machine, const Program& program, const T* constants)
+      : m(machine), program(program), constants(constants) {}
 
-  void forward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, int step) const {
+  METAFAST_DEVICE void forward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, int step) const {
     for (int k = 0; k < program.n_ops; ++k) {
       const Frame<M> f = frame(tape, batch, k, {theta, nullptr, nullptr, step, false});
-      with_rules(f.op.kind, [&](auto rules) { rules.forward(f); });
+      with_rules<M>(f.op.kind, [&](auto rules) { rules.forward(f); });
     }
   }
 
-  double loss(const Tape<T>& tape, const Batch<T>& batch) const {
+  METAFAST_DEVICE double loss(const Tape<T>& tape, const Batch<T>& batch) const {
     double value = 0;
     with_loss(program.loss, [&](auto rules) { value = rules.forward(loss_frame(tape, batch)); });
     return value;
   }
 
   // Adds the gradient to `grad`: of the adapted parameters, or of all. No `grad`: leaves the adjoints on the tape.
-  void backward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, int step, T* grad, bool all) const {
+  METAFAST_DEVICE void backward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, int step, T* grad,
+                            bool all) const {
     if (tape.pass->adjoint[program.output] < 0) return;
     with_loss(program.loss, [&](auto rules) { rules.backward(loss_frame(tape, batch)); });
     for (int k = program.n_ops - 1; k >= 0; --k) {
       const Frame<M> f = frame(tape, batch, k, {theta, nullptr, grad, step, all});
-      if (f.g_y) with_rules(f.op.kind, [&](auto rules) { rules.backward(f); });
+      if (f.g_y) with_rules<M>(f.op.kind, [&](auto rules) { rules.backward(f); });
     }
   }
 
   // Adds to `product` the Hessian of the loss of the pass on the tape times u, for all parameters; u is zero where a
   // parameter is not adapted.
-  void hessian_times(const Tape<T>& tape, const Batch<T>& batch, const T* theta, const T* u, int step,
+  METAFAST_DEVICE void hessian_times(const Tape<T>& tape, const Batch<T>& batch, const T* theta, const T* u, int step,
                      T* product) const {
     if (!program.moving[program.output]) return;
     for (int k = 0; k < program.n_ops; ++k) {
       const Frame<M> f = frame(tape, batch, k, {theta, u, nullptr, step, true});
-      if (f.yd) with_rules(f.op.kind, [&](auto rules) { rules.tangent_forward(f); });
+      if (f.yd) with_rules<M>(f.op.kind, [&](auto rules) { rules.tangent_forward(f); });
     }
     with_loss(program.loss, [&](auto rules) { rules.tangent_backward(loss_frame(tape, batch)); });
     for (int k = program.n_ops - 1; k >= 0; --k) {
       const Frame<M> f = frame(tape, batch, k, {theta, u, product, step, true});
-      if (f.gd_y) with_rules(f.op.kind, [&](auto rules) { rules.tangent_backward(f); });
+      if (f.gd_y) with_rules<M>(f.op.kind, [&](auto rules) { rules.tangent_backward(f); });
     }
   }
 
-  const T* outputs(const Tape<T>& tape, const Batch<T>& batch) const { return value(tape, batch, program.output); }
+  METAFAST_DEVICE const T* outputs(const Tape<T>& tape, const Batch<T>& batch) const { return value(tape, batch, program.output); }
 
  private:
   struct With {
@@ -77,15 +79,15 @@ class Sweep {
     bool all;
   };
 
-  static T* at(T* base, const int64_t* offsets, int index) {
+  METAFAST_DEVICE static T* at(T* base, const int64_t* offsets, int index) {
     return base && index >= 0 && offsets[index] >= 0 ? base + offsets[index] : nullptr;
   }
 
-  static const T* value(const Tape<T>& tape, const Batch<T>& batch, int v) {
+  METAFAST_DEVICE static const T* value(const Tape<T>& tape, const Batch<T>& batch, int v) {
     return v == 0 ? batch.x : at(tape.base, tape.pass->value, v);
   }
 
-  Frame<M> frame(const Tape<T>& tape, const Batch<T>& batch, int k, const With& with) const {
+  METAFAST_DEVICE Frame<M> frame(const Tape<T>& tape, const Batch<T>& batch, int k, const With& with) const {
     const Op& op = program.ops[k];
     const Pass& pass = *tape.pass;
     Frame<M> f{m, op, pass.n, with.step, with.theta, with.u, constants, with.grad, with.all,
@@ -104,7 +106,7 @@ class Sweep {
     return f;
   }
 
-  LossFrame<M> loss_frame(const Tape<T>& tape, const Batch<T>& batch) const {
+  METAFAST_DEVICE LossFrame<M> loss_frame(const Tape<T>& tape, const Batch<T>& batch) const {
     const Pass& pass = *tape.pass;
     const int out = program.output;
     return {m, program.out, pass.n, batch.labels, batch.targets, at(tape.base, pass.saved, program.n_ops),

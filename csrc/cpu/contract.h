@@ -2,15 +2,26 @@
 #pragma once
 #include "direct.h"
 #include "machine.h"
+#include "winograd.h"
 
 namespace METAFAST_NAMESPACE {
 
-inline long image_size(const Grid& g) { return static_cast<long>(g.h) * g.w * g.ld; }
+static inline long image_size(const Grid& g) { return static_cast<long>(g.h) * g.w * g.ld; }
 
 template <class T>
 void Core<T>::correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
   using D = Direct<T>;
+  using W = Winograd<T>;
   const Window& w = op.window;
+  if (W::pays(w, op.x, op.y, n, count)) {
+    const long size = W::weights_size(op.x.ld, op.y.ld);
+    Term transforms[2];
+    for (int t = 0; t < count; ++t) {
+      transforms[t] = {terms[t].a, transformed + t * size};
+      W::transform_weights(terms[t].weights, op.x.ld, op.y.ld, false, transformed + t * size);
+    }
+    return W::correlate(op.x, op.y, w.py, w.px, n, transforms, count, bias, false, zeros, y, transformed + 2 * size);
+  }
   const long depth = static_cast<long>(w.kh) * w.kw * op.x.ld;
   D::product({op.forward, image_size(op.x), zeros}, n, terms, count, depth, op.y.ld,
              {y, image_size(op.y), bias, false});
@@ -19,6 +30,7 @@ void Core<T>::correlate(const Op& op, int n, const Term* terms, int count, const
 template <class T>
 void Core<T>::correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const {
   using D = Direct<T>;
+  using W = Winograd<T>;
   const int taps = op.window.kh * op.window.kw;
   const long depth = static_cast<long>(taps) * op.y.ld;
   const long size = depth * ((op.x.ld + D::panel - 1) / D::panel) * D::panel;
@@ -26,6 +38,15 @@ void Core<T>::correlate_transposed(const Op& op, int n, const Term* terms, int c
   for (int t = 0; t < count; ++t) {
     transposed[t] = {terms[t].a, packed + t * size};
     D::transpose_weights(terms[t].weights, taps, op.x.ld, op.y.ld, packed + t * size);
+  }
+  if (W::pays(op.window, op.y, op.x, n, count)) {
+    const long space = W::weights_size(op.y.ld, op.x.ld);
+    for (int t = 0; t < count; ++t) {
+      W::transform_weights(transposed[t].weights, op.y.ld, op.x.ld, true, transformed + t * space);
+      transposed[t].weights = transformed + t * space;
+    }
+    return W::correlate(op.y, op.x, 2 - op.window.py, 2 - op.window.px, n, transposed, count, nullptr, add, zeros, g_x,
+                        transformed + 2 * space);
   }
   for (int c = 0; c < op.classes; ++c) {
     D::product({op.backward + c, image_size(op.y), zeros}, n, transposed, count, depth, op.x.ld,
@@ -39,6 +60,9 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
   constexpr int run_pixels = 256;  // what stays in the first-level cache beside a panel of the result
   const Window& w = op.window;
   const Grid &gx = op.x, &gy = op.y;
+  if (Winograd<T>::pays(w, gx, gy, n, 1)) {
+    return Winograd<T>::outer(gx, gy, w.py, w.px, n, pairs, count, zeros, g_w, transformed);
+  }
   const long depth = static_cast<long>(w.kh) * w.kw * gx.ld;
   const int image = gy.h * gy.w;
   const int samples = image < run_pixels ? run_pixels / image : 1;
@@ -73,37 +97,47 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
   }
 }
 
-// Of one operation: the longest run of zeros, and the packed weights of two terms.
-template <class T>
-void needs(const Op& op, long& zeros, long& packed) {
-  if (op.kind != Kind::conv2d) return;
-  constexpr int panel = Direct<T>::panel;
-  const long length = op.forward->length > op.y.ld ? op.forward->length : op.y.ld;
-  const long weights = static_cast<long>(op.window.kh) * op.window.kw * op.y.ld * ((op.x.ld + panel - 1) / panel) * panel;
-  if (length > zeros) zeros = length;
-  if (2 * weights > packed) packed = 2 * weights;
-}
+// The parts of the workspace, in elements: a run of zeros as long as any that is read, transposed weights of two terms,
+// and the transforms of Winograd's way.
+struct Parts {
+  long zeros, packed, transformed;
+};
 
 template <class T>
-void needs(const Program& program, long& zeros, long& packed) {
-  zeros = packed = 0;
-  for (int k = 0; k < program.n_ops; ++k) needs<T>(program.ops[k], zeros, packed);
-  zeros = (zeros + 15) / 16 * 16;
+Parts parts(const Program& program) {
+  using W = Winograd<T>;
+  constexpr int panel = Direct<T>::panel;
+  const auto larger = [](long a, long b) { return a > b ? a : b; };
+  Parts need{0, 0, 0};
+  for (int k = 0; k < program.n_ops; ++k) {
+    const Op& op = program.ops[k];
+    if (op.kind != Kind::conv2d) continue;
+    const int x = op.x.ld, y = op.y.ld, taps = op.window.kh * op.window.kw;
+    need.zeros = larger(need.zeros, larger(op.forward->length, larger(x, y)));
+    need.packed = larger(need.packed, 2L * taps * y * ((x + panel - 1) / panel) * panel);
+    if (taps != 9) continue;
+    const long weights = larger(W::weights_size(x, y), W::weights_size(y, x));
+    const long tiles = 2 * W::points * (W::point_stride(x) + W::point_stride(y)) + W::points * W::block * panel;
+    need.transformed = larger(need.transformed, 2 * weights + tiles);
+  }
+  need.zeros = (need.zeros + 15) / 16 * 16;
+  need.packed = (need.packed + 15) / 16 * 16;
+  return need;
 }
 
 template <class T>
 long Core<T>::workspace_size(const Program& program) {
-  long zeros, packed;
-  needs<T>(program, zeros, packed);
-  return zeros + packed;
+  const Parts need = parts<T>(program);
+  return need.zeros + need.packed + need.transformed;
 }
 
 template <class T>
-Core<T>::Core(const Program& program, T* workspace) : zeros(workspace), transformed(nullptr) {
-  long n_zeros, n_packed;
-  needs<T>(program, n_zeros, n_packed);
-  packed = workspace + n_zeros;
-  std::memset(zeros, 0, n_zeros * sizeof(T));
+Core<T>::Core(const Program& program, T* workspace) {
+  const Parts need = parts<T>(program);
+  zeros = workspace;
+  packed = zeros + need.zeros;
+  transformed = packed + need.packed;
+  std::memset(zeros, 0, need.zeros * sizeof(T));
 }
 
 }  // namespace METAFAST_NAMESPACE

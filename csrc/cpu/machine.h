@@ -25,6 +25,9 @@ class Core : public Simd<T> {
   using Term = METAFAST_NAMESPACE::Term<T>;
   using Pair = METAFAST_NAMESPACE::Pair<T>;
 
+  template <class Rules>
+  static constexpr bool runs = true;
+
   // `workspace` holds workspace_size elements.
   Core(const Program& program, T* workspace);
 
@@ -75,6 +78,27 @@ class Core : public Simd<T> {
         Simd<T>::put(out + static_cast<long>(k) * ld + ch, sum, add);
       }
     }
+  }
+
+  // f(team, sample): a team runs the maps and sums of one sample.
+  template <class F>
+  void samples(int n, const F& f) const {
+    for (int s = 0; s < n; ++s) f(*this, s);
+  }
+
+  static void set(T& to, T value) { to = value; }
+
+  // f(sample), for what is a few scalars a sample.
+  template <class F>
+  void rows(int n, const F& f) const {
+    for (int s = 0; s < n; ++s) f(s);
+  }
+
+  template <class F>
+  double sum_rows(int n, const F& f) const {
+    double sum = 0;
+    for (int s = 0; s < n; ++s) sum += f(s);
+    return sum;
   }
 
   // The sum over all elements of f(i).

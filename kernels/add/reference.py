@@ -12,30 +12,32 @@ from ..terms import total
 
 @dataclass(frozen=True)
 class Add(Layer):
-    """``y = a + b``, axes of length one broadcast: ``g_a = g``, ``g_b = g``, summed to their shapes."""
+    """``y = a + b`` with torch's broadcasting within a task: ``g_a = g``, ``g_b = g``, summed to their shapes."""
 
     stem = "add"
 
     def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
-        a, b = inputs
-        if a.dim() != b.dim():
-            raise ValueError(
-                f"the model adds values of shapes {tuple(a.shape[1:])} and {tuple(b.shape[1:])}; with the task axis in "
-                "front they need the same number of axes: insert axes of length one with unsqueeze"
-            )
-        ctx.shapes = a.shape, b.shape
+        ctx.shapes = [x.shape for x in inputs]
+        axes = max(x.dim() for x in inputs)
+        ctx.full = [(shape[0], *(1,) * (axes - len(shape)), *shape[1:]) for shape in ctx.shapes]
+        a, b = self._aligned(ctx, inputs)
         y = a + b
         ctx.y_shape = y.shape
         return y
 
     def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
-        needs = zip(ctx.shapes, ctx.needs_inputs, strict=True)
-        return tuple(g_y.sum_to_size(shape) if needed else None for shape, needed in needs), ()
+        places = zip(ctx.shapes, ctx.full, ctx.needs_inputs, strict=True)
+        return tuple(g_y.sum_to_size(full).reshape(shape) if needed else None for shape, full, needed in places), ()
 
     def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
-        return total(*d_inputs).expand(ctx.y_shape)
+        return total(*self._aligned(ctx, d_inputs)).expand(ctx.y_shape)
 
     def tangent_backward(
         self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         return self.backward(ctx, params, gd_y)
+
+    @staticmethod
+    def _aligned(ctx: Context, values: Tangents) -> list[Tensor | None]:
+        """Axes of length one behind the task axis, as broadcasting within a task would put in front."""
+        return [None if v is None else v.reshape(full) for v, full in zip(values, ctx.full, strict=True)]

@@ -68,6 +68,4 @@ class Derived(Layer):
 
 
 def _zeros_for_none(primals: Tensors, tangents: Tangents) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.zeros_like(p) if t is None else t.expand_as(p) for p, t in zip(primals, tangents, strict=True)
-    )
+    return tuple(torch.zeros_like(p) if t is None else t.expand_as(p) for p, t in zip(primals, tangents, strict=True))

@@ -91,6 +91,7 @@ class Learner(nn.Module):
         self.model, self.steps, self.backend = model, steps, backend
         self.loss, self.bn = as_loss(loss), bn
         self.adapted_names = None if adapt is None else resolve_names(model, adapt)
+        self._captured = self._module_state()
         self.program = self._capture()
         first = next(model.parameters())
         self.rows = self._rows_per_step()
@@ -145,6 +146,16 @@ class Learner(nn.Module):
     def _capture(self) -> Program:
         return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
 
+    def _recapture(self) -> None:
+        """Captures the module again where it was moved (its buffers are other tensors then) or has changed its mode."""
+        state = self._module_state()
+        if len(state) != len(self._captured) or any(a is not b for a, b in zip(state, self._captured, strict=True)):
+            self.program, self._captured = self._capture(), state
+            self._seen.clear()
+
+    def _module_state(self) -> list[object]:
+        return [*self.model.buffers(), *(module.training for module in self.model.modules())]
+
     def _named(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
 
@@ -159,12 +170,12 @@ class Learner(nn.Module):
 
     def _prepare(self, tasks: TaskBatch) -> Choice:
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+        self._recapture()
         x, masked = tasks.support_x, tasks.support_mask is not None or tasks.query_mask is not None
         key = (*x.shape, tasks.query_x.shape[1], x.dtype, x.device, masked)
         first = key not in self._seen
         if first:
             check_like(tasks, self)
-            self.program = self._capture()  # the module's buffers are other tensors once it has been moved
             probe = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
             if probe.shape[:2] != (1, x.shape[1]):
                 raise ValueError(

@@ -58,6 +58,8 @@ class MAML(Learner):
         but differentiable any number of times.
         """
         choice = self._prepare(tasks)
+        if torch.is_grad_enabled():
+            self._track(tasks)
         theta, rate = self.flat_parameters(), self.rate()
         if create_graph:
             if self.first_order:
@@ -73,13 +75,12 @@ class MAML(Learner):
             for step, weight in weighted:
                 loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, self.program, tasks.query, step)
                 losses = losses + weight * loss
-        if torch.is_grad_enabled():
-            self._track(tasks)
         return LearnerOutput(losses.mean(), losses, outputs)
 
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._prepare(tasks)
+        self._track(tasks)
         rate = self.rate()
         result = choice.executor.meta_gradient(
             self.program,
@@ -94,7 +95,6 @@ class MAML(Learner):
         self._add_gradient(result.grad)
         if rate.requires_grad:
             rate.backward(result.lr_grad)
-        self._track(tasks)
         return LearnerOutput(result.losses.mean(), result.losses, result.outputs)
 
 

@@ -55,9 +55,9 @@ class Reptile(Learner):
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
         choice = self._prepare(tasks)
+        self._track(tasks)
         adapted = self._adapted(choice, tasks.support, self.steps)
         self._add_gradient(self.flat_parameters() - adapted.mean(0))
-        self._track(tasks)
         return self._judge(choice, adapted, tasks)
 
     def _judge(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:

@@ -6,42 +6,40 @@ namespace METAFAST_NAMESPACE {
 
 struct CrossEntropy {
   template <class M>
-  static double forward(const LossFrame<M>& f) {
+  METAFAST_DEVICE static double forward(const LossFrame<M>& f) {
     using T = typename M::Real;
-    double loss = 0;
-    for (int s = 0; s < f.n; ++s) {
+    return f.m.sum_rows(f.n, [&](int s) {
       const T* y = f.y + s * f.grid.ld;
       T* p = f.saved + s * f.grid.ld;
       T top = y[0], sum = 0;
       for (int k = 1; k < f.grid.c; ++k) top = y[k] > top ? y[k] : top;
       for (int k = 0; k < f.grid.c; ++k) sum += p[k] = M::exp(y[k] - top);
       for (int k = 0; k < f.grid.c; ++k) p[k] /= sum;
-      loss += M::log(sum) + top - y[f.labels[s]];
-    }
-    return loss / f.n;
+      return M::log(sum) + top - y[f.labels[s]];
+    }) / f.n;
   }
 
   template <class M>
-  static void backward(const LossFrame<M>& f) {
-    for (int s = 0; s < f.n; ++s) {
+  METAFAST_DEVICE static void backward(const LossFrame<M>& f) {
+    f.m.rows(f.n, [&](int s) {
       const long row = static_cast<long>(s) * f.grid.ld;
       for (int k = 0; k < f.grid.ld; ++k) {
         f.g[row + k] = k < f.grid.c ? (f.saved[row + k] - (k == f.labels[s])) / f.n : 0;
       }
-    }
+    });
   }
 
   template <class M>
-  static void tangent_backward(const LossFrame<M>& f) {
+  METAFAST_DEVICE static void tangent_backward(const LossFrame<M>& f) {
     using T = typename M::Real;
-    for (int s = 0; s < f.n; ++s) {
+    f.m.rows(f.n, [&](int s) {
       const long row = static_cast<long>(s) * f.grid.ld;
       T mean = 0;
       for (int k = 0; k < f.grid.c; ++k) mean += f.saved[row + k] * f.yd[row + k];
       for (int k = 0; k < f.grid.ld; ++k) {
         f.gd[row + k] = k < f.grid.c ? f.saved[row + k] * (f.yd[row + k] - mean) / f.n : 0;
       }
-    }
+    });
   }
 };
 

@@ -3,6 +3,12 @@
 #pragma once
 #include "../program.h"
 
+#ifdef __CUDACC__
+#define METAFAST_DEVICE __device__
+#else
+#define METAFAST_DEVICE
+#endif
+
 namespace METAFAST_NAMESPACE {
 
 // Pointers are null where a thing is not wanted (an adjoint) or zero (a tangent). `grad` takes the adjoints of the
@@ -22,10 +28,10 @@ struct Frame {
   const T *g_y, *gd_y;
   T *g_x[2], *gd_x[2];
 
-  bool wants(const Slot& slot) const { return grad && slot.at >= 0 && (all_params || slot.adapted); }
-  bool moves(const Slot& slot) const { return slot.at >= 0 && slot.adapted; }
-  int pixels(const Grid& grid) const { return n * grid.h * grid.w; }
-  long row(const Slot& slot) const {
+  METAFAST_DEVICE bool wants(const Slot& slot) const { return grad && slot.at >= 0 && (all_params || slot.adapted); }
+  METAFAST_DEVICE bool moves(const Slot& slot) const { return slot.at >= 0 && slot.adapted; }
+  METAFAST_DEVICE int pixels(const Grid& grid) const { return n * grid.h * grid.w; }
+  METAFAST_DEVICE long row(const Slot& slot) const {
     return slot.at + static_cast<long>(step < slot.rows ? step : slot.rows - 1) * slot.stride;
   }
 };
@@ -44,7 +50,7 @@ struct LossFrame {
   const T* yd;
   T* gd;
 
-  long size() const { return static_cast<long>(n) * grid.h * grid.w * grid.ld; }
+  METAFAST_DEVICE long size() const { return static_cast<long>(n) * grid.h * grid.w * grid.ld; }
 };
 
 }  // namespace METAFAST_NAMESPACE

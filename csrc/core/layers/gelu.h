@@ -9,28 +9,28 @@ struct GELU {
   static constexpr bool keeps_zero = true, curved = true;
 
   template <class M>
-  auto value(typename M::Pack x) const {
+  METAFAST_DEVICE auto value(typename M::Pack x) const {
     return x * distribution<M>(x);
   }
 
   template <class M>
-  auto times_slope(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
     return g * (distribution<M>(x) + x * density<M>(x));
   }
 
   template <class M>
-  auto curve(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto curve(typename M::Pack x, typename M::Pack) const {
     return density<M>(x) * (2 - x * x);
   }
 
  private:
   template <class M>
-  static auto distribution(typename M::Pack x) {
+  METAFAST_DEVICE static auto distribution(typename M::Pack x) {
     return typename M::Real(0.5) * (1 + M::erf(x * typename M::Real(0.70710678118654752440)));
   }
 
   template <class M>
-  static auto density(typename M::Pack x) {
+  METAFAST_DEVICE static auto density(typename M::Pack x) {
     return M::exp(typename M::Real(-0.5) * x * x) * typename M::Real(0.39894228040143267794);
   }
 };

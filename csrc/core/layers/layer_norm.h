@@ -8,63 +8,70 @@ struct LayerNorm {
   enum Saved { mean, r, mean_gh, mean_ghxh, mean_xd, c, mean_ghd, bend, saved };
 
   template <class M>
-  static void forward(const Frame<M>& f) {
+  METAFAST_DEVICE static void forward(const Frame<M>& f) {
     using T = typename M::Real;
-    for (int s = 0; s < f.n; ++s) {
+    f.m.samples(f.n, [&](const auto& team, int s) {
       const T* x = f.x[0] + s * width(f);
-      T sum = f.m.total(width(f), [=](long i) { return M::load(x + i); });
+      T sum = team.total(width(f), [=](long i) { return M::load(x + i); });
       const T mu = sum / features(f);
-      sum = f.m.total(width(f), [&](long i) {
+      sum = team.total(width(f), [&](long i) {
         const auto d = real(f, M::load(x + i) - mu, i);
         return d * d;
       });
-      at(f, s, mean) = mu;
-      at(f, s, r) = M::rsqrt(sum / features(f) + T(f.op.eps));
+      team.set(at(f, s, mean), mu);
+      team.set(at(f, s, r), M::rsqrt(sum / features(f) + T(f.op.eps)));
       T* y = f.y + s * width(f);
-      f.m.each(width(f), [&](long i) {
+      team.each(width(f), [&](long i) {
         const auto value = value_of(f, f.op.weight, f.theta, i, 1) * standard(f, s, i);
         M::store(y + i, real(f, value + value_of(f, f.op.bias, f.theta, i, 0), i));
       });
-    }
+    });
   }
 
   template <class M>
-  static void backward(const Frame<M>& f) {
-    for (int s = 0; s < f.n; ++s) {
+  METAFAST_DEVICE static void backward(const Frame<M>& f) {
+    add_adjoints(f, f.g_y, [&](int s, long i) { return M::load(f.g_y + s * width(f) + i) * standard(f, s, i); });
+    f.m.samples(f.n, [&](const auto& team, int s) {
       const auto* g = f.g_y + s * width(f);
       const auto gh = [&](long i) { return value_of(f, f.op.weight, f.theta, i, 1) * M::load(g + i); };
-      at(f, s, mean_gh) = f.m.total(width(f), gh) / features(f);
-      at(f, s, mean_ghxh) = f.m.total(width(f), [&](long i) { return gh(i) * standard(f, s, i); }) / features(f);
-      add_adjoints(f, g, [&](long i) { return M::load(g + i) * standard(f, s, i); });
-      if (!f.g_x[0]) continue;
+      team.set(at(f, s, mean_gh), team.total(width(f), gh) / features(f));
+      team.set(at(f, s, mean_ghxh),
+               team.total(width(f), [&](long i) { return gh(i) * standard(f, s, i); }) / features(f));
+      if (!f.g_x[0]) return;
       auto* g_x = f.g_x[0] + s * width(f);
-      f.m.each(width(f), [&](long i) {
+      team.each(width(f), [&](long i) {
         M::put(g_x + i, at(f, s, r) * real(f, project(f, s, i, gh(i)), i), f.op.add[0]);
       });
-    }
+    });
   }
 
   template <class M>
-  static void tangent_forward(const Frame<M>& f) {
-    for (int s = 0; s < f.n; ++s) {
+  METAFAST_DEVICE static void tangent_forward(const Frame<M>& f) {
+    f.m.samples(f.n, [&](const auto& team, int s) {
       if (f.xd[0]) {
         const auto* xd = f.xd[0] + s * width(f);
-        at(f, s, mean_xd) = f.m.total(width(f), [=](long i) { return M::load(xd + i); }) / features(f);
-        at(f, s, c) =
-            f.m.total(width(f), [&](long i) { return M::load(xd + i) * standard(f, s, i); }) / features(f);
+        team.set(at(f, s, mean_xd), team.total(width(f), [=](long i) { return M::load(xd + i); }) / features(f));
+        team.set(at(f, s, c),
+                 team.total(width(f), [&](long i) { return M::load(xd + i) * standard(f, s, i); }) / features(f));
       }
       auto* yd = f.yd + s * width(f);
-      f.m.each(width(f), [&](long i) {
+      team.each(width(f), [&](long i) {
         auto value = direction(f, f.op.weight, i) * standard(f, s, i) + direction(f, f.op.bias, i);
         if (f.xd[0]) value += value_of(f, f.op.weight, f.theta, i, 1) * tangent(f, s, i);
         M::store(yd + i, real(f, value, i));
       });
-    }
+    });
   }
 
   template <class M>
-  static void tangent_backward(const Frame<M>& f) {
-    for (int s = 0; s < f.n; ++s) {
+  METAFAST_DEVICE static void tangent_backward(const Frame<M>& f) {
+    add_adjoints(f, f.gd_y, [&](int s, long i) {
+      const long at = s * width(f) + i;
+      const auto product = M::load(f.gd_y + at) * standard(f, s, i);
+      return f.xd[0] ? product + M::load(f.g_y + at) * tangent(f, s, i) : product;
+    });
+    if (!f.gd_x[0]) return;
+    f.m.samples(f.n, [&](const auto& team, int s) {
       const auto* gd = f.gd_y + s * width(f);
       const auto* g = f.g_y ? f.g_y + s * width(f) : nullptr;
       const auto gh = [&](long i) { return value_of(f, f.op.weight, f.theta, i, 1) * M::load(g + i); };
@@ -72,18 +79,13 @@ struct LayerNorm {
         const auto value = value_of(f, f.op.weight, f.theta, i, 1) * M::load(gd + i);
         return g ? value + direction(f, f.op.weight, i) * M::load(g + i) : value;
       };
-      add_adjoints(f, gd, [&](long i) {
-        const auto product = M::load(gd + i) * standard(f, s, i);
-        return f.xd[0] ? product + M::load(g + i) * tangent(f, s, i) : product;
-      });
-      if (!f.gd_x[0]) continue;
-      at(f, s, mean_ghd) = f.m.total(width(f), ghd) / features(f);
-      at(f, s, bend) = f.m.total(width(f), [&](long i) {
+      team.set(at(f, s, mean_ghd), team.total(width(f), ghd) / features(f));
+      team.set(at(f, s, bend), team.total(width(f), [&](long i) {
         const auto product = ghd(i) * standard(f, s, i);
         return f.xd[0] ? product + gh(i) * tangent(f, s, i) : product;
-      }) / features(f);
+      }) / features(f));
       auto* gd_x = f.gd_x[0] + s * width(f);
-      f.m.each(width(f), [&](long i) {
+      team.each(width(f), [&](long i) {
         auto inner = ghd(i) - at(f, s, mean_ghd) - standard(f, s, i) * at(f, s, bend);
         if (f.xd[0]) {
           inner -= tangent(f, s, i) * at(f, s, mean_ghxh);
@@ -91,66 +93,71 @@ struct LayerNorm {
         }
         M::put(gd_x + i, at(f, s, r) * real(f, inner, i), f.op.add[0]);
       });
-    }
+    });
   }
 
  private:
   template <class M>
-  static long width(const Frame<M>& f) {
+  METAFAST_DEVICE static long width(const Frame<M>& f) {
     return static_cast<long>(f.op.x.h) * f.op.x.w * f.op.x.ld;
   }
 
   template <class M>
-  static typename M::Real features(const Frame<M>& f) {
+  METAFAST_DEVICE static typename M::Real features(const Frame<M>& f) {
     return static_cast<typename M::Real>(f.op.x.h * f.op.x.w * f.op.x.c);
   }
 
   template <class M>
-  static typename M::Real& at(const Frame<M>& f, int sample, Saved which) {
+  METAFAST_DEVICE static typename M::Real& at(const Frame<M>& f, int sample, Saved which) {
     return f.saved[static_cast<long>(sample) * saved + which];
   }
 
   // A pack with its padding channels set to zero.
   template <class M>
-  static auto real([[maybe_unused]] const Frame<M>& f, typename M::Pack pack, long i) {
+  METAFAST_DEVICE static auto real([[maybe_unused]] const Frame<M>& f, typename M::Pack pack, long i) {
     return M::first(pack, f.op.x.c - static_cast<int>(i % f.op.x.ld));
   }
 
   template <class M>
-  static auto standard(const Frame<M>& f, int s, long i) {
+  METAFAST_DEVICE static auto standard(const Frame<M>& f, int s, long i) {
     return (M::load(f.x[0] + s * width(f) + i) - at(f, s, mean)) * at(f, s, r);
   }
 
   template <class M>
-  static auto project(const Frame<M>& f, int s, long i, typename M::Pack gh) {
+  METAFAST_DEVICE static auto project(const Frame<M>& f, int s, long i, typename M::Pack gh) {
     return gh - at(f, s, mean_gh) - standard(f, s, i) * at(f, s, mean_ghxh);
   }
 
   template <class M>
-  static auto tangent(const Frame<M>& f, int s, long i) {
+  METAFAST_DEVICE static auto tangent(const Frame<M>& f, int s, long i) {
     const auto xd = M::load(f.xd[0] + s * width(f) + i);
     return at(f, s, r) * (xd - at(f, s, mean_xd) - standard(f, s, i) * at(f, s, c));
   }
 
   template <class M>
-  static auto value_of(const Frame<M>& f, const Slot& slot, const typename M::Real* params, long i, int otherwise) {
+  METAFAST_DEVICE static auto value_of(const Frame<M>& f, const Slot& slot, const typename M::Real* params, long i, int otherwise) {
     return slot.at < 0 ? M::broadcast(otherwise) : M::load(params + slot.at + i);
   }
 
   template <class M>
-  static auto direction(const Frame<M>& f, const Slot& slot, long i) {
+  METAFAST_DEVICE static auto direction(const Frame<M>& f, const Slot& slot, long i) {
     return f.moves(slot) ? M::load(f.u + slot.at + i) : M::broadcast(0);
   }
 
+  // Adds g to the adjoint of beta and product(sample, feature) to that of gamma, sample after sample.
   template <class M, class G>
-  static void add_adjoints(const Frame<M>& f, const typename M::Real* g, const G& product) {
+  METAFAST_DEVICE static void add_adjoints(const Frame<M>& f, const typename M::Real* g, const G& product) {
     if (f.wants(f.op.weight)) {
       auto* out = f.grad + f.op.weight.at;
-      f.m.each(width(f), [&](long i) { M::put(out + i, real(f, product(i), i), true); });
+      f.m.each(width(f), [&](long i) {
+        for (int s = 0; s < f.n; ++s) M::put(out + i, real(f, product(s, i), i), true);
+      });
     }
     if (f.wants(f.op.bias)) {
       auto* out = f.grad + f.op.bias.at;
-      f.m.each(width(f), [&](long i) { M::put(out + i, M::load(g + i), true); });
+      f.m.each(width(f), [&](long i) {
+        for (int s = 0; s < f.n; ++s) M::put(out + i, M::load(g + s * width(f) + i), true);
+      });
     }
   }
 };

@@ -8,17 +8,17 @@ struct LeakyReLU {
   static constexpr bool keeps_zero = true, curved = false;
 
   template <class M>
-  auto value(typename M::Pack x) const {
+  METAFAST_DEVICE auto value(typename M::Pack x) const {
     return times_slope<M>(x, x, x);
   }
 
   template <class M>
-  auto times_slope(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
     return M::select(x > 0, g, g * typename M::Real(negative_slope));
   }
 
   template <class M>
-  auto curve(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto curve(typename M::Pack x, typename M::Pack) const {
     return x * 0;
   }
 };

@@ -6,7 +6,7 @@ namespace METAFAST_NAMESPACE {
 
 struct MSE {
   template <class M>
-  static double forward(const LossFrame<M>& f) {
+  METAFAST_DEVICE static double forward(const LossFrame<M>& f) {
     const auto *y = f.y, *t = f.targets;
     return f.m.total(f.size(), [=](long i) {
       const auto e = M::load(y + i) - M::load(t + i);
@@ -15,7 +15,7 @@ struct MSE {
   }
 
   template <class M>
-  static void backward(const LossFrame<M>& f) {
+  METAFAST_DEVICE static void backward(const LossFrame<M>& f) {
     const auto *y = f.y, *t = f.targets;
     auto* g = f.g;
     const auto scale = 2 / elements(f);
@@ -23,7 +23,7 @@ struct MSE {
   }
 
   template <class M>
-  static void tangent_backward(const LossFrame<M>& f) {
+  METAFAST_DEVICE static void tangent_backward(const LossFrame<M>& f) {
     const auto* yd = f.yd;
     auto* gd = f.gd;
     const auto scale = 2 / elements(f);
@@ -32,7 +32,7 @@ struct MSE {
 
  private:
   template <class M>
-  static typename M::Real elements(const LossFrame<M>& f) {
+  METAFAST_DEVICE static typename M::Real elements(const LossFrame<M>& f) {
     return static_cast<typename M::Real>(static_cast<long>(f.n) * f.grid.h * f.grid.w * f.grid.c);
   }
 };

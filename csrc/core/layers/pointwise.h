@@ -7,7 +7,7 @@ namespace METAFAST_NAMESPACE {
 template <class Activation>
 struct Pointwise {
   template <class M>
-  static void forward(const Frame<M>& f) {
+  METAFAST_DEVICE static void forward(const Frame<M>& f) {
     const auto* x = f.x[0];
     auto* y = f.y;
     const Activation a{f.op.slope};
@@ -16,17 +16,17 @@ struct Pointwise {
   }
 
   template <class M>
-  static void backward(const Frame<M>& f) {
+  METAFAST_DEVICE static void backward(const Frame<M>& f) {
     if (f.g_x[0]) multiply_by_slope(f, f.g_y, f.g_x[0], f.op.add[0]);
   }
 
   template <class M>
-  static void tangent_forward(const Frame<M>& f) {
+  METAFAST_DEVICE static void tangent_forward(const Frame<M>& f) {
     multiply_by_slope(f, f.xd[0], f.yd, false);
   }
 
   template <class M>
-  static void tangent_backward(const Frame<M>& f) {
+  METAFAST_DEVICE static void tangent_backward(const Frame<M>& f) {
     if (!f.gd_x[0]) return;
     multiply_by_slope(f, f.gd_y, f.gd_x[0], f.op.add[0]);
     if (!Activation::curved || !f.xd[0]) return;
@@ -41,12 +41,12 @@ struct Pointwise {
 
  private:
   template <class M>
-  static long size(const Frame<M>& f) {
+  METAFAST_DEVICE static long size(const Frame<M>& f) {
     return static_cast<long>(f.pixels(f.op.x)) * f.op.x.ld;
   }
 
   template <class M>
-  static void multiply_by_slope(const Frame<M>& f, const typename M::Real* in, typename M::Real* out, bool add) {
+  METAFAST_DEVICE static void multiply_by_slope(const Frame<M>& f, const typename M::Real* in, typename M::Real* out, bool add) {
     const auto *x = f.x[0], *y = f.y;
     const Activation a{f.op.slope};
     f.m.each(size(f), [=](long i) {

@@ -8,17 +8,17 @@ struct ReLU {
   static constexpr bool keeps_zero = true, curved = false;
 
   template <class M>
-  auto value(typename M::Pack x) const {
+  METAFAST_DEVICE auto value(typename M::Pack x) const {
     return M::select(x > 0, x, x * 0);  // not zero where x is NaN
   }
 
   template <class M>
-  auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
     return M::select(y > 0, g, M::broadcast(0));
   }
 
   template <class M>
-  auto curve(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto curve(typename M::Pack x, typename M::Pack) const {
     return x * 0;
   }
 };

@@ -17,26 +17,32 @@
 
 namespace METAFAST_NAMESPACE {
 
-template <class F>
-void with_rules(Kind kind, const F& f) {
+// f is only compiled for rules that the Machine runs; a Program with others never comes to it.
+template <class M, class Rules, class F>
+METAFAST_DEVICE void with(const F& f) {
+  if constexpr (M::template runs<Rules>) f(Rules{});
+}
+
+template <class M, class F>
+METAFAST_DEVICE void with_rules(Kind kind, const F& f) {
   switch (kind) {
-    case Kind::conv2d: return f(Conv2d{});
-    case Kind::batch_norm: return f(BatchNorm{});
-    case Kind::layer_norm: return f(LayerNorm{});
-    case Kind::relu: return f(Pointwise<ReLU>{});
-    case Kind::leaky_relu: return f(Pointwise<LeakyReLU>{});
-    case Kind::tanh: return f(Pointwise<Tanh>{});
-    case Kind::sigmoid: return f(Pointwise<Sigmoid>{});
-    case Kind::gelu: return f(Pointwise<GELU>{});
-    case Kind::max_pool2d: return f(MaxPool2d{});
-    case Kind::avg_pool2d: return f(AvgPool2d{});
-    case Kind::add: return f(Add{});
-    case Kind::norm_relu_pool: return f(NormReluPool{});
+    case Kind::conv2d: return with<M, Conv2d>(f);
+    case Kind::batch_norm: return with<M, BatchNorm>(f);
+    case Kind::layer_norm: return with<M, LayerNorm>(f);
+    case Kind::relu: return with<M, Pointwise<ReLU>>(f);
+    case Kind::leaky_relu: return with<M, Pointwise<LeakyReLU>>(f);
+    case Kind::tanh: return with<M, Pointwise<Tanh>>(f);
+    case Kind::sigmoid: return with<M, Pointwise<Sigmoid>>(f);
+    case Kind::gelu: return with<M, Pointwise<GELU>>(f);
+    case Kind::max_pool2d: return with<M, MaxPool2d>(f);
+    case Kind::avg_pool2d: return with<M, AvgPool2d>(f);
+    case Kind::add: return with<M, Add>(f);
+    case Kind::norm_relu_pool: return with<M, NormReluPool>(f);
   }
 }
 
 template <class F>
-void with_loss(LossKind kind, const F& f) {
+METAFAST_DEVICE void with_loss(LossKind kind, const F& f) {
   kind == LossKind::mse ? f(MSE{}) : f(CrossEntropy{});
 }
 

@@ -9,17 +9,17 @@ struct Sigmoid {
   static constexpr bool keeps_zero = false, curved = true;
 
   template <class M>
-  auto value(typename M::Pack x) const {
+  METAFAST_DEVICE auto value(typename M::Pack x) const {
     return 1 / (1 + M::exp(-x));
   }
 
   template <class M>
-  auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
     return g * (y * (1 - y));
   }
 
   template <class M>
-  auto curve(typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto curve(typename M::Pack, typename M::Pack y) const {
     return y * (1 - y) * (1 - 2 * y);
   }
 };

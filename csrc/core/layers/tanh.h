@@ -9,17 +9,17 @@ struct Tanh {
   static constexpr bool keeps_zero = true, curved = true;
 
   template <class M>
-  auto value(typename M::Pack x) const {
+  METAFAST_DEVICE auto value(typename M::Pack x) const {
     return M::tanh(x);
   }
 
   template <class M>
-  auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
     return g * (1 - y * y);
   }
 
   template <class M>
-  auto curve(typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto curve(typename M::Pack, typename M::Pack y) const {
     return -2 * y * (1 - y * y);
   }
 };

@@ -1,0 +1,76 @@
+"""From a recipe to its model, learner and outer optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import metafast
+from metafast.data import IMAGE
+from metafast.models import conv4, mlp
+from metafast.recipes import Recipe
+
+MetaLearner = metafast.MAML | metafast.Reptile
+
+
+def choose_device(name: str) -> str:
+    """``auto`` becomes ``cuda`` where there is one, else ``cpu``; anything else is taken at its word.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}; give auto, cpu, cuda or cuda:INDEX") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; metafast runs on cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device is {name!r} and torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "`metafast doctor` says why, --device cpu runs without one"
+        )
+    return name
+
+
+def build_model(recipe: Recipe, seed: int) -> nn.Module:
+    """The recipe's network with initial values from ``seed``."""
+    if recipe.network == "mlp":
+        return mlp(hidden=(recipe.channels, recipe.channels), seed=seed)
+    return conv4(
+        recipe.ways,
+        channels=recipe.channels,
+        image=IMAGE[recipe.data],
+        pool=recipe.network == "conv4-pool",
+        head_std=recipe.head_std,
+        seed=seed,
+    )
+
+
+def build_learner(recipe: Recipe, model: nn.Module, backend: str) -> MetaLearner:
+    """The recipe's algorithm around ``model``. But for Reptile, no inner step moves batch norm's parameters."""
+    inner: dict[str, Any] = {
+        "loss": recipe.loss, "lr": recipe.inner_lr, "steps": recipe.steps, "backend": backend,
+    }  # fmt: skip
+    if recipe.algorithm == "reptile":
+        return metafast.Reptile(model, optimizer=recipe.inner_optimizer, **inner)
+    if recipe.algorithm == "anil":
+        return metafast.ANIL(model, head="head", **inner)
+    learners = {
+        "maml": metafast.MAML,
+        "fomaml": metafast.FOMAML,
+        "metasgd": metafast.MetaSGD,
+        "maml++": metafast.MAMLPlusPlus,
+    }
+    return learners[recipe.algorithm](model, adapt=metafast.without_batch_norm(model), **inner)
+
+
+def build_optimizer(recipe: Recipe, learner: nn.Module) -> torch.optim.Optimizer:
+    """Adam, as in the papers; plain SGD for Reptile, whose meta-gradient is the way to go itself."""
+    if recipe.algorithm == "reptile":
+        return torch.optim.SGD(learner.parameters(), lr=recipe.lr)
+    return torch.optim.Adam(learner.parameters(), lr=recipe.lr, fused=True)

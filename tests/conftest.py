@@ -1,0 +1,18 @@
+"""One thread and fixed seeds, so that a test sees the same numbers alone and beside others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # The first call of torch.func.jvp scripts torch's own decompositions.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,355 @@
+"""The learners against plain torch loops, and what a user does with them."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from setups import IMAGE, SETUPS, Setup, make_learner, make_tasks
+from torch import nn
+from torch.func import functional_call
+
+import metafast as mf
+from metafast.episodes import SinusoidSampler
+
+
+def regression(tasks=4, support=6, query=5, dtype=torch.float64):
+    return make_tasks(Setup("", models.mlp, support=support), tasks, query).to(dtype)
+
+
+def classification(tasks=3):
+    return make_tasks(Setup("", models.Embedded, IMAGE, 3), tasks).to(torch.float64)
+
+
+def perceptron(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return models.mlp().to(dtype)
+
+
+def grads(learner):
+    return [p.grad.clone() for p in learner.model.parameters()]
+
+
+def by_hand(model, tasks, t, steps, rate, optimizer="sgd"):
+    """The parameters of one task after plain training."""
+    theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    if optimizer == "adam":
+        inner = torch.optim.Adam(theta.values(), lr=rate, betas=(0.0, 0.999))
+    else:
+        inner = torch.optim.SGD(theta.values(), lr=rate)
+    for _ in range(steps):
+        inner.zero_grad()
+        F.mse_loss(functional_call(model, theta, (tasks.support_x[t],)), tasks.support_y[t]).backward()
+        inner.step()
+    return {n: p.detach() for n, p in theta.items()}
+
+
+def test_first_order_is_a_setting_that_can_be_changed():
+    model, tasks = perceptron(), regression()
+    first, second = mf.FOMAML(model, loss="mse", lr=0.1, steps=3), mf.MAML(model, loss="mse", lr=0.1, steps=3)
+    first.backward(tasks)
+    expected = grads(first)
+    first.zero_grad()
+    second.backward(tasks)
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(grads(second), expected, strict=True)) > 0.05
+    second.zero_grad()
+    second.first_order = True
+    second.backward(tasks)
+    torch.testing.assert_close(grads(second), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_meta_sgd_learns_a_rate_for_every_parameter():
+    learner = mf.MetaSGD(perceptron(), loss="mse", lr=(0.02, 0.06), steps=2)
+    rate = learner.rate.value
+    size = sum(p.numel() for p in learner.model.parameters())
+    assert rate.shape == (1, size)
+    assert any(p is rate for p in learner.parameters())
+    assert 0.02 <= float(rate.min()) < float(rate.max()) <= 0.06
+    torch.optim.SGD(learner.parameters(), lr=0.1).zero_grad()
+    before = rate.detach().clone()
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    learner.backward(regression())
+    optimizer.step()
+    assert int((rate != before).sum()) > size // 2
+
+
+@pytest.mark.parametrize(
+    ("per", "shape"),
+    [
+        ((), (1, 1)), ("step", (3, 1)), ("layer", (1, 3)), (("layer", "step"), (3, 3)), ("parameter", (1, 71)),
+        (["parameter", "step"], (3, 71)),
+    ],
+)  # fmt: skip
+def test_rates_have_the_shape_that_was_asked_for(per, shape):
+    learner = mf.MAML(perceptron(), loss="mse", lr=mf.Rate(0.1, per, learn=True), steps=3)
+    assert learner.rate.value.shape == shape
+    assert learner.rate.value.dtype == torch.float64
+    with torch.no_grad():
+        learner.rate.value.copy_(torch.arange(1, 1 + learner.rate.value.numel()).reshape(shape))
+    rows = learner.rate()
+    if shape[1] == 3:  # three Linear layers of 3*6+6, 6*5+5 and 5*2+2 elements
+        assert rows[0].tolist() == [1.0] * 24 + [2.0] * 35 + [3.0] * 12
+    fixed = mf.MAML(perceptron(), loss="mse", lr=mf.Rate(0.1, per), steps=3)
+    assert len(list(fixed.parameters())) == 6
+    assert torch.equal(fixed.rate.value, torch.full(shape, 0.1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("head", ["classifier", ["classifier.weight", "classifier.bias"], "module"])
+def test_anil_moves_the_head_alone(head):
+    model, tasks = models.Embedded().double(), classification()
+    learner = mf.ANIL(model, loss="cross_entropy", lr=0.1, steps=2, head=model.classifier if head == "module" else head)
+    adapted = learner.adapt(tasks.support_x, tasks.support_y).state_dict(1)
+    for name, before in model.named_parameters():
+        assert torch.equal(adapted[name], before.detach()) != name.startswith("classifier")
+    learner.backward(tasks)
+    assert all(float(p.grad.norm()) > 0 for n, p in model.named_parameters() if n != "body.0.bias")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_reptile_is_plain_training_averaged(optimizer):
+    model, tasks = perceptron(), regression()
+    learner = mf.Reptile(model, loss="mse", lr=0.05, steps=4, optimizer=optimizer)
+    out = learner.backward(tasks)
+    finals = [by_hand(model, tasks, t, 4, 0.05, optimizer) for t in range(4)]
+    for name, p in model.named_parameters():
+        expected = p.detach() - torch.stack([f[name] for f in finals]).mean(0)
+        torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-11)
+    for t in range(4):
+        y = functional_call(model, finals[t], (tasks.query_x[t],))
+        torch.testing.assert_close(out.outputs[t], y, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(out.losses[t], F.mse_loss(y, tasks.query_y[t]), rtol=1e-9, atol=1e-10)
+
+
+def test_serial_reptile_is_a_batch_of_one_task():
+    model, tasks = perceptron(), regression()
+    learner = mf.Reptile(model, loss="mse", lr=0.05, steps=3, optimizer="adam")
+    learner.backward(tasks)
+    together = grads(learner)
+    learner.zero_grad()
+    for t in range(4):
+        learner.backward(tasks.tasks(slice(t, t + 1)))
+    torch.testing.assert_close([g / 4 for g in grads(learner)], together, rtol=1e-11, atol=1e-13)
+
+
+def test_sgd_with_rate_epsilon_is_the_outer_step_of_reptile():
+    model, tasks = perceptron(), regression(tasks=2)
+    learner = mf.Reptile(model, loss="mse", lr=0.05, steps=3)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    finals = [by_hand(model, tasks, t, 3, 0.05) for t in range(2)]
+    learner.backward(tasks)
+    torch.optim.SGD(learner.parameters(), lr=0.25).step()
+    for name, p in model.named_parameters():
+        mean = (finals[0][name] + finals[1][name]) / 2
+        torch.testing.assert_close(p.detach(), start[name] + 0.25 * (mean - start[name]), rtol=1e-9, atol=1e-11)
+
+
+def test_minibatches_of_reptile_go_once_through_the_support_set():
+    """At a vanishing rate three steps on thirds add up to three steps on all samples, and one step does not."""
+    model, tasks = perceptron(), regression(support=6)
+
+    def moved(**options):
+        learner = mf.Reptile(model, loss="mse", lr=1e-6, **options)
+        learner.backward(tasks)
+        found = torch.cat([g.flatten() for g in grads(learner)]) / 1e-6
+        learner.zero_grad()
+        return found
+
+    whole = moved(steps=3)
+    torch.testing.assert_close(moved(steps=3, batch_size=2), whole, rtol=1e-4, atol=1e-5)
+    assert float((moved(steps=1, batch_size=2) - whole / 3).norm()) > 0.1 * float(whole.norm())
+    assert torch.equal(moved(steps=3, batch_size=6), whole)
+    assert torch.equal(moved(steps=3, batch_size=100), whole)
+
+
+def test_multi_step_weights():
+    assert mf.multi_step_weights(0, 5, 10) == pytest.approx([0.2] * 5)
+    assert mf.multi_step_weights(5, 5, 10) == pytest.approx([0.1] * 4 + [0.6])
+    assert mf.multi_step_weights(10, 5, 10) == pytest.approx([0.006] * 4 + [0.976])
+    assert mf.multi_step_weights(99, 5, 10) == pytest.approx([0.006] * 4 + [0.976])
+    assert mf.multi_step_weights(3, 1, 10) == pytest.approx([1.0])
+    for epoch in range(15):
+        assert sum(mf.multi_step_weights(epoch, 4, 12)) == pytest.approx(1.0)
+
+
+def test_maml_plus_plus_is_its_settings():
+    learner = mf.MAMLPlusPlus(
+        models.convnet().double(), loss="cross_entropy", lr=0.1, steps=3, multi_step_epochs=4, second_order_from=2
+    )
+    assert learner.rate.value.shape == (3, 5)  # two convolutions, two norms and the head
+    assert {k: tuple(p.shape) for k, p in learner.rows.items()} == {
+        "1/weight": (4, 4), "1/bias": (4, 4), "5/weight": (4, 3), "5/bias": (4, 3),
+    }  # fmt: skip
+    assert [p.name for p in learner.program.parameters if not p.adapted] == ["1.weight", "1.bias", "5.weight", "5.bias"]
+    assert learner.first_order
+    assert learner.step_weights == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+    learner.at_epoch(2)
+    assert not learner.first_order
+    assert learner.step_weights[1:] == pytest.approx(mf.multi_step_weights(2, 3, 4))
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
+    before = copy.deepcopy(learner.state_dict())
+    learner.backward(classification())
+    optimizer.step()
+    moved = {name for name, value in learner.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"rows.1/weight", "rows.5/bias", "rate.value", "model.0.weight"} <= moved
+    assert "model.1.weight" not in moved  # its rows take its place
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_adapting_with_another_number_of_steps(steps):
+    model, tasks = perceptron(), regression()
+    learner = mf.MAML(model, loss="mse", lr=mf.Rate(0.1, "step", learn=True), steps=2)
+    with torch.no_grad():
+        learner.rate.value.copy_(torch.tensor([[0.1], [0.03]]))
+    fast = learner.adapt(tasks.support_x, tasks.support_y, steps=steps)
+    for t in range(2):
+        theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+        for rate in [0.1, 0.03, 0.03, 0.03, 0.03][:steps]:
+            loss = F.mse_loss(functional_call(model, theta, (tasks.support_x[t],)), tasks.support_y[t])
+            gradients = torch.autograd.grad(loss, list(theta.values()))
+            theta = {
+                n: (p - rate * g).detach().requires_grad_() for (n, p), g in zip(theta.items(), gradients, strict=True)
+            }
+        expected = functional_call(model, theta, (tasks.query_x[t],)).detach()
+        torch.testing.assert_close(fast(tasks.query_x)[t], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_adapted_models_go_back_into_the_users_module():
+    tasks = classification()
+    learner = make_learner(Setup("", models.Embedded, IMAGE, 3, options={"steps": 2, "lr": 0.1}))
+    fast = learner.adapt(tasks.support_x, tasks.support_y)
+    found = fast(tasks.query_x)
+    assert found.shape == (3, 4, 3)
+    assert not found.requires_grad
+    for t in range(3):
+        own = copy.deepcopy(learner.model)
+        missing = own.load_state_dict(fast.state_dict(t), strict=False)
+        assert not missing.unexpected_keys
+        torch.testing.assert_close(own.train()(tasks.query_x[t]).detach(), found[t], rtol=1e-10, atol=1e-11)
+    assert torch.equal(learner(tasks).outputs, found)
+
+
+@pytest.mark.parametrize(
+    "setup", [s for s in SETUPS if s.name in ("Meta-SGD", "MAML++", "batch norm running")], ids=str
+)
+def test_state_dict_round_trip(setup):
+    tasks = make_tasks(setup).to(torch.float64)
+    learner = make_learner(setup)
+    torch.manual_seed(5)
+    other = make_learner(setup)
+    assert not torch.equal(other(tasks).losses, learner(tasks).losses)
+    other.load_state_dict(learner.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(tasks).losses, learner(tasks).losses)
+    assert {f"model.{name}" for name in learner.model.state_dict()} <= set(learner.state_dict())
+
+
+@pytest.mark.parametrize("bn", ["task", "per_step", "frozen", "running"])
+def test_moving_between_dtypes(bn):
+    """Buffers and rates move too, and running statistics go on moving in the module after it."""
+    setup = Setup(
+        "", models.convnet, IMAGE, 3, options={"steps": 2, "bn": bn, "lr": mf.Rate(0.05, "layer", learn=True)}
+    )
+    tasks = make_tasks(setup)
+    learner = make_learner(setup, torch.float32)
+    reference = copy.deepcopy(learner).double()
+    learner.backward(tasks)
+    learner.zero_grad()
+    learner.load_state_dict(copy.deepcopy(reference).float().state_dict())
+    learner.double()
+    for current in (learner, reference):
+        current.backward(tasks.to(torch.float64))
+    for (name, p), q in zip(learner.named_parameters(), reference.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-10, msg=name)
+    for (name, b), c in zip(learner.named_buffers(), reference.named_buffers(), strict=True):
+        torch.testing.assert_close(b, c[1], rtol=1e-9, atol=1e-10, msg=name)
+    learner.float()
+    before = {name: b.clone() for name, b in learner.model.named_buffers() if "running" in name}
+    learner.backward(tasks)
+    assert all(torch.equal(b, before[n]) == (bn != "running") for n, b in learner.model.named_buffers() if n in before)
+
+
+def test_frozen_parameters_get_no_gradient():
+    setup = next(s for s in SETUPS if s.name == "MAML, 3 steps")
+    learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
+    learner.backward(tasks)
+    expected = {n: p.grad.clone() for n, p in learner.model.named_parameters()}
+    learner.zero_grad()
+    learner.model[0].weight.requires_grad_(False)
+    for run in (learner.backward, lambda tasks: learner(tasks).loss.backward()):
+        learner.zero_grad()
+        run(tasks)
+        for name, p in learner.model.named_parameters():
+            if name == "0.weight":
+                assert p.grad is None
+            else:
+                torch.testing.assert_close(p.grad, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_nothing_is_recorded_without_need():
+    learner, tasks = mf.MAML(perceptron(), loss="mse", lr=0.1), regression()
+    with torch.no_grad():
+        quiet = learner(tasks)
+    recorded = learner(tasks)
+    assert not quiet.loss.requires_grad
+    assert recorded.loss.requires_grad
+    assert not recorded.outputs.requires_grad
+    assert torch.equal(quiet.losses, recorded.losses)
+    assert not learner.backward(tasks).losses.requires_grad
+
+
+def test_batches_of_any_size_follow_one_another():
+    learner = mf.MAML(perceptron(), loss="mse", lr=0.1, steps=2)
+    for tasks, support, query in [(4, 6, 5), (1, 6, 5), (4, 1, 5), (4, 6, 1), (7, 3, 2), (4, 6, 5)]:
+        batch = regression(tasks, support, query)
+        together = learner(batch)
+        assert together.losses.shape == (tasks,)
+        assert together.outputs.shape == (tasks, query, 2)
+        alone = [learner(batch.tasks(slice(t, t + 1))).losses for t in range(tasks)]
+        torch.testing.assert_close(together.losses, torch.cat(alone), rtol=1e-11, atol=1e-13)
+
+
+def test_explain_names_the_executor_and_every_layer():
+    learner = mf.ANIL(models.Embedded(), loss="cross_entropy", lr=0.1, head="classifier", backend="reference")
+    assert "no batch has been seen" in learner.explain()
+    text = learner.explain(torch.randn(2, 5, *IMAGE))
+    learner(classification().to(torch.float32))
+    assert learner.explain() == text
+    lines = text.splitlines()
+    assert lines[0] == "executor: reference (backend='reference')"
+    layers = ["conv2d", "batch_norm", "relu", "max_pool2d", "flatten", "layer_norm", "linear"]
+    assert [line.split()[1] for line in lines[1:-1]] == layers
+    assert "76 parameters" in lines[1]
+    assert "classifier" in lines[-2]
+    assert lines[-1].strip() == "loss: cross_entropy; 75 of 207 parameters are adapted"
+
+
+def test_explain_says_what_is_derived():
+    text = mf.MAML(models.mlp(nn.PReLU), loss="mse", lr=0.1, backend="reference").explain(torch.randn(2, 5, 3))
+    assert "PReLU" in text
+    assert "derived by torch.func" in text
+
+
+def test_meta_training_learns_sinusoids():
+    """MAML reaches on unseen waves, after one step on 10 points, a quarter of the error that it starts from."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    learner = mf.MAML(model, loss="mse", lr=0.01)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=2e-3)
+    sampler = SinusoidSampler(shots=10, queries=10, tasks=25)
+    test = SinusoidSampler(shots=10, queries=50, tasks=200, stream="test").batch(0)
+    with torch.no_grad():
+        start = float(learner(test).loss)
+    for step in range(500):
+        optimizer.zero_grad()
+        learner.backward(sampler.batch(step))
+        optimizer.step()
+    with torch.no_grad():
+        end = float(learner(test).loss)
+    unadapted = learner.adapt(test.support_x, test.support_y, steps=0)
+    prior = float(F.mse_loss(unadapted(test.query_x), test.query_y))
+    assert end < 1.5, f"{start:.2f} -> {end:.2f}"
+    assert prior > 2 * end
