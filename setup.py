@@ -1,12 +1,17 @@
 """The package layout and the extension ``metafast._C``; everything that is not code lives in pyproject.toml.
 
 METAFAST_CPU=0 leaves the extension out and METAFAST_CPU=1 makes a failure to build it an error. By default it is
-built where that is possible, and metafast runs without it elsewhere.
+built where that is possible, and metafast runs without it elsewhere. METAFAST_CUDA says the same of its CUDA part.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -21,7 +26,33 @@ if X86:
         ("avx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
     ]
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
-CORE = ["csrc/core/plan.cpp", "csrc/core/passes.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/arena.cpp"]
+CORE = ["core/plan", "core/tables", "core/find_plan", "core/passes", "cpu/isa", "cpu/arena", "cuda/plan_block", "cuda/twin"]
+CORE = [f"csrc/{name}.cpp" for name in CORE]
+BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_cuda.cpp"]
+KERNELS = "csrc/cuda/inner_loop.cu"
+
+
+def compile_cuda(target: str) -> dict[str, list[str]]:
+    """What the link needs of the kernels, compiled by nvcc alone; nothing where that is not wanted or impossible."""
+    wanted, home = os.environ.get("METAFAST_CUDA"), os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    if wanted == "0" or (wanted != "1" and nvcc is None):
+        return {}
+    try:
+        run = partial(subprocess.run, check=True, text=True)
+        known = run([nvcc or "nvcc", "--list-gpu-arch"], stdout=subprocess.PIPE).stdout
+        archs = [a for a in ("80", "90", "100") if f"compute_{a}" in known]
+        code = [f"-gencode=arch=compute_{a},code=[sm_{a}{f',compute_{a}' * (a == archs[-1])}]" for a in archs]
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        run([nvcc, "-c", "-O3", "-std=c++17", "-Xcompiler=-fPIC", "--threads=2", *code, KERNELS, "-o", target])
+        link = run([nvcc, "--dryrun", target], stderr=subprocess.PIPE).stderr
+    except (subprocess.CalledProcessError, OSError) as error:
+        if wanted == "1":
+            raise
+        warnings.warn(f"metafast is built without CUDA: {error}", stacklevel=1)
+        return {}
+    libraries = ["cudart_static", "dl", "rt", "pthread"]
+    return {"objects": [target], "libraries": libraries, "paths": re.findall(r'"-L([^"]+)"', link)}
 
 
 class BuildNative(build_ext):
@@ -31,7 +62,9 @@ class BuildNative(build_ext):
         from torch.utils import cpp_extension
 
         torch_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
-        jobs = [("csrc/bindings.cpp", "bindings", torch_macros, ["-std=c++20"], cpp_extension.include_paths())]
+        cuda = compile_cuda(os.path.join(self.build_temp, "cuda", "inner_loop.o"))
+        torch_macros += [("METAFAST_CUDA", None)] if cuda else []
+        jobs = [(s, "bindings", torch_macros, ["-std=c++20"], cpp_extension.include_paths()) for s in BINDINGS]
         jobs += [(s, "core", [("METAFAST_X86", None)] * X86, ["-std=c++17"], []) for s in CORE]
         for name, size, flags in BUILDS:
             macros = [("METAFAST_NAMESPACE", f"metafast::{name}"), ("METAFAST_VECTOR_BYTES", str(size))]
@@ -49,8 +82,8 @@ class BuildNative(build_ext):
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, target, libraries=["torch_cpu", "c10"], library_dirs=cpp_extension.library_paths(),
-            extra_postargs=extra, target_lang="c++",
+            objects + cuda.get("objects", []), target, libraries=["torch_cpu", "c10", *cuda.get("libraries", [])],
+            library_dirs=cpp_extension.library_paths() + cuda.get("paths", []), extra_postargs=extra, target_lang="c++",
         )  # fmt: skip
 
 
@@ -65,8 +98,8 @@ def extensions() -> list[Extension]:
         if wanted == "1":
             raise
         return []
-    headers = [str(p) for p in Path("csrc").rglob("*.h")]
-    sources = ["csrc/bindings.cpp", "csrc/cpu/inner_loop.cpp", *CORE]
+    headers = [str(p) for p in Path("csrc").rglob("*.*")]
+    sources = [*BINDINGS, KERNELS, "csrc/cpu/inner_loop.cpp", *CORE]
     return [Extension("metafast._C", sources, depends=headers, py_limited_api=True, optional=wanted != "1")]
 
 

@@ -1,55 +1,16 @@
-// The operators that Python calls, torch.ops.metafast.*, on torch's stable ABI: the only file that knows torch.
+// The operators that Python calls, torch.ops.metafast.*, on torch's stable ABI. What knows torch is here, in
+// bindings_cuda.cpp and in tensors.h.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <mutex>
-#include <stdexcept>
 
 #include "core/plan.h"
 #include "cpu/arena.h"
 #include "cpu/isa.h"
+#include "tensors.h"
 
 namespace metafast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-[[noreturn]] void fail(const std::string& reason) { throw std::runtime_error("metafast: " + reason); }
-
-std::vector<double> numbers(const Tensor& t) {
-  const auto* data = static_cast<const double*>(t.data_ptr());
-  return std::vector<double>(data, data + t.numel());
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr;
-}
-
-// Plans of the models seen lately.
-std::shared_ptr<Plan> find_plan(const Tensor& description, const std::string& isa, Layout layout, int element_size) {
-  struct Entry {
-    std::vector<double> description;
-    std::string isa;
-    int element_size;
-    std::shared_ptr<Plan> plan;
-  };
-  static std::mutex mutex;
-  static std::vector<Entry> entries;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = numbers(description);
-  for (const Entry& e : entries) {
-    if (e.element_size == element_size && e.isa == isa && e.description == key) return e.plan;
-  }
-  if (entries.size() >= 32) entries.erase(entries.begin());
-  entries.push_back({key, isa, element_size, std::make_shared<Plan>(key, layout, element_size)});
-  return entries.back().plan;
-}
 
 // One call: a Job, what it points to, and how it is spread over threads.
 template <class T>
@@ -58,7 +19,7 @@ class Call {
   Call(Goal goal, const Tensor& description, const std::string& isa, const Tensor& constants, int64_t tasks)
       : isa(find_isa<T>(isa.c_str())) {
     if (!this->isa) fail("there is no build \"" + isa + "\" for this processor");
-    plan = find_plan(description, isa, this->isa->layout, sizeof(T));
+    plan = find_plan(numbers(description), this->isa->layout, sizeof(T));
     constants_ = plan->template constants<T>(data<const T>(constants));
     job.goal = goal;
     job.program = &plan->program();
@@ -69,7 +30,7 @@ class Call {
   }
 
   void params(const Tensor& t) {
-    expect(t, t.dim() == 1 ? job.n_params : job.tasks * job.n_params, "params");
+    expect<T>(t, t.dim() == 1 ? job.n_params : job.tasks * job.n_params, "params");
     job.params_per_task = t.dim() == 2;
     job.params = data<T>(t);
     if (job.params_per_task) return;
@@ -81,7 +42,7 @@ class Call {
   void rates(const Tensor& lr, int64_t steps) {
     const auto sizes = lr.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
-    expect(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
+    expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
     job.steps = static_cast<int32_t>(steps), job.lr_rows = static_cast<int32_t>(rows);
     alpha.assign(rows * size, T(0));
     for (int64_t r = 0; r < rows; ++r) {
@@ -97,11 +58,11 @@ class Call {
     const int32_t n = static_cast<int32_t>(x.sizes()[1]);
     const int64_t count = job.tasks * n;
     const int h = p.input.h - 2 * p.border_y, w = p.input.w - 2 * p.border_x;
-    expect(x, count * p.input.c * h * w, "x");
+    expect<T>(x, count * p.input.c * h * w, "x");
     Samples<T> s{n, data<T>(x), nullptr, nullptr};
     if (!with_targets) return s;
     if (p.loss == LossKind::mse) {
-      expect(y, count * p.out.c * p.out.h * p.out.w, "targets");
+      expect<T>(y, count * p.out.c * p.out.h * p.out.w, "targets");
       s.targets = data<T>(y);
     } else {
       if (y.scalar_type() != ScalarType::Long || y.numel() != count) fail("labels must be int64 of shape [T, n]");
@@ -158,10 +119,6 @@ class Call {
     return out;
   }
 
-  Tensor empty(const Tensor& like, std::vector<int64_t> sizes) const {
-    return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
-  }
-
   // [T, n, c, h, w]; Python gives it the shape of the model's outputs.
   Tensor outputs(const Tensor& like, int64_t n) {
     const Grid& g = job.program->out;
@@ -175,16 +132,6 @@ class Call {
   Job<T> job{};
 
  private:
-  static void expect(const Tensor& t, int64_t elements, const char* name) {
-    const auto wanted = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-    if (t.scalar_type() != wanted) fail(std::string(name) + " must have the dtype of the parameters");
-    if (!t.is_contiguous()) fail(std::string(name) + " must be contiguous");
-    if (t.numel() != elements) {
-      fail(std::string(name) + " has " + std::to_string(t.numel()) + " elements where the model needs " +
-           std::to_string(elements));
-    }
-  }
-
   static void total(std::vector<T>& parts, int64_t count, int64_t size) {
     for (int64_t k = 1; k < count && !parts.empty(); ++k) {
       for (int64_t i = 0; i < size; ++i) parts[i] += parts[k * size + i];
@@ -193,13 +140,6 @@ class Call {
 
   std::vector<T> constants_, inner_params, alpha, partial, lr_partial;
 };
-
-template <class F>
-auto by_dtype(const Tensor& t, const F& f) {
-  if (t.scalar_type() == ScalarType::Float) return f(float());
-  if (t.scalar_type() == ScalarType::Double) return f(double());
-  fail("params must be float32 or float64");
-}
 
 Tensor predict(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor x, int64_t step) {
   return by_dtype(params, [&](auto real) {
@@ -224,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string
     job.query = call.samples(x, y, true);
     job.step = static_cast<int32_t>(step);
     job.plain = &call.plan->pass(job.query.n, PassKind::plain);
-    Tensor outputs = call.outputs(x, job.query.n), losses = call.empty(x, {job.tasks});
-    Tensor grads = call.empty(x, {job.tasks, job.n_params});
+    Tensor outputs = call.outputs(x, job.query.n), losses = empty(x, {job.tasks});
+    Tensor grads = empty(x, {job.tasks, job.n_params});
     job.losses = data<T>(losses), job.grads = data<T>(grads);
     call.run(false, false, 0);
     return std::make_tuple(losses, grads, outputs);
@@ -242,7 +182,7 @@ Tensor adapt(Tensor description, std::string isa, Tensor constants, Tensor param
     call.rates(lr, steps);
     job.support = call.samples(x, y, true);
     job.taped = &call.plan->pass(job.support.n, PassKind::taped);
-    Tensor trajectory = call.empty(x, {steps + 1, job.tasks, job.n_params});
+    Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
     job.trajectory = data<T>(trajectory);
     call.run(false, false, 0);
     return trajectory;
@@ -266,7 +206,7 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor
         v.numel() != (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params) {
       fail("trajectory [S+1, T, P] and v [T, P] or [S+1, T, P] do not match the model and the tasks");
     }
-    Tensor grads = call.empty(x, {job.tasks, job.n_params});
+    Tensor grads = empty(x, {job.tasks, job.n_params});
     job.grads = data<T>(grads);
     call.run(false, needs_lr, 0);
     return std::make_tuple(grads, call.lr_grad(lr, T(1)));
@@ -289,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(
     job.query = call.samples(query_x, query_y, true);
     job.taped = &call.plan->pass(job.support.n, PassKind::taped);
     job.plain = &call.plan->pass(job.query.n, PassKind::plain);
-    Tensor outputs = call.outputs(query_x, job.query.n), losses = call.empty(query_x, {job.tasks});
+    Tensor outputs = call.outputs(query_x, job.query.n), losses = empty(query_x, {job.tasks});
     job.losses = data<T>(losses);
     call.run(true, needs_lr, budget);
     const T scale = T(1) / job.tasks;
@@ -303,7 +243,7 @@ Tensor memory(Tensor description, std::string isa, bool in_double, int64_t n, in
   const auto* f = find_isa<float>(isa.c_str());
   const auto* d = find_isa<double>(isa.c_str());
   if (!f) fail("there is no build \"" + isa + "\" for this processor");
-  auto plan = find_plan(description, isa, in_double ? d->layout : f->layout, in_double ? 8 : 4);
+  auto plan = find_plan(numbers(description), in_double ? d->layout : f->layout, in_double ? 8 : 4);
   const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped), &plain = plan->pass(static_cast<int>(m), PassKind::plain);
   const int64_t sizes[] = {3};
   Tensor out = torch::stable::new_empty(description, {sizes, 1});

@@ -159,6 +159,11 @@ class _Builder:
             offset += parameter.size
         if not parameters:
             raise CaptureError(f"{type(self.model).__name__} uses no parameters; there is nothing to meta-learn")
+        if not any(p.adapted for p in parameters):
+            raise CaptureError(
+                f"the forward pass of {type(self.model).__name__} uses none of the parameters to adapt, "
+                f"{sorted(adapted or ())}; it uses {used}"
+            )
         index = {p.name: i for i, p in enumerate(parameters)}
         nodes = tuple(
             Node(name, layer, inputs, tuple(index[p] for p in params), constants)

@@ -26,7 +26,7 @@ class NotFinite(CheckpointError):
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Puts ``content`` at ``path`` so that a reader, or a crash at any moment, finds the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

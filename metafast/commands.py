@@ -143,7 +143,7 @@ def adapt(
         Path, typer.Option(help="A picture, a folder of pictures, or a CSV file of x.", show_default=False)
     ],
     steps: Annotated[int | None, typer.Option(help="Inner steps. Default: those of the run's test.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the predictions to this .csv file as well.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write them to this .csv, or draw a fit in this .png.")] = None,
     device: Device = "auto",
     backend: Backend = "auto",
     as_json: Json = False,

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from metafast.executors.passes import Pass
 from metafast.kernels.layer import Context
@@ -165,6 +164,8 @@ def program_cost(program: Program, samples: torch.Tensor) -> ProgramCost:
 
 def _products(run: Pass, i: int) -> int:
     """FLOPs of the products in node ``i``'s forward rule, counted as it runs: any layer's, with or without rules."""
+    from torch.utils.flop_counter import FlopCounterMode  # 80 MB: only where it is used
+
     node = run.program.nodes[i]
     ctx = Context(0, None, (False,) * len(node.inputs), (False,) * len(node.params))
     params, inputs = [run.params[k] for k in node.params], [run.values[v] for v in node.inputs]

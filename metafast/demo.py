@@ -106,7 +106,7 @@ def run_demo(folder: Path, device: str, backend: str, progress: Progress) -> Dem
         training.run(progress)
         summaries[chosen.name] = finish(training, 600, time.perf_counter() - start)
     seconds = time.perf_counter() - began
-    demo = Demo(summaries, tuple(speeds), _goals(summaries), device_name(training.device), seconds, folder)
+    demo = Demo(summaries, tuple(speeds), judge(summaries), device_name(training.device), seconds, folder)
     write_json(folder / "demo.json", demo.to_json())
     return demo
 
@@ -146,7 +146,8 @@ def _seconds(work: Callable[[], Any], device: str) -> float:
     return statistics.median(times)
 
 
-def _goals(summaries: dict[str, dict[str, Any]]) -> tuple[Goal, ...]:
+def judge(summaries: dict[str, dict[str, Any]]) -> tuple[Goal, ...]:
+    """What the two trained recipes have to show."""
     sine = {row["steps"]: row for row in summaries["sinusoid"]["tests"]}
     glyphs = summaries["glyphs-5w1s"]["result"]
     return (

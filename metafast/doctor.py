@@ -7,14 +7,12 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
 
-from metafast import MAML, TaskBatch, plain
-from metafast.build import choose_device
+from metafast import MAML, TaskBatch, __version__, plain
 from metafast.executors import executors
 from metafast.models import mlp
 
@@ -66,21 +64,14 @@ class Findings:
 
 def examine() -> Findings:
     """Looks at everything."""
-    return Findings((*_versions(), *_extras(), *_devices(), *_executors(), *_gradients()))
+    return Findings((*_versions(), *_extras(), *_devices(), *_executors()))
 
 
 def gradient_error(backend: str, device: str) -> float:
     """The meta-gradient of a small MLP, 3 steps, against autograd: largest difference over largest entry."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(2, 4, 5, 1, generator=generator).to(device) for _ in range(2))
-    tasks = TaskBatch(x[0], y[0], x[1], y[1])
-    model = mlp(hidden=(8, 8))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    model.to(device)
-    learner = MAML(model, loss="mse", lr=0.01, steps=3, backend=backend)
+    learner, tasks = _probe(backend, device)
     learner.backward(tasks)
+    model = learner.model
     names = {name for name, _ in model.named_parameters()}
     _, grads = plain.meta_gradient(model, nn.functional.mse_loss, tasks, 0.01, 3, names)
     wanted = torch.cat([grads[name].flatten() for name, _ in model.named_parameters()])
@@ -88,9 +79,19 @@ def gradient_error(backend: str, device: str) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
+def _probe(backend: str, device: str) -> tuple[MAML, TaskBatch]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 4, 5, 1, generator=generator).to(device) for _ in range(2))
+    model = mlp(hidden=(8, 8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    model.to(device)
+    return MAML(model, loss="mse", lr=0.01, steps=3, backend=backend), TaskBatch(x[0], y[0], x[1], y[1])
+
+
 def _versions() -> Iterator[Finding]:
-    own = metadata.version("metafast")
-    yield Finding("ok", "metafast", f"{own}, python {platform.python_version()}, torch {torch.__version__}")
+    yield Finding("ok", "metafast", f"{__version__}, python {platform.python_version()}, torch {torch.__version__}")
     newest = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if newest < (2, 10):
         yield Finding(
@@ -136,19 +137,23 @@ def _devices() -> Iterator[Finding]:
 
 
 def _executors() -> Iterator[Finding]:
-    names = [executor.name for executor in executors()]
-    yield Finding("ok", "executors", f"{', '.join(names)} (tried in this order)")
-
-
-def _gradients() -> Iterator[Finding]:
-    for name in [executor.name for executor in executors()]:
-        device = choose_device("auto")
-        try:
-            error = gradient_error(name, device)
-        except RuntimeError as reason:
-            yield Finding("missing", f"executor {name}", str(reason))
+    yield Finding("ok", "executors", f"{', '.join(e.name for e in executors())} (auto tries them in this order)")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for executor in executors():
+        errors, reasons = {}, []
+        for device in devices:
+            learner, tasks = _probe(executor.name, device)
+            reason = executor.refuses(learner.program, tasks.support_x)
+            if reason is None:
+                errors[device] = gradient_error(executor.name, device)
+            else:
+                reasons.append(f"{device}: {reason}")
+        subject = f"executor {executor.name}"
+        if not errors:
+            yield Finding("missing", subject, f"cannot run here ({'; '.join(reasons)}); a slower one takes its work")
             continue
-        text = f"meta-gradient differs from autograd by {error:.1e} (relative, float32, {device})"
-        good = error < GRADIENT_TOLERANCE
+        measured = ", ".join(f"{error:.1e} on {device}" for device, error in errors.items())
+        good = max(errors.values()) < GRADIENT_TOLERANCE
         remedy = "" if good else "build it again (make setup); if that does not help, report it with this output"
-        yield Finding("ok" if good else "broken", f"executor {name}", text, remedy)
+        text = f"its meta-gradient differs from autograd's by {measured} (relative, float32)"
+        yield Finding("ok" if good else "broken", subject, text, remedy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class Rate:
         learn: whether the rates are meta-parameters; they then get the exact meta-gradient, and may turn negative.
 
     Raises:
-        ValueError: a value that is not a positive number, or an unknown axis.
+        TypeError: a value that is neither a number nor a pair of numbers.
+        ValueError: a value that is not positive, or an unknown axis.
     """
 
     value: float | tuple[float, float]
@@ -36,6 +38,8 @@ class Rate:
     def __post_init__(self) -> None:
         if any(axis not in _AXES for axis in self.axes) or {"layer", "parameter"} <= self.axes:
             raise ValueError(f"per={self.per!r}: choose 'step' and one of 'layer' or 'parameter', from {_AXES}")
+        if len(self.span) != 2 or not all(isinstance(v, Real) for v in self.span):
+            raise TypeError(f"lr={self.value!r}: give a positive number, or a pair (low, high) to draw from")
         low, high = self.span
         if not (0 < low <= high and math.isfinite(high)):
             raise ValueError(f"lr={self.value!r}: an inner learning rate must start as a positive, finite number")

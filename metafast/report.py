@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from metafast import Learner
+from metafast import Learner, __version__
 from metafast.checkpoint import write_json
 from metafast.data import Episodes
 from metafast.evaluate import final_test, headline
@@ -65,8 +65,8 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    names = ("metafast", "torch", "numpy", "safetensors")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    others = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")}
+    return {"metafast": __version__, "python": platform.python_version(), **others}
 
 
 def device_name(device: str) -> str:
@@ -123,4 +123,15 @@ def draw_adaptation(learner: Learner, episodes: Episodes, recipe: Recipe, path: 
         axes.plot(batch.support_x[t].cpu(), batch.support_y[t].cpu(), "^", color="purple", label="support")
         axes.set(xlabel="x", title=f"test task {t + 1}, {recipe.test_shots[-1]} shots")
     axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_fit(support: Sequence[Sequence[float]], fit: Sequence[tuple[float, float]], path: Path) -> None:
+    """One's own points and what the adapted model predicts, both as pairs ``(x, y)``."""
+    figure = require("matplotlib.figure").Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*sorted(fit), strict=True), marker=".", label="predicted")
+    axes.plot(*zip(*support, strict=True), "^", color="purple", label="support")
+    axes.set(xlabel="x", ylabel="y")
+    axes.legend()
     figure.savefig(path, dpi=120)

@@ -17,7 +17,7 @@ from metafast.data import IMAGE, open_episodes
 from metafast.episodes import folder as pictures
 from metafast.evaluate import final_test, headline
 from metafast.recipes import Recipe
-from metafast.report import BATCH_NORM, device_name
+from metafast.report import BATCH_NORM, device_name, draw_fit
 from metafast.train import BEST, LAST, load_learner
 
 # Data whose pictures are bright ink on a black ground.
@@ -94,15 +94,22 @@ def explain_recipe(recipe: Recipe, device: str, backend: str) -> str:
 
 
 def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Path | None) -> list[dict[str, Any]]:
-    """Adapts to ``support`` and predicts ``query``: one row a picture, or one a point. ``out`` gets them as CSV.
+    """Adapts to ``support`` and predicts ``query``: one row a picture, or one a point.
+
+    ``out`` gets the rows as CSV, or, in regression, a picture if its name ends in .png.
 
     Raises:
         ValueError: the samples do not fit the run (too many classes, wrong columns); the text says what fits.
         FileNotFoundError: nothing is there.
     """
+    kinds = (".csv",) if run.recipe.classification else (".csv", ".png")
+    if out is not None and out.suffix not in kinds:
+        raise ValueError(f"--out {out} must end in {' or '.join(kinds)}")
     steps = run.recipe.test_steps[-1] if steps is None else steps
     rows = (_classify if run.recipe.classification else _regress)(run, support, query, steps)
-    if out is not None:
+    if out is not None and out.suffix == ".png":
+        draw_fit(_columns(support, ("x", "y")).tolist(), [(row["x"], row["y"]) for row in rows], out)
+    elif out is not None:
         with out.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -111,6 +111,12 @@ def _check_part(part: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
     if x.device != y.device:
         raise ValueError(f"{part}_x is on {x.device} and {part}_y on {y.device}; move both with tasks.to(device)")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{part}_mask is a {type(mask).__name__}; pass a torch.Tensor of dtype torch.bool")
+        if mask.device != x.device:
+            raise ValueError(
+                f"{part}_x is on {x.device} and {part}_mask on {mask.device}; move both with tasks.to(device)"
+            )
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             raise ValueError(
                 f"{part}_mask has dtype {mask.dtype} and shape {tuple(mask.shape)}; "

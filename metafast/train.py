@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -114,7 +115,7 @@ class Training:
         with Metrics(options.out, self.done, options.tensorboard) as metrics, _Interrupts() as interrupts:
             progress.start(self.done, recipe.iterations)
             try:
-                self._since = time.perf_counter()
+                self._since, self._reported = time.perf_counter(), (self.done, self.seconds)
                 while self.done < recipe.iterations:
                     self.step()
                     progress.step(self.done)
@@ -214,11 +215,10 @@ class Training:
 
     def _report(self, metrics: Metrics, progress: Progress) -> None:
         recent = self._recent().double().mean(0)
-        now = time.perf_counter()
-        count = self.done % REPORT_EVERY or REPORT_EVERY
-        rate = count * self.recipe.tasks / (now - self._since)
-        self.seconds += now - self._since
-        self._since = now
+        self._tick()
+        done, seconds = self._reported
+        rate = (self.done - done) * self.recipe.tasks / (self.seconds - seconds)
+        self._reported = (self.done, self.seconds)
         values = {"loss": float(recent[0])}
         if self.recipe.classification:
             values["accuracy"] = float(recent[1])
@@ -232,7 +232,6 @@ class Training:
             raise ValueError(
                 f"{recipe.data} has no classes set aside for validation; give --eval-every 0, or a folder with val/"
             )
-        self._recent()
         steps = recipe.test_steps[-1]
         found = scores(self.learner, fixed_list(sampler, recipe.eval_tasks), steps, recipe.classification)
         value, half = interval(found)
@@ -243,10 +242,16 @@ class Training:
             self.best = {"iteration": self.done, "value": value}
             self.save(BEST)
 
-    def _untimed(self, work: Any) -> None:
-        before = time.perf_counter()
+    def _untimed(self, work: Callable[[], None]) -> None:
+        self._recent()
+        self._tick()
         work()
-        self._since += time.perf_counter() - before
+        self._since = time.perf_counter()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
 
     def _diverged(self, iteration: int, why: str) -> Diverged:
         path = self.options.out / LAST

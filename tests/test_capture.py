@@ -60,7 +60,8 @@ SPELLINGS = [
     ("torch.add", VECTOR, lambda: Call(lambda m, x: torch.add(x, torch.tanh(x))), ["linear", "tanh", "add"]),
     ("x.add", VECTOR, lambda: Call(lambda m, x: x.add(torch.tanh(x))), ["linear", "tanh", "add"]),
     ("x += y", VECTOR, lambda: Call(lambda m, x: _iadd(torch.tanh(x), x)), ["linear", "tanh", "add"]),
-    ("scaled add", VECTOR, lambda: Call(lambda m, x: torch.add(x, torch.tanh(x), alpha=2)), ["linear", "tanh", "derived"]),
+    ("scaled add", VECTOR, lambda: Call(lambda m, x: torch.add(x, torch.tanh(x), alpha=2)),
+     ["linear", "tanh", "derived"]),
     ("x + 1", VECTOR, lambda: Call(lambda m, x: x + 1), ["linear", "derived"]),
     ("1 + x", VECTOR, lambda: Call(lambda m, x: 1 + x), ["linear", "derived"]),
     ("add with fewer axes", VECTOR, lambda: Call(lambda m, x: x + x.mean(0)), ["linear", "derived", "add"]),
@@ -114,11 +115,13 @@ SPELLINGS = [
     ("view that keeps no sample", IMAGE, lambda: Call(lambda m, x: x.view(x.size(0), 4, -1)), ["linear", "derived"]),
     ("transpose", SEQUENCE, lambda: Call(lambda m, x: x.transpose(1, 2)), ["linear", "derived"]),
     ("mean", SEQUENCE, lambda: Call(lambda m, x: x.mean(dim=1)), ["linear", "derived"]),
-    ("multi-head attention", SEQUENCE, lambda: Call(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2, batch_first=True)),
+    ("multi-head attention", SEQUENCE,
+     lambda: Call(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2, batch_first=True)),
      ["linear", "derived"]),
     ("max over an axis", SEQUENCE, lambda: Call(lambda m, x: x.max(dim=1)[0]), ["linear", "derived"]),
     ("max over an axis, by name", SEQUENCE, lambda: Call(lambda m, x: torch.max(x, 1).values), ["linear", "derived"]),
-    ("unpacking", SEQUENCE, lambda: Call(lambda m, x: _first_two(x.unbind(1))), ["linear", "derived", "derived", "add"]),
+    ("unpacking", SEQUENCE, lambda: Call(lambda m, x: _first_two(x.unbind(1))),
+     ["linear", "derived", "derived", "add"]),
 ]  # fmt: skip
 
 
@@ -153,7 +156,8 @@ def assert_predicts(model, sample):
         (models.mlp, (3,)), (models.convnet, (2, 9, 7)), (models.Residual, (2, 9, 7)), (models.Attention, (5, 4)),
         (models.Gated, (3,)), (models.Viewed, (2, 5, 5)), (models.Buffered, (3,)), (models.Tied, (3,)),
         (models.Direct, (3,)), (models.Functional, (2, 9, 7)), (models.Unused, (3,)), (models.Embedded, (2, 9, 7)),
-        (models.Recurrent, (5, 4)), (lambda: nn.Sequential(nn.Sequential(models.mlp()), models.mlp(widths=(2, 4))), (3,)),
+        (models.Recurrent, (5, 4)),
+        (lambda: nn.Sequential(nn.Sequential(models.mlp()), models.mlp(widths=(2, 4))), (3,)),
     ],
 )  # fmt: skip
 def test_predictions_are_the_modules_own(make, sample):
@@ -218,17 +222,14 @@ def _counts(m, x):
     return x * float(x.abs().max())
 
 
-def _writes_to_input(model):
-    class Writes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
+class WritesToInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
 
-        def forward(self, x):
-            x.mul_(2)
-            return self.layer(x)
-
-    return Writes()
+    def forward(self, x):
+        x.mul_(2)
+        return self.layer(x)
 
 
 def _writes_to_view(m, x):
@@ -263,7 +264,7 @@ REFUSALS = [
     ("branch", lambda: Call(_branches), ["test_capture.py", "x.sum() > 0", "torch.where"]),
     ("loop", lambda: Call(_loops), ["test_capture.py", "x.norm() > 1"]),
     ("number from a tensor", lambda: Call(_counts), ["test_capture.py", "x.abs().max()"]),
-    ("write to the input", lambda: _writes_to_input(None), ["in-place", "test_capture.py", "x.mul_(2)", "out-of-place"]),
+    ("write to the input", WritesToInput, ["in-place", "test_capture.py", "x.mul_(2)", "out-of-place"]),
     ("write to a view", lambda: Call(_writes_to_view), ["in-place", "half.add_(1)"]),
     ("write to a shared value", lambda: Call(_writes_to_shared), ["in-place", "y.mul_(2)"]),
     ("write by index", lambda: Call(_writes_by_index), ["in-place", "y[:, 0] = 0", "torch.where"]),
@@ -275,7 +276,8 @@ REFUSALS = [
     ("nn.AlphaDropout", lambda: Call(lambda m, x: m.d(x), d=nn.AlphaDropout(0.3)), ["dropout in training mode"]),
     ("nn.RReLU", lambda: Call(lambda m, x: m.d(x), d=nn.RReLU()), ["random numbers"]),
     ("rand_like", lambda: Call(lambda m, x: x + torch.rand_like(x)), ["random numbers", "torch.rand_like(x)"]),
-    ("nn.MultiheadAttention with dropout", lambda: Call(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2, 0.1)),
+    ("nn.MultiheadAttention with dropout",
+     lambda: Call(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2, 0.1)),
      ["dropout in training mode"]),
     ("numbers drawn aside", lambda: Call(lambda m, x: x + torch.randn(4)), ["draws random numbers", "__init__"]),
     ("x.normal_", lambda: Call(lambda m, x: x + torch.empty_like(x).normal_()), ["random numbers"]),
@@ -285,7 +287,8 @@ REFUSALS = [
     ("no output of the input", lambda: Call(lambda m, x: m.first.weight), ["one tensor that depends on its input"]),
     ("no parameters", lambda: nn.Sequential(nn.ReLU()), ["no parameters", "nothing to meta-learn"]),
     ("a lone constant", lambda: Call(lambda m, x: x + torch.tanh(m.first.bias)), ["test_capture.py", "tanh"]),
-    ("unpacking by iteration", lambda: Call(lambda m, x: sum(row for row in x)), ["test_capture.py", "row for row in x"]),
+    ("unpacking by iteration", lambda: Call(lambda m, x: sum(row for row in x)),
+     ["test_capture.py", "row for row in x"]),
 ]  # fmt: skip
 
 

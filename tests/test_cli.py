@@ -92,7 +92,7 @@ def test_doctor_is_healthy_here(capsys):
     assert code == 0
     assert report["healthy"]
     gradients = [f for f in report["findings"] if f["subject"].startswith("executor ")]
-    assert any(f["state"] == "ok" and "differs from autograd by" in f["text"] for f in gradients)
+    assert any(f["state"] == "ok" and "differs from autograd's by" in f["text"] for f in gradients)
 
 
 def test_help_names_every_recipe_and_gives_examples(capsys):

@@ -203,9 +203,9 @@ def test_batch_norm_does_not_see_padded_samples(case):
 
 
 def test_max_pool_sends_the_gradient_to_the_first_of_equals():
-    at = Point([], [torch.zeros(1, 1, 1, 2, 4, dtype=torch.float64)], [], [torch.arange(8.0).reshape(1, 1, 1, 2, 4)],
-               torch.tensor([3.0, 5.0]).reshape(1, 1, 1, 1, 2), torch.tensor([7.0, 9.0]).reshape(1, 1, 1, 1, 2))  # fmt: skip
-    at = at.to(torch.float64)
+    x, xd = torch.zeros(1, 1, 1, 2, 4), torch.arange(8.0).reshape(1, 1, 1, 2, 4)
+    g, gd = (torch.tensor(pair).reshape(1, 1, 1, 1, 2) for pair in ([3.0, 5.0], [7.0, 9.0]))
+    at = Point([], [x], [], [xd], g, gd)
     layer = MaxPool2d((2, 2), (2, 2))
     _, gradient, tangent, bent = rules(layer, at)
     assert gradient[0].flatten().tolist() == [3, 0, 5, 0, 0, 0, 0, 0]

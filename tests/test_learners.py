@@ -67,8 +67,7 @@ def test_meta_sgd_learns_a_rate_for_every_parameter():
     size = sum(p.numel() for p in learner.model.parameters())
     assert rate.shape == (1, size)
     assert any(p is rate for p in learner.parameters())
-    assert 0.02 <= float(rate.min()) < float(rate.max()) <= 0.06
-    torch.optim.SGD(learner.parameters(), lr=0.1).zero_grad()
+    assert 0.02 <= float(rate.detach().min()) < float(rate.detach().max()) <= 0.06
     before = rate.detach().clone()
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
     learner.backward(regression())
@@ -202,7 +201,7 @@ def test_adapting_with_another_number_of_steps(steps):
     model, tasks = perceptron(), regression()
     learner = mf.MAML(model, loss="mse", lr=mf.Rate(0.1, "step", learn=True), steps=2)
     with torch.no_grad():
-        learner.rate.value.copy_(torch.tensor([[0.1], [0.03]]))
+        learner.rate.value.copy_(torch.tensor([[0.1], [0.03]], dtype=torch.float64))
     fast = learner.adapt(tasks.support_x, tasks.support_y, steps=steps)
     for t in range(2):
         theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
@@ -213,7 +212,7 @@ def test_adapting_with_another_number_of_steps(steps):
                 n: (p - rate * g).detach().requires_grad_() for (n, p), g in zip(theta.items(), gradients, strict=True)
             }
         expected = functional_call(model, theta, (tasks.query_x[t],)).detach()
-        torch.testing.assert_close(fast(tasks.query_x)[t], expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(fast(tasks.query_x)[t], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_adapted_models_go_back_into_the_users_module():
@@ -272,6 +271,21 @@ def test_moving_between_dtypes(bn):
     assert all(torch.equal(b, before[n]) == (bn != "running") for n, b in learner.model.named_buffers() if n in before)
 
 
+def test_a_module_that_has_changed_is_captured_again():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double().eval()
+    learner, tasks = mf.MAML(model, loss="mse", lr=0.1), regression()
+    before = learner(tasks).losses
+    model[2] = nn.Linear(4, 2).double()
+    learner.backward(tasks)
+    assert float(model[2].weight.grad.norm()) > 0
+    assert not torch.equal(learner(tasks).losses, before)
+    learner.train()
+    with pytest.raises(mf.CaptureError, match=r"dropout in training mode.*model\.eval\(\)"):
+        learner(tasks)
+    learner.eval()
+    assert not torch.equal(learner(tasks).losses, before)
+
+
 def test_frozen_parameters_get_no_gradient():
     setup = next(s for s in SETUPS if s.name == "MAML, 3 steps")
     learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
@@ -312,6 +326,24 @@ def test_batches_of_any_size_follow_one_another():
         torch.testing.assert_close(together.losses, torch.cat(alone), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_memory_layout_of_a_batch_does_not_matter_and_runs_repeat_to_the_bit(backend):
+    setup = Setup("", models.Embedded, IMAGE, 3, options={"steps": 2})
+    learner, tasks = make_learner(setup, torch.float32, backend), make_tasks(setup)
+    wide = {name: value[:, :, None].expand(*value.shape[:2], 2, *value.shape[2:]) for name, value in vars(tasks).items()
+            if value is not None}  # fmt: skip
+    strided = mf.TaskBatch(
+        **{name: value.transpose(0, 1).contiguous().transpose(0, 1)[:, :, 0] for name, value in wide.items()}
+    )
+    assert not strided.support_x.is_contiguous()
+    learner.backward(tasks)
+    expected = grads(learner)
+    for batch in (tasks, strided):
+        learner.zero_grad()
+        learner.backward(batch)
+        assert all(torch.equal(a, b) for a, b in zip(grads(learner), expected, strict=True))
+
+
 def test_explain_names_the_executor_and_every_layer():
     learner = mf.ANIL(models.Embedded(), loss="cross_entropy", lr=0.1, head="classifier", backend="reference")
     assert "no batch has been seen" in learner.explain()
@@ -334,15 +366,13 @@ def test_explain_says_what_is_derived():
 
 
 def test_meta_training_learns_sinusoids():
-    """MAML reaches on unseen waves, after one step on 10 points, a quarter of the error that it starts from."""
+    """500 meta-steps: on unseen waves one inner step on 10 points takes the error from above 3 to below 1.2."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     learner = mf.MAML(model, loss="mse", lr=0.01)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=5e-3)
     sampler = SinusoidSampler(shots=10, queries=10, tasks=25)
     test = SinusoidSampler(shots=10, queries=50, tasks=200, stream="test").batch(0)
-    with torch.no_grad():
-        start = float(learner(test).loss)
     for step in range(500):
         optimizer.zero_grad()
         learner.backward(sampler.batch(step))
@@ -351,5 +381,35 @@ def test_meta_training_learns_sinusoids():
         end = float(learner(test).loss)
     unadapted = learner.adapt(test.support_x, test.support_y, steps=0)
     prior = float(F.mse_loss(unadapted(test.query_x), test.query_y))
-    assert end < 1.5, f"{start:.2f} -> {end:.2f}"
-    assert prior > 2 * end
+    assert end < 1.2
+    assert prior > 3
+
+
+def test_the_inner_loop_leaves_parameters_alone_that_need_no_gradient():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    model[0].requires_grad_(False)
+    x, y = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
+    fast = mf.MAML(model, loss="mse", lr=0.1).adapt(x, y).state_dict(0)
+    assert torch.equal(fast["0.weight"], model[0].weight)
+    assert not torch.allclose(fast["2.weight"], model[2].weight)
+
+
+class Centred(nn.Module):
+    """Its layer beyond the linear one is derived; with ``mixes`` it reads all samples of the task."""
+
+    def __init__(self, mixes):
+        super().__init__()
+        self.linear, self.mixes = nn.Linear(3, 2), mixes
+
+    def forward(self, x):
+        x = self.linear(x)
+        return x - x.mean(0, keepdim=True) if self.mixes else x * torch.softmax(x, 1)
+
+
+def test_padding_that_would_leak_through_a_derived_layer_is_refused():
+    x, y, mask = torch.randn(2, 4, 3), torch.randn(2, 4, 2), torch.ones(2, 4, dtype=torch.bool)
+    mask[0, 3] = False
+    tasks = mf.TaskBatch(x, y, x, y, mask, mask)
+    mf.MAML(Centred(mixes=False), loss="mse", lr=0.1).backward(tasks)
+    with pytest.raises(ValueError, match=r"\['mean', 'sub'\] mixes the samples of a task"):
+        mf.MAML(Centred(mixes=True), loss="mse", lr=0.1).backward(tasks)

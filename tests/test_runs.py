@@ -74,6 +74,14 @@ def test_regression_on_ones_own_points(sine, tmp_path):
         assert [float(row["y"]) for row in csv.DictReader(file)] == [row["y"] for row in rows]
 
 
+def test_a_fit_is_drawn(sine, tmp_path):
+    points = write_csv(tmp_path / "points.csv", ["x", "y"], [(0, 1), (1, 2)])
+    predict(open_run(sine, "cpu"), points, points, None, tmp_path / "fit.png")
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"--out .*fit.txt must end in .csv or .png"):
+        predict(open_run(sine, "cpu"), points, points, None, tmp_path / "fit.txt")
+
+
 def test_pictures_are_classified_as_the_learner_would(glyphs, tmp_path):
     folder, training = glyphs
     batch = training.episodes.test[1].batch(0)

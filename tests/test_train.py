@@ -291,3 +291,11 @@ def test_the_bar_shows_the_same(tmp_path):
     run(SMALL, tmp_path, Bar(stream))
     assert "60/60" in stream.getvalue()
     assert "tasks/s  0:00:00 left" in stream.getvalue()
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run(SMALL, tmp_path)
+    before, lines = parameters(tmp_path), read_metrics(tmp_path)
+    run(SMALL, tmp_path, resume=True)
+    assert same(before, parameters(tmp_path))
+    assert lines == read_metrics(tmp_path)

@@ -7,6 +7,7 @@
 
 #include "layout.h"
 #include "program.h"
+#include "tables.h"
 
 namespace metafast {
 
@@ -63,9 +64,11 @@ class Plan {
   std::vector<uint8_t> adapted_;  // [P]
   std::vector<Constants> constants_;
   int64_t constants_size_ = 0;
-  std::vector<std::unique_ptr<std::vector<int32_t>>> tables_;
-  std::vector<std::unique_ptr<std::vector<Gather>>> gathers_;
+  Tables tables_;
   std::map<std::pair<int, int>, std::unique_ptr<OwnedPass>> passes_;
 };
+
+// The plan of a model, from those made lately.
+std::shared_ptr<Plan> find_plan(const std::vector<double>& description, Layout layout, int element_size);
 
 }  // namespace metafast

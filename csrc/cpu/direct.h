@@ -5,8 +5,56 @@
 
 namespace METAFAST_NAMESPACE {
 
+// R x V sums in registers. Indices are constants from the start (no loops to unroll), or the compiler keeps the sums in
+// memory.
+template <class T, int R, int V>
+class Sums {
+  using S = Simd<T>;
+  using Pack = typename S::Pack;
+  template <class F, size_t... I>
+  static void unrolled(const F& f, std::index_sequence<I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }
+
+ public:
+  // From rows `stride` apart; 0 gives all the same.
+  void start(const T* from, long stride) {
+    each([&](auto i) { sum[i] = S::load(from + i / V * stride + i % V * S::lanes); });
+  }
+
+  // sum[i] += a[i][k * a_step] * b[k * b_step] for k < count.
+  void multiply(const T* const (&a)[R], long a_step, const T* b, long b_step, long count) {
+    Pack local[R * V];
+    each([&](auto i) { local[i] = sum[i]; });
+    for (long k = 0, at = 0; k < count; ++k, at += a_step, b += b_step) {
+      Pack column[V];
+      unrolled([&](auto v) { column[v] = S::load(b + v * S::lanes); }, std::make_index_sequence<V>{});
+      each([&](auto i) { local[i] += column[i % V] * a[i / V][at]; });
+    }
+    each([&](auto i) { sum[i] = local[i]; });
+  }
+
+  void finish(T* out, long stride) const {
+    each([&](auto i) { S::store(out + i / V * stride + i % V * S::lanes, sum[i]); });
+  }
+
+  void finish(T* const (&out)[R], bool add) const {
+    each([&](auto i) { S::put(out[i / V] + i % V * S::lanes, sum[i], add); });
+  }
+
+ private:
+  template <class F>
+  static void each(const F& f) {
+    unrolled(f, std::make_index_sequence<R * V>{});
+  }
+
+  Pack sum[R * V];
+};
+
 template <class T>
 struct Direct {
+  template <int R, int V>
+  using Sums = METAFAST_NAMESPACE::Sums<T, R, V>;
   using S = Simd<T>;
   using Pack = typename S::Pack;
   static constexpr int lanes = S::lanes, panel = 2 * lanes, max_rows = sizeof(Pack) == 64 ? 12 : 6;
@@ -27,7 +75,7 @@ struct Direct {
 
   // R rows, from row `first` of n * gather.rows, times V packs of the panel whose weights begin at `shift`.
   template <int R, int V>
-  static void tile(const Rows& rows, const Term<T>* terms, int count, long first, long shift, const Target& to,
+  METAFAST_KERNEL static void tile(const Rows& rows, const Term<T>* terms, int count, long first, long shift, const Target& to,
                    int column) {
     const Gather& g = *rows.gather;
     const int32_t* source[R];
@@ -39,50 +87,41 @@ struct Direct {
       image[i] = sample * rows.image;
       out[i] = to.base + sample * to.image + g.target[row] + column;
     }
-    Pack sum[R][V];
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) sum[i][v] = to.bias ? S::load(to.bias + column + v * lanes) : Pack{};
+    Sums<R, V> sums{};
+    if (to.bias) sums.start(to.bias + column, 0);
     for (int t = 0; t < count; ++t) {
       for (int s = 0; s < g.segments; ++s) {
         const T* a[R];
         for (int i = 0; i < R; ++i)
           a[i] = source[i][s] < 0 ? rows.zeros : terms[t].a + image[i] + source[i][s];
         const T* w = terms[t].weights + shift + static_cast<long>(g.first[s]) * panel;
-        for (int k = 0; k < g.length; ++k, w += panel) multiply<R, V>(a, k, w, sum);
+        sums.multiply(a, 1, w, panel, g.length);
       }
     }
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) S::put(out[i] + v * lanes, sum[i][v], to.add);
-  }
-
-  template <int R, int V>
-  static void multiply(const T* const (&a)[R], long k, const T* w, Pack (&sum)[R][V]) {
-    Pack b[V];
-    for (int v = 0; v < V; ++v) b[v] = S::load(w + v * lanes);
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) sum[i][v] += b[v] * a[i][k];
+    sums.finish(out, to.add);
   }
 
   // All rows of n samples times all panels of `columns` output elements; a panel is `depth` rows deep.
   static void product(const Rows& rows, int n, const Term<T>* terms, int count, long depth, int columns,
                       const Target& to) {
-    const long total = static_cast<long>(n) * rows.gather->rows, tiles = (total + max_rows - 1) / max_rows;
+    const long total = static_cast<long>(n) * rows.gather->rows;
     for (int column = 0; column < columns; column += panel) {
       const long shift = column * depth;
       const bool two = columns - column >= panel;
+      const long most = two ? max_rows : 2 * max_rows, tiles = (total + most - 1) / most;
       for (long tile = 0; tile < tiles; ++tile) {
         const long first = total * tile / tiles, last = total * (tile + 1) / tiles;
         with_rows(static_cast<int>(last - first), [&](auto r) {
           constexpr int R = decltype(r)::value;
-          two ? Direct::tile<R, 2>(rows, terms, count, first, shift, to, column)
-              : Direct::tile<R, 1>(rows, terms, count, first, shift, to, column);
+          if (!two) return Direct::tile<R, 1>(rows, terms, count, first, shift, to, column);
+          if constexpr (R <= max_rows) Direct::tile<R, 2>(rows, terms, count, first, shift, to, column);
         });
       }
     }
   }
 
   // From a number of rows at run time to one known when compiling.
-  template <int R = max_rows, class F>
+  template <int R = 2 * max_rows, class F>
   static void with_rows(int rows, const F& f) {
     if constexpr (R > 0) {
       if (rows == R) return f(std::integral_constant<int, R>{});
@@ -99,11 +138,10 @@ struct Direct {
 
   // out[i][panel] += sum over the run of x[offset[i]] * g.
   template <int R, int V>
-  static void outer_tile(const Pair<T>* pairs, int count, const Run& run, const int32_t* offset, long x_at, long g_at,
+  METAFAST_KERNEL static void outer_tile(const Pair<T>* pairs, int count, const Run& run, const int32_t* offset, long x_at, long g_at,
                          T* out) {
-    Pack sum[R][V];
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) sum[i][v] = S::load(out + i * panel + v * lanes);
+    Sums<R, V> sums;
+    sums.start(out, panel);
     for (int t = 0; t < count; ++t) {
       for (int s = 0; s < run.samples; ++s) {
         for (int l = 0; l < run.lines; ++l) {
@@ -111,27 +149,26 @@ struct Direct {
           const T* g = pairs[t].g + g_at + s * run.g_sample + l * run.g_line;
           const T* a[R];
           for (int i = 0; i < R; ++i) a[i] = x + offset[i];
-          for (int p = 0; p < run.length; ++p, g += run.g_pixel) multiply<R, V>(a, p * run.x_pixel, g, sum);
+          sums.multiply(a, run.x_pixel, g, run.g_pixel, run.length);
         }
       }
     }
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) S::store(out + i * panel + v * lanes, sum[i][v]);
+    sums.finish(out, panel);
   }
 
   // `rows` rows of a weight gradient (at x + offset[i]) times all columns of g.
   static void outer(const Pair<T>* pairs, int count, const Run& run, const int32_t* offset, int rows, long x_at,
                     long g_at, int columns, long depth, T* out) {
-    const int tiles = (rows + max_rows - 1) / max_rows;
     for (int column = 0; column < columns; column += panel) {
       const bool two = columns - column >= panel;
+      const int most = two ? max_rows : 2 * max_rows, tiles = (rows + most - 1) / most;
       for (int tile = 0; tile < tiles; ++tile) {
         const int first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
         T* to = out + column * depth + static_cast<long>(first) * panel;
         with_rows(last - first, [&](auto r) {
           constexpr int R = decltype(r)::value;
-          two ? outer_tile<R, 2>(pairs, count, run, offset + first, x_at, g_at + column, to)
-              : outer_tile<R, 1>(pairs, count, run, offset + first, x_at, g_at + column, to);
+          if (!two) return outer_tile<R, 1>(pairs, count, run, offset + first, x_at, g_at + column, to);
+          if constexpr (R <= max_rows) outer_tile<R, 2>(pairs, count, run, offset + first, x_at, g_at + column, to);
         });
       }
     }

@@ -57,19 +57,27 @@ class Core : public Simd<T> {
   void reduce(long rows, int ld, T* out, bool add, const F& f) const {
     for (int ch = 0; ch < ld; ch += lanes) {
       const auto at_pixel = f(ch);
-      double total[K][lanes] = {};
-      for (long block = 0; block < rows; block += block_rows) {
-        const long end = block + block_rows < rows ? block + block_rows : rows;
-        Pack even[K] = {}, odd[K] = {};
-        long row = block;
+      const auto block_sums = [&](long row, long end, Pack(&sums)[K]) {
+        Pack odd[K] = {};
         for (; row + 1 < end; row += 2) {
-          at_pixel(row * ld + ch, even);
+          at_pixel(row * ld + ch, sums);
           at_pixel((row + 1) * ld + ch, odd);
         }
-        if (row < end) at_pixel(row * ld + ch, even);
+        if (row < end) at_pixel(row * ld + ch, sums);
+        for (int k = 0; k < K; ++k) sums[k] += odd[k];
+      };
+      if (rows <= block_rows) {
+        Pack sums[K] = {};
+        block_sums(0, rows, sums);
+        for (int k = 0; k < K; ++k) Simd<T>::put(out + static_cast<long>(k) * ld + ch, sums[k], add);
+        continue;
+      }
+      double total[K][lanes] = {};
+      for (long block = 0; block < rows; block += block_rows) {
+        Pack sums[K] = {};
+        block_sums(block, block + block_rows < rows ? block + block_rows : rows, sums);
         for (int k = 0; k < K; ++k) {
-          const Pack sum = even[k] + odd[k];
-          for (int lane = 0; lane < lanes; ++lane) total[k][lane] += sum[lane];
+          for (int lane = 0; lane < lanes; ++lane) total[k][lane] += sums[k][lane];
         }
       }
       for (int k = 0; k < K; ++k) {

@@ -10,6 +10,9 @@
 #error "inner_loop.cpp is built once for each instruction set with METAFAST_NAMESPACE and METAFAST_VECTOR_BYTES"
 #endif
 
+// On the innermost loops: inlined into their callers they share its registers, and sums spill to memory.
+#define METAFAST_KERNEL [[gnu::noinline]]
+
 namespace METAFAST_NAMESPACE {
 
 // The vector types, spelt out: attributes on dependent types do not survive overload resolution.
@@ -53,13 +56,10 @@ struct Simd {
 
   static Index no_winner() { return Index{}; }
   static Index choose(Index mask, Integer a, Index b) { return mask ? Index{} + a : b; }
-  static Index load_winner(const uint8_t* p) {
-    Bytes bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, Index);
-  }
+  // A byte a lane. Shuffles, since compilers convert between such vectors one element at a time.
+  static Index load_winner(const uint8_t* p) { return widen(p, std::make_index_sequence<METAFAST_VECTOR_BYTES>{}); }
   static void store_winner(uint8_t* p, Index v) {
-    const Bytes bytes = __builtin_convertvector(v, Bytes);
+    const Bytes bytes = narrow(reinterpret_cast<Raw>(v), std::make_index_sequence<lanes>{});
     std::memcpy(p, &bytes, sizeof bytes);
   }
 
@@ -88,6 +88,32 @@ struct Simd {
   static void transpose(Pack (&rows)[lanes]) { swap_blocks<lanes / 2>(rows); }
 
  private:
+  typedef uint8_t Raw __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+
+  template <size_t... B>
+  static Index widen(const uint8_t* p, std::index_sequence<B...>) {
+    typedef uint8_t Part __attribute__((vector_size(16)));
+    typedef int64_t Two __attribute__((vector_size(16)));
+    Two two{};
+    if constexpr (lanes > 8) {
+      std::memcpy(&two, p, lanes);
+    } else {
+      int64_t all = 0;
+      std::memcpy(&all, p, lanes);
+      two[0] = all;
+    }
+    // Every 16 bytes hold all the winners, so that the second shuffle moves none across.
+    const Part part = reinterpret_cast<Part>(two);
+    const Raw copies = __builtin_shufflevector(part, part, static_cast<int>(B % 16)...);
+    const Raw spread = __builtin_shufflevector(copies, copies, static_cast<int>(B / 16 * 16 + B / sizeof(T))...);
+    return reinterpret_cast<Index>(spread) & 0xff;
+  }
+
+  template <size_t... L>
+  static Bytes narrow(Raw raw, std::index_sequence<L...>) {
+    return __builtin_shufflevector(raw, raw, static_cast<int>(L * sizeof(T))...);
+  }
+
   template <class F>
   static Pack by_lane(Pack v, const F& f) {
     for (int i = 0; i < lanes; ++i) v[i] = f(v[i]);

@@ -137,16 +137,14 @@ class Task {
   // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
   void reverse_step(int s, T* tape, const T* at, const T* g, T* lr_sums) {
     const T* alpha = rate(s);
-    T *v = mem.v, *u = mem.u, *product = mem.product;
+    T *v = mem.v, *u = mem.u;
     if (job.needs_lr) {
       T* out = lr_sums + row(s) * program.size;
       machine.each(program.size, [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
     }
     if (job.first_order) return;
-    machine.each(program.size, [=](long i) { M::store(u + i, M::load(alpha + i) * M::load(v + i)); });
-    clear(product);
-    sweep.hessian_times({job.taped, tape, mem.rest}, support, at, u, s, product);
-    add(v, -1, product);
+    machine.each(program.size, [=](long i) { M::store(u + i, -M::load(alpha + i) * M::load(v + i)); });
+    sweep.hessian_times({job.taped, tape, mem.rest}, support, at, u, s, v);
   }
 
   void support_pass(T* memory, const T* at, int step, T* g) {

@@ -13,7 +13,7 @@ struct Winograd {
   using D = Direct<T>;
   using Pack = typename S::Pack;
   static constexpr int lanes = S::lanes, panel = D::panel, points = 16;
-  static constexpr int block = 96;   // tiles at a time: their transforms stay in the second-level cache
+  static constexpr int block = 36;   // tiles at a time: their transforms stay in the second-level cache
   static constexpr int apart = 64 / sizeof(T);  // keeps the 16 transforms from falling on the same cache sets
 
   // The cost in products of a channel with a channel, against the direct way.
@@ -195,16 +195,14 @@ struct Winograd {
   }
 
   template <int R, int V>
-  static void multiply_rows(const T* patches, long next_term, const T* const* weights, int count, int depth, T* out) {
-    Pack sum[R][V] = {};
+  METAFAST_KERNEL static void multiply_rows(const T* patches, long next_term, const T* const* weights, int count, int depth, T* out) {
+    typename D::template Sums<R, V> sums{};
     for (int t = 0; t < count; ++t) {
       const T* a[R];
       for (int i = 0; i < R; ++i) a[i] = patches + t * next_term + static_cast<long>(i) * depth;
-      const T* w = weights[t];
-      for (int k = 0; k < depth; ++k, w += panel) D::template multiply<R, V>(a, k, w, sum);
+      sums.multiply(a, 1, weights[t], panel, depth);
     }
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) S::store(out + i * panel + v * lanes, sum[i][v]);
+    sums.finish(out, panel);
   }
 
   // g_W += sum of pairs. Scratch: the products [panel][point][channel][lanes], then the transforms of a block.

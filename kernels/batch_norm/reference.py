@@ -54,6 +54,10 @@ class BatchNorm(Normalise):
 
     def standardise(self, ctx: Context, x: Tensor, constants: Tensors) -> None:
         if not self.given:
+            if x.shape[1] * x[0, 0, 0].numel() == 1:
+                raise ValueError(
+                    "one number in each channel has no variance: batch norm needs a second sample, or bn='frozen'"
+                )
             super().standardise(ctx, x, constants)
             return
         mu, var = (c.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 3)) for c in constants)

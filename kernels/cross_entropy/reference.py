@@ -31,7 +31,8 @@ class CrossEntropy(Loss):
             wrong = low if low < 0 else high
             raise ValueError(
                 f"{name} contains the label {wrong}, but the model has {output[0]} outputs: labels must lie in "
-                f"0..{output[0] - 1}. Number the classes of each task from 0, or give the model more outputs"
+                f"0..{output[0] - 1}, those of padded samples too. Number the classes of each task from 0, or give the "
+                "model more outputs"
             )
 
     def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:

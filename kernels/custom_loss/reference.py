@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vjp, vmap
 
 from ..layer import Context, Loss
 
@@ -24,7 +24,14 @@ class CustomLoss(Loss):
                 "a loss callable does not see the sample mask; use 'cross_entropy' or 'mse' with ragged tasks"
             )
         ctx.z, ctx.y = outputs, targets
-        losses = vmap(self.function)(outputs, targets)
+        try:
+            losses = vmap(self.function)(outputs, targets)
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            raise ValueError(
+                f"the loss callable failed on one task's outputs of shape {tuple(outputs.shape[1:])} and targets of "
+                f"shape {tuple(targets.shape[1:])}: {error}. It must return a scalar tensor by torch operations alone, "
+                "without .item() and without branches on values"
+            ) from error
         if losses.dim() != 1:
             raise ValueError(
                 f"the loss callable returned shape {tuple(losses.shape[1:])} for one task; it must return a scalar: "
@@ -36,7 +43,8 @@ class CustomLoss(Loss):
         return self._gradient(ctx.z, ctx.y)
 
     def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
-        return jvp(lambda z: self._gradient(z, ctx.y), (ctx.z,), (d_outputs,))[1]
+        # The Hessian is symmetric: reverse mode serves, which more of torch's losses have than forward mode.
+        return vjp(lambda z: self._gradient(z, ctx.y), ctx.z)[1](d_outputs)[0]  # type: ignore[no-any-return]
 
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return vmap(grad(self.function))(outputs, targets)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metafast.capture import capture
-from metafast.checks import check_like, resolve_names
-from metafast.executors import Choice, choose
+from metafast.checks import check_batch, check_like, check_padding, resolve_names
+from metafast.executors import Choice, check_backend, choose
 from metafast.executors.reference import ReferenceExecutor
 from metafast.kernels.batch_norm import MODES
 from metafast.losses import LossLike, as_loss
@@ -19,6 +19,7 @@ from metafast.program import Program
 from metafast.rates import Rate, Rates
 from metafast.statistics import track
 from metafast.tasks import Batch, TaskBatch
+from metafast.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,33 @@ class LearnerOutput:
 
 @dataclass(frozen=True)
 class Adapted:
-    """T adapted models. ``parameters [T, P]``."""
+    """T adapted models. ``parameters [T, P]``; ``sample`` is the shape of a sample."""
 
     program: Program
     choice: Choice
     parameters: Tensor
     step: int
+    sample: tuple[int, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept."""
-        if x.dim() < 2 or x.shape[0] != self.parameters.shape[0]:
+        theta = self.parameters
+        if x.dim() < 2 or x.shape[0] != theta.shape[0] or x.shape[2:] != self.sample:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; {self.parameters.shape[0]} adapted models take [T, n, ...] with "
-                f"T = {self.parameters.shape[0]}"
+                f"x has shape {tuple(x.shape)}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
+                f"T = {theta.shape[0]} and samples of shape {self.sample}"
+            )
+        if x.dtype != theta.dtype or x.device != theta.device:
+            raise TypeError(
+                f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
+                f"x.to({str(theta.device)!r}, {theta.dtype})"
             )
         return self.choice.executor.predict(self.program, self.parameters, x.contiguous(), self.step)
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
         """The parameters of one task under the user's names: ``model.load_state_dict(..., strict=False)``."""
+        if not 0 <= task < self.parameters.shape[0]:
+            raise IndexError(f"task={task}: the adapted models are numbered 0..{self.parameters.shape[0] - 1}")
         tensors = self.program.unflatten(self.parameters[task])
         return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
 
@@ -63,7 +73,8 @@ class Learner(nn.Module):
         loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
-        adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: everything.
+        adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
+            requires a gradient.
         bn: where batch norm takes its statistics from: ``"task"``, ``"per_step"``, ``"frozen"`` or ``"running"``.
         backend: the executor, or ``"auto"`` for the fastest that can run the model.
 
@@ -84,17 +95,21 @@ class Learner(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
         if bn not in MODES:
             raise ValueError(f"bn={bn!r} is unknown; choose from {MODES}")
+        check_backend(backend)
         self.model, self.steps, self.backend = model, steps, backend
         self.loss, self.bn = as_loss(loss), bn
-        self.adapted_names = None if adapt is None else resolve_names(model, adapt)
-        self._captured = self._module_state()
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.adapted_names = trained if adapt is None else resolve_names(model, adapt)
         self.program = self._capture()
         first = next(model.parameters())
         self.rows = self._rows_per_step()
+        self._sources, self._watch = self._named(), Watch(model)
         self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self.program, steps, first)
         self.tracks = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
         self._seen: dict[tuple[object, ...], tuple[Choice, Tensor, tuple[int, ...]]] = {}
@@ -109,11 +124,11 @@ class Learner(nn.Module):
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
         choice = self._prepare(tasks)
         steps = self.steps if steps is None else steps
-        if steps < 0:
-            raise ValueError(f"steps={steps}: the number of inner steps cannot be negative")
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps)
-        return Adapted(self.program, choice, theta, steps)
+        return Adapted(self.program, choice, theta, steps, tuple(support_x.shape[2:]))
 
     def explain(self, x: Tensor | None = None) -> str:
         """Which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
@@ -137,7 +152,7 @@ class Learner(nn.Module):
 
     def flat_parameters(self) -> Tensor:
         """The meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
-        return self.program.flatten(self._named())
+        return self.program.flatten(self._sources)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         trajectory = choice.executor.adapt(self.program, self.flat_parameters(), self.rate(), support, steps)
@@ -146,15 +161,22 @@ class Learner(nn.Module):
     def _capture(self) -> Program:
         return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
 
+    def _probe(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of a sample's output, from a run of one task."""
+        y = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
+        if y.shape[:2] != (1, x.shape[1]):
+            raise ValueError(
+                f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(y.shape[1:])}; its first axis must "
+                "stay the sample axis n"
+            )
+        return tuple(y.shape[2:])
+
     def _recapture(self) -> None:
         """Captures the module again where it was moved (its buffers are other tensors then) or has changed its mode."""
-        state = self._module_state()
-        if len(state) != len(self._captured) or any(a is not b for a, b in zip(state, self._captured, strict=True)):
-            self.program, self._captured = self._capture(), state
+        if self._watch.changed():
+            self.program = self._capture()
+            self._sources, self._watch = self._named(), Watch(self.model)
             self._seen.clear()
-
-    def _module_state(self) -> list[object]:
-        return [*self.model.buffers(), *(module.training for module in self.model.modules())]
 
     def _named(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
@@ -170,19 +192,19 @@ class Learner(nn.Module):
 
     def _prepare(self, tasks: TaskBatch) -> Choice:
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+        check_batch(tasks)
         self._recapture()
         x, masked = tasks.support_x, tasks.support_mask is not None or tasks.query_mask is not None
-        key = (*x.shape, tasks.query_x.shape[1], x.dtype, x.device, masked)
+        tensors = (x, tasks.query_x, tasks.support_y, tasks.query_y, next(self.model.parameters()))
+        key = (*x.shape, tasks.query_x.shape[1], masked, *((t.dtype, t.device) for t in tensors))
         first = key not in self._seen
         if first:
             check_like(tasks, self)
-            probe = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
-            if probe.shape[:2] != (1, x.shape[1]):
-                raise ValueError(
-                    f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(probe.shape[1:])}; its first "
-                    "axis must stay the sample axis n"
-                )
-            self._seen[key] = choose(self.program, x, self.backend, masked), x, tuple(probe.shape[2:])
+            if masked:
+                check_padding(self.program, self.flat_parameters().detach(), tasks)
+            output = self._probe(tasks.support_x)
+            self._probe(tasks.query_x)
+            self._seen[key] = choose(self.program, x, self.backend, masked), x, output
         choice, _, output = self._seen[key]
         if first or x.device.type == "cpu":  # reading labels back from a GPU each time would stall it
             self.program.loss.check(output, tasks.support_y, "support_y")
@@ -190,12 +212,11 @@ class Learner(nn.Module):
         return choice
 
     def _add_gradient(self, gradient: Tensor) -> None:
-        """Adds ``[P]`` to the ``.grad`` of the meta-parameters."""
-        named = self._named()
+        """Adds ``[P]`` to the ``.grad`` of the meta-parameters; a fresh ``.grad`` is a view of it."""
         for p, g in zip(self.program.parameters, self.program.unflatten(gradient), strict=True):
-            parameter = named[p.name]
+            parameter = self._sources[p.name]
             if parameter.requires_grad:
-                parameter.grad = g.clone() if parameter.grad is None else parameter.grad + g
+                parameter.grad = g if parameter.grad is None else parameter.grad + g
 
     def _track(self, tasks: TaskBatch) -> None:
         if self.tracks:
@@ -206,11 +227,17 @@ def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
     """Weights of the query losses after steps ``0..S``; ``None``: the last only.
 
     Raises:
-        ValueError: not S numbers, or one that is not finite.
+        ValueError: not S numbers, one that is not finite, or nothing but zeros.
     """
     if weights is None:
         return [0.0] * steps + [1.0]
-    values = [float(w) for w in weights]
-    if len(values) != steps or not all(math.isfinite(w) for w in values):
-        raise ValueError(f"step_weights={values}: give {steps} finite numbers, one for the query loss after each step")
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        values = []
+    if len(values) != steps or not all(math.isfinite(w) for w in values) or not any(values):
+        raise ValueError(
+            f"step_weights={weights!r}: give {steps} finite numbers, not all zero, one for the query loss after each "
+            "step"
+        )
     return [0.0, *values]

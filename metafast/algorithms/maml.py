@@ -170,7 +170,14 @@ def multi_step_weights(epoch: int, steps: int, horizon: int) -> list[float]:
     """``w_1 .. w_S`` of MAML++: all ``1/S`` at epoch 0, nearly all on the last step from ``horizon`` epochs on.
 
     ``w_s = max(1/S - e/(S h), 0.03/S)`` for ``s < S`` and ``w_S = min(1/S + e (S-1)/(S h), 1 - (S-1) 0.03/S)``.
+
+    Raises:
+        ValueError: a negative epoch, or fewer than one step or one epoch of fading.
     """
+    if epoch < 0 or steps < 1 or horizon < 1:
+        raise ValueError(
+            f"epoch={epoch}, steps={steps}, multi_step_epochs={horizon}: epochs count from 0, the others from 1"
+        )
     faded = max(1 / steps - epoch / (steps * horizon), 0.03 / steps)
     last = min(1 / steps + epoch * (steps - 1) / (steps * horizon), 1 - (steps - 1) * 0.03 / steps)
     return [faded] * (steps - 1) + [last]
@@ -179,9 +186,7 @@ def multi_step_weights(epoch: int, steps: int, horizon: int) -> list[float]:
 def without_batch_norm(model: nn.Module) -> list[str]:
     """Names of all parameters but those of batch norms: what the MAML papers adapt."""
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return [
-        name for name, _ in model.named_parameters() if not any(name.startswith(norm + ".") for norm in norms)
-    ]
+    return [name for name, _ in model.named_parameters() if not any(name.startswith(norm + ".") for norm in norms)]
 
 
 __all__ = ["ANIL", "FOMAML", "MAML", "MAMLPlusPlus", "MetaSGD", "multi_step_weights", "without_batch_norm"]

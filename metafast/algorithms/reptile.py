@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metafast.algorithms.learner import Learner, LearnerOutput
 from metafast.executors import Choice
 from metafast.losses import LossLike
+from metafast.rates import Rate
 from metafast.tasks import Batch, TaskBatch
 
 
@@ -32,7 +33,7 @@ class Reptile(Learner):
         model: nn.Module,
         *,
         loss: LossLike,
-        lr: float,
+        lr: float | Rate,
         steps: int = 5,
         optimizer: str = "sgd",
         batch_size: int | None = None,
@@ -41,8 +42,12 @@ class Reptile(Learner):
         super().__init__(model, loss=loss, lr=lr, steps=steps, **options)
         if optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer={optimizer!r} is unknown; Reptile's inner optimiser is 'sgd' or 'adam'")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: an inner step needs at least one sample")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size={batch_size!r}: an inner step takes a whole number of samples, at least 1")
+        if any(p.requires_grad for p in self.rate.parameters()):
+            raise ValueError(
+                f"lr={lr!r}: Reptile's update has no gradient for inner rates; use learn=False, or MetaSGD"
+            )
         self.optimizer, self.batch_size = optimizer, batch_size
 
     @torch.no_grad()

@@ -11,7 +11,16 @@ from metafast.executors.native import NativeExecutor
 from metafast.executors.reference import ReferenceExecutor
 from metafast.program import Program
 
-__all__ = ["Choice", "Executor", "MetaGradient", "NativeExecutor", "ReferenceExecutor", "choose", "executors"]
+__all__ = [
+    "Choice",
+    "Executor",
+    "MetaGradient",
+    "NativeExecutor",
+    "ReferenceExecutor",
+    "check_backend",
+    "choose",
+    "executors",
+]
 
 _EXECUTORS: list[Executor] = [NativeExecutor(), ReferenceExecutor()]
 
@@ -29,6 +38,13 @@ class Choice:
     passed_over: tuple[tuple[str, str], ...]
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError where no executor is called ``backend``."""
+    names = ["auto", *(e.name for e in _EXECUTORS)]
+    if backend not in names:
+        raise ValueError(f"backend={backend!r} is unknown; choose from {names}")
+
+
 def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = False) -> Choice:
     """The first executor that takes ``program`` on batches like ``x [T, n, ...]``; or ``backend``, and no other.
 
@@ -38,9 +54,7 @@ def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = Fa
         ValueError: ``backend`` is unknown.
         RuntimeError: ``backend`` cannot run this program; the text says why and what else exists.
     """
-    names = [e.name for e in _EXECUTORS]
-    if backend not in ("auto", *names):
-        raise ValueError(f"backend={backend!r} is unknown; choose from {['auto', *names]}")
+    check_backend(backend)
     passed_over: list[tuple[str, str]] = []
     for executor in _EXECUTORS:
         if backend not in ("auto", executor.name):
@@ -51,5 +65,6 @@ def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = Fa
         passed_over.append((executor.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
     raise RuntimeError(
-        f"backend={backend!r} cannot run this model ({reasons}). Use backend='auto', or one of {names}"
+        f"backend={backend!r} cannot run this model ({reasons}). Use backend='auto', or one of "
+        f"{[e.name for e in _EXECUTORS]}"
     )

@@ -124,7 +124,7 @@ class _ReverseSweep:
 
     def __init__(self, program: Program, lr: Tensor, support: Batch, first_order: bool) -> None:
         self.program, self.lr, self.support, self.first_order = program, lr, support, first_order
-        self.adapted = program.adapted.to(lr.device)
+        self.adapted = _adapted(program, lr.device)
 
     def run(self, trajectory: Tensor, v: Tensor, lr_grad: Tensor | None) -> Tensor:
         """The adjoint of ``theta_0``, ``[T, P]``; adds to ``lr_grad``."""
@@ -148,6 +148,11 @@ class _ReverseSweep:
                 carried = carried - run.flat(run.tangent_backward())
             carried = carried + v[step]
         return carried - first.flat(first.pull_stem()) if stem.adjoint else carried
+
+
+@functools.lru_cache(maxsize=64)
+def _adapted(program: Program, device: torch.device) -> Tensor:
+    return program.adapted.to(device)
 
 
 @functools.lru_cache(maxsize=64)

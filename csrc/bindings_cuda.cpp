@@ -1,0 +1,335 @@
+// The operators torch.ops.metafast.block_*: tasks run by thread blocks on a GPU or, on CPU tensors, by their twin.
+#include <cstring>
+
+#include "cuda/launch.h"
+#include "cuda/plan_block.h"
+#include "tensors.h"
+
+namespace metafast {
+namespace {
+
+#ifdef METAFAST_CUDA
+constexpr bool has_cuda = true;
+#else
+constexpr bool has_cuda = false;
+void cuda_upload(void*, const void*, int64_t, Queue) { fail("built without CUDA"); }
+void cuda_run(const BlockJob<float>&, const BlockShape&, Queue) { fail("built without CUDA"); }
+void cuda_sum(const Sum<float>&, Queue) { fail("built without CUDA"); }
+#endif
+
+// Where a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), stream].
+struct Machine {
+  explicit Machine(const std::vector<int64_t>& numbers)
+      : limits{numbers.at(0), numbers.at(1)}, threads(static_cast<int>(numbers.at(2))), stream(numbers.at(3)) {}
+
+  BlockLimits limits;
+  int threads;
+  int64_t stream;
+};
+
+Queue queue(const Tensor& t, int64_t stream) { return {t.get_device_index(), stream}; }
+
+template <class T>
+void run_anywhere(const BlockJob<T>& job, const BlockShape& shape, const Tensor& like, int64_t stream) {
+  if (!like.is_cuda()) return twin_run(job, shape);
+  if constexpr (sizeof(T) == 4) return cuda_run(job, shape, queue(like, stream));
+  fail("on a GPU tasks run in float32");
+}
+
+template <class T>
+void sum_anywhere(const Sum<T>& sum, const Tensor& like, int64_t stream) {
+  if (!like.is_cuda()) return twin_sum(sum);
+  if constexpr (sizeof(T) == 4) cuda_sum(sum, queue(like, stream));
+}
+
+// The passes that tables hold, by the numbers of samples; zero: none.
+struct Passes {
+  const Pass *taped, *plain;
+
+  Passes(Plan& plan, int64_t support, int64_t query, bool predicts)
+      : taped(support ? &plan.pass(static_cast<int>(support), PassKind::taped) : nullptr),
+        plain(query ? &plan.pass(static_cast<int>(query), predicts ? PassKind::predict : PassKind::plain) : nullptr) {}
+};
+
+template <class T>
+std::shared_ptr<Plan> block_plan(const Tensor& description) {
+  return find_plan(numbers(description), block_layout, sizeof(T));
+}
+
+// One call: a job, and the tensors that it points to.
+template <class T>
+class BlockCall {
+ public:
+  BlockCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& machine,
+            const Tensor& like)
+      : plan(block_plan<T>(description)), machine(machine), like(like) {
+    job.goal = goal;
+    job.tables = *static_cast<const BlockTables*>(head.data_ptr());
+    job.n_params = static_cast<int64_t>(plan->inner().size());
+    job.tasks = like.sizes()[0];
+    job.lr_rows = 1, job.lr_width = 1;
+  }
+
+  void params(const Tensor& t) {
+    job.params_per_task = t.dim() == 2;
+    expect<T>(t, (job.params_per_task ? job.tasks : 1) * job.n_params, "params");
+    job.params = data<T>(t);
+  }
+
+  void rates(const Tensor& lr, int64_t steps, bool needs_lr) {
+    const int64_t rows = lr.sizes()[0], width = lr.sizes()[1];
+    expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
+    job.lr = data<T>(lr), job.lr_rows = static_cast<int32_t>(rows), job.lr_width = width;
+    job.steps = static_cast<int32_t>(steps), job.needs_lr = needs_lr;
+  }
+
+  Samples<T> samples(const Tensor& x, const Tensor* y) const {
+    const Program& p = plan->program();
+    const int32_t n = static_cast<int32_t>(x.sizes()[1]);
+    const int64_t count = job.tasks * n;
+    expect<T>(x, count * p.input.c * p.input.h * p.input.w, "x");
+    Samples<T> s{n, data<T>(x), nullptr, nullptr};
+    if (!y) return s;
+    if (p.loss == LossKind::mse) {
+      expect<T>(*y, count * p.out.c * p.out.h * p.out.w, "targets");
+      s.targets = data<T>(*y);
+    } else {
+      if (y->scalar_type() != ScalarType::Long || y->numel() != count) fail("labels must be int64 of shape [T, n]");
+      s.labels = data<int64_t>(*y);
+    }
+    return s;
+  }
+
+  // [T, n, c, h, w]; Python gives it the shape of the model's outputs.
+  Tensor outputs() {
+    const Grid& g = plan->program().out;
+    Tensor out = empty(like, {job.tasks, job.query.n, g.c, g.h, g.w});
+    job.outputs = data<T>(out);
+    return out;
+  }
+
+  Tensor losses() {
+    Tensor out = empty(like, {job.tasks});
+    job.losses = data<T>(out);
+    return out;
+  }
+
+  Tensor grads() {
+    Tensor out = empty(like, {job.tasks, job.n_params});
+    job.grads = data<T>(out);
+    return out;
+  }
+
+  void run(bool wants_sums) {
+    const Program& p = plan->program();
+    const Passes passes(*plan, job.support.n, job.query.n, job.goal == Goal::predict);
+    const BlockWork work{job.goal, &p, passes.taped, passes.plain, job.steps, job.first_order, job.needs_lr};
+    shape = block_shape(work, job.tasks, machine.threads, machine.limits, sizeof(T), job.memory);
+    const int64_t blocks = shape.blocks;
+    if (wants_sums) job.sums = take(blocks * p.size);
+    if (job.needs_lr) job.lr_sums = take(blocks * job.lr_rows * lr_row());
+    if (job.memory.record) job.history = take(blocks * job.steps * job.memory.record);
+    run_anywhere(job, shape, like, machine.stream);
+  }
+
+  // Over the tasks, of the parameters.
+  Tensor grad(T scale) const {
+    Tensor out = empty(like, {job.n_params});
+    const int64_t size = plan->program().size;
+    sum_anywhere<T>({job.sums, shape.blocks, size, 1, size, job.tables.inner, job.n_params, scale, data<T>(out)}, like,
+                    machine.stream);
+    return out;
+  }
+
+  // Likewise, of the shape of lr.
+  Tensor lr_grad(T scale) const {
+    const int64_t rows = job.needs_lr ? job.lr_rows : 0, width = lr_row();
+    Tensor out = empty(like, {rows, job.lr_width});
+    const int32_t* index = job.lr_width > 1 ? job.tables.inner : nullptr;
+    if (rows)
+      sum_anywhere<T>({job.lr_sums, shape.blocks, rows * width, rows, width, index, job.lr_width, scale, data<T>(out)},
+                      like, machine.stream);
+    return out;
+  }
+
+  BlockJob<T> job{};
+
+ private:
+  T* take(int64_t elements) {
+    workspace.push_back(empty(like, {elements}));
+    return data<T>(workspace.back());
+  }
+
+  int64_t lr_row() const { return job.lr_width > 1 ? plan->program().size : 1; }
+
+  std::shared_ptr<Plan> plan;
+  Machine machine;
+  Tensor like;
+  BlockShape shape{};
+  std::vector<Tensor> workspace;
+};
+
+Tensor predict(Tensor description, Tensor head, std::vector<int64_t> machine, Tensor params, Tensor x, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    BlockCall<decltype(real)> call(Goal::predict, description, head, machine, x);
+    call.params(params);
+    call.job.query = call.samples(x, nullptr);
+    call.job.step = static_cast<int32_t>(step);
+    Tensor outputs = call.outputs();
+    call.run(false);
+    return outputs;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, Tensor head, std::vector<int64_t> machine,
+                                                 Tensor params, Tensor x, Tensor y, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    BlockCall<decltype(real)> call(Goal::loss_and_grad, description, head, machine, x);
+    call.params(params);
+    call.job.query = call.samples(x, &y);
+    call.job.step = static_cast<int32_t>(step);
+    Tensor losses = call.losses(), grads = call.grads(), outputs = call.outputs();
+    call.run(false);
+    return std::make_tuple(losses, grads, outputs);
+  });
+}
+
+Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> machine, Tensor params, Tensor lr, Tensor x,
+             Tensor y, int64_t steps) {
+  return by_dtype(params, [&](auto real) {
+    BlockCall<decltype(real)> call(Goal::adapt, description, head, machine, x);
+    auto& job = call.job;
+    call.params(params);
+    call.rates(lr, steps, false);
+    job.support = call.samples(x, &y);
+    Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
+    job.trajectory = data<decltype(real)>(trajectory);
+    call.run(false);
+    return trajectory;
+  });
+}
+
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vector<int64_t> machine, Tensor trajectory,
+                                     Tensor lr, Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
+  return by_dtype(trajectory, [&](auto real) {
+    using T = decltype(real);
+    BlockCall<T> call(Goal::adapt_vjp, description, head, machine, x);
+    auto& job = call.job;
+    const int64_t steps = trajectory.sizes()[0] - 1;
+    call.rates(lr, steps, needs_lr);
+    job.first_order = first_order;
+    job.support = call.samples(x, &y);
+    job.v_everywhere = v.dim() == 3;
+    expect<T>(trajectory, (steps + 1) * job.tasks * job.n_params, "trajectory");
+    expect<T>(v, (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params, "v");
+    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    Tensor grads = call.grads();
+    call.run(false);
+    return std::make_tuple(grads, call.lr_grad(T(1)));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Tensor head, std::vector<int64_t> machine,
+                                                         Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
+                                                         Tensor query_x, Tensor query_y, Tensor step_weights,
+                                                         bool first_order, bool needs_lr) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    BlockCall<T> call(Goal::meta_gradient, description, head, machine, support_x);
+    auto& job = call.job;
+    if (params.dim() != 1) fail("a meta-gradient is of parameters [P] that all tasks share");
+    call.params(params);
+    call.rates(lr, step_weights.numel() - 1, needs_lr);
+    job.weights = data<double>(step_weights);
+    job.first_order = first_order;
+    job.support = call.samples(support_x, &support_y);
+    job.query = call.samples(query_x, &query_y);
+    Tensor outputs = call.outputs(), losses = call.losses();
+    call.run(true);
+    const T scale = T(1) / job.tasks;
+    return std::make_tuple(losses, outputs, call.grad(scale), call.lr_grad(scale));
+  });
+}
+
+// The tables of a model for so many samples, where `like` is, and on the CPU the head that points to them.
+std::tuple<Tensor, Tensor> tables(Tensor description, Tensor like, int64_t support, int64_t query, bool predicts,
+                                  int64_t stream) {
+  return by_dtype(like, [&](auto real) {
+    const auto plan = block_plan<decltype(real)>(description);
+    const Passes passes(*plan, support, query, predicts);
+    BlockTables head;
+    const int64_t size = block_tables(*plan, passes.taped, passes.plain, 0, head).size();
+    Tensor out = empty(like, {size / static_cast<int64_t>(sizeof(real)) + 1});
+    Tensor out_head = empty(description, {static_cast<int64_t>(sizeof head / sizeof(double)) + 1});
+    const auto address = reinterpret_cast<uint64_t>(out.data_ptr());
+    const auto bytes = block_tables(*plan, passes.taped, passes.plain, address, head);
+    std::memcpy(out_head.data_ptr(), &head, sizeof head);
+    if (like.is_cuda()) {
+      cuda_upload(out.data_ptr(), bytes.data(), size, queue(like, stream));
+    } else {
+      std::memcpy(out.data_ptr(), bytes.data(), size);
+    }
+    return std::make_tuple(out, out_head);
+  });
+}
+
+// Bytes of shared memory that a meta-gradient of one task takes at least. Raises with the reason where a block cannot
+// run the model.
+int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query, bool needs_lr) {
+  const auto plan = in_double ? block_plan<double>(description) : block_plan<float>(description);
+  const std::string reason = block_refusal(plan->program());
+  if (!reason.empty()) fail(reason);
+  const Passes passes(*plan, support, query, false);
+  const int size = in_double ? 8 : 4;
+  return size * block_memory({Goal::meta_gradient, &plan->program(), passes.taped, passes.plain, 1, false, needs_lr},
+                             false, size)
+                    .size;
+}
+
+bool built() { return has_cuda; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(metafast, m) {
+  m.def("block_predict(Tensor description, Tensor head, int[] machine, Tensor params, Tensor x, int step) -> Tensor");
+  m.def(
+      "block_loss_and_grad(Tensor description, Tensor head, int[] machine, Tensor params, Tensor x, Tensor y, int "
+      "step) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "block_adapt(Tensor description, Tensor head, int[] machine, Tensor params, Tensor lr, Tensor x, Tensor y, "
+      "int steps) -> Tensor");
+  m.def(
+      "block_adapt_vjp(Tensor description, Tensor head, int[] machine, Tensor trajectory, Tensor lr, Tensor x, "
+      "Tensor y, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
+  m.def(
+      "block_meta_gradient(Tensor description, Tensor head, int[] machine, Tensor params, Tensor lr, "
+      "Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, "
+      "bool needs_lr) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "block_tables(Tensor description, Tensor like, int support, int query, bool predicts, int stream) -> "
+      "(Tensor, Tensor)");
+  m.def("block_needs(Tensor description, bool in_double, int support, int query, bool needs_lr) -> int");
+  m.def("block_built() -> bool");
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("block_predict", TORCH_BOX(&predict));
+  m.impl("block_loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("block_adapt", TORCH_BOX(&adapt));
+  m.impl("block_adapt_vjp", TORCH_BOX(&adapt_vjp));
+  m.impl("block_meta_gradient", TORCH_BOX(&meta_gradient));
+  m.impl("block_tables", TORCH_BOX(&tables));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  implement(m);
+  m.impl("block_needs", TORCH_BOX(&needs));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CUDA, m) { implement(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CompositeExplicitAutograd, m) { m.impl("block_built", TORCH_BOX(&built)); }
+
+}  // namespace metafast

@@ -1,0 +1,89 @@
+// The kernels. Built by nvcc alone, for the devices that setup.py names.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define METAFAST_NAMESPACE metafast::cuda
+#include "launch.h"
+#include "sum.cuh"
+#include "walk.cuh"
+
+using metafast::BlockJob;
+using metafast::cuda::Walk;
+using metafast::cuda::ways;
+
+// Blocks go through the tasks in turns, so each sums the same ones on every run.
+extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
+    metafast_inner_loop(const __grid_constant__ BlockJob<float> job) {
+  extern __shared__ float4 memory[];
+  Walk<float> walk(job, static_cast<int>(blockDim.x), reinterpret_cast<float*>(memory), blockIdx.x);
+  for (int64_t task = blockIdx.x; task < job.tasks; task += gridDim.x) walk.run(task);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * ways)
+    metafast_sum_blocks(const __grid_constant__ metafast::Sum<float> sum) {
+  __shared__ float parts[ways][32];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x, row = blockIdx.y;
+  parts[threadIdx.y][threadIdx.x] = column < sum.width ? metafast::cuda::sum_way(sum, row, column, threadIdx.y) : 0;
+  __syncthreads();
+  if (threadIdx.y > 0 || column >= sum.width) return;
+  float total = 0;
+  for (int way = 0; way < ways; ++way) total += parts[way][threadIdx.x];
+  sum.out[row * sum.width + column] = total * sum.scale;
+}
+
+namespace metafast {
+
+namespace {
+
+void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before), "asking for the current device");
+    check(cudaSetDevice(device), "choosing device " + std::to_string(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(before); }
+
+ private:
+  int before = 0;
+};
+
+cudaStream_t stream(Queue queue) { return reinterpret_cast<cudaStream_t>(queue.stream); }
+
+}  // namespace
+
+void cuda_upload(void* to, const void* from, int64_t bytes, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream(queue)),
+        "copying " + std::to_string(bytes) + " bytes of tables to device " + std::to_string(queue.device));
+}
+
+void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  const std::string what = "metafast_inner_loop of " + std::to_string(job.tasks) + " tasks, " +
+                           std::to_string(job.steps) + " steps, " + std::to_string(job.support.n) + " + " +
+                           std::to_string(job.query.n) + " samples, in " + std::to_string(shape.blocks) +
+                           " blocks of " + std::to_string(shape.threads) + " threads and " +
+                           std::to_string(shape.bytes) + " bytes on device " + std::to_string(queue.device);
+  check(cudaFuncSetAttribute(metafast_inner_loop, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.bytes)),
+        what);
+  metafast_inner_loop<<<shape.blocks, shape.threads, shape.bytes, stream(queue)>>>(job);
+  check(cudaGetLastError(), what);
+}
+
+void cuda_sum(const Sum<float>& sum, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  const dim3 blocks(static_cast<unsigned>((sum.width + 31) / 32), static_cast<unsigned>(sum.rows));
+  metafast_sum_blocks<<<blocks, dim3(32, cuda::ways), 0, stream(queue)>>>(sum);
+  check(cudaGetLastError(), "metafast_sum_blocks of " + std::to_string(sum.count) + " parts, " +
+                                std::to_string(sum.rows) + " x " + std::to_string(sum.width) + " on device " +
+                                std::to_string(queue.device));
+}
+
+}  // namespace metafast

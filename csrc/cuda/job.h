@@ -1,0 +1,50 @@
+// One launch: what the tasks read and write, and where a block keeps things. Data only: it is passed to the kernel.
+#pragma once
+#include "../core/job.h"
+
+namespace metafast {
+
+// Places in a block's shared memory, in elements from its base; steps are the distances between what belongs to one
+// inner step and the next, zero where only one is there at a time.
+struct BlockMemory {
+  int32_t partials, support_x, support_y, support_labels, query_x, query_y, query_labels;
+  int32_t tape, theta, g, v, u, product, rest;
+  int32_t tape_step, theta_step, g_step;
+  int32_t record_at,
+      record;  // what goes to global memory after each inner step and comes back in reverse: its elements
+  int32_t size;
+};
+
+// The tables of a model. They lie where the blocks are; what points to them comes with each job, and so is at hand.
+struct BlockTables {
+  Program program;
+  Pass taped, plain;
+  const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner one
+  const int32_t* outer;  // the way back: the index of an adapted parameter, else negative
+};
+
+template <class T>
+struct BlockJob : Job<T> {
+  BlockTables tables;  // in place of the pointers of Job
+  const T* lr;         // [lr_rows, lr_width], lr_width either n_params or 1
+  int64_t lr_width;
+  BlockMemory memory;
+  T* history;  // [blocks, steps, record]
+};
+
+// How a job is spread over the machine.
+struct BlockShape {
+  int32_t threads, blocks;
+  int64_t bytes;  // of shared memory a block
+};
+
+// What a machine has for a block.
+struct BlockLimits {
+  int64_t shared;      // bytes that one block can have
+  int64_t processors;  // that run blocks side by side
+};
+
+constexpr int max_threads = 256;
+constexpr int max_warps = max_threads / 32;
+
+}  // namespace metafast

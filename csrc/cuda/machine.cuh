@@ -1,0 +1,157 @@
+// The Machine that is a thread block. What the rules touch lies in the block's shared memory; each primitive spreads
+// its elements over the threads and ends with a barrier.
+#pragma once
+#include <cmath>
+#include <type_traits>
+
+#include "../core/program.h"
+#include "block.h"
+
+namespace METAFAST_NAMESPACE {
+
+struct BatchNorm;
+struct MaxPool2d;
+struct AvgPool2d;
+struct NormReluPool;
+
+// Four neighbours, read and written at once.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T of[4];
+
+  METAFAST_DEVICE void add(T a, const Quad& b) {
+    for (int i = 0; i < 4; ++i) of[i] += a * b.of[i];
+  }
+  METAFAST_DEVICE void add_dot(T& sum, const Quad& b) const {
+    for (int i = 0; i < 4; ++i) sum += of[i] * b.of[i];
+  }
+};
+
+template <class T>
+class Block {
+ public:
+  using Real = T;
+  using Pack = T;
+  static constexpr int lanes = 1;
+  static constexpr int pack = 4;  // features are padded to whole quads
+
+  template <class Rules>
+  static constexpr bool runs = !std::is_same_v<Rules, BatchNorm> && !std::is_same_v<Rules, MaxPool2d> &&
+                               !std::is_same_v<Rules, AvgPool2d> && !std::is_same_v<Rules, NormReluPool>;
+
+  struct Term {
+    const T *a, *weights;
+  };
+  struct Pair {
+    const T *x, *g;
+  };
+
+  METAFAST_DEVICE Block(int threads, T* partials) : threads(threads, partials) {}
+
+  // From row to row of a weight, as plan.cpp lays them out.
+  static METAFAST_DEVICE int stride(int ld) { return (ld / pack | 1) * pack; }
+
+  static METAFAST_DEVICE T load(const T* p) { return *watched(p, 1, false); }
+  static METAFAST_DEVICE void store(T* p, T v) { *watched(p, 1, true) = v; }
+  static METAFAST_DEVICE void put(T* p, T v, bool add) { store(p, add ? load(p) + v : v); }
+  static METAFAST_DEVICE Quad<T> load4(const T* p) { return *reinterpret_cast<const Quad<T>*>(watched(p, pack, false)); }
+  static METAFAST_DEVICE void store4(T* p, const Quad<T>& v) { *reinterpret_cast<Quad<T>*>(watched(p, pack, true)) = v; }
+
+  static METAFAST_DEVICE T broadcast(T x) { return x; }
+  static METAFAST_DEVICE T select(bool mask, T a, T b) { return mask ? a : b; }
+  static METAFAST_DEVICE T first(T v, int count) { return count > 0 ? v : T(0); }
+  static METAFAST_DEVICE T exp(T x) { return std::exp(x); }
+  static METAFAST_DEVICE T log(T x) { return std::log(x); }
+  static METAFAST_DEVICE T tanh(T x) { return std::tanh(x); }
+  static METAFAST_DEVICE T erf(T x) { return std::erf(x); }
+  static METAFAST_DEVICE T rsqrt(T x) { return 1 / std::sqrt(x); }
+
+  template <class F>
+  METAFAST_DEVICE void each(long size, const F& f) const {
+    threads.run([&](int thread) {
+      for (int i = thread; i < static_cast<int>(size); i += threads.count()) f(i);
+    });
+  }
+
+  // f(i) for every fourth i: the function takes quads.
+  template <class F>
+  METAFAST_DEVICE void each4(long size, const F& f) const {
+    each(size / pack, [&](long i) { f(i * pack); });
+  }
+
+  template <class F>
+  METAFAST_DEVICE void rows(int n, const F& f) const {
+    each(n, [&](long s) { f(static_cast<int>(s)); });
+  }
+
+  template <class F>
+  METAFAST_DEVICE void samples(int n, const F& f) const {
+    threads.run_warps(n, f);
+  }
+
+  template <class F>
+  METAFAST_DEVICE T total(long size, const F& f) const {
+    return threads.sum([&](int thread) {
+      T sum = 0;
+      for (int i = thread; i < static_cast<int>(size); i += threads.count()) sum += f(i);
+      return sum;
+    });
+  }
+
+  template <class F>
+  METAFAST_DEVICE T sum_rows(int n, const F& f) const {
+    return total(n, [&](long s) { return f(static_cast<int>(s)); });
+  }
+
+  // out[k][channel] = sum over rows of K quantities.
+  template <int K, class F>
+  METAFAST_DEVICE void reduce(long rows, int ld, T* out, bool add, const F& f) const {
+    each(ld, [&](long ch) {
+      const auto at_row = f(static_cast<int>(ch));
+      T sum[K] = {};
+      for (long row = 0; row < rows; ++row) at_row(row * ld + ch, sum);
+      for (int k = 0; k < K; ++k) put(out + static_cast<long>(k) * ld + ch, sum[k], add);
+    });
+  }
+
+  METAFAST_DEVICE void clear_padding(const Grid& grid, int n, T* y) const {
+    if (grid.c == grid.ld) return;
+    each(static_cast<long>(n) * grid.h * grid.w * grid.ld, [&](long i) {
+      if (i % grid.ld >= grid.c) store(y + i, 0);
+    });
+  }
+
+  // y = sum of terms a W, plus a bias.
+  METAFAST_DEVICE void correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const;
+  // g_x (+)= sum of terms a W'.
+  METAFAST_DEVICE void correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const;
+  // g_W += sum of pairs x' g.
+  METAFAST_DEVICE void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const;
+
+ private:
+  template <class F>
+  METAFAST_DEVICE void tiles(int n, int columns, const F& f) const;
+
+  // On a GPU, a pointer that is known to lead into shared memory, so that loops read there without asking each time.
+  static METAFAST_DEVICE const T* near(const T* p) {
+#ifdef __CUDACC__
+    uint32_t place;
+    asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(place) : "l"(p));
+    return static_cast<const T*>(__cvta_shared_to_generic(place));
+#else
+    return p;
+#endif
+  }
+
+  template <class P>
+  static METAFAST_DEVICE P* watched(P* p, [[maybe_unused]] int count, [[maybe_unused]] bool writes) {
+#ifndef __CUDACC__
+    writes ? Watch::write(p, count * sizeof(T)) : Watch::read(p, count * sizeof(T));
+#endif
+    return p;
+  }
+
+  Threads<T> threads;
+};
+
+}  // namespace METAFAST_NAMESPACE

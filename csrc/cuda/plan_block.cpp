@@ -1,0 +1,154 @@
+#include "plan_block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace metafast {
+
+namespace {
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t elements(const Grid& g) { return static_cast<int64_t>(g.h) * g.w * g.ld; }
+
+}  // namespace
+
+std::string block_refusal(const Program& program) {
+  for (int k = 0; k < program.n_ops; ++k) {
+    const Op& op = program.ops[k];
+    if (op.kind == Kind::batch_norm || op.kind == Kind::norm_relu_pool) return "batch norm";
+    if (op.kind == Kind::max_pool2d || op.kind == Kind::avg_pool2d) return "pooling";
+    if (op.kind == Kind::conv2d && op.x.h * op.x.w * op.y.h * op.y.w > 1) return "convolution";
+  }
+  return "";
+}
+
+BlockMemory block_memory(const BlockWork& work, bool resident, int element_size) {
+  const Program& p = *work.program;
+  const bool meta = work.goal == Goal::meta_gradient, back = meta || work.goal == Goal::adapt_vjp;
+  const bool all = meta && resident, streams = meta && !resident;
+  int64_t size = 0;
+  const auto take = [&](int64_t count) {
+    const int64_t at = size;
+    size += round_up(count, 16);
+    if (size > INT32_MAX / 2) throw std::runtime_error("a task of more elements than any block's memory");
+    return static_cast<int32_t>(at);
+  };
+  const auto samples = [&](const Pass* pass, int32_t& x, int32_t& y, int32_t& labels) {
+    const int64_t n = pass ? pass->n : 0, label_size = round_up(8, element_size) / element_size;
+    x = take(n * elements(p.input));
+    y = take(p.loss == LossKind::mse ? n * elements(p.out) : 0);
+    labels = take(p.loss == LossKind::mse ? 0 : n * label_size);
+  };
+  BlockMemory m{};
+  m.partials = take(max_warps);
+  samples(work.taped, m.support_x, m.support_y, m.support_labels);
+  samples(work.plain, m.query_x, m.query_y, m.query_labels);
+  const int64_t tape = work.taped ? round_up(work.taped->tape, 16) : 0;
+  m.tape_step = all && !work.first_order ? static_cast<int32_t>(tape) : 0;
+  m.theta_step = all ? static_cast<int32_t>(p.size) : 0;
+  m.g_step = all && work.needs_lr ? static_cast<int32_t>(p.size) : 0;
+  m.tape = take(m.tape_step ? tape * work.steps : tape);
+  m.theta = take(m.theta_step ? p.size * (work.steps + 1) : p.size);
+  m.g = take(work.needs_lr ? (m.g_step ? p.size * work.steps : p.size) : 0);
+  m.record_at = work.first_order ? m.theta : m.tape;
+  m.record = streams ? static_cast<int32_t>(size) - m.record_at : 0;
+  const bool gradient = work.goal != Goal::predict;
+  m.v = take(gradient && work.goal != Goal::adapt ? p.size : 0);
+  m.u = take(back && !work.first_order ? p.size : 0);
+  m.product = take(gradient ? p.size : 0);
+  if (!work.needs_lr) m.g = m.product;  // never alive together
+  const int64_t scratch = back && !work.first_order ? work.taped->scratch : 0;
+  m.rest = take(std::max(scratch, work.plain ? work.plain->tape : 0));
+  m.size = static_cast<int32_t>(size);
+  return m;
+}
+
+BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const BlockLimits& limits, int element_size,
+                       BlockMemory& memory) {
+  const bool alone = tasks <= limits.processors;
+  memory = block_memory(work, true, element_size);
+  if (!alone || static_cast<int64_t>(memory.size) * element_size > limits.shared)
+    memory = block_memory(work, false, element_size);
+  const int64_t bytes = static_cast<int64_t>(memory.size) * element_size;
+  if (bytes > limits.shared) {
+    throw std::runtime_error("a task takes " + std::to_string(bytes) + " bytes of shared memory and a block has " +
+                             std::to_string(limits.shared));
+  }
+  if (threads == 0) {
+    // Quads of the largest value or adjoint: one a thread where a block has its processor to itself, else two.
+    int64_t quads = 0;
+    const int64_t n = std::max(work.taped ? work.taped->n : 0, work.plain ? work.plain->n : 0);
+    for (int k = 0; k < work.program->n_ops; ++k) {
+      const Op& op = work.program->ops[k];
+      quads = std::max({quads, n * elements(op.x) / 4, n * elements(op.y) / 4});
+    }
+    threads =
+        static_cast<int>(std::clamp<int64_t>(round_up(alone ? quads : quads / 2, 32), 64, alone ? max_threads : 128));
+  }
+  if (threads % 32 != 0 || threads < 32 || threads > max_threads) {
+    throw std::runtime_error("threads=" + std::to_string(threads) + ": a block has 32, 64, ... or " +
+                             std::to_string(max_threads) + " threads");
+  }
+  const int64_t reserved = 1024;  // of shared memory by the system, a block
+  const int64_t together = std::clamp<int64_t>((limits.shared + reserved) / (bytes + reserved), 1, 2048 / threads);
+  const int64_t blocks = std::min({tasks, limits.processors * together, int64_t{65535}});
+  return {threads, static_cast<int32_t>(blocks), bytes};
+}
+
+namespace {
+
+// Appends arrays to a piece of memory; says where they will lie.
+class Writer {
+ public:
+  explicit Writer(uint64_t address) : address(address) {}
+
+  template <class T>
+  const T* add(const T* values, int64_t count) {
+    const int64_t at = round_up(static_cast<int64_t>(bytes.size()), 16);
+    bytes.resize(at + count * sizeof(T));
+    if (count) std::memcpy(bytes.data() + at, values, count * sizeof(T));
+    return reinterpret_cast<const T*>(address + at);
+  }
+
+  std::vector<char> bytes;
+
+ private:
+  uint64_t address;
+};
+
+Pass moved(Writer& to, const Pass* pass, const Program& p) {
+  if (!pass) return {};
+  Pass out = *pass;
+  out.value = to.add(pass->value, p.n_values), out.adjoint = to.add(pass->adjoint, p.n_values);
+  out.tangent = to.add(pass->tangent, p.n_values), out.d_adjoint = to.add(pass->d_adjoint, p.n_values);
+  out.saved = to.add(pass->saved, p.n_ops + 1);
+  return out;
+}
+
+std::vector<int32_t> outer(const Plan& plan) {
+  std::vector<int32_t> out(plan.program().size, -1);
+  for (size_t i = 0; i < plan.inner().size(); ++i) {
+    if (plan.adapted()[i]) out[plan.inner()[i]] = static_cast<int32_t>(i);
+  }
+  return out;
+}
+
+}  // namespace
+
+std::vector<char> block_tables(const Plan& plan, const Pass* taped, const Pass* plain, uint64_t address,
+                               BlockTables& head) {
+  Writer to(address);
+  const std::vector<int32_t> places = outer(plan);
+  head = {
+      plan.program(), {}, {}, to.add(plan.inner().data(), plan.inner().size()), to.add(places.data(), places.size())};
+  Program& p = head.program;
+  std::vector<Op> ops(p.ops, p.ops + p.n_ops);
+  for (Op& op : ops) op.forward = op.backward = nullptr, op.offsets = nullptr;
+  p.ops = to.add(ops.data(), p.n_ops);
+  p.moving = to.add(p.moving, p.n_values), p.depends = to.add(p.depends, p.n_values);
+  head.taped = moved(to, taped, p), head.plain = moved(to, plain, p);
+  return std::move(to.bytes);
+}
+
+}  // namespace metafast

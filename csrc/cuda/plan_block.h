@@ -1,0 +1,40 @@
+// Where a block keeps a job, how many blocks run it, and the tables that it reads.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "../core/plan.h"
+#include "job.h"
+
+namespace metafast {
+
+// Features in quads, rows of weights as machine.cuh walks them.
+constexpr Layout block_layout{4, 4, true};
+
+// In words why a block cannot run the Program; empty: it can.
+std::string block_refusal(const Program& program);
+
+// What of a job decides its memory. Passes that a goal does not need are null.
+struct BlockWork {
+  Goal goal;
+  const Program* program;
+  const Pass *taped, *plain;
+  int64_t steps;
+  bool first_order, needs_lr;
+};
+
+// `resident`: every inner step has its own tape and theta; else one of each is there, and they go through global
+// memory.
+BlockMemory block_memory(const BlockWork& work, bool resident, int element_size);
+
+// Chooses `memory` and the shape; `threads` > 0 fixes the size of a block. Throws std::runtime_error with the bytes
+// where the work does not fit.
+BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const BlockLimits& limits, int element_size,
+                       BlockMemory& memory);
+
+// A Program, its passes and its maps as one piece of memory that may lie anywhere: the bytes that belong at `address`,
+// and the head that points to them.
+std::vector<char> block_tables(const Plan& plan, const Pass* taped, const Pass* plain, uint64_t address,
+                               BlockTables& head);
+
+}  // namespace metafast

@@ -1,0 +1,267 @@
+// One task's whole way through a block: S inner steps, then back from theta_S to theta_0. At each theta on the way back
+// its own loss on the query set joins the adjoint v, and the step before it is taken in reverse.
+#pragma once
+#include "../core/sweep.h"
+#include "contract.cuh"
+#include "job.h"
+
+namespace METAFAST_NAMESPACE {
+
+template <class T>
+class Walk {
+  using M = Block<T>;
+  enum Stage { forth, judge, back };
+
+ public:
+  METAFAST_DEVICE Walk(const BlockJob<T>& job, int threads, T* base, int64_t block)
+      : job(job),
+        program(job.tables.program),
+        base(base),
+        machine(threads, base + job.memory.partials),
+        sums(job.sums ? job.sums + block * program.size : nullptr),
+        lr_sums(job.lr_sums ? job.lr_sums + block * job.lr_rows * lr_row() : nullptr),
+        history(job.history ? job.history + block * job.steps * job.memory.record : nullptr) {
+    if (sums) machine.each(program.size, [&](long i) { sums[i] = 0; });
+    if (lr_sums) machine.each(job.lr_rows * lr_row(), [&](long i) { lr_sums[i] = 0; });
+  }
+
+  METAFAST_DEVICE void run(int64_t task) {
+    t = task;
+    start();
+    const int S = job.steps;
+    const bool adapts = job.goal == Goal::adapt || job.goal == Goal::meta_gradient;
+    const int end = job.goal == Goal::adapt ? S : 3 * S + 1;
+    for (int k = adapts ? 0 : S; k < end; ++k) {
+      const int down = k - S;
+      const Stage stage = down < 0 ? forth : down % 2 ? back : judge;
+      const int s = down < 0 ? k : S - (down + 1) / 2;
+      const T weight = stage == judge && job.weights ? static_cast<T>(job.weights[s]) : T(1);
+      if (stage == back) fetch(s);
+      if (passes(stage, s, weight)) {
+        const double value = pass(stage, s);
+        if (stage == judge) loss += weight * static_cast<T>(value);
+      }
+      if (stage == forth) {
+        step(s);
+      } else if (stage == judge) {
+        join(s, weight);
+      } else {
+        reverse(s);
+      }
+    }
+    finish();
+  }
+
+ private:
+  METAFAST_DEVICE void start() {
+    const BlockMemory& m = job.memory;
+    support = load_batch(job.support, m.support_x, m.support_y, m.support_labels);
+    query = load_batch(job.query, m.query_x, m.query_y, m.query_labels);
+    loss = 0;
+    if (job.goal != Goal::adapt && job.goal != Goal::predict) clear(at(m.v));
+    if (job.goal == Goal::adapt_vjp) return;
+    load_params(job.params + (job.params_per_task ? t * job.n_params : 0), theta(0));
+    if (job.goal == Goal::adapt) store_params(theta(0), job.trajectory + t * job.n_params);
+  }
+
+  // By value, to stay in registers.
+  static METAFAST_DEVICE Pass choose(bool first, const Pass& a, const Pass& b) {
+    return {first ? a.n : b.n,         first ? a.value : b.value,     first ? a.adjoint : b.adjoint,
+            first ? a.saved : b.saved, first ? a.tangent : b.tangent, first ? a.d_adjoint : b.d_adjoint,
+            first ? a.tape : b.tape,   first ? a.scratch : b.scratch};
+  }
+
+  METAFAST_DEVICE bool passes(Stage stage, int s, T weight) const {
+    const bool vjp = job.goal == Goal::adapt_vjp;
+    if (stage == judge) return !vjp && (weight != 0 || s == job.steps);
+    if (stage == back) return vjp && (!job.first_order || job.needs_lr);
+    return true;
+  }
+
+  // The loss and its gradient on the query set (judge) or the support set; only outputs where these are the goal.
+  METAFAST_DEVICE double pass(Stage stage, int s) {
+    const BlockMemory& m = job.memory;
+    const bool judges = stage == judge;
+    const Batch<T> batch{judges ? query.x : support.x, judges ? query.labels : support.labels,
+                         judges ? query.targets : support.targets};
+    const Sweep<M> sweep(machine, program, nullptr);
+    const Pass pass = choose(judges, job.tables.plain, job.tables.taped);
+    const Tape<T> tape{&pass, judges ? at(m.rest) : tape_of(s), nullptr};
+    const int step = job.steps > 0 ? s : job.step;
+    sweep.forward(tape, batch, theta(s), step);
+    if (judges && s == job.steps) store_outputs(sweep.outputs(tape, batch));
+    if (job.goal == Goal::predict) return 0;
+    T* grad = judges ? at(m.product) : stage == back && !job.needs_lr ? nullptr : gradient(s);
+    if (grad) clear(grad);
+    // Of the support set only what the loss leaves for its gradient is wanted.
+    const double value = judges || program.loss == LossKind::cross_entropy ? sweep.loss(tape, batch) : 0;
+    sweep.backward(tape, batch, theta(s), step, grad, judges);
+    return value;
+  }
+
+  // theta_{s+1} = theta_s - alpha_s g_s
+  METAFAST_DEVICE void step(int s) {
+    if (history) keep(s);
+    const T *from = theta(s), *g = gradient(s);
+    T* to = theta(s + 1);
+    machine.each4(program.size, [&](long i) {
+      const Quad<T> alpha = rates(s, i), step = M::load4(g + i);
+      Quad<T> theta = M::load4(from + i);
+      for (int j = 0; j < 4; ++j) theta.of[j] -= alpha.of[j] * step.of[j];
+      M::store4(to + i, theta);
+    });
+    if (job.goal == Goal::adapt) store_params(to, job.trajectory + ((s + 1) * job.tasks + t) * job.n_params);
+  }
+
+  // What reaches theta_s other than through the steps behind it.
+  METAFAST_DEVICE void join(int s, T weight) {
+    T* v = at(job.memory.v);
+    if (job.goal == Goal::adapt_vjp) {
+      if (s < job.steps && !job.v_everywhere) return;
+      const T* given = job.v + ((job.v_everywhere ? s : 0) * job.tasks + t) * job.n_params;
+      machine.each(job.n_params, [&](long i) { M::put(v + job.tables.inner[i], given[i], true); });
+    } else if (passes(judge, s, weight) && job.goal != Goal::predict) {
+      const T* product = at(job.memory.product);
+      add(v, weight, product);
+    }
+  }
+
+  // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
+  METAFAST_DEVICE void reverse(int s) {
+    const BlockMemory& m = job.memory;
+    T *v = at(m.v), *u = at(m.u), *product = at(m.product);
+    if (job.needs_lr) add_rate_adjoint(s, gradient(s), v);
+    if (job.first_order) return;
+    machine.each4(program.size, [&](long i) {
+      Quad<T> step = rates(s, i);
+      const Quad<T> adjoint = M::load4(v + i);
+      for (int j = 0; j < 4; ++j) step.of[j] *= adjoint.of[j];
+      M::store4(u + i, step);
+      M::store4(product + i, {});
+    });
+    Sweep<M>(machine, program, nullptr)
+        .hessian_times({&job.tables.taped, tape_of(s), at(m.rest)}, support, theta(s), u, s, product);
+    add(v, -1, product);
+  }
+
+  METAFAST_DEVICE void add(T* to, T scale, const T* from) const {
+    machine.each4(program.size, [&](long i) {
+      Quad<T> sum = M::load4(to + i);
+      sum.add(scale, M::load4(from + i));
+      M::store4(to + i, sum);
+    });
+  }
+
+  METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {
+    T* out = lr_sums + row(s) * lr_row();
+    if (job.lr_width > 1) {
+      machine.each(program.size, [&](long i) { out[i] -= M::load(g + i) * M::load(v + i); });
+      return;
+    }
+    const T sum = machine.total(program.size, [&](long i) { return M::load(g + i) * M::load(v + i); });
+    machine.each(1, [&](long) { *out -= sum; });
+  }
+
+  METAFAST_DEVICE void finish() const {
+    const T* v = at(job.memory.v);
+    if (job.losses) machine.each(1, [&](long) { job.losses[t] = loss; });
+    if (job.grads) store_params(v, job.grads + t * job.n_params);
+    if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
+  }
+
+  METAFAST_DEVICE void keep(int s) const {
+    T* to = history + static_cast<int64_t>(s) * job.memory.record;
+    const T* from = at(job.memory.record_at);
+    machine.each4(job.memory.record, [&](long i) { *reinterpret_cast<Quad<T>*>(to + i) = M::load4(from + i); });
+  }
+
+  // theta_s, with its tape and its gradient where they are not here for all steps.
+  METAFAST_DEVICE void fetch(int s) {
+    if (job.goal == Goal::adapt_vjp) {
+      load_params(job.trajectory + (s * job.tasks + t) * job.n_params, theta(s));
+    } else if (history) {
+      const T* from = history + static_cast<int64_t>(s) * job.memory.record;
+      T* to = at(job.memory.record_at);
+      machine.each4(job.memory.record, [&](long i) { M::store4(to + i, *reinterpret_cast<const Quad<T>*>(from + i)); });
+    }
+  }
+
+  // [n, C, H, W] as [n, H, W, features padded to quads]. A label outside the classes makes its sample NaN, and with it
+  // the loss and the gradients of its task.
+  METAFAST_DEVICE Batch<T> load_batch(const Samples<T>& samples, int x_at, int y_at, int labels_at) const {
+    if (!samples.x) return {};
+    T *x = at(x_at), *y = samples.targets ? at(y_at) : nullptr;
+    load_grid(samples.x, samples.n, program.input, x);
+    if (y) load_grid(samples.targets, samples.n, program.out, y);
+    if (!samples.labels) return {x, nullptr, y};
+    auto* labels = reinterpret_cast<int64_t*>(at(labels_at));
+    const int64_t* given = samples.labels + t * samples.n;
+    const long sample = static_cast<long>(program.input.h) * program.input.w * program.input.ld;
+    machine.each(samples.n, [&](long s) {
+      const bool known = given[s] >= 0 && given[s] < program.out.c;
+      labels[s] = known ? given[s] : 0;
+      if (!known) M::store(x + s * sample, NAN);
+    });
+    return {x, labels, nullptr};
+  }
+
+  METAFAST_DEVICE void load_grid(const T* from, int n, const Grid& g, T* to) const {
+    const int pixels = g.h * g.w;
+    const T* mine = from + t * n * g.c * pixels;
+    machine.each(static_cast<long>(n) * pixels * g.ld, [&](long i) {
+      const int channel = static_cast<int>(i) % g.ld, pixel = static_cast<int>(i) / g.ld;
+      const int source = (pixel / pixels * g.c + channel) * pixels + pixel % pixels;
+      M::store(to + i, channel < g.c ? mine[source] : T(0));
+    });
+  }
+
+  METAFAST_DEVICE void store_outputs(const T* from) const {
+    const Grid& g = program.out;
+    const int pixels = g.h * g.w, size = job.query.n * g.c * pixels;
+    T* to = job.outputs + t * size;
+    machine.each(size, [&](long i) {
+      const int pixel = static_cast<int>(i) % pixels, channel = static_cast<int>(i) / pixels % g.c;
+      to[i] = M::load(from + (static_cast<int>(i) / pixels / g.c * pixels + pixel) * g.ld + channel);
+    });
+  }
+
+  METAFAST_DEVICE void load_params(const T* flat, T* to) const {
+    clear(to);
+    machine.each(job.n_params, [&](long i) { M::store(to + job.tables.inner[i], flat[i]); });
+  }
+
+  METAFAST_DEVICE void store_params(const T* from, T* flat) const {
+    machine.each(job.n_params, [&](long i) { flat[i] = M::load(from + job.tables.inner[i]); });
+  }
+
+  METAFAST_DEVICE void clear(T* x) const {
+    machine.each4(program.size, [&](long i) { M::store4(x + i, {}); });
+  }
+
+  // alpha_s, zero where a parameter is not adapted.
+  METAFAST_DEVICE Quad<T> rates(int s, long i) const {
+    const auto outer = *reinterpret_cast<const Quad<int32_t>*>(job.tables.outer + i);
+    const T* lr = job.lr + row(s) * job.lr_width;
+    Quad<T> alpha;
+    for (int j = 0; j < 4; ++j) alpha.of[j] = outer.of[j] < 0 ? T(0) : lr[job.lr_width > 1 ? outer.of[j] : 0];
+    return alpha;
+  }
+
+  METAFAST_DEVICE int row(int s) const { return s < job.lr_rows ? s : job.lr_rows - 1; }
+  METAFAST_DEVICE long lr_row() const { return job.lr_width > 1 ? program.size : 1; }
+  METAFAST_DEVICE T* at(int32_t place) const { return base + place; }
+  METAFAST_DEVICE T* theta(int s) const { return at(job.memory.theta + s * job.memory.theta_step); }
+  METAFAST_DEVICE T* gradient(int s) const { return at(job.memory.g + s * job.memory.g_step); }
+  METAFAST_DEVICE T* tape_of(int s) const { return at(job.memory.tape + s * job.memory.tape_step); }
+
+  const BlockJob<T>& job;
+  const Program& program;
+  T* base;
+  M machine;
+  T *sums, *lr_sums, *history;
+  Batch<T> support, query;
+  int64_t t;
+  T loss;
+};
+
+}  // namespace METAFAST_NAMESPACE

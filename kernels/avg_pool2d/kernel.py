@@ -1,0 +1,64 @@
+"""Average pooling, and adaptive pooling whose windows are all alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..adaptive_avg_pool2d import AdaptiveAvgPool2d
+from ..launch import channels_first, channels_last
+from ..layer import Context
+from ..linear_map import LinearMap
+from ..windows import Windows, out_size, windows, windows_transpose
+from .reference import AvgPool2d
+
+
+@dataclass(frozen=True)
+class TritonAvgPool2d(LinearMap):
+    """The rules of ``AvgPool2d``."""
+
+    options: AvgPool2d
+    stem = "avg_pool2d"
+
+    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+        return channels_first(windows(channels_last(x), self._sizes(ctx), "mean")[0])
+
+    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+        return channels_first(windows_transpose(channels_last(g), self._sizes(ctx)))
+
+    def _sizes(self, ctx: Context) -> Windows:
+        o, extents = self.options, ctx.x.shape[3:]
+        axes = zip(extents, o.kernel, o.stride, o.padding, strict=True)
+        size = [out_size(*axis, o.ceil_mode) for axis in axes]
+        return Windows(
+            *extents, *size, *o.kernel, *o.stride, *o.padding, divisor=o.divisor or 0, padded=o.count_include_pad
+        )
+
+
+@dataclass(frozen=True)
+class TritonAdaptiveAvgPool2d(LinearMap):
+    """The rules of ``AdaptiveAvgPool2d``: by windows where the size divides the image's, else by PyTorch."""
+
+    options: AdaptiveAvgPool2d
+    stem = "adaptive_avg_pool2d"
+
+    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+        sizes = self._sizes(ctx)
+        if sizes is None:
+            return self.options.apply(ctx, x)
+        return channels_first(windows(channels_last(x), sizes, "mean")[0])
+
+    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+        sizes = self._sizes(ctx)
+        if sizes is None:
+            return self.options.transpose(ctx, g)
+        return channels_first(windows_transpose(channels_last(g), sizes))
+
+    def _sizes(self, ctx: Context) -> Windows | None:
+        height, width = ctx.x.shape[3:]
+        out_h, out_w = self.options.size
+        if height % out_h or width % out_w:
+            return None
+        kernel = height // out_h, width // out_w
+        return Windows(height, width, out_h, out_w, *kernel, *kernel, 0, 0)

@@ -1,0 +1,88 @@
+"""Softmax cross-entropy: loss, probabilities and gradient in one pass, and the tangent of the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import TILES, block, cdiv, empty, launch
+from ..layer import Context, Loss
+from ..weights import sample_weights
+from .reference import CrossEntropy
+
+
+@triton.jit
+def metafast_cross_entropy(loss, p, g, z, y, w, n, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """``loss [T]``, ``p`` and ``g`` ``[T,n,K]``. Grid (1, task): the samples of a task one block after another."""
+    task = tl.program_id(1)
+    k = tl.arange(0, BK)
+    total = tl.zeros((BR,), tl.float32)
+    for start in range(0, n, BR):
+        row = start + tl.arange(0, BR)
+        inside = (row < n)[:, None] & (k < K)[None, :]
+        at = (task.to(tl.int64) * n + row)[:, None] * K + k[None, :]
+        v = tl.load(z + at, inside, float("-inf")).to(tl.float32)
+        top = tl.where(row < n, tl.max(v, 1), 0.0)
+        e = tl.where(inside, tl.exp(v - top[:, None]), 0.0)
+        s = tl.where(row < n, tl.sum(e, 1), 1.0)
+        label = tl.load(y + task * n + row, row < n, 0).to(tl.int32)
+        weight = tl.load(w + task * n + row, row < n, 0.0)
+        hit = k[None, :] == label[:, None]
+        of_label = tl.sum(tl.where(hit & inside, v - top[:, None], 0.0), 1)
+        total += weight * tl.where(weight != 0, tl.log(s) - of_label, 0.0)
+        q = e / s[:, None]
+        tl.store(p + at, q, inside)
+        tl.store(g + at, weight[:, None] * (q - tl.where(hit, 1.0, 0.0)), inside)
+    tl.store(loss + task, tl.sum(total, 0))
+
+
+@triton.jit
+def metafast_cross_entropy_tangent(gd, p, zd, w, rows, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """``gd = w p (zd - sum p zd)``. Grid (row tile,)."""
+    row, k = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BK)
+    inside = (row < rows)[:, None] & (k < K)[None, :]
+    at = row.to(tl.int64)[:, None] * K + k[None, :]
+    q = tl.load(p + at, inside, 0.0)
+    d = tl.load(zd + at, inside, 0.0).to(tl.float32)
+    weight = tl.load(w + row, row < rows, 0.0)[:, None]
+    tl.store(gd + at, weight * q * (d - tl.sum(q * d, 1)[:, None]), inside)
+
+
+@dataclass(frozen=True)
+class TritonCrossEntropy(Loss):
+    """The rules of ``CrossEntropy``."""
+
+    options: CrossEntropy
+    stem = "cross_entropy"
+
+    def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
+        self.options.check(output, targets, name)
+
+    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+        z = outputs.contiguous()
+        tasks, n, classes = z.shape
+        ctx.w = sample_weights(ctx.mask, z)
+        loss, ctx.p, ctx.g = empty(z, tasks), torch.empty_like(z), torch.empty_like(z)
+        launch(metafast_cross_entropy, (1, tasks), loss, ctx.p, ctx.g, z, targets.contiguous(), ctx.w, n,
+               K=classes, **self._block(n, classes))  # fmt: skip
+        return loss
+
+    def backward(self, ctx: Context) -> Tensor:
+        return ctx.g  # type: ignore[no-any-return]
+
+    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+        tasks, n, classes = ctx.p.shape
+        gd, sizes = torch.empty_like(ctx.p), self._block(tasks * n, classes)
+        grid = (cdiv(tasks * n, sizes["BR"]),)
+        launch(metafast_cross_entropy_tangent, grid, gd, ctx.p, d_outputs.contiguous(), ctx.w, tasks * n,
+               K=classes, **sizes)  # fmt: skip
+        return gd
+
+    @staticmethod
+    def _block(rows: int, classes: int) -> dict[str, int]:
+        columns = block(classes, 1, classes * 2)
+        return {"BR": block(rows, 1, max(1, TILES.elements // columns)), "BK": columns}

@@ -1,0 +1,66 @@
+"""What every Triton launcher needs: where a kernel runs, memory layouts, block sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass
+class Tiles:
+    """The largest block that one program works on: of a product ``rows x columns`` in steps of ``depth``, elsewhere
+    ``elements``. The defaults fit the registers of 128 or 256 threads."""
+
+    rows: int = 128
+    columns: int = 64
+    depth: int = 32
+    elements: int = 2048
+
+
+TILES = Tiles()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3, **constants: Any) -> None:
+    """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...)."""
+    kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def block(extent: int, low: int, high: int) -> int:
+    """The power of two that covers ``extent``, between two others."""
+    return max(low, min(high, triton.next_power_of_2(extent)))
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``[T,n,C,...]`` -> ``[T,n,...,C]``, contiguous; free where the memory has that order already."""
+    return x.movedim(2, -1).contiguous()
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """``[T,n,...,C]`` -> ``[T,n,C,...]``, a view: shapes follow torch while the memory stays channels-last."""
+    return x.movedim(-1, 2)
+
+
+def pixels_last(x: Tensor) -> Tensor:
+    """The same values: images with their memory in the order ``[T,n,H,W,C]``, anything else contiguous."""
+    return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.dim() == 5 else x.contiguous()
+
+
+def by_task(parameter: Tensor) -> tuple[Tensor, int]:
+    """A parameter ``[T, ...]`` and the elements from one task's to the next: zero while tasks share it."""
+    if not parameter[0].is_contiguous():
+        parameter = parameter.contiguous()
+    return parameter, parameter.stride(0)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result, on the device and (unless told) of the dtype of ``like``."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

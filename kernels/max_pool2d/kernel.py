@@ -1,0 +1,36 @@
+"""Max pooling: the forward pass keeps which tap of its window won; the other rules follow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..launch import channels_first, channels_last
+from ..layer import Context, Tensors
+from ..linear_map import LinearMap
+from ..windows import Windows, out_size, windows, windows_transpose
+from .reference import MaxPool2d
+
+
+@dataclass(frozen=True)
+class TritonMaxPool2d(LinearMap):
+    """The rules of ``MaxPool2d``."""
+
+    options: MaxPool2d
+    stem = "max_pool2d"
+
+    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+        o, x = self.options, channels_last(inputs[0])
+        spans = [d * (k - 1) + 1 for d, k in zip(o.dilation, o.kernel, strict=True)]
+        extents = zip(x.shape[2:4], spans, o.stride, o.padding, strict=True)
+        size = [out_size(*extent, o.ceil_mode) for extent in extents]
+        ctx.sizes = Windows(*x.shape[2:4], *size, *o.kernel, *o.stride, *o.padding, *o.dilation)
+        y, ctx.code = windows(x, ctx.sizes, "max")
+        return channels_first(y)
+
+    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+        return channels_first(windows(channels_last(x), ctx.sizes, "pick", ctx.code)[0])
+
+    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+        return channels_first(windows_transpose(channels_last(g), ctx.sizes, ctx.code))

@@ -1,0 +1,63 @@
+"""Mean squared error: loss and gradient in one pass; the tangent is the gradient of ``zd`` against zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import TILES, block, empty, launch
+from ..layer import Context, Loss
+from ..weights import sample_weights
+from .reference import MSE
+
+
+@triton.jit
+def metafast_mse(loss, g, z, y, w, n, K: tl.constexpr, B: tl.constexpr):
+    """``loss [T]``, ``g = 2 w (z - y) / K`` for samples of ``K`` elements. Grid (1, task)."""
+    task = tl.program_id(1)
+    base = task.to(tl.int64) * n * K
+    total = tl.zeros((B,), tl.float32)
+    for start in range(0, n * K, B):
+        i = start + tl.arange(0, B)
+        inside = i < n * K
+        e = tl.load(z + base + i, inside, 0.0).to(tl.float32)
+        if y is not None:
+            e -= tl.load(y + base + i, inside, 0.0).to(tl.float32)
+        weight = tl.load(w + task * n + i // K, inside, 0.0) / K
+        total += tl.where(weight != 0, weight * e * e, 0.0)
+        tl.store(g + base + i, 2 * weight * e, inside)
+    tl.store(loss + task, tl.sum(total, 0))
+
+
+@dataclass(frozen=True)
+class TritonMSE(Loss):
+    """The rules of ``MSE``."""
+
+    options: MSE
+    stem = "mse"
+
+    def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
+        self.options.check(output, targets, name)
+
+    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+        ctx.w = sample_weights(ctx.mask, outputs)
+        loss, ctx.g = self._run(ctx, outputs.contiguous(), targets.contiguous())
+        return loss
+
+    def backward(self, ctx: Context) -> Tensor:
+        return ctx.g  # type: ignore[no-any-return]
+
+    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+        return self._run(ctx, d_outputs.contiguous(), None)[1]
+
+    @staticmethod
+    def _run(ctx: Context, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        tasks, n = z.shape[:2]
+        size = z[0, 0].numel()
+        loss, g = empty(z, tasks), torch.empty_like(z)
+        launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, n, K=size, B=block(n * size, 16, TILES.elements))
+        return loss, g

@@ -1,0 +1,160 @@
+"""Launchers of the contractions: convolution, data gradient and weight gradient of one or two terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from .contraction import metafast_add_slices, metafast_gather_product, metafast_weight_gradient
+from .launch import TILES, block, by_task, cdiv, empty, launch
+
+Term = tuple[Tensor, Tensor]
+_PROGRAMS = 528  # four blocks for each of 132 multiprocessors
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Which pixels of a source each pixel of the result reads, and how weights lie in memory; per axis
+
+    ``source = (scale * row + offset + step * tap) / divide``, where that is a whole number inside the source.
+
+    Rows whose index leaves the same residue modulo ``classes`` use the same taps, each ``classes``-th from the first,
+    which is ``(residue + offset) * inverse mod classes``.
+    """
+
+    rows_h: int
+    rows_w: int
+    outputs: int
+    source_h: int
+    source_w: int
+    channels: int
+    groups: int
+    taps_h: int
+    taps_w: int
+    scale_h: int
+    scale_w: int
+    offset_h: int
+    offset_w: int
+    step_h: int
+    step_w: int
+    divide_h: int
+    divide_w: int
+    classes_h: int
+    classes_w: int
+    inverse_h: int
+    inverse_w: int
+    output_stride: int
+    tap_stride: int
+    channel_stride: int
+    weights_per_group: int
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Sizes of a convolution of ``[T,n,height,width,channels]`` with ``[T,outputs,kh,kw,channels/groups]``."""
+
+    height: int
+    width: int
+    channels: int
+    outputs: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        extents = zip((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        out = [(e + 2 * p - d * (k - 1) - 1) // s + 1 for e, k, s, p, d in extents]
+        if min(out) < 1:
+            raise ValueError(f"a kernel of {self.kernel} does not fit into {self.height}x{self.width} pixels")
+        return out[0], out[1]
+
+    def forward(self) -> Gather:
+        """The convolution."""
+        c, o = self.channels // self.groups, self.outputs // self.groups
+        taps = self.kernel[0] * self.kernel[1]
+        return Gather(
+            *self.size, o, self.height, self.width, c, self.groups, *self.kernel, *self.stride,
+            *(-p for p in self.padding), *self.dilation, 1, 1, 1, 1, 0, 0, taps * c, c, 1, taps * c * o,
+        )  # fmt: skip
+
+    def data_gradient(self) -> Gather:
+        """Its transpose in the data."""
+        c, o = self.channels // self.groups, self.outputs // self.groups
+        taps = self.kernel[0] * self.kernel[1]
+        classes = [s if gcd(s, d) == 1 else 1 for s, d in zip(self.stride, self.dilation, strict=True)]
+        inverse = [pow(d, -1, k) if k > 1 else 0 for d, k in zip(self.dilation, classes, strict=True)]
+        return Gather(
+            self.height, self.width, c, *self.size, o, self.groups, *self.kernel, 1, 1, *self.padding,
+            *(-d for d in self.dilation), *self.stride, *classes, *inverse, 1, c, taps * c, taps * c * o,
+        )  # fmt: skip
+
+
+def gather_product(
+    terms: Sequence[Term],
+    gather: Gather,
+    precision: str,
+    bias: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | bool = False,
+) -> tuple[Tensor, Tensor | None, int]:
+    """``sum_i A_i * W_i + bias``, ``[T,n,rows_h,rows_w,outputs]``; partial sums of its statistics; rows in each.
+
+    Partial sums are ``[T, tiles, 2, outputs]``: mean and sum of squared deviations of each tile for ``True``; for
+    ``(z, stat)``, with ``zh = (z - mean) r``, the sums of the result and of its product with ``zh``.
+    """
+    s, source = gather, terms[0][0]
+    tasks, n = source.shape[:2]
+    (a0, w0), (a1, w1) = (*terms, (None, None))[:2]
+    w0, w0_stride = by_task(w0)
+    w1, w1_stride = (None, 0) if w1 is None else by_task(w1)
+    bias, bias_stride = (None, 0) if bias is None else by_task(bias)
+    rows = n * cdiv(s.rows_h, s.classes_h) * cdiv(s.rows_w, s.classes_w)
+    bm, bn = block(rows, 16, TILES.rows), block(s.outputs, 16, TILES.columns)
+    bk = block(s.channels if s.channels >= 16 else s.taps_h * s.taps_w * s.channels, 16, TILES.depth)
+    tiles = cdiv(rows, bm)
+    width = s.outputs * s.groups
+    y = empty(source, tasks, n, s.rows_h, s.rows_w, width)
+    parts = empty(source, tasks, tiles, 2, width, dtype=torch.float32) if statistics else None
+    z, stat = statistics if isinstance(statistics, tuple) else (None, None)
+    grid = (tiles * cdiv(s.outputs, bn), tasks * s.groups, s.classes_h * s.classes_w)
+    launch(
+        metafast_gather_product, grid, y, bias, parts, z, stat, a0, w0, a1, w1, bias_stride, w0_stride, w1_stride, n,
+        S=gather, PRECISION=precision, BM=bm, BN=bn, BK=bk, warps=_warps(bm, bn),
+    )  # fmt: skip
+    return y, parts, bm
+
+
+def weight_gradient(terms: Sequence[Term], gather: Gather, precision: str) -> Tensor:
+    """``sum_i g_i (x) x_i``, ``[T, outputs, taps_h, taps_w, channels]``, for terms ``(g, x)``."""
+    s, (g0, x0) = gather, terms[0]
+    g1, x1 = terms[1] if len(terms) == 2 else (None, None)
+    tasks, n = x0.shape[:2]
+    pixels, columns, width = n * s.rows_h * s.rows_w, s.taps_h * s.taps_w * s.channels, s.outputs * s.groups
+    bm, bn = block(s.outputs, 16, TILES.columns), block(columns, 16, TILES.columns)
+    bk = block(pixels, 16, TILES.depth)
+    tiles = cdiv(s.outputs, bm) * cdiv(columns, bn)
+    slices = max(1, min(_PROGRAMS // (tiles * tasks * s.groups), pixels // (8 * bk)))
+    length = cdiv(cdiv(pixels, slices), bk) * bk
+    slices = cdiv(pixels, length)
+    parts = empty(x0, slices, tasks, width, s.taps_h, s.taps_w, s.channels, dtype=torch.float32)
+    launch(
+        metafast_weight_gradient, (tiles, tasks * s.groups, slices), parts, g0, x0, g1, x1, n, length,
+        S=gather, PRECISION=precision, BM=bm, BN=bn, BK=bk, warps=_warps(bm, bn),
+    )  # fmt: skip
+    if slices == 1:
+        return parts[0]
+    out = torch.empty_like(parts[0])
+    launch(metafast_add_slices, (cdiv(out.numel(), 1024),), out, parts, out.numel(), slices, B=1024)
+    return out
+
+
+def _warps(rows: int, columns: int) -> int:
+    """As many as leave each thread at most 32 accumulators: with twice that, three TF32 products spill."""
+    return max(1, min(8, rows * columns // 1024))

@@ -1,0 +1,161 @@
+"""Windows over images ``[T,n,H,W,C]``: maximum and sum, and their transposes as gathers, free of atomics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import TILES, block, cdiv, empty, launch
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Window ``(i, j)`` covers the pixels ``i stride - padding + tap dilation``. ``divisor``: of a mean; zero counts
+    the pixels of each window, those of the padding with them where ``padded``."""
+
+    height: int
+    width: int
+    out_h: int
+    out_w: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int = 1
+    dilation_w: int = 1
+    divisor: int = 0
+    padded: bool = True
+
+    @property
+    def taps(self) -> int:
+        """Pixels of a window."""
+        return self.kernel_h * self.kernel_w
+
+
+@triton.jit
+def _extent(
+    i, STRIDE: tl.constexpr, PADDING: tl.constexpr, KERNEL: tl.constexpr, END: tl.constexpr, PADDED: tl.constexpr
+):
+    """How many pixels of an axis a window counts."""
+    start = i * STRIDE - PADDING
+    if PADDED:
+        return tl.minimum(start + KERNEL, END + PADDING) - start
+    else:
+        return tl.minimum(start + KERNEL, END) - tl.maximum(start, 0)
+
+
+@triton.jit
+def _count(h, w, S: tl.constexpr):
+    """What the sum over a window is divided by."""
+    if S.divisor > 0:
+        return tl.full(h.shape, S.divisor, tl.float32)
+    else:
+        across = _extent(w, S.stride_w, S.padding_w, S.kernel_w, S.width, S.padded)
+        return (_extent(h, S.stride_h, S.padding_h, S.kernel_h, S.height, S.padded) * across).to(tl.float32)
+
+
+@triton.jit
+def metafast_windows(
+    y, code, x, images, C: tl.constexpr, RULE: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """``RULE``: "max" writes the winning taps to ``code`` too, "pick" reads them, "mean". Grid (tile,)."""
+    columns: tl.constexpr = (C + BC - 1) // BC
+    tile = tl.program_id(0)
+    row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
+    inside = (row < images * (S.out_h * S.out_w))[:, None] & (c < C)[None, :]
+    image, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h, row % S.out_w
+    at = row.to(tl.int64)[:, None] * C + c[None, :]
+    start = image.to(tl.int64) * (S.height * S.width)
+    if RULE == "pick":
+        tap = tl.load(code + at, inside, 0).to(tl.int32)
+        ih = h[:, None] * S.stride_h - S.padding_h + tap // S.kernel_w * S.dilation_h
+        iw = w[:, None] * S.stride_w - S.padding_w + tap % S.kernel_w * S.dilation_w
+        v = tl.load(x + (start[:, None] + ih * S.width + iw) * C + c[None, :], inside, 0.0)
+        tl.store(y + at, v, inside)
+    else:
+        best = tl.full((BR, BC), float("-inf") if RULE == "max" else 0.0, tl.float32)
+        won = tl.full((BR, BC), -1, tl.int32)
+        for tap in range(S.taps):
+            ih = h * S.stride_h - S.padding_h + tap // S.kernel_w * S.dilation_h
+            iw = w * S.stride_w - S.padding_w + tap % S.kernel_w * S.dilation_w
+            there = inside & ((ih >= 0) & (ih < S.height) & (iw >= 0) & (iw < S.width))[:, None]
+            v = tl.load(x + (start + ih * S.width + iw)[:, None] * C + c[None, :], there, 0.0).to(tl.float32)
+            if RULE == "max":
+                better = there & ((v > best) | (v != v) | (won < 0))
+                best, won = tl.where(better, v, best), tl.where(better, tap, won)
+            else:
+                best += v
+        if RULE == "max":
+            tl.store(code + at, won.to(tl.int16), inside)
+        else:
+            best = best / _count(h, w, S)[:, None]
+        tl.store(y + at, best, inside)
+
+
+@triton.jit
+def metafast_windows_transpose(
+    g_x, code, g, images, C: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """Each pixel sums what the windows around it send back: all of them, or (``code``) those it won. Grid (tile,)."""
+    columns: tl.constexpr = (C + BC - 1) // BC
+    tile = tl.program_id(0)
+    row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
+    inside = (row < images * (S.height * S.width))[:, None] & (c < C)[None, :]
+    image, h, w = row // (S.height * S.width), row // S.width % S.height, row % S.width
+    start = image.to(tl.int64) * (S.out_h * S.out_w)
+    total = tl.zeros((BR, BC), tl.float32)
+    for tap in range(S.taps):
+        sh = h + S.padding_h - tap // S.kernel_w * S.dilation_h
+        sw = w + S.padding_w - tap % S.kernel_w * S.dilation_w
+        oh, ow = sh // S.stride_h, sw // S.stride_w
+        meets = (sh >= 0) & (sw >= 0) & (oh < S.out_h) & (ow < S.out_w)
+        meets = meets & (sh % S.stride_h == 0) & (sw % S.stride_w == 0)
+        there = inside & meets[:, None]
+        at = (start + oh * S.out_w + ow)[:, None] * C + c[None, :]
+        sent = tl.load(g + at, there, 0.0).to(tl.float32)
+        if code is None:
+            total += sent / tl.where(meets, _count(oh, ow, S), 1.0)[:, None]
+        else:
+            total += tl.where(tl.load(code + at, there, -1).to(tl.int32) == tap, sent, 0.0)
+    tl.store(g_x + row.to(tl.int64)[:, None] * C + c[None, :], total, inside)
+
+
+def windows(x: Tensor, sizes: Windows, rule: str, code: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """``[T,n,H,W,C]`` -> ``[T,n,out_h,out_w,C]`` by ``rule``, and the winners' taps where the rule knows them."""
+    tasks, n, _, _, channels = x.shape
+    y = empty(x, tasks, n, sizes.out_h, sizes.out_w, channels)
+    if rule == "max":
+        code = torch.empty_like(y, dtype=torch.int16)
+    bc = block(channels, 16, 64)
+    br = TILES.elements // bc
+    grid = (cdiv(tasks * n * sizes.out_h * sizes.out_w, br) * cdiv(channels, bc),)
+    launch(metafast_windows, grid, y, code, x, tasks * n, C=channels, RULE=rule, S=sizes, BR=br, BC=bc)
+    return y, code
+
+
+def windows_transpose(g: Tensor, sizes: Windows, code: Tensor | None = None) -> Tensor:
+    """``[T,n,out_h,out_w,C]`` -> ``[T,n,H,W,C]``."""
+    tasks, n, _, _, channels = g.shape
+    g_x = empty(g, tasks, n, sizes.height, sizes.width, channels)
+    bc = block(channels, 16, 64)
+    br = TILES.elements // bc
+    grid = (cdiv(tasks * n * sizes.height * sizes.width, br) * cdiv(channels, bc),)
+    launch(metafast_windows_transpose, grid, g_x, code, g, tasks * n, C=channels, S=sizes, BR=br, BC=bc)
+    return g_x
+
+
+def out_size(extent: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """Windows along an axis, by torch's rule: with ``ceil_mode`` a last one may hang over, if it begins inside."""
+    span = extent + 2 * padding - kernel
+    count = (cdiv(span, stride) if ceil_mode else span // stride) + 1
+    if ceil_mode and (count - 1) * stride >= extent + padding:
+        count -= 1
+    if count < 1:
+        raise ValueError(f"a window of {kernel} pixels does not fit into {extent} with a padding of {padding}")
+    return count

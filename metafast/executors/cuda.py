@@ -1,0 +1,209 @@
+"""The native executor on a GPU: one thread block runs a task's whole inner loop and its way back, in a single launch.
+
+Parameters, activations and directions of a task lie in the block's shared memory; theta and the activations of each
+inner step go through global memory where they do not all fit. The same code runs on the CPU, one thread after
+another, as the twin that tests hold against the truth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from metafast.executors import native
+from metafast.executors.base import Executor, MetaGradient
+from metafast.program import Program
+from metafast.tasks import Batch, TaskBatch
+
+_BUILD = "METAFAST_CUDA=1 pip install --no-build-isolation -e ."
+
+
+@dataclass(frozen=True)
+class BlockMachine:
+    """What runs blocks: bytes of shared memory that a block can have, and processors that run blocks side by side.
+
+    ``threads`` fixes the threads of a block (32 .. 256 in steps of 32); 0 chooses them by the widest layer.
+    """
+
+    shared: int
+    processors: int
+    threads: int = 0
+
+
+class NativeCudaExecutor(Executor):
+    """CUDA C++ in float32. ``twin`` stands in for the GPU: its tasks are on the CPU, in float32 or float64."""
+
+    name = "native-cuda"
+
+    def __init__(self, twin: BlockMachine | None = None, threads: int = 0) -> None:
+        self.twin = twin
+        self.threads = threads
+        self._models: WeakKeyDictionary[Program, dict[tuple[int, ...], _Model]] = WeakKeyDictionary()
+
+    def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
+        if native._C is None:
+            return native._MISSING
+        reason = self._wrong_place(x)
+        if reason is not None:
+            return reason
+        if masked:
+            return "tasks of different sizes (sample masks)"
+        reason = native._foreign(program) or native._ranks(program, x)
+        if reason is not None:
+            return reason
+        try:
+            return self._wrong_size(self.shared_memory(program, x, x.shape[1]), self._machine(x).shared)
+        except ValueError as error:
+            return f"{error}: blocks run linear layers, activations and layer norm"
+
+    def explain(self, program: Program, x: Tensor) -> list[str]:
+        needed = self.shared_memory(program, x, x.shape[1]) / 1024
+        where = f"CUDA C++, one block a task, {needed:.0f} KiB of shared memory"
+        return [where for _ in program.nodes]
+
+    def shared_memory(self, program: Program, x: Tensor, queries: int) -> int:
+        """Bytes of shared memory that the meta-gradient of one task with samples ``x [T, n, ...]`` takes at least.
+
+        Raises:
+            ValueError: a block cannot run the model; the text says which layer.
+        """
+        description = self._model(program, x).description
+        double = x.dtype == torch.float64
+        return int(_run(torch.ops.metafast.block_needs, description, double, x.shape[1], queries, True))
+
+    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+        model = self._model(program, x)
+        head = self._head(model, x, 0, x.shape[1], predicts=True)
+        out = _run(torch.ops.metafast.block_predict, *head, native._ready(params), native._ready(x), step)
+        return model.shaped(out)
+
+    def loss_and_grad(
+        self, program: Program, params: Tensor, batch: Batch, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        model = self._model(program, batch.x)
+        losses, grads, outputs = _run(
+            torch.ops.metafast.block_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
+            native._ready(params), *native._samples(program, batch), step,
+        )  # fmt: skip
+        return losses, grads, model.shaped(outputs)
+
+    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
+        head = self._head(self._model(program, support.x), support.x, support.x.shape[1], 0)
+        trajectory: Tensor = _run(
+            torch.ops.metafast.block_adapt, *head, native._ready(params), native._ready(lr.to(params.dtype)),
+            *native._samples(program, support), steps,
+        )  # fmt: skip
+        return trajectory
+
+    def adapt_vjp(
+        self,
+        program: Program,
+        trajectory: Tensor,
+        lr: Tensor,
+        support: Batch,
+        v: Tensor,
+        *,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        head = self._head(self._model(program, support.x), support.x, support.x.shape[1], 0)
+        grads, lr_grad = _run(
+            torch.ops.metafast.block_adapt_vjp, *head, native._ready(trajectory),
+            native._ready(lr.to(trajectory.dtype)), *native._samples(program, support), native._ready(v),
+            first_order, needs_lr,
+        )  # fmt: skip
+        return grads, lr_grad if needs_lr else None
+
+    def meta_gradient(
+        self,
+        program: Program,
+        params: Tensor,
+        lr: Tensor,
+        tasks: TaskBatch,
+        steps: int,
+        *,
+        step_weights: list[float] | None = None,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> MetaGradient:
+        x, m = tasks.support_x, tasks.query_x.shape[1]
+        model = self._model(program, x)
+        weights = _on_device((0.0,) * steps + (1.0,) if step_weights is None else tuple(step_weights), x.device)
+        losses, outputs, grad, lr_grad = _run(
+            torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), native._ready(params),
+            native._ready(lr.to(params.dtype)), *native._samples(program, tasks.support),
+            *native._samples(program, tasks.query), weights, first_order, needs_lr,
+        )  # fmt: skip
+        return MetaGradient(losses, model.shaped(outputs), grad, lr_grad if needs_lr else None)
+
+    def _wrong_place(self, x: Tensor) -> str | None:
+        if self.twin is not None:
+            real = x.dtype in (torch.float32, torch.float64)
+            return None if x.device.type == "cpu" and real else f"{x.dtype} on {x.device}: the twin runs on the CPU"
+        if x.device.type != "cuda":
+            return f"device {x.device}: it runs on NVIDIA GPUs"
+        if not torch.ops.metafast.block_built():
+            return f"the extension is built without CUDA; with nvcc on PATH: {_BUILD}"
+        if x.dtype != torch.float32:
+            return f"dtype {x.dtype}: it runs float32"
+        return None
+
+    @staticmethod
+    def _wrong_size(needed: int, given: int) -> str | None:
+        if needed <= given:
+            return None
+        return f"a task takes {needed / 1024:.0f} KiB of shared memory and a block has {given / 1024:.0f} KiB"
+
+    def _machine(self, x: Tensor) -> BlockMachine:
+        return self.twin if self.twin is not None else _gpu(x.device.index, self.threads)
+
+    def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
+        machine = self._machine(x)
+        stream = 0 if self.twin is not None else torch.cuda.current_stream(x.device).cuda_stream
+        key = (support, query, predicts, x.dtype, x.device)
+        if key not in model.tables:
+            make = torch.ops.metafast.block_tables
+            model.tables[key] = _run(make, model.description, x, support, query, predicts, stream)
+        _, head = model.tables[key]
+        return model.description, head, [machine.shared, machine.processors, machine.threads, stream]
+
+    def _model(self, program: Program, x: Tensor) -> _Model:
+        models, shape = self._models.setdefault(program, {}), tuple(x.shape[2:])
+        if shape not in models:
+            models[shape] = _Model(native._describe(program, shape), native._rank(program, len(shape)))
+        return models[shape]
+
+
+@dataclass(frozen=True)
+class _Model(native._Model):
+    """And its tables on each device with what points to them, by the numbers of samples."""
+
+    tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@lru_cache
+def _gpu(index: int, threads: int) -> BlockMachine:
+    properties = torch.cuda.get_device_properties(index)
+    reserved = 1024  # by the system, of what a processor has for its blocks
+    shared = properties.shared_memory_per_multiprocessor - reserved
+    return BlockMachine(shared, properties.multi_processor_count, threads)
+
+
+@lru_cache(maxsize=256)
+def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(weights, dtype=torch.float64, device=device)
+
+
+def _run(op: Any, *arguments: Any) -> Any:
+    """Bad input is a ValueError; what the device or the twin's watch reports stays a RuntimeError."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if str(error).startswith(("CUDA: ", "twin: ")):
+            raise
+        raise ValueError(str(error).removeprefix("metafast: ")) from None

@@ -1,0 +1,42 @@
+"""What ptxas says of the kernels: they need nvcc, and no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "inner_loop.cu"
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+KERNELS = {"metafast_inner_loop", "metafast_sum_blocks"}
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
+
+
+@pytest.fixture(scope="module", params=["80", "90"])
+def report(request, tmp_path_factory):
+    """ptxas' words by kernel."""
+    target = tmp_path_factory.mktemp("cubin") / "inner_loop.cubin"
+    command = [NVCC, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{request.param}", "-Xptxas=-v", SOURCE, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"Compiling entry function '(\w+)'", done.stderr)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_kernel_is_named_after_metafast(report):
+    assert set(report) == KERNELS
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_nothing_goes_to_local_memory(report, kernel):
+    frame, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report[kernel]))
+    assert (frame, stores, loads) == (0, 0, 0)
+
+
+def test_a_block_of_the_largest_size_has_registers(report):
+    registers = int(re.search(r"Used (\d+) registers", report["metafast_inner_loop"])[1])
+    assert registers * 256 <= 65536

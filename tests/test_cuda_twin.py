@@ -1,0 +1,180 @@
+"""The CUDA executor's code on the CPU, thread after thread: against the oracle, in watched memory.
+
+The twin fills a block's memory with NaN and raises where a thread reaches outside of it, or touches what another
+one writes before the next barrier.
+"""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from setups import IMAGE, SETUPS, Setup, make_learner, make_tasks, rate, vectors
+from test_meta_gradients import assert_gradients, check_against_oracle, close, gradients
+from torch import nn
+
+import metafast as mf
+from metafast import executors
+from metafast.executors import ReferenceExecutor
+from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+
+pytest.importorskip("metafast._C")
+
+H100, A100 = 232448, 166912
+TWINS = {
+    "all steps in a block's memory": BlockMachine(H100, 132),
+    "steps through global memory": BlockMachine(A100, 1),
+    "a warp a block": BlockMachine(H100, 1, threads=32),
+}
+FOREIGN = {
+    "custom loss", "ragged regression", "PReLU, derived", "SiLU, derived", "gates by chunk and slice", "buffers",
+    "direct parameters", "direct parameters, rate for each layer and step",
+}  # fmt: skip
+
+
+class Normed(nn.Module):
+    """Layer norms with and without parameters, a skip connection, and leaky units."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Linear(5, 7), nn.Linear(7, 7, bias=False)
+        self.first, self.second = nn.LayerNorm(7), nn.LayerNorm(7, elementwise_affine=False)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.first(self.embed(x))
+        x = x + nn.functional.leaky_relu(self.inner(x))
+        return self.head(self.second(x))
+
+
+def classifier():
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.GELU(), nn.Linear(8, 5))
+
+
+def flattened():
+    return nn.Sequential(nn.Flatten(), nn.Linear(126, 6), nn.Sigmoid(), nn.Linear(6, 3))
+
+
+def sinusoid():
+    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+
+
+OWN = [
+    Setup("sinusoid", sinusoid, (1,), outputs=1, support=10, options={"steps": 5, "lr": 0.01}),
+    Setup("classifier", classifier, (6,), 5, options={"steps": 3}),
+    Setup("classifier, head adapted", classifier, (6,), 5, options={"steps": 3, "adapt": ["4"]}),
+    Setup("classifier, body adapted", classifier, (6,), 5, options={"steps": 2, "adapt": ["0", "2"]}),
+    Setup("classifier, ANIL", classifier, (6,), 5, learner=mf.ANIL,
+          options={"steps": 3, "head": "4", "lr": rate("parameter")}),
+    Setup("classifier, Meta-SGD", classifier, (6,), 5, learner=mf.MetaSGD, options={"steps": 2, "lr": (0.02, 0.1)}),
+    Setup("classifier, multi-step", classifier, (6,), 5, options={"steps": 3, "step_weights": [0.5, 0, 0.5]}),
+    Setup("linear classifier", lambda: nn.Linear(6, 5), (6,), 5, options={"steps": 2}),
+    Setup("layer norm", Normed, (5,), 3, options={"steps": 3}),
+    Setup("layer norm, only norms adapted", Normed, (5,), 3, options={"steps": 2, "adapt": ["first"]}),
+    Setup("flattened images", flattened, IMAGE, 3, options={"steps": 2}),
+    vectors("many samples", lambda: models.mlp(nn.ReLU), support=150),
+]  # fmt: skip
+RUNS = OWN + [s for s in SETUPS if len(s.sample) == 1 and s.name not in FOREIGN]
+
+
+@pytest.fixture(params=TWINS, ids=str)
+def twin(request, monkeypatch):
+    executor = NativeCudaExecutor(TWINS[request.param])
+    monkeypatch.setattr(executors, "_EXECUTORS", [executor])
+    return executor
+
+
+@pytest.mark.parametrize("setup", RUNS, ids=str)
+def test_float64(setup, twin):
+    learner, tasks = make_learner(setup, backend=twin.name), make_tasks(setup).to(torch.float64)
+    check_against_oracle(learner, tasks, 1e-9)
+    learner.zero_grad()
+    out = learner(tasks)
+    out.loss.backward()
+    by_autograd = gradients(learner)
+    learner.zero_grad()
+    direct = learner.backward(tasks)
+    close(direct.losses, out.losses, 1e-12)
+    close(direct.outputs, out.outputs, 1e-12)
+    found = {n: g for n, g in gradients(learner).items() if g is not None}
+    assert_gradients(found, {n: by_autograd[n] for n in found}, 1e-12)
+
+
+@pytest.mark.parametrize("setup", RUNS, ids=str)
+def test_float32(setup, twin):
+    check_against_oracle(make_learner(setup, torch.float32, twin.name), make_tasks(setup), 1e-4)
+
+
+@pytest.mark.parametrize("setup", [s for s in SETUPS if s not in RUNS], ids=str)
+def test_what_blocks_do_not_run_is_refused_in_words(setup):
+    twin = NativeCudaExecutor(TWINS["all steps in a block's memory"])
+    reason = twin.refuses(make_learner(setup).program, make_tasks(setup).to(torch.float64).support_x, setup.ragged)
+    assert reason is not None
+    assert len(reason) > 10
+
+
+def parts(executor, learner, tasks, **options):
+    program, params = learner.program, learner.flat_parameters().detach()
+    found = executor.meta_gradient(program, params, learner.rate().detach(), tasks, learner.steps, **options)
+    return found.losses, found.outputs, found.grad, found.lr_grad
+
+
+@pytest.mark.parametrize("machine", [BlockMachine(H100, 5), BlockMachine(A100, 2), BlockMachine(A100, 1, 64)], ids=str)
+def test_tasks_that_take_turns_in_few_blocks(machine):
+    setup = next(s for s in RUNS if s.name == "classifier, Meta-SGD")
+    learner, tasks = make_learner(setup), make_tasks(setup, tasks=150).to(torch.float64)
+    found = parts(NativeCudaExecutor(machine), learner, tasks)
+    for a, b in zip(found, parts(ReferenceExecutor(), learner, tasks), strict=True):
+        close(a, b, 1e-12)
+
+
+def test_predict_and_adapt_alone_with_parameters_of_each_task():
+    setup = next(s for s in RUNS if s.name == "classifier")
+    learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
+    twin, reference = NativeCudaExecutor(BlockMachine(A100, 1)), ReferenceExecutor()
+    params = torch.randn(3, learner.program.size, dtype=torch.float64)
+    found, expected = (e.predict(learner.program, params, tasks.query_x) for e in (twin, reference))
+    close(found, expected, 1e-12)
+    rates = torch.rand(2, learner.program.size, dtype=torch.float64) / 10
+    found, expected = (e.adapt(learner.program, params, rates, tasks.support, 4) for e in (twin, reference))
+    close(found, expected, 1e-12)
+    assert torch.equal(found[0], params)
+    assert twin.adapt(learner.program, params, rates, tasks.support, 0).equal(params[None])
+
+
+def test_no_inner_step_is_a_plain_gradient():
+    setup = next(s for s in RUNS if s.name == "classifier")
+    learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
+    program, params = learner.program, learner.flat_parameters().detach()
+    found = NativeCudaExecutor(BlockMachine(A100, 1)).meta_gradient(program, params, learner.rate().detach(), tasks, 0)
+    close(found.grad, ReferenceExecutor().loss_and_grad(program, params.expand(3, -1), tasks.query)[1].mean(0), 1e-12)
+
+
+def test_a_task_that_does_not_fit_is_refused_with_its_size():
+    learner, tasks = make_learner(OWN[0]), make_tasks(OWN[0]).to(torch.float64)
+    executor = NativeCudaExecutor(BlockMachine(100_000, 132))
+    reason = executor.refuses(learner.program, tasks.support_x)
+    assert reason == "a task takes 127 KiB of shared memory and a block has 98 KiB"
+    with pytest.raises(ValueError, match="takes 129920 bytes of shared memory and a block has 100000"):
+        parts(executor, learner, tasks)
+    assert "127 KiB" in executor.explain(learner.program, tasks.support_x)[0]
+
+
+@pytest.mark.parametrize("threads", [-32, 48, 512])
+def test_a_block_has_whole_warps(threads):
+    learner, tasks = make_learner(OWN[1]), make_tasks(OWN[1]).to(torch.float64)
+    with pytest.raises(ValueError, match=f"threads={threads}: a block has 32, 64, ... or 256 threads"):
+        parts(NativeCudaExecutor(BlockMachine(H100, 1, threads)), learner, tasks)
+
+
+def test_a_label_outside_makes_its_task_nan_and_no_other():
+    learner, tasks = make_learner(OWN[1]), make_tasks(OWN[1]).to(torch.float64)
+    tasks.query_y[1, 0] = 10**12
+    losses, outputs, _, _ = parts(NativeCudaExecutor(BlockMachine(H100, 1)), learner, tasks)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert outputs[[0, 2]].isfinite().all()
+
+
+def test_without_a_gpu_it_says_what_it_needs():
+    learner, tasks = make_learner(OWN[1]), make_tasks(OWN[1])
+    assert NativeCudaExecutor().refuses(learner.program, tasks.support_x) == "device cpu: it runs on NVIDIA GPUs"

@@ -1,0 +1,107 @@
+"""What only a GPU can show of the CUDA executor. `pytest -m gpu` runs it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from setups import make_learner, make_tasks
+from test_cuda_twin import RUNS
+from test_meta_gradients import check_against_oracle
+
+import metafast as mf
+from metafast import executors
+from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+SINUSOID = next(s for s in RUNS if s.name == "sinusoid")
+
+
+@pytest.fixture(params=[0, 32, 256], ids="{} threads".format)
+def gpu(request, monkeypatch):
+    executor = NativeCudaExecutor(threads=request.param)
+    monkeypatch.setattr(executors, "_EXECUTORS", [executor])
+    return executor
+
+
+def on_gpu(setup, count=3, **tasks):
+    learner = make_learner(setup, torch.float32, "native-cuda").cuda()
+    return learner, make_tasks(setup, tasks=count, **tasks).to("cuda")
+
+
+@pytest.mark.parametrize("setup", RUNS, ids=str)
+def test_float32(setup, gpu):
+    check_against_oracle(*on_gpu(setup), 1e-4)
+
+
+def parts(gpu, learner, tasks):
+    program, params = learner.program, learner.flat_parameters().detach()
+    found = gpu.meta_gradient(program, params, learner.rate().detach(), tasks, learner.steps)
+    return found.losses, found.outputs, found.grad, found.lr_grad
+
+
+@pytest.mark.parametrize("count", [1, 25, 1024, 4096])
+def test_two_runs_give_the_same_bits(gpu, count):
+    learner, tasks = on_gpu(SINUSOID, count)
+    first, second = parts(gpu, learner, tasks), parts(gpu, learner, tasks)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("count", [25, 300])
+def test_the_twin_agrees(gpu, count):
+    learner, tasks = on_gpu(SINUSOID, count)
+    found = parts(gpu, learner, tasks)
+    machine = gpu._machine(tasks.support_x)
+    twin = NativeCudaExecutor(BlockMachine(machine.shared, machine.processors, gpu.threads))
+    expected = parts(twin, learner.cpu(), tasks.to("cpu"))
+    for a, b in zip(found, expected, strict=True):
+        assert float((a.cpu() - b).norm()) <= 1e-5 * float(b.norm())
+
+
+def test_another_stream_is_respected(gpu):
+    learner, tasks = on_gpu(SINUSOID, 64)
+    expected = parts(gpu, learner, tasks)
+    late = mf.TaskBatch(*(torch.full_like(x, math.nan) for x in tensors(tasks)))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for to, x in zip(tensors(late), tensors(tasks), strict=True):
+            to.copy_(x)
+        found = parts(gpu, learner, late)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def tensors(tasks):
+    return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
+
+
+def test_a_meta_gradient_can_be_captured_in_a_graph(gpu):
+    learner, tasks = on_gpu(SINUSOID, 25)
+    expected = parts(gpu, learner, tasks)
+    parameters = list(learner.model.parameters())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = parts(gpu, learner, tasks)
+    with torch.no_grad():
+        before = [p.clone() for p in parameters]
+        for p in parameters:
+            p.mul_(1.5)
+    graph.replay()
+    assert not torch.equal(found[2], expected[2])
+    with torch.no_grad():
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_label_outside_makes_its_task_nan_and_no_other(gpu):
+    setup = next(s for s in RUNS if s.name == "classifier")
+    learner, tasks = on_gpu(setup)
+    tasks.query_y[1, 0] = 10**12
+    losses, outputs, _, _ = parts(gpu, learner, tasks)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert outputs[[0, 2]].isfinite().all()

@@ -1,0 +1,111 @@
+"""The package as a whole: what it needs, how it is laid out, what it promises."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import metafast as mf
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("metafast", "kernels", "tests", "benchmarks", "csrc")
+SOURCES = [
+    path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and not path.is_symlink()
+]  # fmt: skip
+EXTRAS = ("typer", "rich", "safetensors", "PIL", "matplotlib", "tensorboard", "triton", "pytest", "hypothesis", "ninja")
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+
+
+def test_torch_and_numpy_are_enough():
+    """With everything else blocked, and without the extension, a learner still learns."""
+    code = f"""
+import sys
+for name in {EXTRAS} + ("metafast._C",):
+    sys.modules[name] = None
+import torch, metafast as mf, metafast.episodes
+learner = mf.MAML(torch.nn.Linear(2, 1), loss="mse", lr=0.1)
+x, y = torch.randn(3, 4, 2), torch.randn(3, 4, 1)
+learner.backward(mf.TaskBatch(x, y, x, y))
+assert all(p.grad is not None for p in learner.model.parameters())
+print(learner.explain().splitlines()[0])
+"""
+    found = run(code)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "executor: reference (backend='auto')\n"
+
+
+def test_importing_touches_no_device_and_stays_quiet():
+    found = run("import metafast, torch; assert not torch.cuda.is_initialized()")
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module", ["metafast", "metafast.episodes"])
+def test_public_names_are_documented(module):
+    namespace = sys.modules[module] if module in sys.modules else __import__(module, fromlist=["__all__"])
+    assert sorted(namespace.__all__) == sorted(set(namespace.__all__))
+    for name in namespace.__all__:
+        value = getattr(namespace, name)
+        if not callable(value):
+            continue
+        assert inspect.getdoc(value), f"{name} has no docstring"
+        if inspect.isclass(value) and not issubclass(value, Exception):
+            for key, member in vars(value).items():
+                if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                    assert inspect.getdoc(getattr(value, key)), f"{name}.{key} has no docstring"
+
+
+def test_learners_name_their_paper():
+    for learner in (mf.MAML, mf.FOMAML, mf.MetaSGD, mf.ANIL, mf.Reptile, mf.MAMLPlusPlus):
+        assert re.search(r"\d{4}\.\d{5}", inspect.getdoc(learner)), learner.__name__
+
+
+def test_kernels_are_imported_by_one_name():
+    """From the root ``import kernels`` works too, and makes a second copy of every module."""
+    wrong = re.compile(r"^\s*(import kernels\b|from kernels\b)", re.MULTILINE)
+    assert [str(p) for p in SOURCES if p.suffix == ".py" and wrong.search(p.read_text())] == []
+
+
+def test_sources_are_short():
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in SOURCES}
+    assert len(lengths) > 60
+    assert {name: n for name, n in lengths.items() if n > 450} == {}
+
+
+def test_every_layer_has_its_folder():
+    """``reference.py`` and ``cases.py`` in each, with the stem of the folder."""
+    folders = [p for p in sorted((ROOT / "kernels").iterdir()) if (p / "__init__.py").exists()]
+    assert len(folders) >= 14
+    for folder in folders:
+        text = (folder / "reference.py").read_text()
+        stems = set(re.findall(r'^    stem = "(\w+)"', text, re.MULTILINE))
+        assert folder.name in stems or folder.name == "activation", f"{folder.name} has the stems {stems}"
+        assert "CASES = [" in (folder / "cases.py").read_text()
+
+
+def test_data_flows_one_way():
+    """episodes -> algorithms -> inner loop -> executors -> kernels: no import points left."""
+    order = ["kernels", "program", "executors", "inner", "algorithms"]
+    for level, name in enumerate(order[:-1]):
+        home = ROOT / "kernels" if name == "kernels" else ROOT / "metafast" / name
+        files = sorted(home.rglob("*.py")) if home.is_dir() else [home.with_suffix(".py")]
+        assert files
+        later = "|".join([*order[level + 1 :], "episodes", "train"])
+        wrong = re.compile(rf"^\s*(?:from|import) metafast\.({later})\b", re.MULTILINE)
+        assert [str(p) for p in files if wrong.search(p.read_text())] == []
+
+
+def test_type_hints_are_shipped_and_versions_agree():
+    assert (Path(mf.__file__).parent / "py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mf.__version__)
+    assert metadata.version("metafast") == mf.__version__
+    assert f'version = "{mf.__version__}"' in (ROOT / "pyproject.toml").read_text()

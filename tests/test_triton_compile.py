@@ -1,0 +1,137 @@
+"""Every Triton kernel compiles for GPUs that are not here, at the blocks it would be launched with, without spills.
+
+The executor runs on tensors without memory; each launch is compiled instead, in processes of their own, since this one
+may hold the kernels interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+ARCHITECTURES = (80, 90)
+
+
+def kernels_of_the_package():
+    names = (re.findall(r"^def (metafast_\w+)", path.read_text(), re.M) for path in KERNELS.rglob("*.py"))
+    return sorted(name for found in names for name in found)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills(architecture):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, __file__, str(architecture)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    reports = json.loads(run.stdout)
+    assert sorted({r["kernel"] for r in reports}) == kernels_of_the_package()
+    for report in reports:
+        assert report["stack"] == 0, f"{report} keeps values outside its registers"
+        assert report["registers"] <= 65536 // (32 * report["warps"]), report
+        assert report["shared"] <= {80: 163, 90: 227}[architecture] * 1024, report
+
+
+def main(architecture):
+    import torch
+    import triton
+    from torch import nn
+    from triton.runtime.jit import JITFunction
+
+    from metafast.capture import capture
+    from metafast.executors.triton import TritonExecutor
+    from metafast.losses import as_loss
+    from metafast.tasks import Batch, TaskBatch
+
+    launched = {}
+
+    def record(kernel, *args, grid, warmup, num_warps, num_stages, enable_fp_fusion, **constants):
+        given = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        signature, constexprs, attributes = {}, {}, {}
+        for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+            value = given[name]
+            if parameter.is_constexpr or value is None:
+                signature[name], constexprs[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                kinds = {torch.float32: "*fp32", torch.int8: "*i8", torch.int16: "*i16", torch.int64: "*i64"}
+                signature[name] = kinds[value.dtype]
+                if value.storage_offset() * value.element_size() % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        launched.setdefault(
+            (kernel.__name__, str(signature), num_warps, *variant(constexprs)),
+            (kernel, signature, constexprs, attributes, num_warps, num_stages),
+        )
+
+    def step(model, sample, ways, loss, precision="float32"):
+        program, executor = capture(model, as_loss(loss)), TritonExecutor(precision)
+
+        def samples(n):
+            y = torch.empty(4, n, dtype=torch.int64) if ways else torch.empty(4, n, 8)
+            return torch.empty(4, n, *sample, device="meta"), y.to("meta")
+
+        tasks = TaskBatch(*samples(5), *samples(5))
+        theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, program.size, device="meta")
+        executor.meta_gradient(program, theta, rate, tasks, 1)
+        executor.loss_and_grad(program, theta, Batch(*samples(200)))
+
+    JITFunction.run = record
+    conv4 = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+                          nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+                          nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))  # fmt: skip
+    step(conv4, (3, 84, 84), 5, "cross_entropy")
+    mlp = nn.Sequential(nn.Linear(40, 80), nn.LayerNorm(80), nn.GELU(), nn.BatchNorm1d(80), nn.Linear(80, 8), nn.Tanh())
+    step(mlp, (40,), 0, "mse")
+    step(nn.Linear(40, 8), (40,), 0, "mse", "tf32")
+    step(nn.Linear(40, 8), (40,), 0, "mse", "bf16")
+
+    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+    reports = []
+    for kernel, signature, constexprs, attributes, warps, stages in launched.values():
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        source = triton.compiler.ASTSource(kernel, signature, constexprs, attributes)
+        compiled = triton.compile(source, target=target, options=options)
+        reports.append({"kernel": kernel.__name__, "warps": warps, "shared": compiled.metadata.shared,
+                        **resources(compiled.asm["cubin"]), "constants": str(constexprs)})  # fmt: skip
+    print(json.dumps(reports))
+
+
+def variant(constexprs):
+    """What changes the shape of the code: blocks and rules; of the sizes only which path they take."""
+    for name, value in constexprs.items():
+        if isinstance(value, (str, bool)) or name.startswith("B"):
+            yield name, value
+        elif name == "S":
+            yield getattr(value, "channels", 0) >= 16, getattr(value, "classes_h", 1), getattr(value, "window_h", 1)
+
+
+def resources(cubin):
+    """Registers and bytes of stack of a thread, as the assembler has written them into the binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
