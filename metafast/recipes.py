@@ -204,6 +204,18 @@ def _omniglot(ways: int, shots: int) -> Recipe:
     )
 
 
+# 5-way Omniglot learns in fewer iterations with the pooling network that most later papers use.
+_POOLED: dict[str, Any] = {
+    "note": "Conv4-64 with 2x2 max-pooling (Vinyals et al. 2016) in place of the strides of Finn et al. 2017, whose meta-"
+    "batch, steps and queries it keeps; inner rate 0.5 on the mean loss as in learn2learn's Omniglot example, outer "
+    "rate from 0.002 down a cosine.",
+    "network": "conv4-pool",
+    "inner_lr": 0.5,
+    "lr": 2e-3,
+    "schedule": "cosine",
+    "final_lr": 1e-5,
+}
+
 _GLYPHS = replace(
     _omniglot(5, 1),
     name="glyphs-5w1s",
@@ -237,7 +249,8 @@ RECIPES: dict[str, Recipe] = {
     for r in (
         _SINUSOID,
         _GLYPHS,
-        *(_omniglot(ways, shots) for ways in (5, 20) for shots in (1, 5)),
+        *(replace(_omniglot(5, shots), **_POOLED) for shots in (1, 5)),
+        *(_omniglot(20, shots) for shots in (1, 5)),
         _FOLDER,
     )
 }

@@ -120,7 +120,7 @@ def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Pa
 def _classify(run: Trained, support: Path, query: Path, steps: int) -> list[dict[str, Any]]:
     support_x, support_y, names = _labelled(run, support)
     fast = run.learner.adapt(support_x, support_y, steps=steps)
-    files = pictures._images(query) if query.is_dir() else [query]
+    files = pictures.images_in(query) if query.is_dir() else [query]
     if not files:
         raise FileNotFoundError(f"{query} holds no pictures ({', '.join(sorted(pictures.SUFFIXES))})")
     rows = []
@@ -136,7 +136,7 @@ def _classify(run: Trained, support: Path, query: Path, steps: int) -> list[dict
 
 def _labelled(run: Trained, root: Path) -> tuple[Tensor, Tensor, list[str]]:
     """``x [1, n, C, H, W]`` and ``y [1, n]`` of a folder with one sub-folder a class, and the classes' names."""
-    classes = {found.name: pictures._images(found) for found in pictures._folders(root)}
+    classes = {found.name: pictures.images_in(found) for found in pictures.folders_in(root)}
     if len(classes) < 2:
         raise ValueError(f"{root} has {len(classes)} sub-folders; give one sub-folder of pictures a class, at least 2")
     if len(classes) > run.recipe.ways:
@@ -156,7 +156,7 @@ def _picture(run: Trained, file: Path) -> Tensor:
     if not file.is_file():
         raise FileNotFoundError(f"there is no picture at {file}")
     channels, size, _ = IMAGE[run.recipe.data]
-    pixels = torch.tensor(pictures._fit(file, size, channels)).float() / 255
+    pixels = torch.tensor(pictures.read_fitted(file, size, channels)).float() / 255
     if run.recipe.data in INK and pixels.mean() > 0.5:
         pixels = 1 - pixels
     return pixels.to(run.device)

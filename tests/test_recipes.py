@@ -15,11 +15,11 @@ def test_every_recipe_survives_json():
         assert Recipe.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
 
 
-def test_inner_rates_are_those_of_the_summed_loss_times_the_ways():
-    for ways, rate in ((5, 0.4), (20, 0.1)):
+def test_omniglot_recipes_have_the_settings_that_they_name():
+    for ways, network, rate in ((5, "conv4-pool", 0.5), (20, "conv4-stride", 20 * 0.1)):
         for shots in (1, 5):
             chosen = recipe(f"omniglot-{ways}w{shots}s")
-            assert chosen.inner_lr == pytest.approx(ways * rate)
+            assert (chosen.network, chosen.inner_lr) == (network, pytest.approx(rate))
             assert (chosen.ways, chosen.shots, chosen.queries, chosen.test_queries) == (ways, shots, shots, shots)
 
 
@@ -39,7 +39,7 @@ def test_every_algorithm_builds_for_every_recipe(name, algorithm):
 
 def test_overrides_replace_fields_and_none_does_not():
     chosen = recipe("omniglot-5w1s", "fomaml", iterations=7, shots=3, lr=None)
-    assert (chosen.algorithm, chosen.iterations, chosen.lr) == ("fomaml", 7, 1e-3)
+    assert (chosen.algorithm, chosen.iterations, chosen.lr) == ("fomaml", 7, 2e-3)
     assert (chosen.shots, chosen.test_shots) == (3, (3,))
 
 

@@ -68,7 +68,7 @@ def load_folder(
 
 def _split_folders(root: Path) -> tuple[Path, Path | None, Path] | None:
     train, test = root / "train", root / "test"
-    if not (_folders(train) and _folders(test)):
+    if not (folders_in(train) and folders_in(test)):
         return None
     validation = next((root / name for name in VALIDATION_NAMES if (root / name).is_dir()), None)
     return train, validation, test
@@ -77,7 +77,7 @@ def _split_folders(root: Path) -> tuple[Path, Path | None, Path] | None:
 def _check_disjoint(parts: tuple[Path | None, ...]) -> None:
     seen: dict[str, Path] = {}
     for part in parts:
-        for folder in _folders(part) if part else []:
+        for folder in folders_in(part) if part else []:
             if folder.name in seen:
                 raise ValueError(
                     f"class {folder.name!r} is both in {seen[folder.name]} and in {part}; few-shot splits "
@@ -86,18 +86,20 @@ def _check_disjoint(parts: tuple[Path | None, ...]) -> None:
             seen[folder.name] = folder.parent
 
 
-def _folders(root: Path) -> list[Path]:
+def folders_in(root: Path) -> list[Path]:
+    """Its sub-folders by name, without hidden ones; none where there is no such folder."""
     if not root.is_dir():
         return []
     return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
 
 
-def _images(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
+    """The files of the folder that are images by their names, in order."""
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
 
 
 def _read(root: Path, size: int, channels: int) -> ImageDataset:
-    classes = {folder.name: _images(folder) for folder in _folders(root)}
+    classes = {folder.name: images_in(folder) for folder in folders_in(root)}
     if not classes:
         raise FileNotFoundError(f"{root} has no sub-folders; it must hold one sub-folder of images a class")
     if len(classes) == 1:
@@ -128,11 +130,12 @@ def _decode_all(classes: dict[str, list[Path]], size: int, channels: int) -> Arr
     images = np.zeros((len(classes), most, channels, size, size), dtype=np.uint8)
     for position, files in enumerate(classes.values()):
         for instance, file in enumerate(files):
-            images[position, instance] = _fit(file, size, channels)
+            images[position, instance] = read_fitted(file, size, channels)
     return {"images": images}
 
 
-def _fit(file: Path, size: int, channels: int) -> np.ndarray:
+def read_fitted(file: Path, size: int, channels: int) -> np.ndarray:
+    """``uint8 [channels, size, size]``: upright, cropped to a square about its middle."""
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(decode(file.read_bytes(), str(file)))

@@ -19,9 +19,9 @@ from metafast.program import Node, Program
 from metafast.tasks import Batch, TaskBatch
 
 try:
-    from metafast import _C
+    from metafast import _C  # type: ignore[attr-defined]
 except ImportError as error:  # metafast works without it: `metafast doctor` says what that costs
-    _C = None  # type: ignore[assignment]
+    _C = None
     _MISSING = f"the extension metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."
 
 _BUDGET = 256 << 20
@@ -109,7 +109,7 @@ class NativeExecutor(Executor):
     def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
         head = self._head(program, self._model(program, support.x), params)
         rates = _ready(lr.to(params.dtype))
-        return _run(torch.ops.metafast.adapt, *head, _ready(params), rates, *_samples(program, support), steps)  # type: ignore[no-any-return]
+        return _run(torch.ops.metafast.adapt, *head, _ready(params), rates, *_samples(program, support), steps)
 
     def adapt_vjp(
         self,
