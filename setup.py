@@ -26,8 +26,8 @@ if X86:
         ("avx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
     ]
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
-CORE = ["core/plan", "core/tables", "core/find_plan", "core/passes", "cpu/isa", "cpu/arena", "cuda/plan_block", "cuda/twin"]
-CORE = [f"csrc/{name}.cpp" for name in CORE]
+CORE = ["core/plan", "core/tables", "core/find_plan", "core/passes", "cpu/isa", "cpu/arena"]
+CORE = [f"csrc/{name}.cpp" for name in [*CORE, "cuda/plan_block", "cuda/twin"]]
 BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_cuda.cpp"]
 KERNELS = "csrc/cuda/inner_loop.cu"
 
@@ -103,12 +103,12 @@ def extensions() -> list[Extension]:
     return [Extension("metafast._C", sources, depends=headers, py_limited_api=True, optional=wanted != "1")]
 
 
-packages = [*find_packages(include=["metafast", "metafast.*"]), "metafast.kernels"]
+packages = [*find_packages(include=["metafast", "metafast.*"]), "metafast.kernels", "metafast.benchmarks"]
 packages += [f"metafast.kernels.{p}" for p in find_packages("kernels")]
 
 setup(
     packages=packages,
-    package_dir={"metafast.kernels": "kernels"},
+    package_dir={"metafast.kernels": "kernels", "metafast.benchmarks": "benchmarks"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from metafast import doctor as examination
+from metafast.bench_command import bench
 from metafast.demo import run_demo
 from metafast.progress import terminal
 from metafast.recipes import ALGORITHMS, RECIPES, recipe
@@ -172,6 +173,9 @@ def explain(
     settings = chosen.to_json()
     text = "\n".join([chosen.note, "", *(f"{k}: {v}" for k, v in settings.items() if k != "note"), "", layers])
     _show({"settings": settings, "layers": layers.splitlines()}, as_json, text)
+
+
+app.command(epilog="Example:  metafast bench sin25-5 omni5w1s-1 --json out.json")(bench)
 
 
 @app.command()

@@ -206,9 +206,9 @@ def _omniglot(ways: int, shots: int) -> Recipe:
 
 # 5-way Omniglot learns in fewer iterations with the pooling network that most later papers use.
 _POOLED: dict[str, Any] = {
-    "note": "Conv4-64 with 2x2 max-pooling (Vinyals et al. 2016) in place of the strides of Finn et al. 2017, whose meta-"
-    "batch, steps and queries it keeps; inner rate 0.5 on the mean loss as in learn2learn's Omniglot example, outer "
-    "rate from 0.002 down a cosine.",
+    "note": "Conv4-64 with 2x2 max-pooling (Vinyals et al. 2016) in place of the strides of Finn et al. 2017, whose "
+    "meta-batch, steps and queries it keeps; inner rate 0.5 on the mean loss as in learn2learn's Omniglot example, "
+    "outer rate from 0.002 down a cosine.",
     "network": "conv4-pool",
     "inner_lr": 0.5,
     "lr": 2e-3,

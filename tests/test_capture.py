@@ -9,12 +9,12 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from metafast.kernels.mse import MSE
 from torch import nn
 
 import metafast as mf
 from metafast.capture import CaptureError, capture
 from metafast.executors import ReferenceExecutor
+from metafast.kernels.mse import MSE
 
 
 def program_of(model, **options):

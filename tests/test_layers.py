@@ -12,11 +12,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch import Tensor
+
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.derived import Derived
 from metafast.kernels.layer import Context
 from metafast.kernels.max_pool2d import MaxPool2d
-from torch import Tensor
 
 LAYERS = ("activation", "adaptive_avg_pool2d", "add", "avg_pool2d", "batch_norm", "conv2d", "derived", "flatten",
           "layer_norm", "linear", "max_pool2d")  # fmt: skip

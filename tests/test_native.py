@@ -6,15 +6,15 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from metafast.kernels.conv2d import Conv2d
-from metafast.kernels.cross_entropy import CrossEntropy
-from metafast.kernels.linear import Linear
-from metafast.kernels.mse import MSE
 from test_layers import CASES
 from torch import nn
 
 from metafast.capture import capture
 from metafast.executors import NativeExecutor, ReferenceExecutor
+from metafast.kernels.conv2d import Conv2d
+from metafast.kernels.cross_entropy import CrossEntropy
+from metafast.kernels.linear import Linear
+from metafast.kernels.mse import MSE
 from metafast.program import Node, Parameter, Program
 from metafast.tasks import TaskBatch
 
@@ -70,13 +70,17 @@ def program_around(case):
 
 
 def foreign(case):
-    """What the native executor leaves to the others: groups, values that are neither vectors nor images, broadcasting."""
+    """What it leaves to others: groups, values that are neither vectors nor images, broadcasting."""
     ranks = [len(shape) for shape in case.inputs]
     if any(rank not in (2, 4) for rank in ranks) or len(set(case.inputs)) > 1 or case.layer.stem == "derived":
         return True
     layer = case.layer
-    part = {"layer_norm": lambda: layer.axes != ranks[0] - 1, "conv2d": lambda: layer.groups != 1,
-            "linear": lambda: ranks[0] != 2, "flatten": lambda: (layer.start, layer.end) not in ((1, -1), (1, 3))}  # fmt: skip
+    part = {
+        "layer_norm": lambda: layer.axes != ranks[0] - 1,
+        "conv2d": lambda: layer.groups != 1,
+        "linear": lambda: ranks[0] != 2,
+        "flatten": lambda: (layer.start, layer.end) not in ((1, -1), (1, 3)),
+    }
     return part.get(layer.stem, lambda: False)()
 
 
@@ -187,7 +191,9 @@ def test_batch_norm_modes_and_step_weights(bn, weights):
     compare(*setup("conv", bn=bn, steps=3), steps=3, step_weights=weights)
 
 
-@pytest.mark.parametrize("adapt", [["8.weight", "8.bias"], ["0.weight", "4.weight"], ["1.weight"], ["0.weight", "8.bias"]])
+@pytest.mark.parametrize(
+    "adapt", [["8.weight", "8.bias"], ["0.weight", "4.weight"], ["1.weight"], ["0.weight", "8.bias"]]
+)
 def test_frozen_parameters(adapt):
     native, program = compare_frozen(adapt)
     assert float(native.grad[~program.adapted].norm()) > 1e-3
@@ -205,7 +211,7 @@ def compare_frozen(adapt):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_four_functions_make_the_fused_one(name):
-    """Its own composition of adapt, loss_and_grad and adapt_vjp, and the reference's, for a start of each task's own."""
+    """Its own composition of adapt, loss_and_grad and adapt_vjp, and the reference's; each task has its own start."""
     program, params, tasks = setup(name)
     native, reference = NativeExecutor(), ReferenceExecutor()
     lr = rates(A_RATE_A_PARAMETER, 3, program.size, params.dtype)

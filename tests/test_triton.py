@@ -20,13 +20,6 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 import torch.nn.functional as F
-from metafast.kernels import launch
-from metafast.kernels.batch_norm import BatchNorm
-from metafast.kernels.batch_norm.kernel import TritonBatchNorm
-from metafast.kernels.chain import NormalisedConv
-from metafast.kernels.conv2d import Conv2d
-from metafast.kernels.conv2d.kernel import TritonConv2d
-from metafast.kernels.layer import Layer
 from setups import SETUPS, Setup, make_learner, make_tasks
 from test_layers import (
     CASES,
@@ -47,6 +40,13 @@ from torch import nn
 from metafast import executors
 from metafast.executors.lowering import lower, triton_layer, triton_loss
 from metafast.executors.triton import TritonExecutor
+from metafast.kernels import launch
+from metafast.kernels.batch_norm import BatchNorm
+from metafast.kernels.batch_norm.kernel import TritonBatchNorm
+from metafast.kernels.chain import NormalisedConv
+from metafast.kernels.conv2d import Conv2d
+from metafast.kernels.conv2d.kernel import TritonConv2d
+from metafast.kernels.layer import Layer
 from metafast.models import conv4
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

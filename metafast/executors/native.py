@@ -6,10 +6,10 @@ not depend on how many there are. The extension is built for several instruction
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ try:
     from metafast import _C  # type: ignore[attr-defined]
 except ImportError as error:  # metafast works without it: `metafast doctor` says what that costs
     _C = None
-    _MISSING = f"the extension metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."
+    _MISSING = f"metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."
 
 _BUDGET = 256 << 20
 
@@ -44,7 +44,7 @@ class NativeExecutor(Executor):
     def __init__(self, budget: int = _BUDGET, isa: str | None = None) -> None:
         self.budget = budget
         self._isa = isa
-        self._models: dict[int, tuple[weakref.ref[Program], dict[tuple[int, ...], _Model]]] = {}
+        self._models: WeakKeyDictionary[Program, dict[tuple[int, ...], _Model]] = WeakKeyDictionary()
 
     @staticmethod
     def isas() -> tuple[str, ...]:
@@ -162,14 +162,11 @@ class NativeExecutor(Executor):
         return model.description, self.isa, torch.cat(constants) if constants else params.new_empty(0)
 
     def _model(self, program: Program, x: Tensor) -> _Model:
-        known = self._models.get(id(program))
-        if known is None or known[0]() is not program:
-            forget = weakref.ref(program, lambda _, key=id(program): self._models.pop(key, None))  # type: ignore[misc]
-            known = self._models[id(program)] = (forget, {})
+        known = self._models.setdefault(program, {})
         shape = tuple(x.shape[2:])
-        if shape not in known[1]:
-            known[1][shape] = _Model(_describe(program, shape), _rank(program, len(shape)))
-        return known[1][shape]
+        if shape not in known:
+            known[shape] = _Model(_describe(program, shape), _rank(program, len(shape)))
+        return known[shape]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,233 @@
+"""Measures workloads: every peer checked against the oracle first, then timed turn by turn, A B C A B C."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from metafast.bench.agreement import GRADIENT, LOSSES, PARAMETER, Answer, agreement
+from metafast.bench.machine import bare_bytes, describe, rates
+from metafast.bench.worker import CutOff, Failed, Worker
+from metafast.benchmarks.peers import Metafast, Peer, TorchLoop
+from metafast.benchmarks.workloads import Workload
+from metafast.capture import capture
+from metafast.cost import meta_cost
+from metafast.losses import as_loss
+
+FORMAT = 1
+_FEWEST = 3  # calls, for quartiles to mean something
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure, in seconds.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device.
+        threads: of each process; ``None``: as many as torch takes by itself.
+        rounds: turns of each peer.
+        turn: a peer's share of a round.
+        budget: of all turns of a peer together, once it has had three calls.
+        limit: for one call; a peer that needs longer is cut off.
+        first_limit: for the first call, which may compile.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    rounds: int = 10
+    turn: float = 0.2
+    budget: float = 6.0
+    limit: float = 30.0
+    first_limit: float = 120.0
+
+
+@dataclass
+class _Contender:
+    """A peer on its way through a workload. ``row`` is what will be reported."""
+
+    peer: Peer
+    worker: Worker | None = None
+    times: list[float] = field(default_factory=list)
+    row: dict[str, Any] = field(default_factory=dict)
+
+    def leave(self, state: str, note: str) -> None:
+        """It takes no further part."""
+        self.row.update(state=state, note=note)
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+
+def measure(
+    workloads: Sequence[Workload], peers: Sequence[Peer], settings: Settings, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Everything about ``workloads``, as plain JSON values; ``say`` is told what is going on.
+
+    Raises:
+        ValueError: a workload's model cannot take its samples or labels.
+        RuntimeError: the oracle fails.
+    """
+    threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    costs = [_cost(workload) for workload in workloads]  # what is wrong with a model shows before anything is run
+    tolerances = {"losses": LOSSES, "gradient": GRADIENT, "parameter": PARAMETER}
+    bare = bare_bytes()
+    return {
+        "format": FORMAT,
+        "machine": describe(settings.device, threads),
+        "settings": asdict(settings),
+        "tolerances": {name: asdict(tolerance) for name, tolerance in tolerances.items()},
+        "bare_torch_bytes": bare,
+        "workloads": [
+            _measure(workload, cost, peers, settings, threads, bare, say)
+            for workload, cost in zip(workloads, costs, strict=True)
+        ],
+    }
+
+
+def _cost(workload: Workload) -> dict[str, int]:
+    tasks, model = workload.draw(), workload.network()
+    program = capture(model, as_loss(workload.loss), steps=workload.steps)
+    with torch.no_grad():
+        output = tuple(model(tasks.support_x[0]).shape[1:])
+    program.loss.check(output, tasks.support_y, "support_y")
+    return {**asdict(meta_cost(program, tasks, workload.steps)), "parameters": program.size}
+
+
+def _measure(
+    workload: Workload, cost: dict[str, int], peers: Sequence[Peer], settings: Settings, threads: int, bare: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    machine = rates(settings.device)
+    floors = {"flops": cost["flops"] / machine.matrix, "bytes": cost["least_bytes"] / machine.copy}
+    say(f"{workload.name}: the oracle")
+    oracle = _oracle(workload, settings, threads)
+    contenders = [_Contender(peer) for peer in peers]
+    try:
+        for contender in contenders:
+            say(f"{workload.name}: {contender.peer.name}, first call")
+            _check(contender, workload, oracle, settings, threads)
+        for turn in range(settings.rounds):
+            for contender in contenders:
+                say(f"{workload.name}: round {turn + 1} of {settings.rounds}, {contender.peer.name}")
+                _turn(contender, settings)
+        for contender in contenders:
+            _peak(contender, bare)
+    finally:
+        for contender in contenders:
+            if contender.worker is not None:
+                contender.worker.close()
+    rows = [_finish(c, workload, cost, machine.matrix, machine.copy, max(floors.values())) for c in contenders]
+    _compare(rows)
+    sizes = {key: getattr(workload, key) for key in ("loss", "ways", "shots", "queries", "tasks", "steps", "lr")}
+    return {
+        "name": workload.name,
+        "sizes": {**sizes, "sample": list(workload.sample)},
+        "cost": cost,
+        "rates": asdict(machine),
+        "floors_s": floors,
+        "rows": rows,
+    }
+
+
+def _oracle(workload: Workload, settings: Settings, threads: int) -> Answer:
+    worker = Worker(TorchLoop(), workload, settings.device, threads, torch.float64)
+    try:
+        return worker.first(math.inf if settings.first_limit == math.inf else 10 * settings.first_limit)[1]
+    except (CutOff, Failed) as error:
+        reason = str(error) or f"it takes longer than {10 * settings.first_limit:g} s"
+        raise RuntimeError(f"{workload.name}: there is no float64 oracle to check against: {reason}") from error
+    finally:
+        worker.close()
+
+
+def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: Settings, threads: int) -> None:
+    """The first call: what it gives decides whether it is timed at all."""
+    peer = contender.peer
+    contender.row = {"name": peer.name, "version": "", "state": "measured", "note": ""}
+    missing = peer.missing(workload, settings.device)
+    if missing is not None:
+        return contender.leave("missing", missing)
+    contender.worker = Worker(peer, workload, settings.device, threads)
+    try:
+        seconds, answer = contender.worker.first(settings.first_limit)
+    except CutOff:
+        return contender.leave("cut off", f"its first call takes longer than {settings.first_limit:g} s")
+    except Failed as error:
+        return contender.leave("failed", str(error))
+    found = agreement(answer, oracle)
+    contender.row.update(version=contender.worker.version, first_call_s=seconds, agreement=found.to_json())
+    if not found.agrees:
+        contender.leave("disagrees", str(found))
+    return None
+
+
+def _turn(contender: _Contender, settings: Settings) -> None:
+    spent = sum(contender.times)
+    if contender.worker is None or (len(contender.times) >= _FEWEST and spent >= settings.budget):
+        return
+    try:
+        contender.times += contender.worker.turn(settings.turn, settings.limit)
+    except CutOff:
+        contender.leave("cut off", f"one call takes longer than {settings.limit:g} s")
+    except Failed as error:
+        contender.leave("failed", str(error))
+
+
+def _peak(contender: _Contender, bare: int) -> None:
+    if contender.worker is None:
+        return
+    try:
+        peak = contender.worker.peak()
+    except (CutOff, Failed) as error:
+        contender.leave("failed", str(error) or "its process does not answer")
+        return
+    contender.row["peak_bytes"] = peak.get("device", max(0, peak["host"] - bare))
+
+
+def _finish(
+    contender: _Contender, workload: Workload, cost: dict[str, int], matrix: float, copy: float, floor: float
+) -> dict[str, Any]:  # fmt: skip
+    row = contender.row
+    row["floor_s"] = floor
+    if row["state"] != "measured":
+        return row
+    q1, median, q3 = (float(value) for value in np.quantile(contender.times, (0.25, 0.5, 0.75)))
+    row.update(
+        calls=len(contender.times),
+        q1_s=q1,
+        median_s=median,
+        q3_s=q3,
+        tasks_per_s=workload.tasks / median,
+        over_floor=median / floor,
+        matrix_share=cost["flops"] / median / matrix,
+        copy_share=cost["least_bytes"] / median / copy,
+    )
+    return row
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    """Speed-ups between rows that were measured; all of those agree with the oracle."""
+    measured = [row for row in rows if row["state"] == "measured"]
+    for row in measured:
+        others = (other for other in measured if other is not row)
+        row["speedup_over"] = {other["name"]: other["median_s"] / row["median_s"] for other in others}
+
+
+def contenders(backends: Sequence[str], chosen: Sequence[str], known: Sequence[Peer]) -> list[Peer]:
+    """metafast with each of ``backends``, then the ``known`` peers whose names are ``chosen`` (none: all of them).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    names = {peer.name.lower(): peer for peer in known}
+    for name in chosen:
+        if name.lower() not in names:
+            raise ValueError(f"--peer {name!r} is unknown; choose from {', '.join(peer.name for peer in known)}")
+    wanted = [names[name.lower()] for name in chosen] if chosen else list(known)
+    return [*(Metafast(backend) for backend in backends), *wanted]

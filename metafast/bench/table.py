@@ -1,0 +1,174 @@
+"""Results as a table: on the terminal, and in Markdown for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from metafast.bench.compare import Comparison
+from metafast.extras import require
+
+HEADINGS = ("median", "quartiles", "tasks/s", "over floor", "of matrix rate", "memory", "first call", "metafast is")
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One table a workload on the terminal."""
+    console = require("rich.console").Console()
+    console.print(caption(result), style="dim")
+    for workload in result["workloads"]:
+        table = require("rich.table").Table(title=title(workload), title_justify="left", title_style="bold")
+        table.add_column("", no_wrap=True)
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right")
+        for row in workload["rows"]:
+            style = "bold green" if is_own(row) else None
+            table.add_row(row["name"], *cells(row, workload), style=style if row["state"] == "measured" else "yellow")
+        console.print(table)
+        for line in remarks(workload):
+            console.print(f"  {line}", style="yellow", highlight=False)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Old and new medians, and what got worse."""
+    console = require("rich.console").Console()
+    for caveat in comparison.caveats:
+        console.print(f"not the same: {caveat}", style="yellow", highlight=False)
+    table = require("rich.table").Table("workload", "", "before", "now", "now/before", "")
+    for change in comparison.changes:
+        ratio = "" if change.ratio is None else f"{change.ratio:.2f}"
+        old, new = ("" if s is None else duration(s) for s in (change.old_s, change.new_s))
+        style = "red" if change.worse else None
+        table.add_row(change.workload, change.name, old, new, ratio, change.worse, style=style)
+    console.print(table)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """All workloads in one Markdown table: times of each contender, and where it comes from."""
+    names = list(dict.fromkeys(row["name"] for workload in result["workloads"] for row in workload["rows"]))
+    lines = [
+        f"| workload | {' | '.join(names)} | speed-up over the fastest peer | metafast over floor |",
+        f"|---|{'---:|' * (len(names) + 2)}",
+    ]
+    for workload in result["workloads"]:
+        rows = {row["name"]: row for row in workload["rows"]}
+        medians = [duration(rows[n]["median_s"]) if measured(rows.get(n)) else _absent(rows.get(n)) for n in names]
+        own, ratio = own_row(workload), best_ratio(workload)
+        last = ["–" if ratio is None else f"**{times(ratio)}**", "–" if own is None else times(own["over_floor"])]
+        lines.append(f"| `{workload['name']}` | {' | '.join([*medians, *last])} |")
+    notes = [f"{w['name']}: {remark}" for w in result["workloads"] for remark in remarks(w)]
+    return "\n".join([*lines, "", caption(result) + ".", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def caption(result: dict[str, Any]) -> str:
+    """Machine, versions, date and commit in a line."""
+    m = result["machine"]
+    cpu = f"{m['cpu']}, {m['threads']} thread{'s' * (m['threads'] > 1)}, {m['instructions']}"
+    device = cpu if m["device"] == "cpu" else m["device"]
+    versions = {
+        row["name"]: row["version"]
+        for workload in result["workloads"]
+        for row in workload["rows"]
+        if row["version"] not in ("", m["torch"], m["metafast"])
+    }
+    others = "".join(f", {name} {version}" for name, version in versions.items())
+    commit = f" at {m['commit']}" if m["commit"] else ""
+    return (
+        f"{device}; metafast {m['metafast']}{commit}, torch {m['torch']}{others}, Python {m['python']}; "
+        f"{m['date'][:10]}; float32, median time of one second-order meta-gradient; "
+        "the floor is what FLOPs and bytes allow"
+    )
+
+
+def title(workload: dict[str, Any]) -> str:
+    """The workload's sizes and floor in a line."""
+    s, rates, floors = workload["sizes"], workload["rates"], workload["floors_s"]
+    kind = f"{s['ways']}-way {s['shots']}-shot" if s["ways"] else f"{s['shots']}-shot regression"
+    bound = max(floors, key=floors.__getitem__)
+    return (
+        f"{workload['name']}: {s['tasks']} tasks, {kind}, {s['queries']} queries, {s['steps']} inner "
+        f"step{'s' * (s['steps'] > 1)}; {workload['cost']['flops'] / 1e9:.3g} GFLOP at {rates['matrix'] / 1e9:.0f} "
+        f"GFLOP/s, {rates['copy'] / 1e9:.0f} GB/s: floor {duration(floors[bound])} ({bound})"
+    )
+
+
+def cells(row: dict[str, Any], workload: dict[str, Any]) -> list[str]:
+    """What stands under ``HEADINGS`` after the name."""
+    first = f"{row['first_call_s']:.1f} s" if "first_call_s" in row else ""
+    if not measured(row):
+        return [row["state"], "", "", "", "", "", first, ""]
+    return [
+        duration(row["median_s"]),
+        f"{duration(row['q1_s'])} – {duration(row['q3_s'])}",
+        f"{row['tasks_per_s']:,.0f}" if row["tasks_per_s"] >= 100 else _figures(row["tasks_per_s"]),
+        times(row["over_floor"]),
+        f"{row['matrix_share']:.0%}",
+        f"{row['peak_bytes'] / 1e6:,.0f} MB",
+        first,
+        _verdict(row, workload),
+    ]
+
+
+def _verdict(row: dict[str, Any], workload: dict[str, Any]) -> str:
+    own = own_row(workload)
+    if own is None:
+        return ""
+    if row is not own:
+        return f"{times(own['speedup_over'][row['name']])} as fast"
+    ratio = best_ratio(workload)
+    return "" if ratio is None else f"{times(ratio)} the fastest peer"
+
+
+def remarks(workload: dict[str, Any]) -> Iterator[str]:
+    """Why a row has no time."""
+    for row in workload["rows"]:
+        if row["state"] == "disagrees":
+            yield f"{row['name']} gives another result than the oracle, so it is not timed: {row['note']}"
+        elif row["state"] != "measured":
+            yield f"{row['name']}: {row['state']}, {row['note']}"
+
+
+def is_own(row: dict[str, Any]) -> bool:
+    """Is this metafast?"""
+    return row["name"].startswith("metafast")
+
+
+def measured(row: dict[str, Any] | None) -> bool:
+    """Does it have a time?"""
+    return row is not None and row["state"] == "measured"
+
+
+def own_row(workload: dict[str, Any]) -> dict[str, Any] | None:
+    """metafast's first row with a time, the one that ratios are about."""
+    return next((row for row in workload["rows"] if is_own(row) and measured(row)), None)
+
+
+def best_ratio(workload: dict[str, Any]) -> float | None:
+    """How many times faster metafast is than the fastest peer; ``None`` where one of them has no time."""
+    own = own_row(workload)
+    if own is None:
+        return None
+    peers = {row["name"] for row in workload["rows"] if not is_own(row)}
+    return min((ratio for name, ratio in own["speedup_over"].items() if name in peers), default=None)
+
+
+def duration(seconds: float) -> str:
+    """Three figures and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{_figures(seconds / scale)} {unit}"
+    return f"{_figures(seconds * 1e6)} µs"
+
+
+def times(ratio: float) -> str:
+    """A ratio in three figures."""
+    return f"{_figures(ratio)}x"
+
+
+def _figures(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _absent(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else row["state"]
+
+

@@ -1,0 +1,165 @@
+"""A process of its own for each peer: its memory can be told apart, and it can be stopped in the middle of a call."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from metafast.bench.agreement import Answer
+from metafast.benchmarks.peers import Peer
+from metafast.benchmarks.workloads import Workload
+
+
+class CutOff(Exception):
+    """The peer took longer than it was given."""
+
+
+class Failed(Exception):
+    """The peer raised, or its process died; the text says how."""
+
+
+class Worker:
+    """The parent's end. Every wait has a limit in seconds; past it the process is ended and CutOff raised."""
+
+    def __init__(
+        self, peer: Peer, workload: Workload, device: str, threads: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, peer, workload, device, threads, dtype)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.version = ""
+
+    def first(self, limit: float) -> tuple[float, Answer]:
+        """Prepares and calls once: the seconds that takes, with imports and compilation, and the answer."""
+        self.version, seconds, answer = self._ask(("first",), limit)
+        return seconds, answer
+
+    def turn(self, seconds: float, limit: float) -> list[float]:
+        """Calls for ``seconds``, at least once; the seconds of each call."""
+        return self._ask(("turn", seconds), limit)
+
+    def peak(self) -> dict[str, int]:
+        """``host`` and, on a GPU, ``device``: the most bytes that the process has held so far."""
+        return self._ask(("peak",), 10)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _ask(self, message: tuple[Any, ...], limit: float) -> Any:
+        try:
+            self._connection.send(message)
+            if not self._connection.poll(limit):
+                self.close()
+                raise CutOff
+            kind, value = self._connection.recv()
+        except (EOFError, ConnectionError, BrokenPipeError) as error:
+            self._process.join(5)
+            raise Failed(f"its process ended (exit code {self._process.exitcode}); out of memory?") from error
+        if kind == "error":
+            raise Failed(value)
+        return value
+
+
+def _serve(
+    connection: Connection, peer: Peer, workload: Workload, device: str, threads: int, dtype: torch.dtype
+) -> None:
+    if hasattr(os, "sched_setaffinity"):  # not every library takes a number of threads; all of them keep to cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        _answer(connection, peer, workload, device, dtype)
+
+
+def _answer(connection: Connection, peer: Peer, workload: Workload, device: str, dtype: torch.dtype) -> None:
+    call: Callable[[], Any] = lambda: None  # noqa: E731
+    while True:
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
+        try:
+            if message[0] == "first":
+                tasks = workload.draw().to(device).to(dtype)
+                began = time.perf_counter()
+                call = _synchronised(peer.prepare(workload, tasks), device)
+                losses, gradient = call()
+                seconds = time.perf_counter() - began
+                answer = _array(losses), {name: _array(value) for name, value in gradient.items()}
+                connection.send(("done", (peer.version(), seconds, answer)))
+            elif message[0] == "turn":
+                connection.send(("done", _turn(call, message[1])))
+            else:
+                connection.send(("done", _peak(device)))
+        except Exception as error:
+            last = traceback.format_exception_only(error)[-1].strip()
+            connection.send(("error", last[:300]))
+
+
+def _synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    if device == "cpu":
+        return call
+
+    def synchronised() -> Any:
+        answer = call()
+        torch.cuda.synchronize()
+        return answer
+
+    return synchronised
+
+
+def _turn(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Others had the caches before: calls that are short beside the turn get one to warm up, which is not counted."""
+    times: list[float] = []
+    began = time.perf_counter()
+    warming = True
+    while not times or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+        if not warming or took > seconds / 2:
+            times.append(took)
+        warming = False
+    return times
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+    return np.asarray(value, dtype=np.float64)
+
+
+def _peak(device: str) -> dict[str, int]:
+    peak = {"host": peak_bytes()}
+    if device != "cpu":
+        peak["device"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held.
+
+    Not ``ru_maxrss`` where there is another figure: Linux starts that of a new program from its parent's.
+    """
+    if sys.platform == "linux":
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

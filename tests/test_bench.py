@@ -1,0 +1,357 @@
+"""The benchmark: what disagrees gets no ratio, what is slow is cut off, files hold what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from metafast.bench import Outputs, Settings, main_bench, main_compare, own_workload, read_result
+from metafast.bench import run as bench_run
+from metafast.bench.agreement import agreement
+from metafast.bench.compare import compare
+from metafast.bench.machine import bare_bytes
+from metafast.bench.run import contenders
+from metafast.bench.table import markdown
+from metafast.benchmarks.peers import LEARN2LEARN, Answer, Learn2Learn, Metafast, Peer, TorchLoop, TorchVmap
+from metafast.benchmarks.workloads import WORKLOADS, Workload, workload
+from metafast.models import mlp
+from metafast.tasks import TaskBatch
+
+
+class WrongSign(TorchLoop):
+    """The torch loop with one parameter's gradient negated."""
+
+    name = "wrong sign"
+
+    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
+        right = super().prepare(workload, tasks)
+
+        def call() -> Answer:
+            losses, gradient = right()
+            return losses, {**gradient, "hidden1.bias": -gradient["hidden1.bias"]}
+
+        return call
+
+
+class Sleeper(TorchLoop):
+    name = "sleeper"
+
+    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
+        time.sleep(600)
+        raise AssertionError("it is ended before this")
+
+
+class Broken(TorchLoop):
+    name = "broken"
+
+    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
+        raise OverflowError("no such luck")
+
+
+class Absent(TorchLoop):
+    name = "absent"
+
+    def missing(self, workload: Workload, device: str) -> str | None:
+        return "absent is not installed"
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp(hidden=(6,)).apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None)
+
+
+def tiny() -> Workload:
+    return Workload("tiny", small, "mse", (1,), ways=0, shots=4, queries=3, tasks=2, steps=2, lr=0.01)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """One run over everything that can happen to a peer; each has a process of its own."""
+    patient = Settings(threads=1, rounds=2, turn=0.01, first_limit=100)
+    hasty = Settings(threads=1, rounds=1, turn=0.01, first_limit=1)
+    entered = [Metafast(), TorchLoop(), WrongSign(), Broken(), Absent()]
+    result = bench_run.measure([tiny()], entered, patient, lambda text: None)
+    late = bench_run._Contender(Sleeper())
+    bench_run._check(late, tiny(), (np.zeros(2), {}), hasty, 1)
+    result["workloads"][0]["rows"].append({**late.row, "floor_s": 1.0})
+    return json.loads(json.dumps(result, allow_nan=False))
+
+
+def rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in result["workloads"][0]["rows"]}
+
+
+def test_rows_hold_what_is_promised(measured: dict[str, Any]) -> None:
+    for name, peer in (("metafast", "torch loop"), ("torch loop", "metafast")):
+        row = rows(measured)[name]
+        assert row["state"] == "measured"
+        assert row["version"]
+        assert row["agreement"]["agrees"]
+        assert row["agreement"]["losses"] < 1e-6
+        assert row["agreement"]["gradient"] < 1e-5
+        assert 0 < row["q1_s"] <= row["median_s"] <= row["q3_s"]
+        assert row["calls"] >= 2
+        assert row["first_call_s"] > 0
+        assert 0 < row["peak_bytes"] < 2e9
+        assert row["tasks_per_s"] == pytest.approx(2 / row["median_s"])
+        assert row["over_floor"] == pytest.approx(row["median_s"] / row["floor_s"])
+        assert set(row["speedup_over"]) == {peer}
+        other = rows(measured)[peer]
+        assert row["speedup_over"][peer] == pytest.approx(other["median_s"] / row["median_s"])
+
+
+def test_floor_is_flops_or_bytes_over_rates(measured: dict[str, Any]) -> None:
+    found = measured["workloads"][0]
+    flops = 2 * (2 * (4 * (3 * 24 - 12) + 4 * (6 * 24 - 4 * 12)) + 3 * (3 * 24 - 12))
+    assert found["cost"]["flops"] == flops
+    assert found["cost"]["parameters"] == 19
+    assert found["floors_s"]["flops"] == pytest.approx(flops / found["rates"]["matrix"])
+    assert rows(measured)["metafast"]["floor_s"] == max(found["floors_s"].values())
+
+
+def test_a_wrong_peer_gets_no_time_and_no_ratio(measured: dict[str, Any]) -> None:
+    row = rows(measured)["wrong sign"]
+    assert row["state"] == "disagrees"
+    assert row["agreement"]["parameter"] == "hidden1.bias"
+    assert row["agreement"]["parameter_error"] == pytest.approx(2, rel=1e-3)
+    assert "hidden1.bias" in row["note"]
+    assert not {"median_s", "speedup_over", "tasks_per_s"} & set(row)
+    for other in rows(measured).values():
+        assert "wrong sign" not in other.get("speedup_over", {})
+    assert "wrong sign gives another result than the oracle, so it is not timed" in markdown(measured)
+
+
+def test_others_that_take_no_part_say_why(measured: dict[str, Any]) -> None:
+    found = {name: (row["state"], row["note"]) for name, row in rows(measured).items()}
+    assert found["broken"] == ("failed", "OverflowError: no such luck")
+    assert found["absent"] == ("missing", "absent is not installed")
+    assert found["sleeper"] == ("cut off", "its first call takes longer than 1 s")
+
+
+def test_result_says_where_it_comes_from(measured: dict[str, Any]) -> None:
+    machine = measured["machine"]
+    assert machine["torch"] == torch.__version__
+    assert machine["threads"] == 1
+    assert {"cpu", "cores", "metafast", "commit", "date", "python"} <= set(machine)
+    assert measured["tolerances"]["gradient"]["reason"]
+
+
+def test_files_from_a_saved_result(measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(measured))
+    files = Outputs(*(tmp_path / name for name in ("again.json", "table.md", "chart.png", "page.html")))
+    assert main_bench(saved=saved, outputs=files) == measured
+    assert "sleeper: cut off, its first call takes longer than 1 s" in " ".join(capsys.readouterr().out.split())
+    assert read_result(files.json) == measured
+    assert "| `tiny` |" in files.markdown.read_text()
+    assert files.chart.read_bytes().startswith(b"\x89PNG")
+    html = files.report.read_text()
+    assert "prefers-color-scheme: dark" in html
+    assert "wrong sign gives another result" in html
+    assert "http" not in html
+
+
+def test_a_folder_that_is_not_there_is_found_before_measuring(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        main_bench(["sin25-1"], outputs=Outputs(json=tmp_path / "no" / "a.json"))
+
+
+@pytest.mark.parametrize(("factor", "worse"), [(1.09, False), (1.11, True), (0.5, False)])
+def test_compare_threshold(measured: dict[str, Any], factor: float, worse: bool) -> None:
+    new = json.loads(json.dumps(measured))
+    rows(new)["metafast"]["median_s"] *= factor
+    rows(new)["torch loop"]["median_s"] *= 3
+    comparison = compare(measured, new, threshold=0.1)
+    assert [change.name for change in comparison.worse] == (["metafast"] if worse else [])
+    ratios = {change.name: change.ratio for change in comparison.changes}
+    assert ratios == {"metafast": pytest.approx(factor), "torch loop": pytest.approx(3)}
+    assert comparison.caveats == ()
+
+
+def test_compare_sees_a_lost_agreement_and_another_machine(measured: dict[str, Any]) -> None:
+    new = json.loads(json.dumps(measured))
+    del rows(new)["metafast"]["median_s"]
+    rows(new)["metafast"].update(state="disagrees", note="losses differ")
+    new["machine"]["threads"] = 64
+    comparison = compare(measured, new, threshold=0.1)
+    assert [change.worse for change in comparison.worse] == ["disagrees: losses differ"]
+    assert comparison.caveats == ("threads: 1 before, 64 now",)
+
+
+def test_compare_reads_only_results(measured: dict[str, Any], tmp_path: Path) -> None:
+    good, other, text = tmp_path / "good.json", tmp_path / "other.json", tmp_path / "text.json"
+    good.write_text(json.dumps(measured))
+    other.write_text('{"format": 0}')
+    text.write_text("not json")
+    assert main_compare(good, good).worse == ()
+    for bad in (other, text):
+        with pytest.raises(ValueError, match="no result of metafast bench"):
+            main_compare(good, bad)
+    with pytest.raises(ValueError, match="no workload in common"):
+        compare(measured, {**measured, "workloads": []}, 0.1)
+
+
+def test_agreement_measures_norms() -> None:
+    oracle = np.array([3.0, 4.0]), {"a": np.array([3.0, 0.0]), "b": np.array([0.0, 4.0])}
+    found = agreement((np.array([3.0, 4.5]), {"a": np.array([3.0, 0.3]), "b": np.array([0.0, 4.0])}), oracle)
+    assert found.losses == pytest.approx(0.1)
+    assert found.gradient == pytest.approx(0.06)
+    assert (found.parameter, found.parameter_error) == ("a", pytest.approx(0.1))
+    assert not found.agrees
+    assert agreement(oracle, oracle).agrees
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (np.ones(2), {"a": np.ones(3)}),
+        (np.ones(2), {"a": np.ones(3), "b": np.full(2, np.nan)}),
+        (np.ones(2), {"a": np.ones(3), "b": np.ones(1)}),
+        (np.ones(2), {"a": np.ones(3), "b": np.ones(2), "c": np.ones(2)}),
+        (np.ones(1), {"a": np.ones(3), "b": np.ones(2)}),
+        (np.full(2, np.nan), {"a": np.ones(3), "b": np.ones(2)}),
+    ],
+    ids=["missing parameter", "nan", "shape", "additional parameter", "losses shape", "nan losses"],
+)
+def test_agreement_is_not_fooled(wrong: Answer) -> None:
+    oracle = np.ones(2), {"a": np.ones(3), "b": np.ones(2)}
+    found = agreement(wrong, oracle)
+    assert not found.agrees
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", list(WORKLOADS))
+def test_canonical_sizes(name: str) -> None:
+    """Tasks, steps, samples and P as the names say; the same tasks on every draw."""
+    w = workload(name)
+    tasks, again = w.draw(), w.draw()
+    assert torch.equal(tasks.support_x, again.support_x)
+    assert not torch.equal(tasks.support_x, w.draw(1).support_x)
+    size = sum(p.numel() for p in w.network().parameters())
+    bias = 4 * (64 if "omni" in name else 32)  # convolutions in front of batch norm go without
+    sizes = {"sin": 1761, "omni5": 112261 - bias, "omni20": 113236 - bias, "mini": 32901 - bias}
+    assert size == next(v for k, v in sizes.items() if name.startswith(k))
+    ways = max(w.ways, 1)
+    assert tasks.support_x.shape == (w.tasks, ways * w.shots, *w.sample)
+    assert tasks.query_x.shape == (w.tasks, ways * w.queries, *w.sample)
+    if w.ways:
+        assert torch.equal(
+            tasks.query_y.flatten().bincount(), torch.full((w.ways,), w.tasks * w.queries))
+
+
+def test_second_order_matters() -> None:
+    """First order must not pass for exact on a workload, or agreement would say nothing."""
+    for name, least in (("sin25-1", 0.1), ("sin25-5", 0.1)):
+        w = workload(name)
+        tasks = w.draw().to(torch.float64)
+        exact = TorchLoop().prepare(w, tasks)()
+        half = metafast_first_order(w, tasks)
+        assert agreement(arrays(half), arrays(exact)).gradient > least
+
+
+def metafast_first_order(w: Workload, tasks: TaskBatch) -> Answer:
+    from metafast import FOMAML
+
+    model = w.network().double()
+    losses = FOMAML(model, loss=w.loss, lr=w.lr, steps=w.steps).backward(tasks).losses
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+def arrays(answer: Answer) -> Any:
+    return np.asarray(answer[0]), {name: value.detach().numpy() for name, value in answer[1].items()}
+
+
+def convolutional() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 3)
+    )
+
+
+@pytest.mark.parametrize("peer", [TorchVmap(), Metafast("reference")], ids=lambda peer: peer.name)
+def test_peers_agree_in_float64(peer: Peer) -> None:
+    """To the last figures, batch norm included: the vmap peer's is written out."""
+    w = Workload("conv", convolutional, "cross_entropy", (1, 6, 6), 3, 2, 2, tasks=2, steps=2, lr=0.05)
+    tasks = w.draw().to(torch.float64)
+    found = agreement(arrays(peer.prepare(w, tasks)()), arrays(TorchLoop().prepare(w, tasks)()))
+    assert max(found.losses, found.gradient, found.parameter_error) < 1e-12
+
+
+def test_learn2learn_from_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    w = tiny()
+    monkeypatch.setenv(LEARN2LEARN, str(tmp_path))
+    assert "maml.py" in str(Learn2Learn().missing(w, "cpu"))
+    monkeypatch.delenv(LEARN2LEARN)
+    if importlib.util.find_spec("learn2learn") is None:
+        assert LEARN2LEARN in str(Learn2Learn().missing(w, "cpu"))
+
+
+FACTORY = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))\nnumber = 3\n"
+
+
+def test_own_model(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FACTORY)
+    w = own_workload(f"{file}:net", "3,2,2", ways=4, shots=2, queries=3, tasks=5, steps=1, lr=0.1)
+    first, second = (dict(w.network().named_parameters()) for _ in range(2))
+    assert torch.equal(first["1.weight"], second["1.weight"])
+    tasks = w.draw()
+    assert tasks.query_x.shape == (5, 12, 3, 2, 2)
+    losses, gradient = Metafast().prepare(w, tasks)()
+    assert losses.shape == (5,)
+    assert gradient["1.weight"].shape == (4, 12)
+    regression = own_workload(f"{file}:net", "3,2,2", ways=0, shots=2, queries=3, tasks=5, steps=1, lr=0.1)
+    assert regression.draw().support_y.shape == (5, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model": "mine.py"}, "file.py:factory"),
+        ({"model": "{}/none.py:net"}, "no Python file"),
+        ({"model": "{}/mine.py:nothing"}, "no function 'nothing'"),
+        ({"model": "{}/mine.py:number"}, "no function 'number'"),
+        ({"input_shape": "3x2"}, "--input-shape"),
+        ({"shots": 0}, "--shots 0"),
+        ({"ways": 1}, "--ways 1"),
+        ({"ways": 5}, "support_y"),
+    ],
+)
+def test_own_model_errors(change: dict[str, Any], text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY)
+    options = {"model": "{}/mine.py:net", "input_shape": "3,2,2", "ways": 4, "shots": 2, "queries": 3, "tasks": 5,
+               "steps": 1, "lr": 0.1, **change}  # fmt: skip
+    options["model"] = options["model"].format(tmp_path)
+    with pytest.raises(ValueError, match=text):
+        bench_run.measure([own_workload(**options)], [], Settings(threads=1), lambda text: None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_memory_is_that_of_the_process_alone() -> None:
+    """A gigabyte in the parent does not count for its child, as it would in ``ru_maxrss``; one in the child does."""
+    gigabyte = torch.ones(1 << 28)
+    bare = bare_bytes()
+    code = "import torch; from metafast.bench.worker import peak_bytes; a = torch.ones(1 << 28); print(peak_bytes())"
+    full = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert bare < gigabyte.nbytes
+    assert gigabyte.nbytes < full - bare < 1.2 * gigabyte.nbytes
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="sin25-1"):
+        workload("sin25")
+    with pytest.raises(ValueError, match="torch loop"):
+        contenders(["auto"], ["numpy"], [TorchLoop()])
+    chosen = contenders(["auto", "reference"], ["Torch loop"], [TorchLoop(), TorchVmap()])
+    assert [peer.name for peer in chosen] == ["metafast", "metafast (reference)", "torch loop"]
