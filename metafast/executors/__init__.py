@@ -7,22 +7,26 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafast.executors.base import Executor, MetaGradient
+from metafast.executors.cuda import NativeCudaExecutor
 from metafast.executors.native import NativeExecutor
 from metafast.executors.reference import ReferenceExecutor
+from metafast.executors.triton import TritonExecutor
 from metafast.program import Program
 
 __all__ = [
     "Choice",
     "Executor",
     "MetaGradient",
+    "NativeCudaExecutor",
     "NativeExecutor",
     "ReferenceExecutor",
+    "TritonExecutor",
     "check_backend",
     "choose",
     "executors",
 ]
 
-_EXECUTORS: list[Executor] = [NativeExecutor(), ReferenceExecutor()]
+_EXECUTORS: list[Executor] = [NativeCudaExecutor(), NativeExecutor(), TritonExecutor(), ReferenceExecutor()]
 
 
 def executors() -> list[Executor]:
@@ -46,7 +50,7 @@ def check_backend(backend: str) -> None:
 
 
 def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = False) -> Choice:
-    """The first executor that takes ``program`` on batches like ``x [T, n, ...]``; or ``backend``, and no other.
+    """The first proven executor that takes ``program`` on batches like ``x [T, n, ...]``; or ``backend``, no other.
 
     ``masked``: are some samples padding?
 
@@ -60,6 +64,8 @@ def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = Fa
         if backend not in ("auto", executor.name):
             continue
         reason = executor.refuses(program, x, masked)
+        if reason is None and backend == "auto" and not executor.proven:
+            reason = f"it has not been proven on such a device yet; backend={executor.name!r} asks for it all the same"
         if reason is None:
             return Choice(executor, tuple(passed_over))
         passed_over.append((executor.name, reason))

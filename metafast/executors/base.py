@@ -31,6 +31,8 @@ class Executor(ABC):
     """
 
     name: str
+    proven = True
+    """Has it been held to the truth on the devices that it runs on? ``auto`` takes no other."""
 
     @abstractmethod
     def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:

@@ -39,6 +39,7 @@ class NativeCudaExecutor(Executor):
     """CUDA C++ in float32. ``twin`` stands in for the GPU: its tasks are on the CPU, in float32 or float64."""
 
     name = "native-cuda"
+    proven = False
 
     def __init__(self, twin: BlockMachine | None = None, threads: int = 0) -> None:
         self.twin = twin

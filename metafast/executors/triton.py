@@ -42,6 +42,7 @@ class TritonExecutor(Executor):
     """
 
     name = "triton"
+    proven = False
 
     def __init__(self, precision: str = "float32", interpreted: bool = False) -> None:
         if precision not in PRECISIONS:
