@@ -189,8 +189,8 @@ Tensor adapt(Tensor description, std::string isa, Tensor constants, Tensor param
   });
 }
 
-std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor constants, Tensor trajectory, Tensor lr,
-                                     Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor constants, Tensor trajectory,
+                                     Tensor lr, Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
     Call<T> call(Goal::adapt_vjp, description, isa, constants, x.sizes()[0]);
@@ -213,9 +213,10 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(
-    Tensor description, std::string isa, Tensor constants, Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
-    Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, bool needs_lr, int64_t budget) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std::string isa, Tensor constants,
+                                                         Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
+                                                         Tensor query_x, Tensor query_y, Tensor step_weights,
+                                                         bool first_order, bool needs_lr, int64_t budget) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
     Call<T> call(Goal::meta_gradient, description, isa, constants, support_x.sizes()[0]);
@@ -244,11 +245,13 @@ Tensor memory(Tensor description, std::string isa, bool in_double, int64_t n, in
   const auto* d = find_isa<double>(isa.c_str());
   if (!f) fail("there is no build \"" + isa + "\" for this processor");
   auto plan = find_plan(numbers(description), in_double ? d->layout : f->layout, in_double ? 8 : 4);
-  const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped), &plain = plan->pass(static_cast<int>(m), PassKind::plain);
+  const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped),
+             &plain = plan->pass(static_cast<int>(m), PassKind::plain);
   const int64_t sizes[] = {3};
   Tensor out = torch::stable::new_empty(description, {sizes, 1});
   auto* to = data<double>(out);
-  to[0] = static_cast<double>(taped.tape), to[1] = static_cast<double>(taped.scratch), to[2] = static_cast<double>(plain.tape);
+  to[0] = static_cast<double>(taped.tape), to[1] = static_cast<double>(taped.scratch),
+  to[2] = static_cast<double>(plain.tape);
   return out;
 }
 
@@ -256,15 +259,20 @@ Tensor memory(Tensor description, std::string isa, bool in_double, int64_t n, in
 
 STABLE_TORCH_LIBRARY(metafast, m) {
   m.def("predict(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, int step) -> Tensor");
-  m.def("loss_and_grad(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor y, int step) -> "
-        "(Tensor, Tensor, Tensor)");
-  m.def("adapt(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y, int steps) -> "
-        "Tensor");
-  m.def("adapt_vjp(Tensor description, str isa, Tensor constants, Tensor trajectory, Tensor lr, Tensor x, Tensor y, "
-        "Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
-  m.def("meta_gradient(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor support_x, "
-        "Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, bool needs_lr, "
-        "int budget) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "loss_and_grad(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor y, int step) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "adapt(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y, int steps) "
+      "-> "
+      "Tensor");
+  m.def(
+      "adapt_vjp(Tensor description, str isa, Tensor constants, Tensor trajectory, Tensor lr, Tensor x, Tensor y, "
+      "Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
+  m.def(
+      "meta_gradient(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor support_x, "
+      "Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, bool needs_lr, "
+      "int budget) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("memory(Tensor description, str isa, bool in_double, int n, int m) -> Tensor");
 }
 
@@ -291,6 +299,7 @@ PyObject* isas(PyObject*, PyObject*) {
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {{"isas", metafast::isas, METH_NOARGS, "Builds for this processor, the best first."},
                                   {nullptr, nullptr, 0, nullptr}};
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The native executor.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", "The native executor.", -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -99,7 +99,8 @@ class Training:
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to go on from the other's checkpoint."""
         identity = self.recipe.to_json()
-        identity.pop("note")
+        for judging in ("note", "eval_every", "eval_tasks", "test_shots", "test_queries", "test_steps"):
+            identity.pop(judging)
         if self.recipe.schedule == "constant":
             identity.pop("iterations")
         return {**identity, **{f"episodes.{k}": v for k, v in self.episodes.train.settings.items()}}
@@ -176,7 +177,7 @@ class Training:
 
     def load_tested(self) -> dict[str, Any]:
         """Loads the parameters that the final test judges, and says which: the best validated, else the last."""
-        if self.best is None:
+        if self.best is None or not self.recipe.eval_every:
             return {"checkpoint": LAST, "iteration": self.done, "chosen_by": "last iteration"}
         tensors, _ = checkpoint.load(self.options.out / BEST)
         load_learner(self.learner, tensors)

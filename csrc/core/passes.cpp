@@ -16,7 +16,8 @@ struct Interval {
 
 // Places intervals so that no two alive at once overlap, each as low as it can; returns the height.
 int64_t arrange(std::vector<Interval>& intervals) {
-  std::stable_sort(intervals.begin(), intervals.end(), [](const Interval& a, const Interval& b) { return a.size > b.size; });
+  std::stable_sort(intervals.begin(), intervals.end(),
+                   [](const Interval& a, const Interval& b) { return a.size > b.size; });
   std::vector<const Interval*> placed;  // by offset
   int64_t height = 0;
   for (Interval& one : intervals) {
@@ -40,7 +41,9 @@ bool reads_x(Kind k) {
          k == Kind::leaky_relu || k == Kind::gelu;
 }
 bool reads_y(Kind k) { return k == Kind::relu || k == Kind::tanh || k == Kind::sigmoid; }
-bool reads_xd(Kind k) { return k != Kind::relu && k != Kind::leaky_relu && k != Kind::add && k != Kind::max_pool2d && k != Kind::avg_pool2d; }
+bool reads_xd(Kind k) {
+  return k != Kind::relu && k != Kind::leaky_relu && k != Kind::add && k != Kind::max_pool2d && k != Kind::avg_pool2d;
+}
 
 }  // namespace
 
@@ -57,11 +60,16 @@ int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
   const auto bytes = [&](int64_t count) { return (count + element_size_ - 1) / element_size_; };
   const int64_t outputs = static_cast<int64_t>(n) * op.y.h * op.y.w * op.y.ld;
   switch (op.kind) {
-    case Kind::batch_norm: return 8 * op.x.ld;
-    case Kind::layer_norm: return 8 * static_cast<int64_t>(n);
-    case Kind::max_pool2d: return bytes(outputs);
-    case Kind::norm_relu_pool: return 8 * op.x.ld + outputs * (kind == PassKind::taped ? 2 : 1) + bytes(outputs);
-    default: return 0;
+    case Kind::batch_norm:
+      return 8 * op.x.ld;
+    case Kind::layer_norm:
+      return 8 * static_cast<int64_t>(n);
+    case Kind::max_pool2d:
+      return bytes(outputs);
+    case Kind::norm_relu_pool:
+      return 8 * op.x.ld + outputs * (kind == PassKind::taped ? 2 : 1) + bytes(outputs);
+    default:
+      return 0;
   }
 }
 
@@ -70,7 +78,8 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
   const int values = static_cast<int>(grids_.size()), L = static_cast<int>(ops_.size()), end = 2 * L + 1;
   for (auto* v : {&out.value, &out.adjoint, &out.tangent, &out.d_adjoint}) v->assign(values, -1);
   out.saved.assign(L + 1, -1);
-  std::vector<int> made(values, 0), first_reader(values, L), last_reader(values, -1), needed(values, 0), bent(values, 0);
+  std::vector<int> made(values, 0), first_reader(values, L), last_reader(values, -1), needed(values, 0),
+      bent(values, 0);
   const int output = program_.output;
   const bool backward = kind != PassKind::predict;
   for (int k = 0; k < L; ++k) {
@@ -89,7 +98,9 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
   bent[output] = std::max(bent[output], L);
   last_reader[output] = L;
 
-  const auto size = [&](int v) { return (static_cast<int64_t>(n) * grids_[v].h * grids_[v].w * grids_[v].ld + 15) / 16 * 16; };
+  const auto size = [&](int v) {
+    return (static_cast<int64_t>(n) * grids_[v].h * grids_[v].w * grids_[v].ld + 15) / 16 * 16;
+  };
   const bool taped = kind == PassKind::taped;
   std::vector<Interval> tape, scratch;
   const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies) {
@@ -107,7 +118,7 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
   const Grid& o = program_.out;
   if (program_.loss == LossKind::cross_entropy) keep(out.saved[L], static_cast<int64_t>(n) * o.ld, L, L);
   const int64_t height = arrange(tape), scratch_height = arrange(scratch);
-  out.pass = {n, out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
+  out.pass = {n,      out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
               height, scratch_height};
 }
 

@@ -28,7 +28,7 @@ int round_up(int value, int step) { return (value + step - 1) / step * step; }
 // Elements of a parameter in the user's vector by (row, channel, y, x), each in its place of the inner one.
 struct Placement {
   int rows, c, h, w, ld;
-  int panel;       // > 0: rows are columns of panels (a weight); 0: rows are `stride` apart (a vector a row)
+  int panel;  // > 0: rows are columns of panels (a weight); 0: rows are `stride` apart (a vector a row)
   int64_t stride, size;
   bool operator==(const Placement& o) const {
     return rows == o.rows && c == o.c && h == o.h && w == o.w && ld == o.ld && panel == o.panel;
@@ -164,7 +164,8 @@ class PlanBuilder {
   void make(const Node& n, Op& op, bool vector) {
     const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
     switch (op.kind) {
-      case Kind::conv2d: return make_conv(n, op, vector);
+      case Kind::conv2d:
+        return make_conv(n, op, vector);
       case Kind::batch_norm:
         if (vector && op.x.h * op.x.w > 1) refuse("batch norm of flattened images");
         op.eps = n.option[0], op.given = option(1) != 0;
@@ -185,16 +186,20 @@ class PlanBuilder {
         op.weight = place(n.param[0], whole), op.bias = place(n.param[1], whole);
         return;
       }
-      case Kind::leaky_relu: op.slope = n.option[0]; return;
+      case Kind::leaky_relu:
+        op.slope = n.option[0];
+        return;
       case Kind::max_pool2d:
-      case Kind::avg_pool2d: return make_pool(n, op);
+      case Kind::avg_pool2d:
+        return make_pool(n, op);
       case Kind::add: {
         const Grid &a = op.x, &b = plan.grids_[op.input[1]];
         if (a.h != b.h || a.w != b.w || a.c != b.c || a.ld != b.ld || vector != flat[n.input[1]])
           refuse("a sum of values of different shapes");
         return;
       }
-      default: return;
+      default:
+        return;
     }
   }
 
@@ -219,8 +224,8 @@ class PlanBuilder {
     Window& w = op.window;
     if (op.input[0] == 0 && plan.program_.border_y + plan.program_.border_x > 0) w.py = w.px = 0;
     const int outputs = option(0), lanes = plan.layout_.lanes;
-    op.y = {(op.x.h + 2 * w.py - w.dy * (w.kh - 1) - 1) / w.sy + 1, (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1,
-            outputs, round_up(outputs, lanes)};
+    op.y = {(op.x.h + 2 * w.py - w.dy * (w.kh - 1) - 1) / w.sy + 1,
+            (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, round_up(outputs, lanes)};
     if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
       refuse("a convolution whose window is larger than its padded input");
     op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, panel(outputs), 0, 0});
@@ -230,7 +235,8 @@ class PlanBuilder {
   void make_pool(const Node& n, Op& op) {
     const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
     const bool max = op.kind == Kind::max_pool2d;
-    op.window = {option(0), option(1), option(2), option(3), option(4), option(5), max ? option(6) : 1, max ? option(7) : 1};
+    op.window = {option(0), option(1), option(2),           option(3),
+                 option(4), option(5), max ? option(6) : 1, max ? option(7) : 1};
     const Window& w = op.window;
     const bool ceil = option(max ? 8 : 6) != 0;
     op.count_pad = !max && option(7) != 0;
@@ -270,7 +276,8 @@ class PlanBuilder {
     if (index < 0) return {-1, 0, 0, 0, false};
     const Parameter& parameter = parameters[index];
     const int panel = plan.layout_.panel;
-    if (static_cast<int64_t>(p.rows) * p.c * p.h * p.w != parameter.size) refuse("a parameter of another size than its layer");
+    if (static_cast<int64_t>(p.rows) * p.c * p.h * p.w != parameter.size)
+      refuse("a parameter of another size than its layer");
     p.stride = round_up(p.h * p.w * p.ld, panel);
     p.size = p.panel ? static_cast<int64_t>(round_up(p.rows, p.panel)) * p.h * p.w * p.ld : p.rows * p.stride;
     if (placed.count(index)) {
@@ -301,8 +308,8 @@ class PlanBuilder {
       if (op.kind == Kind::batch_norm && follows(k + 1, Kind::relu) && follows(k + 2, Kind::max_pool2d)) {
         const Op& pool = plan.ops_[k + 2];
         const Window& w = pool.window;
-        const bool halves = w.kh == 2 && w.kw == 2 && w.sy == 2 && w.sx == 2 && w.py + w.px == 0 && w.dy == 1 && w.dx == 1 &&
-                            pool.y.h == op.x.h / 2 && pool.y.w == op.x.w / 2;
+        const bool halves = w.kh == 2 && w.kw == 2 && w.sy == 2 && w.sx == 2 && w.py + w.px == 0 && w.dy == 1 &&
+                            w.dx == 1 && pool.y.h == op.x.h / 2 && pool.y.w == op.x.w / 2;
         if (halves) {
           op.kind = Kind::norm_relu_pool;
           op.y = pool.y;

@@ -7,7 +7,18 @@
 namespace metafast {
 
 enum class Kind : int32_t {
-  conv2d, batch_norm, layer_norm, relu, leaky_relu, tanh, sigmoid, gelu, max_pool2d, avg_pool2d, add, norm_relu_pool,
+  conv2d,
+  batch_norm,
+  layer_norm,
+  relu,
+  leaky_relu,
+  tanh,
+  sigmoid,
+  gelu,
+  max_pool2d,
+  avg_pool2d,
+  add,
+  norm_relu_pool,
 };
 
 enum class LossKind : int32_t { cross_entropy, mse };
@@ -42,18 +53,18 @@ struct Op {
   int32_t input[2], output;  // values; input[1] < 0: none
   bool add[2];               // the adjoint of that input has been begun by a later reader
   Grid x, y;
-  Slot weight, bias;         // or gamma and beta
+  Slot weight, bias;  // or gamma and beta
   Window window;
-  bool padded;               // conv2d: the stored input has its zero border, so that windows never leave it
-  const Gather* forward;     // conv2d
-  const Gather* backward;    // conv2d: one for each class of input pixels that meet the same taps
+  bool padded;             // conv2d: the stored input has its zero border, so that windows never leave it
+  const Gather* forward;   // conv2d
+  const Gather* backward;  // conv2d: one for each class of input pixels that meet the same taps
   int32_t classes;
   const int32_t* offsets;    // conv2d: of the rows of the weight that one step of a weight gradient covers: of all
   int32_t n_offsets;         // windows can reach (padded), or of one tap
   bool given;                // batch_norm: statistics are constants
   bool adaptive, count_pad;  // avg_pool2d
   double eps, slope, divisor;
-  int64_t constants;         // batch_norm: mean at constants, variance `ld` later
+  int64_t constants;  // batch_norm: mean at constants, variance `ld` later
 };
 
 // Where one pass over n samples keeps things, in elements from the base of its memory; -1: not kept.
@@ -71,11 +82,11 @@ struct Program {
   const Op* ops;
   int32_t n_ops, n_values, output;
   LossKind loss;
-  Grid input, out;           // input: with its border
+  Grid input, out;  // input: with its border
   int32_t border_y, border_x;
-  int64_t size;              // of the inner flat vector
-  const bool* moving;        // by value: does it depend on an adapted parameter
-  const bool* depends;       // by value: on any parameter
+  int64_t size;         // of the inner flat vector
+  const bool* moving;   // by value: does it depend on an adapted parameter
+  const bool* depends;  // by value: on any parameter
 };
 
 }  // namespace metafast

@@ -44,7 +44,7 @@ class Sweep {
 
   // Adds the gradient to `grad`: of the adapted parameters, or of all. No `grad`: leaves the adjoints on the tape.
   METAFAST_DEVICE void backward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, int step, T* grad,
-                            bool all) const {
+                                bool all) const {
     if (tape.pass->adjoint[program.output] < 0) return;
     with_loss(program.loss, [&](auto rules) { rules.backward(loss_frame(tape, batch)); });
     for (int k = program.n_ops - 1; k >= 0; --k) {
@@ -56,7 +56,7 @@ class Sweep {
   // Adds to `product` the Hessian of the loss of the pass on the tape times u, for all parameters; u is zero where a
   // parameter is not adapted.
   METAFAST_DEVICE void hessian_times(const Tape<T>& tape, const Batch<T>& batch, const T* theta, const T* u, int step,
-                     T* product) const {
+                                     T* product) const {
     if (!program.moving[program.output]) return;
     for (int k = 0; k < program.n_ops; ++k) {
       const Frame<M> f = frame(tape, batch, k, {theta, u, nullptr, step, true});
@@ -69,7 +69,9 @@ class Sweep {
     }
   }
 
-  METAFAST_DEVICE const T* outputs(const Tape<T>& tape, const Batch<T>& batch) const { return value(tape, batch, program.output); }
+  METAFAST_DEVICE const T* outputs(const Tape<T>& tape, const Batch<T>& batch) const {
+    return value(tape, batch, program.output);
+  }
 
  private:
   struct With {
@@ -90,9 +92,24 @@ class Sweep {
   METAFAST_DEVICE Frame<M> frame(const Tape<T>& tape, const Batch<T>& batch, int k, const With& with) const {
     const Op& op = program.ops[k];
     const Pass& pass = *tape.pass;
-    Frame<M> f{m, op, pass.n, with.step, with.theta, with.u, constants, with.grad, with.all,
-               at(tape.base, pass.saved, k), {}, {}, at(tape.base, pass.value, op.output), nullptr,
-               at(tape.base, pass.adjoint, op.output), nullptr, {}, {}};
+    Frame<M> f{m,
+               op,
+               pass.n,
+               with.step,
+               with.theta,
+               with.u,
+               constants,
+               with.grad,
+               with.all,
+               at(tape.base, pass.saved, k),
+               {},
+               {},
+               at(tape.base, pass.value, op.output),
+               nullptr,
+               at(tape.base, pass.adjoint, op.output),
+               nullptr,
+               {},
+               {}};
     T* scratch = with.u ? tape.scratch : nullptr;
     f.yd = at(scratch, pass.tangent, op.output);
     f.gd_y = at(scratch, pass.d_adjoint, op.output);
@@ -109,8 +126,15 @@ class Sweep {
   METAFAST_DEVICE LossFrame<M> loss_frame(const Tape<T>& tape, const Batch<T>& batch) const {
     const Pass& pass = *tape.pass;
     const int out = program.output;
-    return {m, program.out, pass.n, batch.labels, batch.targets, at(tape.base, pass.saved, program.n_ops),
-            value(tape, batch, out), at(tape.base, pass.adjoint, out), at(tape.scratch, pass.tangent, out),
+    return {m,
+            program.out,
+            pass.n,
+            batch.labels,
+            batch.targets,
+            at(tape.base, pass.saved, program.n_ops),
+            value(tape, batch, out),
+            at(tape.base, pass.adjoint, out),
+            at(tape.scratch, pass.tangent, out),
             at(tape.scratch, pass.d_adjoint, out)};
   }
 

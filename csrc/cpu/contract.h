@@ -86,9 +86,15 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
         if (y0 < top) y0 = top;
         if (y1 > top + lines) y1 = top + lines;
         if (y0 >= y1 || x0 >= x1) continue;
-        typename D::Run run{samples < n - s ? samples : n - s, y1 - y0, x1 - x0,
-                            image_size(gx), static_cast<long>(w.sy) * gx.w * gx.ld, static_cast<long>(w.sx) * gx.ld,
-                            image_size(gy), static_cast<long>(gy.w) * gy.ld, gy.ld};
+        typename D::Run run{samples < n - s ? samples : n - s,
+                            y1 - y0,
+                            x1 - x0,
+                            image_size(gx),
+                            static_cast<long>(w.sy) * gx.w * gx.ld,
+                            static_cast<long>(w.sx) * gx.ld,
+                            image_size(gy),
+                            static_cast<long>(gy.w) * gy.ld,
+                            gy.ld};
         if (image == 1) run = {1, 1, run.samples, 0, 0, image_size(gx), 0, 0, gy.ld};
         const long x_at = pixel(gx, s, y0 * w.sy - w.py + ky * w.dy, x0 * w.sx - w.px + kx * w.dx);
         D::outer(pairs, count, run, op.offsets, op.n_offsets, x_at, pixel(gy, s, y0, x0), gy.ld, depth,

@@ -75,8 +75,8 @@ struct Direct {
 
   // R rows, from row `first` of n * gather.rows, times V packs of the panel whose weights begin at `shift`.
   template <int R, int V>
-  METAFAST_KERNEL static void tile(const Rows& rows, const Term<T>* terms, int count, long first, long shift, const Target& to,
-                   int column) {
+  METAFAST_KERNEL static void tile(const Rows& rows, const Term<T>* terms, int count, long first, long shift,
+                                   const Target& to, int column) {
     const Gather& g = *rows.gather;
     const int32_t* source[R];
     long image[R];
@@ -92,8 +92,7 @@ struct Direct {
     for (int t = 0; t < count; ++t) {
       for (int s = 0; s < g.segments; ++s) {
         const T* a[R];
-        for (int i = 0; i < R; ++i)
-          a[i] = source[i][s] < 0 ? rows.zeros : terms[t].a + image[i] + source[i][s];
+        for (int i = 0; i < R; ++i) a[i] = source[i][s] < 0 ? rows.zeros : terms[t].a + image[i] + source[i][s];
         const T* w = terms[t].weights + shift + static_cast<long>(g.first[s]) * panel;
         sums.multiply(a, 1, w, panel, g.length);
       }
@@ -138,8 +137,8 @@ struct Direct {
 
   // out[i][panel] += sum over the run of x[offset[i]] * g.
   template <int R, int V>
-  METAFAST_KERNEL static void outer_tile(const Pair<T>* pairs, int count, const Run& run, const int32_t* offset, long x_at, long g_at,
-                         T* out) {
+  METAFAST_KERNEL static void outer_tile(const Pair<T>* pairs, int count, const Run& run, const int32_t* offset,
+                                         long x_at, long g_at, T* out) {
     Sums<R, V> sums;
     sums.start(out, panel);
     for (int t = 0; t < count; ++t) {

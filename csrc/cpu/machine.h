@@ -6,7 +6,8 @@
 
 namespace METAFAST_NAMESPACE {
 
-// A contraction is a sum of products: of activations and weights, or (for weight gradients) of activations and adjoints.
+// A contraction is a sum of products: of activations and weights, or (for weight gradients) of activations and
+// adjoints.
 template <class T>
 struct Term {
   const T *a, *weights;

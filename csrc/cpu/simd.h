@@ -79,10 +79,18 @@ struct Simd {
   static T exp(T x) { return std::exp(x); }
   static T log(T x) { return std::log(x); }
   static T rsqrt(T x) { return 1 / std::sqrt(x); }
-  static Pack exp(Pack v) { return by_lane(v, [](T x) { return std::exp(x); }); }
-  static Pack tanh(Pack v) { return by_lane(v, [](T x) { return std::tanh(x); }); }
-  static Pack erf(Pack v) { return by_lane(v, [](T x) { return std::erf(x); }); }
-  static Pack rsqrt(Pack v) { return by_lane(v, [](T x) { return 1 / std::sqrt(x); }); }
+  static Pack exp(Pack v) {
+    return by_lane(v, [](T x) { return std::exp(x); });
+  }
+  static Pack tanh(Pack v) {
+    return by_lane(v, [](T x) { return std::tanh(x); });
+  }
+  static Pack erf(Pack v) {
+    return by_lane(v, [](T x) { return std::erf(x); });
+  }
+  static Pack rsqrt(Pack v) {
+    return by_lane(v, [](T x) { return 1 / std::sqrt(x); });
+  }
 
   // Rows become columns, in place: blocks of 2^k across the diagonal change places, from the largest to single lanes.
   static void transpose(Pack (&rows)[lanes]) { swap_blocks<lanes / 2>(rows); }
@@ -133,14 +141,14 @@ struct Simd {
 
   template <int B, size_t... L>
   static Pack upper(Pack a, Pack b, std::index_sequence<L...>) {
-    return __builtin_shufflevector(a, b, (static_cast<int>(L) & B ? lanes + static_cast<int>(L) - B
-                                                                  : static_cast<int>(L))...);
+    return __builtin_shufflevector(
+        a, b, (static_cast<int>(L) & B ? lanes + static_cast<int>(L) - B : static_cast<int>(L))...);
   }
 
   template <int B, size_t... L>
   static Pack lower(Pack a, Pack b, std::index_sequence<L...>) {
-    return __builtin_shufflevector(a, b, (static_cast<int>(L) & B ? lanes + static_cast<int>(L)
-                                                                  : static_cast<int>(L) + B)...);
+    return __builtin_shufflevector(
+        a, b, (static_cast<int>(L) & B ? lanes + static_cast<int>(L) : static_cast<int>(L) + B)...);
   }
 };
 

@@ -46,19 +46,29 @@ class Task {
 
  public:
   Task(const Job<T>& job, T* base)
-      : job(job), program(*job.program), mem(job, base), machine(program, mem.workspace),
-        sweep(machine, program, job.constants), support{}, query{} {}
+      : job(job),
+        program(*job.program),
+        mem(job, base),
+        machine(program, mem.workspace),
+        sweep(machine, program, job.constants),
+        support{},
+        query{} {}
 
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
     support = import_batch(job.support, mem.support_x, mem.support_y);
     query = import_batch(job.query, mem.query_x, mem.query_y);
     switch (job.goal) {
-      case Goal::predict: return predict();
-      case Goal::loss_and_grad: return loss_and_grad();
-      case Goal::adapt: return adapt();
-      case Goal::adapt_vjp: return adapt_vjp(lr_sums);
-      case Goal::meta_gradient: return meta_gradient(sums, lr_sums);
+      case Goal::predict:
+        return predict();
+      case Goal::loss_and_grad:
+        return loss_and_grad();
+      case Goal::adapt:
+        return adapt();
+      case Goal::adapt_vjp:
+        return adapt_vjp(lr_sums);
+      case Goal::meta_gradient:
+        return meta_gradient(sums, lr_sums);
     }
   }
 
@@ -130,7 +140,8 @@ class Task {
       support_pass(tape(s), theta(s), s, g);
       const T *alpha = rate(s), *from = theta(s);
       T* to = theta(s + 1);
-      machine.each(program.size, [=](long i) { M::store(to + i, M::load(from + i) - M::load(alpha + i) * M::load(g + i)); });
+      machine.each(program.size,
+                   [=](long i) { M::store(to + i, M::load(from + i) - M::load(alpha + i) * M::load(g + i)); });
     }
   }
 
@@ -140,7 +151,8 @@ class Task {
     T *v = mem.v, *u = mem.u;
     if (job.needs_lr) {
       T* out = lr_sums + row(s) * program.size;
-      machine.each(program.size, [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
+      machine.each(program.size,
+                   [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
     }
     if (job.first_order) return;
     machine.each(program.size, [=](long i) { M::store(u + i, -M::load(alpha + i) * M::load(v + i)); });

@@ -1,4 +1,5 @@
-// Between the user's layout (samples [n, C, H, W], the flat parameter vector) and the inner one (channels last, panels).
+// Between the user's layout (samples [n, C, H, W], the flat parameter vector) and the inner one (channels last,
+// panels).
 #pragma once
 #include "../core/job.h"
 #include "simd.h"

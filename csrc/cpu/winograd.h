@@ -13,7 +13,7 @@ struct Winograd {
   using D = Direct<T>;
   using Pack = typename S::Pack;
   static constexpr int lanes = S::lanes, panel = D::panel, points = 16;
-  static constexpr int block = 36;   // tiles at a time: their transforms stay in the second-level cache
+  static constexpr int block = 36;              // tiles at a time: their transforms stay in the second-level cache
   static constexpr int apart = 64 / sizeof(T);  // keeps the 16 transforms from falling on the same cache sets
 
   // The cost in products of a channel with a channel, against the direct way.
@@ -26,7 +26,9 @@ struct Winograd {
 
   static long tiles(const Grid& y) { return static_cast<long>((y.h + 1) / 2) * ((y.w + 1) / 2); }
   static long point_stride(int columns) { return block * columns + apart; }
-  static long weights_size(int depth, int columns) { return (columns + panel - 1) / panel * points * weights_stride(depth); }
+  static long weights_size(int depth, int columns) {
+    return (columns + panel - 1) / panel * points * weights_stride(depth);
+  }
   static long weights_stride(int depth) { return static_cast<long>(depth) * panel + apart; }
 
   // Where a block of tiles lies.
@@ -195,7 +197,8 @@ struct Winograd {
   }
 
   template <int R, int V>
-  METAFAST_KERNEL static void multiply_rows(const T* patches, long next_term, const T* const* weights, int count, int depth, T* out) {
+  METAFAST_KERNEL static void multiply_rows(const T* patches, long next_term, const T* const* weights, int count,
+                                            int depth, T* out) {
     typename D::template Sums<R, V> sums{};
     for (int t = 0; t < count; ++t) {
       const T* a[R];
@@ -225,12 +228,13 @@ struct Winograd {
       }
     }
     for (int p = 0; p < (gy.ld + panel - 1) / panel; ++p) {
-      transform_gradient(scratch + p * points * weights_stride(gx.ld), gx.ld, g_w + static_cast<long>(p) * 9 * gx.ld * panel);
+      transform_gradient(scratch + p * points * weights_stride(gx.ld), gx.ld,
+                         g_w + static_cast<long>(p) * 9 * gx.ld * panel);
     }
   }
 
-  static void outer_point(const T* x, long next_x, const T* g, long next_g, int count, int depth, int columns, int tiles,
-                          T* out) {
+  static void outer_point(const T* x, long next_x, const T* g, long next_g, int count, int depth, int columns,
+                          int tiles, T* out) {
     const typename D::Run run{1, 1, tiles, 0, 0, depth, 0, 0, columns};
     const int parts = (depth + D::max_rows - 1) / D::max_rows;
     for (int column = 0; column < columns; column += panel) {

@@ -54,8 +54,12 @@ class Block {
   static METAFAST_DEVICE T load(const T* p) { return *watched(p, 1, false); }
   static METAFAST_DEVICE void store(T* p, T v) { *watched(p, 1, true) = v; }
   static METAFAST_DEVICE void put(T* p, T v, bool add) { store(p, add ? load(p) + v : v); }
-  static METAFAST_DEVICE Quad<T> load4(const T* p) { return *reinterpret_cast<const Quad<T>*>(watched(p, pack, false)); }
-  static METAFAST_DEVICE void store4(T* p, const Quad<T>& v) { *reinterpret_cast<Quad<T>*>(watched(p, pack, true)) = v; }
+  static METAFAST_DEVICE Quad<T> load4(const T* p) {
+    return *reinterpret_cast<const Quad<T>*>(watched(p, pack, false));
+  }
+  static METAFAST_DEVICE void store4(T* p, const Quad<T>& v) {
+    *reinterpret_cast<Quad<T>*>(watched(p, pack, true)) = v;
+  }
 
   static METAFAST_DEVICE T broadcast(T x) { return x; }
   static METAFAST_DEVICE T select(bool mask, T a, T b) { return mask ? a : b; }

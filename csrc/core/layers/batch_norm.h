@@ -28,9 +28,8 @@ struct BatchNorm {
       });
       return;
     }
-    f.m.template reduce<1>(rows, ld, mu, false, [=](int) {
-      return [=](long i, auto* sum) { sum[0] += M::load(x + i); };
-    });
+    f.m.template reduce<1>(rows, ld, mu, false,
+                           [=](int) { return [=](long i, auto* sum) { sum[0] += M::load(x + i); }; });
     f.m.each(ld, [=](long i) { M::store(mu + i, M::load(mu + i) * one_over_m); });
     f.m.template reduce<1>(rows, ld, rr, false, [=](int ch) {
       return [=, centre = M::load(mu + ch)](long i, auto* sum) {
@@ -149,8 +148,12 @@ struct BatchNorm {
   struct Channel {
     typename M::Pack mean, r, mean_g, mean_gxh, mean_xd, c;
     Channel(const Frame<M>& f, int ch)
-        : mean(at(f, Saved::mean, ch)), r(at(f, Saved::r, ch)), mean_g(at(f, sum_g, ch) * share(f)),
-          mean_gxh(at(f, sum_gxh, ch) * share(f)), mean_xd(at(f, Saved::mean_xd, ch)), c(at(f, Saved::c, ch)) {}
+        : mean(at(f, Saved::mean, ch)),
+          r(at(f, Saved::r, ch)),
+          mean_g(at(f, sum_g, ch) * share(f)),
+          mean_gxh(at(f, sum_gxh, ch) * share(f)),
+          mean_xd(at(f, Saved::mean_xd, ch)),
+          c(at(f, Saved::c, ch)) {}
     auto standard(const typename M::Real* x) const { return (M::load(x) - mean) * r; }
     auto project(typename M::Pack g, typename M::Pack xh) const { return g - mean_g - xh * mean_gxh; }
     auto tangent(typename M::Pack xd, typename M::Pack xh) const { return r * (xd - mean_xd - xh * c); }
@@ -162,8 +165,10 @@ struct BatchNorm {
   struct Bend {
     typename M::Pack gamma, mean_gd, mean_gdxh, b, turning;
     Bend(const Frame<M>& f, int ch)
-        : gamma(coefficient(f, f.op.weight, f.theta, ch, 1)), mean_gd(at(f, sum_gd, ch) * share(f)),
-          mean_gdxh(at(f, sum_gdxh, ch) * share(f)), b(gamma * at(f, sum_gxh, ch) * share(f)),
+        : gamma(coefficient(f, f.op.weight, f.theta, ch, 1)),
+          mean_gd(at(f, sum_gd, ch) * share(f)),
+          mean_gdxh(at(f, sum_gdxh, ch) * share(f)),
+          b(gamma * at(f, sum_gxh, ch) * share(f)),
           turning(direction(f, f.op.weight, ch)) {
       if (f.xd[0]) turning -= gamma * at(f, r, ch) * at(f, c, ch);
     }

@@ -1,5 +1,5 @@
-// y = W * x + b. Bilinear: each rule is one contraction, of one term in the plain passes and of two in the tangent ones.
-// A linear layer is the convolution whose window is its whole input.
+// y = W * x + b. Bilinear: each rule is one contraction, of one term in the plain passes and of two in the tangent
+// ones. A linear layer is the convolution whose window is its whole input.
 #pragma once
 #include "frame.h"
 
@@ -58,9 +58,7 @@ struct Conv2d {
   METAFAST_DEVICE static void bias_adjoint(const Frame<M>& f, const typename M::Real* g) {
     if (!f.wants(f.op.bias)) return;
     f.m.template reduce<1>(f.pixels(f.op.y), f.op.y.ld, f.grad + f.op.bias.at, true,
-                           [=](int) {
-      return [=](long i, auto* sum) { sum[0] += M::load(g + i); };
-    });
+                           [=](int) { return [=](long i, auto* sum) { sum[0] += M::load(g + i); }; });
   }
 };
 

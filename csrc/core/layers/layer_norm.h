@@ -39,9 +39,8 @@ struct LayerNorm {
                team.total(width(f), [&](long i) { return gh(i) * standard(f, s, i); }) / features(f));
       if (!f.g_x[0]) return;
       auto* g_x = f.g_x[0] + s * width(f);
-      team.each(width(f), [&](long i) {
-        M::put(g_x + i, at(f, s, r) * real(f, project(f, s, i, gh(i)), i), f.op.add[0]);
-      });
+      team.each(width(f),
+                [&](long i) { M::put(g_x + i, at(f, s, r) * real(f, project(f, s, i, gh(i)), i), f.op.add[0]); });
     });
   }
 
@@ -135,7 +134,8 @@ struct LayerNorm {
   }
 
   template <class M>
-  METAFAST_DEVICE static auto value_of(const Frame<M>& f, const Slot& slot, const typename M::Real* params, long i, int otherwise) {
+  METAFAST_DEVICE static auto value_of(const Frame<M>& f, const Slot& slot, const typename M::Real* params, long i,
+                                       int otherwise) {
     return slot.at < 0 ? M::broadcast(otherwise) : M::load(params + slot.at + i);
   }
 

@@ -1,4 +1,5 @@
-// The largest of each window, the first of equals. Linear once the winners are known: tangents gather, adjoints scatter.
+// The largest of each window, the first of equals. Linear once the winners are known: tangents gather, adjoints
+// scatter.
 #pragma once
 #include "frame.h"
 

@@ -46,7 +46,8 @@ struct Pointwise {
   }
 
   template <class M>
-  METAFAST_DEVICE static void multiply_by_slope(const Frame<M>& f, const typename M::Real* in, typename M::Real* out, bool add) {
+  METAFAST_DEVICE static void multiply_by_slope(const Frame<M>& f, const typename M::Real* in, typename M::Real* out,
+                                                bool add) {
     const auto *x = f.x[0], *y = f.y;
     const Activation a{f.op.slope};
     f.m.each(size(f), [=](long i) {

@@ -26,18 +26,30 @@ METAFAST_DEVICE void with(const F& f) {
 template <class M, class F>
 METAFAST_DEVICE void with_rules(Kind kind, const F& f) {
   switch (kind) {
-    case Kind::conv2d: return with<M, Conv2d>(f);
-    case Kind::batch_norm: return with<M, BatchNorm>(f);
-    case Kind::layer_norm: return with<M, LayerNorm>(f);
-    case Kind::relu: return with<M, Pointwise<ReLU>>(f);
-    case Kind::leaky_relu: return with<M, Pointwise<LeakyReLU>>(f);
-    case Kind::tanh: return with<M, Pointwise<Tanh>>(f);
-    case Kind::sigmoid: return with<M, Pointwise<Sigmoid>>(f);
-    case Kind::gelu: return with<M, Pointwise<GELU>>(f);
-    case Kind::max_pool2d: return with<M, MaxPool2d>(f);
-    case Kind::avg_pool2d: return with<M, AvgPool2d>(f);
-    case Kind::add: return with<M, Add>(f);
-    case Kind::norm_relu_pool: return with<M, NormReluPool>(f);
+    case Kind::conv2d:
+      return with<M, Conv2d>(f);
+    case Kind::batch_norm:
+      return with<M, BatchNorm>(f);
+    case Kind::layer_norm:
+      return with<M, LayerNorm>(f);
+    case Kind::relu:
+      return with<M, Pointwise<ReLU>>(f);
+    case Kind::leaky_relu:
+      return with<M, Pointwise<LeakyReLU>>(f);
+    case Kind::tanh:
+      return with<M, Pointwise<Tanh>>(f);
+    case Kind::sigmoid:
+      return with<M, Pointwise<Sigmoid>>(f);
+    case Kind::gelu:
+      return with<M, Pointwise<GELU>>(f);
+    case Kind::max_pool2d:
+      return with<M, MaxPool2d>(f);
+    case Kind::avg_pool2d:
+      return with<M, AvgPool2d>(f);
+    case Kind::add:
+      return with<M, Add>(f);
+    case Kind::norm_relu_pool:
+      return with<M, NormReluPool>(f);
   }
 }
 
