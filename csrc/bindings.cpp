@@ -45,9 +45,10 @@ class Call {
     expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
     job.steps = static_cast<int32_t>(steps), job.lr_rows = static_cast<int32_t>(rows);
     alpha.assign(rows * size, T(0));
-    for (int64_t r = 0; r < rows; ++r) {
+    const T* given = data<T>(lr);
+    for (int64_t r = 0; r < rows; ++r, given += width) {
       for (int64_t i = 0; i < job.n_params; ++i) {
-        if (plan->adapted()[i]) alpha[r * size + job.inner[i]] = data<T>(lr)[width == 1 ? r : r * width + i];
+        if (plan->adapted()[i]) alpha[r * size + job.inner[i]] = given[width == 1 ? 0 : i];
       }
     }
     job.alpha = alpha.data();
@@ -98,7 +99,8 @@ class Call {
   Tensor grad(const Tensor& like, T scale) const {
     const int64_t sizes[] = {job.n_params};
     Tensor out = torch::stable::new_empty(like, {sizes, 1});
-    for (int64_t i = 0; i < job.n_params; ++i) data<T>(out)[i] = partial[job.inner[i]] * scale;
+    T* to = data<T>(out);
+    for (int64_t i = 0; i < job.n_params; ++i) to[i] = partial[job.inner[i]] * scale;
     return out;
   }
 
@@ -133,8 +135,10 @@ class Call {
 
  private:
   static void total(std::vector<T>& parts, int64_t count, int64_t size) {
-    for (int64_t k = 1; k < count && !parts.empty(); ++k) {
-      for (int64_t i = 0; i < size; ++i) parts[i] += parts[k * size + i];
+    T* const sum = parts.data();
+    for (int64_t k = 1; k < count && sum; ++k) {
+      const T* const part = sum + k * size;
+      for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
     }
   }
 

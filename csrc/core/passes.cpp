@@ -60,6 +60,12 @@ int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
   const auto bytes = [&](int64_t count) { return (count + element_size_ - 1) / element_size_; };
   const int64_t outputs = static_cast<int64_t>(n) * op.y.h * op.y.w * op.y.ld;
   switch (op.kind) {
+    case Kind::conv2d: {
+      // The transposed weights of a layer of vectors, whose tangents use them again: there they cost as much as a few
+      // samples do. Machines of rows need none.
+      const bool vectors = op.x.h * op.x.w * op.window.kh * op.window.kw == 1 && op.backward && !layout_.rows;
+      return vectors && kind == PassKind::taped ? static_cast<int64_t>(op.y.ld) * op.x.ld : 0;
+    }
     case Kind::batch_norm:
       return 8 * op.x.ld;
     case Kind::layer_norm:

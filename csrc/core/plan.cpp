@@ -28,10 +28,10 @@ int round_up(int value, int step) { return (value + step - 1) / step * step; }
 // Elements of a parameter in the user's vector by (row, channel, y, x), each in its place of the inner one.
 struct Placement {
   int rows, c, h, w, ld;
-  int panel;  // > 0: rows are columns of panels (a weight); 0: rows are `stride` apart (a vector a row)
+  int columns;  // > 0: rows are so many columns, padded, of panels (a weight); 0: `stride` apart (a vector a row)
   int64_t stride, size;
   bool operator==(const Placement& o) const {
-    return rows == o.rows && c == o.c && h == o.h && w == o.w && ld == o.ld && panel == o.panel;
+    return rows == o.rows && c == o.c && h == o.h && w == o.w && ld == o.ld && columns == o.columns;
   }
 };
 
@@ -212,7 +212,7 @@ class PlanBuilder {
     op.window = {1, 1, 1, 1, 0, 0, 1, 1};
     op.x = {1, 1, x.h * x.w * x.ld, x.h * x.w * x.ld};
     op.y = {1, 1, outputs, round_up(outputs, plan.layout_.lanes)};
-    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, x.ld, panel(outputs), 0, 0});
+    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, x.ld, columns(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
   }
 
@@ -228,7 +228,7 @@ class PlanBuilder {
             (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, round_up(outputs, lanes)};
     if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
       refuse("a convolution whose window is larger than its padded input");
-    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, panel(outputs), 0, 0});
+    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, columns(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
   }
 
@@ -267,9 +267,10 @@ class PlanBuilder {
     plan.ops_.push_back(op);
   }
 
-  int panel(int outputs) const {
+  int columns(int outputs) const {
     const Layout& l = plan.layout_;
-    return l.rows ? (round_up(outputs, l.lanes) / l.lanes | 1) * l.lanes : l.panel;
+    const int packs = round_up(outputs, l.lanes) / l.lanes;
+    return (l.rows ? packs | 1 : packs) * l.lanes;
   }
 
   Slot place(int index, Placement p) {
@@ -279,7 +280,7 @@ class PlanBuilder {
     if (static_cast<int64_t>(p.rows) * p.c * p.h * p.w != parameter.size)
       refuse("a parameter of another size than its layer");
     p.stride = round_up(p.h * p.w * p.ld, panel);
-    p.size = p.panel ? static_cast<int64_t>(round_up(p.rows, p.panel)) * p.h * p.w * p.ld : p.rows * p.stride;
+    p.size = p.columns ? static_cast<int64_t>(p.columns) * p.h * p.w * p.ld : p.rows * p.stride;
     if (placed.count(index)) {
       if (!(placed[index].first == p)) refuse("a parameter that two layers share in different layouts");
     } else {
@@ -370,10 +371,14 @@ class PlanBuilder {
     }
   }
 
-  static int64_t position(const Placement& p, int row, int c, int pixel) {
-    if (!p.panel) return row * p.stride + static_cast<int64_t>(pixel) * p.ld + c;
+  // The last panel is as wide as what is left of the columns.
+  int64_t position(const Placement& p, int row, int c, int pixel) const {
+    const int64_t at = static_cast<int64_t>(pixel) * p.ld + c;
+    if (!p.columns) return row * p.stride + at;
+    const Layout& l = plan.layout_;
+    const int panel = l.rows ? p.columns : l.panel, begin = row / panel * panel;
     const int64_t depth = static_cast<int64_t>(p.h) * p.w * p.ld;
-    return (row / p.panel * depth + static_cast<int64_t>(pixel) * p.ld + c) * p.panel + row % p.panel;
+    return begin * depth + at * std::min(panel, p.columns - begin) + row - begin;
   }
 
   Plan& plan;

@@ -92,35 +92,26 @@ class Sweep {
   METAFAST_DEVICE Frame<M> frame(const Tape<T>& tape, const Batch<T>& batch, int k, const With& with) const {
     const Op& op = program.ops[k];
     const Pass& pass = *tape.pass;
-    Frame<M> f{m,
-               op,
-               pass.n,
-               with.step,
-               with.theta,
-               with.u,
-               constants,
-               with.grad,
-               with.all,
-               at(tape.base, pass.saved, k),
-               {},
-               {},
-               at(tape.base, pass.value, op.output),
-               nullptr,
-               at(tape.base, pass.adjoint, op.output),
-               nullptr,
-               {},
-               {}};
-    T* scratch = with.u ? tape.scratch : nullptr;
-    f.yd = at(scratch, pass.tangent, op.output);
-    f.gd_y = at(scratch, pass.d_adjoint, op.output);
-    for (int i = 0; i < 2; ++i) {
-      if (op.input[i] < 0) continue;
-      f.x[i] = value(tape, batch, op.input[i]);
-      f.g_x[i] = at(tape.base, pass.adjoint, op.input[i]);
-      f.xd[i] = at(scratch, pass.tangent, op.input[i]);
-      f.gd_x[i] = at(scratch, pass.d_adjoint, op.input[i]);
-    }
-    return f;
+    T* const scratch = with.u ? tape.scratch : nullptr;
+    const int in[2] = {op.input[0], op.input[1]}, out = op.output;
+    return {m,
+            op,
+            pass.n,
+            with.step,
+            with.theta,
+            with.u,
+            constants,
+            with.grad,
+            with.all,
+            at(tape.base, pass.saved, k),
+            {value(tape, batch, in[0]), value(tape, batch, in[1])},
+            {at(scratch, pass.tangent, in[0]), at(scratch, pass.tangent, in[1])},
+            at(tape.base, pass.value, out),
+            at(scratch, pass.tangent, out),
+            at(tape.base, pass.adjoint, out),
+            at(scratch, pass.d_adjoint, out),
+            {at(tape.base, pass.adjoint, in[0]), at(tape.base, pass.adjoint, in[1])},
+            {at(scratch, pass.d_adjoint, in[0]), at(scratch, pass.d_adjoint, in[1])}};
   }
 
   METAFAST_DEVICE LossFrame<M> loss_frame(const Tape<T>& tape, const Batch<T>& batch) const {

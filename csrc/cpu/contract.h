@@ -8,6 +8,15 @@ namespace METAFAST_NAMESPACE {
 
 static inline long image_size(const Grid& g) { return static_cast<long>(g.h) * g.w * g.ld; }
 
+// Elements of the transposed weights.
+static inline long transposed_size(const Op& op) {
+  return static_cast<long>(op.window.kh) * op.window.kw * op.y.ld * op.x.ld;
+}
+
+static inline bool of_vectors(const Op& op) {
+  return op.window.kh * op.window.kw == 1 && op.x.h * op.x.w == 1 && op.y.h * op.y.w == 1;
+}
+
 template <class T>
 void Core<T>::correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
   using D = Direct<T>;
@@ -22,6 +31,7 @@ void Core<T>::correlate(const Op& op, int n, const Term* terms, int count, const
     }
     return W::correlate(op.x, op.y, w.py, w.px, n, transforms, count, bias, false, zeros, y, transformed + 2 * size);
   }
+  if (of_vectors(op)) return multiply_vectors(op.x, op.y, n, terms, count, bias, false, y);
   const long depth = static_cast<long>(w.kh) * w.kw * op.x.ld;
   D::product({op.forward, image_size(op.x), zeros}, n, terms, count, depth, op.y.ld,
              {y, image_size(op.y), bias, false});
@@ -33,11 +43,11 @@ void Core<T>::correlate_transposed(const Op& op, int n, const Term* terms, int c
   using W = Winograd<T>;
   const int taps = op.window.kh * op.window.kw;
   const long depth = static_cast<long>(taps) * op.y.ld;
-  const long size = depth * ((op.x.ld + D::panel - 1) / D::panel) * D::panel;
   Term transposed[2];
   for (int t = 0; t < count; ++t) {
-    transposed[t] = {terms[t].a, packed + t * size};
-    D::transpose_weights(terms[t].weights, taps, op.x.ld, op.y.ld, packed + t * size);
+    T* const to = terms[t].transposed ? terms[t].transposed : packed + t * transposed_size(op);
+    transposed[t] = {terms[t].a, to};
+    if (!terms[t].kept) D::transpose_weights(terms[t].weights, taps, op.x.ld, op.y.ld, to);
   }
   if (W::pays(op.window, op.y, op.x, n, count)) {
     const long space = W::weights_size(op.y.ld, op.x.ld);
@@ -48,9 +58,22 @@ void Core<T>::correlate_transposed(const Op& op, int n, const Term* terms, int c
     return W::correlate(op.y, op.x, 2 - op.window.py, 2 - op.window.px, n, transposed, count, nullptr, add, zeros, g_x,
                         transformed + 2 * space);
   }
+  if (of_vectors(op)) return multiply_vectors(op.y, op.x, n, transposed, count, nullptr, add, g_x);
   for (int c = 0; c < op.classes; ++c) {
     D::product({op.backward + c, image_size(op.y), zeros}, n, transposed, count, depth, op.x.ld,
                {g_x, image_size(op.x), nullptr, add});
+  }
+}
+
+// to (+)= sum of terms W a (+ bias), of vectors.
+template <class T>
+void Core<T>::multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias,
+                               bool add, T* y) const {
+  using D = Direct<T>;
+  const typename D::Matrix matrix{terms, count, from.ld, from.c, to.ld, add};
+  for (int column = 0; column < to.ld; column += D::panel) {
+    D::panel_product(matrix, n, to.ld - column, static_cast<long>(column) * from.ld, bias ? bias + column : nullptr,
+                     y + column);
   }
 }
 
@@ -62,6 +85,13 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
   const Grid &gx = op.x, &gy = op.y;
   if (Winograd<T>::pays(w, gx, gy, n, 1)) {
     return Winograd<T>::outer(gx, gy, w.py, w.px, n, pairs, count, zeros, g_w, transformed);
+  }
+  if (of_vectors(op)) {
+    for (int column = 0; column < gy.ld; column += D::panel) {
+      D::vector_outer(pairs, count, {n, gx.ld, gy.ld}, gx.c, column, gy.ld - column,
+                      g_w + static_cast<long>(column) * gx.ld);
+    }
+    return;
   }
   const long depth = static_cast<long>(w.kh) * w.kw * gx.ld;
   const int image = gy.h * gy.w;
@@ -86,19 +116,18 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
         if (y0 < top) y0 = top;
         if (y1 > top + lines) y1 = top + lines;
         if (y0 >= y1 || x0 >= x1) continue;
-        typename D::Run run{samples < n - s ? samples : n - s,
-                            y1 - y0,
-                            x1 - x0,
-                            image_size(gx),
-                            static_cast<long>(w.sy) * gx.w * gx.ld,
-                            static_cast<long>(w.sx) * gx.ld,
-                            image_size(gy),
-                            static_cast<long>(gy.w) * gy.ld,
-                            gy.ld};
-        if (image == 1) run = {1, 1, run.samples, 0, 0, image_size(gx), 0, 0, gy.ld};
-        const long x_at = pixel(gx, s, y0 * w.sy - w.py + ky * w.dy, x0 * w.sx - w.px + kx * w.dx);
-        D::outer(pairs, count, run, op.offsets, op.n_offsets, x_at, pixel(gy, s, y0, x0), gy.ld, depth,
-                 g_w + static_cast<long>(tap) * gx.ld * D::panel);
+        const typename D::Run run{samples < n - s ? samples : n - s,
+                                  y1 - y0,
+                                  x1 - x0,
+                                  image_size(gx),
+                                  static_cast<long>(w.sy) * gx.w * gx.ld,
+                                  static_cast<long>(w.sx) * gx.ld,
+                                  image_size(gy),
+                                  static_cast<long>(gy.w) * gy.ld,
+                                  gy.ld,
+                                  pixel(gx, s, y0 * w.sy - w.py + ky * w.dy, x0 * w.sx - w.px + kx * w.dx),
+                                  pixel(gy, s, y0, x0)};
+        D::outer(pairs, count, run, {g_w, gy.ld, depth, static_cast<long>(tap) * gx.ld, op.offsets, op.n_offsets});
       }
     }
   }
@@ -121,7 +150,7 @@ Parts parts(const Program& program) {
     if (op.kind != Kind::conv2d) continue;
     const int x = op.x.ld, y = op.y.ld, taps = op.window.kh * op.window.kw;
     need.zeros = larger(need.zeros, larger(op.forward->length, larger(x, y)));
-    need.packed = larger(need.packed, 2L * taps * y * ((x + panel - 1) / panel) * panel);
+    need.packed = larger(need.packed, 2 * transposed_size(op));
     if (taps != 9) continue;
     const long weights = larger(W::weights_size(x, y), W::weights_size(y, x));
     const long tiles = 2 * W::points * (W::point_stride(x) + W::point_stride(y)) + W::points * W::block * panel;

@@ -1,5 +1,6 @@
 // Contractions by register tiles: R rows of one factor, read a scalar at a time, times V packs of the other. Weights
-// lie in panels of two packs of output channels, [panel][row][2 * lanes], as they do in the inner parameter vector.
+// lie in panels of output channels, [panel][row][width], as they do in the inner parameter vector: two packs wide, the
+// last panel one where that is enough.
 #pragma once
 #include "machine.h"
 
@@ -12,39 +13,40 @@ class Sums {
   using S = Simd<T>;
   using Pack = typename S::Pack;
   template <class F, size_t... I>
-  static void unrolled(const F& f, std::index_sequence<I...>) {
+  METAFAST_INLINE static void unrolled(const F& f, std::index_sequence<I...>) {
     (f(std::integral_constant<int, I>{}), ...);
   }
 
  public:
   // From rows `stride` apart; 0 gives all the same.
-  void start(const T* from, long stride) {
+  METAFAST_INLINE void start(const T* from, long stride) {
     each([&](auto i) { sum[i] = S::load(from + i / V * stride + i % V * S::lanes); });
   }
 
-  // sum[i] += a[i][k * a_step] * b[k * b_step] for k < count.
-  void multiply(const T* const (&a)[R], long a_step, const T* b, long b_step, long count) {
+  // sum[i] += a(i, k * a_step) * b[k * b_step] for k < count.
+  template <class A>
+  METAFAST_INLINE void multiply(const A& a, long a_step, const T* b, long b_step, long count) {
     Pack local[R * V];
     each([&](auto i) { local[i] = sum[i]; });
     for (long k = 0, at = 0; k < count; ++k, at += a_step, b += b_step) {
       Pack column[V];
       unrolled([&](auto v) { column[v] = S::load(b + v * S::lanes); }, std::make_index_sequence<V>{});
-      each([&](auto i) { local[i] += column[i % V] * a[i / V][at]; });
+      each([&](auto i) { local[i] += column[i % V] * a(i / V, at); });
     }
     each([&](auto i) { sum[i] = local[i]; });
   }
 
-  void finish(T* out, long stride) const {
-    each([&](auto i) { S::store(out + i / V * stride + i % V * S::lanes, sum[i]); });
+  METAFAST_INLINE void finish(T* out, long stride, bool add) const {
+    each([&](auto i) { S::put(out + i / V * stride + i % V * S::lanes, sum[i], add); });
   }
 
-  void finish(T* const (&out)[R], bool add) const {
+  METAFAST_INLINE void finish(T* const (&out)[R], bool add) const {
     each([&](auto i) { S::put(out[i / V] + i % V * S::lanes, sum[i], add); });
   }
 
  private:
   template <class F>
-  static void each(const F& f) {
+  METAFAST_INLINE static void each(const F& f) {
     unrolled(f, std::make_index_sequence<R * V>{});
   }
 
@@ -73,50 +75,103 @@ struct Direct {
     bool add;
   };
 
-  // R rows, from row `first` of n * gather.rows, times V packs of the panel whose weights begin at `shift`.
+  // Where a row is among n * gather.rows.
+  struct Place {
+    long sample;
+    int row;
+    void advance(int rows, int in_sample) {
+      for (row += rows; row >= in_sample; row -= in_sample) ++sample;
+    }
+  };
+
+  // `tiles` times R rows, from `at`, times V packs of the panel whose weights begin at `shift`.
   template <int R, int V>
-  METAFAST_KERNEL static void tile(const Rows& rows, const Term<T>* terms, int count, long first, long shift,
-                                   const Target& to, int column) {
+  METAFAST_KERNEL static void gather_tiles(const Rows& rows, const Term<T>* terms, int count, Place at, long tiles,
+                                           long shift, const Target& to, int column) {
     const Gather& g = *rows.gather;
-    const int32_t* source[R];
-    long image[R];
-    T* out[R];
-    for (int i = 0; i < R; ++i) {
-      const long sample = (first + i) / g.rows, row = (first + i) % g.rows;
-      source[i] = g.source + row * g.segments;
-      image[i] = sample * rows.image;
-      out[i] = to.base + sample * to.image + g.target[row] + column;
-    }
-    Sums<R, V> sums{};
-    if (to.bias) sums.start(to.bias + column, 0);
-    for (int t = 0; t < count; ++t) {
-      for (int s = 0; s < g.segments; ++s) {
-        const T* a[R];
-        for (int i = 0; i < R; ++i) a[i] = source[i][s] < 0 ? rows.zeros : terms[t].a + image[i] + source[i][s];
-        const T* w = terms[t].weights + shift + static_cast<long>(g.first[s]) * panel;
-        sums.multiply(a, 1, w, panel, g.length);
+    for (long tile = 0; tile < tiles; ++tile) {
+      const int32_t* source[R];
+      long image[R];
+      T* out[R];
+      for (int i = 0; i < R; ++i, at.advance(1, g.rows)) {
+        source[i] = g.source + static_cast<long>(at.row) * g.segments;
+        image[i] = at.sample * rows.image;
+        out[i] = to.base + at.sample * to.image + g.target[at.row] + column;
       }
+      Sums<R, V> sums{};
+      if (to.bias) sums.start(to.bias + column, 0);
+      for (int t = 0; t < count; ++t) {
+        for (int s = 0; s < g.segments; ++s) {
+          const T* a[R];
+          for (int i = 0; i < R; ++i) a[i] = source[i][s] < 0 ? rows.zeros : terms[t].a + image[i] + source[i][s];
+          const T* w = terms[t].weights + shift + static_cast<long>(g.first[s]) * V * lanes;
+          sums.multiply([&](int i, long k) { return a[i][k]; }, 1, w, V * lanes, g.length);
+        }
+      }
+      sums.finish(out, to.add);
     }
-    sums.finish(out, to.add);
   }
 
   // All rows of n samples times all panels of `columns` output elements; a panel is `depth` rows deep.
   static void product(const Rows& rows, int n, const Term<T>* terms, int count, long depth, int columns,
                       const Target& to) {
-    const long total = static_cast<long>(n) * rows.gather->rows;
+    const int in_sample = rows.gather->rows;
     for (int column = 0; column < columns; column += panel) {
-      const long shift = column * depth;
-      const bool two = columns - column >= panel;
-      const long most = two ? max_rows : 2 * max_rows, tiles = (total + most - 1) / most;
-      for (long tile = 0; tile < tiles; ++tile) {
-        const long first = total * tile / tiles, last = total * (tile + 1) / tiles;
-        with_rows(static_cast<int>(last - first), [&](auto r) {
-          constexpr int R = decltype(r)::value;
-          if (!two) return Direct::tile<R, 1>(rows, terms, count, first, shift, to, column);
-          if constexpr (R <= max_rows) Direct::tile<R, 2>(rows, terms, count, first, shift, to, column);
-        });
-      }
+      Place at{0, 0};
+      in_tiles(static_cast<long>(n) * in_sample, columns - column, [&](long, long tiles, auto r, auto v) {
+        constexpr int R = decltype(r)::value, V = decltype(v)::value;
+        gather_tiles<R, V>(rows, terms, count, at, tiles, column * depth, to, column);
+        at.advance(static_cast<int>(tiles) * R, in_sample);
+      });
     }
+  }
+
+  // Rows that lie `a_stride` apart and go to rows `out_stride` apart: vectors, or the tiles of a transform.
+  struct Matrix {
+    const Term<T>* terms;
+    int count;
+    long a_stride, length, out_stride;
+    bool add;
+  };
+
+  template <int R, int V>
+  METAFAST_KERNEL static void matrix_tiles(const Matrix& m, long first, long tiles, long shift, const T* bias, T* out) {
+    T* to = out + first * m.out_stride;
+    for (; tiles > 0; --tiles, first += R, to += R * m.out_stride) {
+      Sums<R, V> sums{};
+      if (bias) sums.start(bias, 0);
+      for (int t = 0; t < m.count; ++t) {
+        const T* const a = m.terms[t].a + first * m.a_stride;
+        const long stride = m.a_stride;
+        sums.multiply([=](int i, long k) { return a[i * stride + k]; }, 1, m.terms[t].weights + shift, V * lanes,
+                      m.length);
+      }
+      sums.finish(to, m.out_stride, m.add);
+    }
+  }
+
+  // `rows` rows times the one panel at `shift`, of which `columns` output elements are left.
+  static void panel_product(const Matrix& m, long rows, int columns, long shift, const T* bias, T* out) {
+    in_tiles(rows, columns, [&](long first, long tiles, auto r, auto v) {
+      matrix_tiles<decltype(r)::value, decltype(v)::value>(m, first, tiles, shift, bias, out);
+    });
+  }
+
+  // f(first row, number of tiles, R, V) for tiles of about equal height that cover `rows` rows of a panel: at most two
+  // calls, of heights that differ by one.
+  template <class F>
+  static void in_tiles(long rows, int columns, const F& f) {
+    const int most = columns >= panel ? max_rows : 2 * max_rows;
+    const long tiles = (rows + most - 1) / most, height = rows / tiles, taller = rows % tiles;
+    const auto run = [&](long first, long count, long high) {
+      if (count == 0) return;
+      with_rows(static_cast<int>(high), [&](auto r) {
+        if (columns < panel) return f(first, count, r, std::integral_constant<int, 1>{});
+        if constexpr (decltype(r)::value <= max_rows) f(first, count, r, std::integral_constant<int, 2>{});
+      });
+    };
+    run(0, taller, height + 1);
+    run(taller * (height + 1), tiles - taller, height);
   }
 
   // From a number of rows at run time to one known when compiling.
@@ -129,76 +184,113 @@ struct Direct {
   }
 
   // A run of pixels that a weight gradient is summed over: `samples` x `lines` x `length`, with the distances between
-  // them in x and in g.
+  // them in x and in g, and where they begin.
   struct Run {
     int samples, lines, length;
-    long x_sample, x_line, x_pixel, g_sample, g_line, g_pixel;
+    long x_sample, x_line, x_pixel, g_sample, g_line, g_pixel, x_at, g_at;
   };
 
-  // out[i][panel] += sum over the run of x[offset[i]] * g.
+  // Vectors that a weight gradient is summed over.
+  struct Vectors {
+    long length, x_stride, g_stride;
+  };
+
+  // A part of a weight gradient [panel][depth][width]: rows from `first`, at x + offset[i].
+  struct Part {
+    T* base;
+    int columns;
+    long depth, first;
+    const int32_t* offset;
+    int rows;
+  };
+
+  // out[i][width] += sum over the run of x[offset[i]] * g[column], in `tiles` times R rows.
   template <int R, int V>
-  METAFAST_KERNEL static void outer_tile(const Pair<T>* pairs, int count, const Run& run, const int32_t* offset,
-                                         long x_at, long g_at, T* out) {
-    Sums<R, V> sums;
-    sums.start(out, panel);
-    for (int t = 0; t < count; ++t) {
-      for (int s = 0; s < run.samples; ++s) {
-        for (int l = 0; l < run.lines; ++l) {
-          const T* x = pairs[t].x + x_at + s * run.x_sample + l * run.x_line;
-          const T* g = pairs[t].g + g_at + s * run.g_sample + l * run.g_line;
-          const T* a[R];
-          for (int i = 0; i < R; ++i) a[i] = x + offset[i];
-          sums.multiply(a, run.x_pixel, g, run.g_pixel, run.length);
+  METAFAST_KERNEL static void outer_tiles(const Pair<T>* pairs, int count, const Run& run, long tiles,
+                                          const int32_t* offset, long column, T* out) {
+    for (; tiles > 0; --tiles, offset += R, out += R * V * lanes) {
+      Sums<R, V> sums;
+      sums.start(out, V * lanes);
+      for (int t = 0; t < count; ++t) {
+        for (int s = 0; s < run.samples; ++s) {
+          for (int l = 0; l < run.lines; ++l) {
+            const T* x = pairs[t].x + run.x_at + s * run.x_sample + l * run.x_line;
+            const T* g = pairs[t].g + run.g_at + s * run.g_sample + l * run.g_line + column;
+            const T* a[R];
+            for (int i = 0; i < R; ++i) a[i] = x + offset[i];
+            sums.multiply([&](int i, long k) { return a[i][k]; }, run.x_pixel, g, run.g_pixel, run.length);
+          }
         }
       }
+      sums.finish(out, V * lanes, false);
     }
-    sums.finish(out, panel);
   }
 
-  // `rows` rows of a weight gradient (at x + offset[i]) times all columns of g.
-  static void outer(const Pair<T>* pairs, int count, const Run& run, const int32_t* offset, int rows, long x_at,
-                    long g_at, int columns, long depth, T* out) {
-    for (int column = 0; column < columns; column += panel) {
-      const bool two = columns - column >= panel;
-      const int most = two ? max_rows : 2 * max_rows, tiles = (rows + most - 1) / most;
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
-        T* to = out + column * depth + static_cast<long>(first) * panel;
-        with_rows(last - first, [&](auto r) {
-          constexpr int R = decltype(r)::value;
-          if (!two) return outer_tile<R, 1>(pairs, count, run, offset + first, x_at, g_at + column, to);
-          if constexpr (R <= max_rows) outer_tile<R, 2>(pairs, count, run, offset + first, x_at, g_at + column, to);
-        });
+  static void outer(const Pair<T>* pairs, int count, const Run& run, const Part& to) {
+    for (int column = 0; column < to.columns; column += panel) {
+      in_tiles(to.rows, to.columns - column, [&](long first, long tiles, auto r, auto v) {
+        constexpr int R = decltype(r)::value, V = decltype(v)::value;
+        outer_tiles<R, V>(pairs, count, run, tiles, to.offset + first, column,
+                          to.base + column * to.depth + (to.first + first) * V * lanes);
+      });
+    }
+  }
+
+  // out[i][width] += sum over k < length of x[k * x_stride + i] * g[k * g_stride], in `tiles` times R rows.
+  template <int R, int V>
+  METAFAST_KERNEL static void vector_outer_tiles(const Pair<T>* pairs, int count, const Vectors& of, long first,
+                                                 long tiles, long column, T* out) {
+    for (; tiles > 0; --tiles, first += R, out += R * V * lanes) {
+      Sums<R, V> sums;
+      sums.start(out, V * lanes);
+      for (int t = 0; t < count; ++t) {
+        const T* const x = pairs[t].x + first;
+        sums.multiply([=](int i, long k) { return x[k + i]; }, of.x_stride, pairs[t].g + column, of.g_stride,
+                      of.length);
       }
+      sums.finish(out, V * lanes, false);
     }
   }
 
-  // Weights [panel of y][tap][x][lanes of y] as [panel of x][tap][y][lanes of x]; both padded to whole panels of zeros.
+  // The same for `rows` rows of one panel, of which `columns` columns are left.
+  static void vector_outer(const Pair<T>* pairs, int count, const Vectors& of, long rows, long column, int columns,
+                           T* out) {
+    in_tiles(rows, columns, [&](long first, long tiles, auto r, auto v) {
+      constexpr int R = decltype(r)::value, V = decltype(v)::value;
+      vector_outer_tiles<R, V>(pairs, count, of, first, tiles, column, out + first * V * lanes);
+    });
+  }
+
+  // Weights [panel of y][tap][x][width] as [panel of x][tap][y][width]; x and y are whole packs.
   static void transpose_weights(const T* weights, int taps, int x, int y, T* out) {
-    const int x_panels = (x + panel - 1) / panel, y_panels = (y + panel - 1) / panel;
-    for (int py = 0; py < y_panels; ++py) {
-      for (int tap = 0; tap < taps; ++tap) {
-        const T* from = weights + (static_cast<long>(py) * taps + tap) * x * panel;
-        for (int px = 0; px < x_panels; ++px) {
-          T* to = out + ((static_cast<long>(px) * taps + tap) * y + py * panel) * panel;
-          transpose_panel(from + static_cast<long>(px) * panel * panel, smaller(panel, x - px * panel), to,
-                          smaller(panel, y - py * panel));
+    for (int cy = 0; cy < y; cy += panel) {
+      const int wide = width(y, cy);
+      for (int cx = 0; cx < x; cx += panel) {
+        const int high = width(x, cx);
+        for (int tap = 0; tap < taps; ++tap) {
+          const T* from = weights + static_cast<long>(cy * taps + tap * wide) * x + static_cast<long>(cx) * wide;
+          T* to = out + static_cast<long>(cx * taps + tap * high) * y + static_cast<long>(cy) * high;
+          if (wide == panel) {
+            high == panel ? transpose_block<panel, panel>(from, to) : transpose_block<lanes, panel>(from, to);
+          } else {
+            high == panel ? transpose_block<panel, lanes>(from, to) : transpose_block<lanes, lanes>(from, to);
+          }
         }
       }
     }
   }
+
+  // Of the panel that begins at `column` of `columns`.
+  static int width(int columns, int column) { return columns - column >= panel ? panel : lanes; }
 
  private:
-  static int smaller(int a, int b) { return a < b ? a : b; }
-
-  // rows x columns, lanes at a time, `panel` elements from row to row on both sides.
-  static void transpose_panel(const T* from, int rows, T* to, int columns) {
-    for (int r = 0; r < panel; r += lanes) {
-      for (int c = 0; c < columns; c += lanes) {
+  template <int Rows, int Columns>
+  static void transpose_block(const T* from, T* to) {
+    for (int r = 0; r < Rows; r += lanes) {
+      for (int c = 0; c < Columns; c += lanes) {
         Pack block[lanes];
-        for (int i = 0; i < lanes; ++i) block[i] = r + i < rows ? S::load(from + (r + i) * panel + c) : Pack{};
-        S::transpose(block);
-        for (int i = 0; i < lanes && c + i < columns; ++i) S::store(to + (c + i) * panel + r, block[i]);
+        S::transposed([=](int i) { return from + (r + i) * Columns + c; }, block);
+        for (int i = 0; i < lanes; ++i) S::store(to + (c + i) * Rows + r, block[i]);
       }
     }
   }

@@ -1,22 +1,10 @@
 // The Machine that is one core with SIMD. Maps and reductions take a function of a pack of channels that returns the
 // function to apply to each of its elements, so what belongs to a channel stays in registers.
 #pragma once
-#include "../core/program.h"
+#include "../core/layers/frame.h"
 #include "simd.h"
 
 namespace METAFAST_NAMESPACE {
-
-// A contraction is a sum of products: of activations and weights, or (for weight gradients) of activations and
-// adjoints.
-template <class T>
-struct Term {
-  const T *a, *weights;
-};
-
-template <class T>
-struct Pair {
-  const T *x, *g;
-};
 
 template <class T>
 class Core : public Simd<T> {
@@ -190,6 +178,9 @@ class Core : public Simd<T> {
   static long workspace_size(const Program& program);
 
  private:
+  void multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias, bool add,
+                        T* y) const;
+
   static constexpr int block_rows = 64;
   T *zeros, *packed, *transformed;
 };

@@ -12,6 +12,7 @@
 
 // On the innermost loops: inlined into their callers they share its registers, and sums spill to memory.
 #define METAFAST_KERNEL [[gnu::noinline]]
+#define METAFAST_INLINE [[gnu::always_inline]]
 
 namespace METAFAST_NAMESPACE {
 
@@ -22,6 +23,7 @@ template <>
 struct Vectors<float> {
   using Integer = int32_t;
   typedef float Pack __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef float Half __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
   typedef int32_t Index __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
 };
@@ -29,6 +31,7 @@ template <>
 struct Vectors<double> {
   using Integer = int64_t;
   typedef double Pack __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef double Half __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
   typedef int64_t Index __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
 };
@@ -92,8 +95,18 @@ struct Simd {
     return by_lane(v, [](T x) { return 1 / std::sqrt(x); });
   }
 
-  // Rows become columns, in place: blocks of 2^k across the diagonal change places, from the largest to single lanes.
-  static void transpose(Pack (&rows)[lanes]) { swap_blocks<lanes / 2>(rows); }
+  // The columns of the `lanes` rows that lie at at(i): blocks of 2^k across the diagonal change places, from the
+  // largest (while they are read) to single lanes.
+  template <class F>
+  static void transposed(const F& at, Pack (&columns)[lanes]) {
+    constexpr int half = lanes / 2;
+    for (int i = 0; i < half; ++i) {
+      const T *a = at(i), *b = at(i + half);
+      columns[i] = join(a, b, std::make_index_sequence<lanes>{});
+      columns[i + half] = join(a + half, b + half, std::make_index_sequence<lanes>{});
+    }
+    swap_blocks<lanes / 4>(columns);
+  }
 
  private:
   typedef uint8_t Raw __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
@@ -128,8 +141,18 @@ struct Simd {
     return v;
   }
 
+  template <size_t... L>
+  static Pack join(const T* a, const T* b, std::index_sequence<L...>) {
+    typedef typename Vectors<T>::Half Half;
+    Half low, high;
+    std::memcpy(&low, a, sizeof low);
+    std::memcpy(&high, b, sizeof high);
+    return __builtin_shufflevector(low, high, static_cast<int>(L)...);
+  }
+
   template <int B>
   static void swap_blocks(Pack (&rows)[lanes]) {
+    if constexpr (B == 0) return;
     for (int i = 0; i < lanes; ++i) {
       if (i & B) continue;
       const Pack a = rows[i], b = rows[i + B];

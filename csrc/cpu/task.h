@@ -117,7 +117,9 @@ class Task {
     clear(mem.v);
     double loss = 0;
     for (int s = job.steps; s >= 0; --s) {
-      if (job.weights[s] != 0 || s == job.steps) {
+      if (s == job.steps && job.weights[s] == 1) {
+        loss += query_pass(theta(s), s, mem.v, true);
+      } else if (job.weights[s] != 0 || s == job.steps) {
         clear(mem.product);
         loss += job.weights[s] * query_pass(theta(s), s, mem.product, s == job.steps);
         add(mem.v, static_cast<T>(job.weights[s]), mem.product);

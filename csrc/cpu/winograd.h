@@ -42,18 +42,19 @@ struct Winograd {
             static_cast<int>(in_image % across) * 2};
   }
 
-  // Weights [panel][tap][depth][lanes] to [panel][point][depth][lanes], taps in reverse order if `flip`.
+  // Weights [panel][tap][depth][width] to [panel][point][depth][width], taps in reverse order if `flip`.
   static void transform_weights(const T* w, int depth, int columns, bool flip, T* out) {
     for (int p = 0; p < (columns + panel - 1) / panel; ++p) {
       const T* from = w + static_cast<long>(p) * 9 * depth * panel;
       T* to = out + p * points * weights_stride(depth);
-      for (long i = 0; i < static_cast<long>(depth) * panel; i += lanes) {
+      const long size = static_cast<long>(depth) * D::width(columns, p * panel);  // of a tap
+      for (long i = 0; i < size; i += lanes) {
         Pack t[4][3];
         for (int kx = 0; kx < 3; ++kx) {
           Pack g[3];
           for (int ky = 0; ky < 3; ++ky) {
             const int tap = ky * 3 + kx;
-            g[ky] = S::load(from + static_cast<long>(flip ? 8 - tap : tap) * depth * panel + i);
+            g[ky] = S::load(from + (flip ? 8 - tap : tap) * size + i);
           }
           t[0][kx] = g[0], t[3][kx] = g[2];
           const Pack outer = (g[0] + g[2]) * T(0.5), inner = g[1] * T(0.5);
@@ -168,47 +169,20 @@ struct Winograd {
       }
       for (int column = 0; column < gy.ld; column += panel) {
         const long shift = column / panel * points * weights_stride(gx.ld);
-        const bool two = gy.ld - column >= panel;
         for (int point = 0; point < points; ++point) {
-          const T* weights[2];
-          for (int t = 0; t < count; ++t) weights[t] = terms[t].weights + shift + point * weights_stride(gx.ld);
-          multiply_point(scratch + point * point_stride(gx.ld), patches, weights, count, gx.ld, tiles_here, two,
-                         products + point * block * panel);
+          const T* a = scratch + point * point_stride(gx.ld);
+          const long weights = shift + point * weights_stride(gx.ld);
+          const Term<T> here[2] = {{a, terms[0].weights}, {a + patches, terms[count - 1].weights}};
+          const typename D::Matrix matrix{here, count, gx.ld, gx.ld, panel, false};
+          D::panel_product(matrix, tiles_here, gy.ld - column, weights, nullptr, products + point * block * panel);
         }
-        two ? transform_products<2>(products, gy, first, tiles_here, column, bias, add, y)
-            : transform_products<1>(products, gy, first, tiles_here, column, bias, add, y);
+        gy.ld - column >= panel ? transform_products<2>(products, gy, first, tiles_here, column, bias, add, y)
+                                : transform_products<1>(products, gy, first, tiles_here, column, bias, add, y);
       }
     }
   }
 
-  // [tiles x depth] times [depth x panel], summed over terms.
-  static void multiply_point(const T* patches, long next_term, const T* const* weights, int count, int depth, int tiles,
-                             bool two, T* out) {
-    const int parts = (tiles + D::max_rows - 1) / D::max_rows;
-    for (int part = 0; part < parts; ++part) {
-      const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
-      const T* a = patches + static_cast<long>(first) * depth;
-      D::with_rows(last - first, [&](auto r) {
-        constexpr int R = decltype(r)::value;
-        two ? multiply_rows<R, 2>(a, next_term, weights, count, depth, out + first * panel)
-            : multiply_rows<R, 1>(a, next_term, weights, count, depth, out + first * panel);
-      });
-    }
-  }
-
-  template <int R, int V>
-  METAFAST_KERNEL static void multiply_rows(const T* patches, long next_term, const T* const* weights, int count,
-                                            int depth, T* out) {
-    typename D::template Sums<R, V> sums{};
-    for (int t = 0; t < count; ++t) {
-      const T* a[R];
-      for (int i = 0; i < R; ++i) a[i] = patches + t * next_term + static_cast<long>(i) * depth;
-      sums.multiply(a, 1, weights[t], panel, depth);
-    }
-    sums.finish(out, panel);
-  }
-
-  // g_W += sum of pairs. Scratch: the products [panel][point][channel][lanes], then the transforms of a block.
+  // g_W += sum of pairs. Scratch: the products [panel][point][channel][width], then the transforms of a block.
   static void outer(const Grid& gx, const Grid& gy, int py, int px, int n, const Pair<T>* pairs, int count,
                     const T* zeros, T* g_w, T* scratch) {
     const long products = weights_size(gx.ld, gy.ld), patches = points * point_stride(gx.ld);
@@ -228,35 +202,24 @@ struct Winograd {
       }
     }
     for (int p = 0; p < (gy.ld + panel - 1) / panel; ++p) {
-      transform_gradient(scratch + p * points * weights_stride(gx.ld), gx.ld,
+      transform_gradient(scratch + p * points * weights_stride(gx.ld), gx.ld, D::width(gy.ld, p * panel),
                          g_w + static_cast<long>(p) * 9 * gx.ld * panel);
     }
   }
 
   static void outer_point(const T* x, long next_x, const T* g, long next_g, int count, int depth, int columns,
                           int tiles, T* out) {
-    const typename D::Run run{1, 1, tiles, 0, 0, depth, 0, 0, columns};
-    const int parts = (depth + D::max_rows - 1) / D::max_rows;
+    const Pair<T> pairs[2] = {{x, g}, {x + next_x, g + next_g}};
     for (int column = 0; column < columns; column += panel) {
-      const bool two = columns - column >= panel;
-      T* to = out + column / panel * points * weights_stride(depth);
-      for (int part = 0; part < parts; ++part) {
-        const int first = depth * part / parts, last = depth * (part + 1) / parts;
-        Pair<T> pairs[2];
-        for (int t = 0; t < count; ++t) pairs[t] = {x + t * next_x + first, g + t * next_g + column};
-        D::with_rows(last - first, [&](auto r) {
-          constexpr int R = decltype(r)::value;
-          static constexpr int32_t offset[12] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
-          two ? D::template outer_tile<R, 2>(pairs, count, run, offset, 0, 0, to + static_cast<long>(first) * panel)
-              : D::template outer_tile<R, 1>(pairs, count, run, offset, 0, 0, to + static_cast<long>(first) * panel);
-        });
-      }
+      D::vector_outer(pairs, count, {tiles, depth, columns}, depth, column, columns - column,
+                      out + column / panel * points * weights_stride(depth));
     }
   }
 
-  // g_w [tap][depth][lanes] += G' m G of products [point][depth][lanes].
-  static void transform_gradient(const T* m, int depth, T* g_w) {
-    for (long i = 0; i < static_cast<long>(depth) * panel; i += lanes) {
+  // g_w [tap][depth][width] += G' m G of products [point][depth][width].
+  static void transform_gradient(const T* m, int depth, int width, T* g_w) {
+    const long size = static_cast<long>(depth) * width;  // of a tap
+    for (long i = 0; i < size; i += lanes) {
       Pack rows[3][4];
       for (int c = 0; c < 4; ++c) {
         Pack p[4];
@@ -268,7 +231,7 @@ struct Winograd {
         const Pack* p = rows[ky];
         const Pack plus = (p[1] + p[2]) * T(0.5), minus = (p[1] - p[2]) * T(0.5);
         const Pack v[3] = {p[0] + plus, minus, plus + p[3]};
-        for (int kx = 0; kx < 3; ++kx) S::put(g_w + static_cast<long>(ky * 3 + kx) * depth * panel + i, v[kx], true);
+        for (int kx = 0; kx < 3; ++kx) S::put(g_w + (ky * 3 + kx) * size + i, v[kx], true);
       }
     }
   }

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../core/program.h"
+#include "../core/layers/frame.h"
 #include "block.h"
 
 namespace METAFAST_NAMESPACE {
@@ -39,12 +39,8 @@ class Block {
   static constexpr bool runs = !std::is_same_v<Rules, BatchNorm> && !std::is_same_v<Rules, MaxPool2d> &&
                                !std::is_same_v<Rules, AvgPool2d> && !std::is_same_v<Rules, NormReluPool>;
 
-  struct Term {
-    const T *a, *weights;
-  };
-  struct Pair {
-    const T *x, *g;
-  };
+  using Term = METAFAST_NAMESPACE::Term<T>;
+  using Pair = METAFAST_NAMESPACE::Pair<T>;
 
   METAFAST_DEVICE Block(int threads, T* partials) : threads(threads, partials) {}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from metafast.capture import capture
 from metafast.checks import check_batch, check_like, check_padding, resolve_names
@@ -27,9 +29,13 @@ class LearnerOutput:
     """``loss``: the mean over tasks; ``losses [T]``; ``outputs [T, m, ...]`` of the adapted models on the query sets
     (no gradient flows through the outputs)."""
 
-    loss: Tensor
     losses: Tensor
     outputs: Tensor
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """The mean of ``losses``."""
+        return self.losses.mean()
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ class Learner(nn.Module):
 
     def flat_parameters(self) -> Tensor:
         """The meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
-        return self.program.flatten(self._sources)
+        return _flatten_dense_tensors([self._sources[p.name] for p in self.program.parameters])
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         trajectory = choice.executor.adapt(self.program, self.flat_parameters(), self.rate(), support, steps)
@@ -213,8 +219,8 @@ class Learner(nn.Module):
 
     def _add_gradient(self, gradient: Tensor) -> None:
         """Adds ``[P]`` to the ``.grad`` of the meta-parameters; a fresh ``.grad`` is a view of it."""
-        for p, g in zip(self.program.parameters, self.program.unflatten(gradient), strict=True):
-            parameter = self._sources[p.name]
+        parameters = [self._sources[p.name] for p in self.program.parameters]
+        for parameter, g in zip(parameters, _unflatten_dense_tensors(gradient, parameters), strict=True):
             if parameter.requires_grad:
                 parameter.grad = g if parameter.grad is None else parameter.grad + g
 

@@ -75,27 +75,28 @@ class MAML(Learner):
             for step, weight in weighted:
                 loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, self.program, tasks.query, step)
                 losses = losses + weight * loss
-        return LearnerOutput(losses.mean(), losses, outputs)
+        return LearnerOutput(losses, outputs)
 
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._prepare(tasks)
         self._track(tasks)
         rate = self.rate()
-        result = choice.executor.meta_gradient(
-            self.program,
-            self.flat_parameters().detach(),
-            rate.detach(),
-            tasks,
-            self.steps,
-            step_weights=self.step_weights,
-            first_order=self.first_order,
-            needs_lr=rate.requires_grad,
-        )
-        self._add_gradient(result.grad)
+        with torch.no_grad():
+            result = choice.executor.meta_gradient(
+                self.program,
+                self.flat_parameters(),
+                rate.detach(),
+                tasks,
+                self.steps,
+                step_weights=self.step_weights,
+                first_order=self.first_order,
+                needs_lr=rate.requires_grad,
+            )
+            self._add_gradient(result.grad)
         if rate.requires_grad:
             rate.backward(result.lr_grad)
-        return LearnerOutput(result.losses.mean(), result.losses, result.outputs)
+        return LearnerOutput(result.losses, result.outputs)
 
 
 class FOMAML(MAML):

@@ -67,7 +67,7 @@ class Reptile(Learner):
 
     def _judge(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:
         losses, _, outputs = choice.executor.loss_and_grad(self.program, adapted, tasks.query, self.steps)
-        return LearnerOutput(losses.mean(), losses, outputs)
+        return LearnerOutput(losses, outputs)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         if self.optimizer == "sgd" and self.batch_size is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -142,7 +143,7 @@ class NativeExecutor(Executor):
         needs_lr: bool = True,
     ) -> MetaGradient:
         model = self._model(program, tasks.support_x)
-        weights = torch.tensor([0.0] * steps + [1.0] if step_weights is None else step_weights, dtype=torch.float64)
+        weights = _weights(tuple(step_weights or [0.0] * steps + [1.0]))
         losses, outputs, grad, lr_grad = _run(
             torch.ops.metafast.meta_gradient, *self._head(program, model, params), _ready(params),
             _ready(lr.to(params.dtype)), *_samples(program, tasks.support), *_samples(program, tasks.query), weights,
@@ -264,8 +265,13 @@ def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
     return _ready(batch.x), _ready(y)
 
 
+@lru_cache(64)
+def _weights(weights: tuple[float, ...]) -> Tensor:
+    return torch.tensor(weights, dtype=torch.float64)
+
+
 def _ready(x: Tensor) -> Tensor:
-    return x.detach().contiguous()
+    return (x.detach() if x.requires_grad else x).contiguous()
 
 
 def _run(op: Any, *arguments: Any) -> Any:

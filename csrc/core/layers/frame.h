@@ -11,6 +11,20 @@
 
 namespace METAFAST_NAMESPACE {
 
+// A contraction is a sum of products: of activations and weights, or (for weight gradients) of activations and
+// adjoints.
+template <class T>
+struct Term {
+  const T *a, *weights;
+  T* transposed = nullptr;  // where the weights' transpose may be kept for the rest of the pass
+  bool kept = false;        // it is there
+};
+
+template <class T>
+struct Pair {
+  const T *x, *g;
+};
+
 // Pointers are null where a thing is not wanted (an adjoint) or zero (a tangent). `grad` takes the adjoints of the
 // parameters, or their tangents; rules add to it.
 template <class M>
