@@ -5,6 +5,8 @@ EXTRAS := train,tensorboard,test,lint,build
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# Where there is a compiler, an extension that does not build is an error.
+export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 

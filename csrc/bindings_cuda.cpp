@@ -6,7 +6,6 @@
 #include "tensors.h"
 
 namespace metafast {
-namespace {
 
 #ifdef METAFAST_CUDA
 constexpr bool has_cuda = true;
@@ -16,6 +15,8 @@ void cuda_upload(void*, const void*, int64_t, Queue) { fail("built without CUDA"
 void cuda_run(const BlockJob<float>&, const BlockShape&, Queue) { fail("built without CUDA"); }
 void cuda_sum(const Sum<float>&, Queue) { fail("built without CUDA"); }
 #endif
+
+namespace {
 
 // Where a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), stream].
 struct Machine {
