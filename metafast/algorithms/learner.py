@@ -115,7 +115,7 @@ class Learner(nn.Module):
         self.program = self._capture()
         first = next(model.parameters())
         self.rows = self._rows_per_step()
-        self._sources, self._watch = self._named(), Watch(model)
+        self._sources, self._watch = self._parameters_in_order(), Watch(model)
         self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self.program, steps, first)
         self.tracks = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
         self._seen: dict[tuple[object, ...], tuple[Choice, Tensor, tuple[int, ...]]] = {}
@@ -158,7 +158,7 @@ class Learner(nn.Module):
 
     def flat_parameters(self) -> Tensor:
         """The meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
-        return _flatten_dense_tensors([self._sources[p.name] for p in self.program.parameters])
+        return _flatten_dense_tensors(self._sources)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         trajectory = choice.executor.adapt(self.program, self.flat_parameters(), self.rate(), support, steps)
@@ -181,11 +181,12 @@ class Learner(nn.Module):
         """Captures the module again where it was moved (its buffers are other tensors then) or has changed its mode."""
         if self._watch.changed():
             self.program = self._capture()
-            self._sources, self._watch = self._named(), Watch(self.model)
+            self._sources, self._watch = self._parameters_in_order(), Watch(self.model)
             self._seen.clear()
 
-    def _named(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
+    def _parameters_in_order(self) -> list[Tensor]:
+        named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
+        return [named[p.name] for p in self.program.parameters]
 
     def _rows_per_step(self) -> nn.ParameterDict:
         """``per_step`` batch norm: gamma and beta with a row for each inner step, started from the model's."""
@@ -201,8 +202,8 @@ class Learner(nn.Module):
         check_batch(tasks)
         self._recapture()
         x, masked = tasks.support_x, tasks.support_mask is not None or tasks.query_mask is not None
-        tensors = (x, tasks.query_x, tasks.support_y, tasks.query_y, next(self.model.parameters()))
-        key = (*x.shape, tasks.query_x.shape[1], masked, *((t.dtype, t.device) for t in tensors))
+        tensors = (x, tasks.query_x, tasks.support_y, tasks.query_y, self._sources[0])
+        key = (x.shape, tasks.query_x.shape[1], masked, *[t.dtype for t in tensors], *[t.get_device() for t in tensors])
         first = key not in self._seen
         if first:
             check_like(tasks, self)
@@ -219,8 +220,7 @@ class Learner(nn.Module):
 
     def _add_gradient(self, gradient: Tensor) -> None:
         """Adds ``[P]`` to the ``.grad`` of the meta-parameters; a fresh ``.grad`` is a view of it."""
-        parameters = [self._sources[p.name] for p in self.program.parameters]
-        for parameter, g in zip(parameters, _unflatten_dense_tensors(gradient, parameters), strict=True):
+        for parameter, g in zip(self._sources, _unflatten_dense_tensors(gradient, self._sources), strict=True):
             if parameter.requires_grad:
                 parameter.grad = g if parameter.grad is None else parameter.grad + g
 

@@ -159,14 +159,17 @@ class NativeExecutor(Executor):
         return tape, tangents, plain
 
     def _head(self, program: Program, model: _Model, params: Tensor) -> tuple[Tensor, str, Tensor]:
-        constants = [c.detach().to(params.dtype).reshape(-1) for node in program.nodes for c in node.constants]
-        return model.description, self.isa, torch.cat(constants) if constants else params.new_empty(0)
+        constants = [c.detach().to(params.dtype).reshape(-1) for c in model.constants]
+        return model.description, self.isa, torch.cat(constants) if constants else _nothing(params.dtype)
 
     def _model(self, program: Program, x: Tensor) -> _Model:
-        known = self._models.setdefault(program, {})
-        shape = tuple(x.shape[2:])
+        known = self._models.get(program)
+        if known is None:
+            known = self._models[program] = {}
+        shape = x.shape[2:]
         if shape not in known:
-            known[shape] = _Model(_describe(program, shape), _rank(program, len(shape)))
+            constants = tuple(c for node in program.nodes for c in node.constants)
+            known[shape] = _Model(_describe(program, shape), _rank(program, len(shape)), constants)
         return known[shape]
 
 
@@ -176,6 +179,7 @@ class _Model:
 
     description: Tensor
     rank: int
+    constants: tuple[Tensor, ...] = ()
 
     def shaped(self, outputs: Tensor) -> Tensor:
         """Outputs ``[T, n, c, h, w]`` in the shape that the model gives them."""
@@ -261,8 +265,13 @@ def _options(program: Program, node: Node) -> list[float]:
 
 
 def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
-    y = batch.y.to(batch.x.dtype) if program.loss.stem == "mse" else batch.y.long()
-    return _ready(batch.x), _ready(y)
+    dtype = batch.x.dtype if program.loss.stem == "mse" else torch.int64
+    return _ready(batch.x), _ready(batch.y if batch.y.dtype == dtype else batch.y.to(dtype))
+
+
+@lru_cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype)
 
 
 @lru_cache(64)
