@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from metafast import kernels
-from metafast.bench.agreement import Answer, agreement
+from metafast.agreement import Answer, agreement
 from metafast.benchmarks.peers import Metafast, Peer, TorchLoop, peers
 from metafast.benchmarks.workloads import WORKLOADS, Workload
 from metafast.capture import capture

@@ -14,6 +14,7 @@ from metafast.algorithms import (
     without_batch_norm,
 )
 from metafast.capture import CaptureError
+from metafast.certificate import Certificate, verify
 from metafast.rates import Rate
 from metafast.tasks import TaskBatch
 
@@ -25,6 +26,7 @@ __all__ = [
     "MAML",
     "Adapted",
     "CaptureError",
+    "Certificate",
     "Learner",
     "LearnerOutput",
     "MAMLPlusPlus",
@@ -33,5 +35,6 @@ __all__ = [
     "Reptile",
     "TaskBatch",
     "multi_step_weights",
+    "verify",
     "without_batch_norm",
 ]

@@ -72,14 +72,19 @@ def capture(
     Raises:
         CaptureError: the forward pass depends on the data, changes its input in place, or draws random numbers.
     """
-    graph, root = _trace(model)
+    graph, root = trace(model)
     builder = _Builder(model, root, bn)
     for node in graph.nodes:
         builder.visit(node)
     return builder.finish(loss, adapt, steps)
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
+def trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
+    """The graph of the forward pass, and the module that its names are to be looked up in.
+
+    Raises:
+        CaptureError: it cannot be captured.
+    """
     tracer = _Tracer()
     drawn = torch.get_rng_state()
     try:

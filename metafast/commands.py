@@ -18,6 +18,7 @@ from metafast.recipes import ALGORITHMS, RECIPES, recipe
 from metafast.report import finish, measured, table
 from metafast.runs import explain_recipe, open_run, predict, retest
 from metafast.train import Options, Training
+from metafast.verify_command import verify
 
 app = typer.Typer(
     name="metafast",
@@ -176,6 +177,7 @@ def explain(
 
 
 app.command(epilog="Example:  metafast bench sin25-5 omni5w1s-1 --json out.json")(bench)
+app.command(epilog="Example:  metafast verify net.py:make --input-shape 1,28,28 --ways 5 --shots 1")(verify)
 
 
 @app.command()

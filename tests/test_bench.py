@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from metafast.agreement import agreement
 from metafast.bench import Outputs, Settings, main_bench, main_compare, own_workload, read_result
 from metafast.bench import run as bench_run
-from metafast.bench.agreement import agreement
 from metafast.bench.compare import compare
 from metafast.bench.machine import bare_bytes
 from metafast.bench.run import contenders

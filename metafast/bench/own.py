@@ -36,12 +36,12 @@ class FileFactory:
     def _function(self) -> Callable[[], object]:
         spec = importlib.util.spec_from_file_location(self.file.stem, self.file)
         if not self.file.is_file() or spec is None or spec.loader is None:
-            raise ValueError(f"--model: there is no Python file {self.file}")
+            raise ValueError(f"there is no Python file {self.file}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, self.name, None)
         if not callable(function):
-            raise ValueError(f"--model: {self.file} has no function {self.name!r} to call for the model")
+            raise ValueError(f"{self.file} has no function {self.name!r} to call for the model")
         return function
 
 
@@ -55,7 +55,7 @@ def own_workload(
     """
     file, _, name = model.rpartition(":")
     if not file:
-        raise ValueError(f"--model {model!r}: give file.py:factory, where factory() gives the model")
+        raise ValueError(f"model {model!r}: give file.py:factory, where factory() gives the model")
     try:
         sample = tuple(int(extent) for extent in input_shape.split(","))
     except ValueError:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metafast.bench.agreement import GRADIENT, LOSSES, PARAMETER, Answer, agreement
+from metafast.agreement import GRADIENT, LOSSES, PARAMETER, Answer, agreement
 from metafast.bench.machine import bare_bytes, describe, rates
 from metafast.bench.worker import CutOff, Failed, Worker
 from metafast.benchmarks.peers import Metafast, Peer, TorchLoop

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metafast.bench.agreement import Answer
+from metafast.agreement import Answer
 from metafast.benchmarks.peers import Peer
 from metafast.benchmarks.workloads import Workload
 
