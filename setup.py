@@ -26,7 +26,7 @@ if X86:
         ("avx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
     ]
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
-CORE = ["core/plan", "core/tables", "core/find_plan", "core/passes", "cpu/isa", "cpu/arena"]
+CORE = ["core/plan", "core/tables", "core/find_plan", "core/passes", "cpu/isa", "cpu/arena", "cpu/recording"]
 CORE = [f"csrc/{name}.cpp" for name in [*CORE, "cuda/plan_block", "cuda/twin"]]
 BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_cuda.cpp"]
 KERNELS = "csrc/cuda/inner_loop.cu"

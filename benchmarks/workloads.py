@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,7 @@ class Workload:
         return make
 
     def _sinusoids(self, generator: torch.Generator) -> Callable[[int], tuple[Tensor, Tensor]]:
-        with torch.no_grad():
-            output = self.network()(torch.zeros(2, *self.sample)).shape[1:]
+        output = _output_shape(self.network, self.sample)
         amplitude = 0.1 + 4.9 * torch.rand(self.tasks, 1, generator=generator)
         phase = math.pi * torch.rand(self.tasks, 1, generator=generator)
 
@@ -78,6 +77,13 @@ class Workload:
             return x, y.reshape(self.tasks, each, *(1 for _ in output)).expand(-1, -1, *output).contiguous()
 
         return make
+
+
+@cache
+def _output_shape(network: Callable[[], nn.Module], sample: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a sample's output; found once, for drawing tasks is part of what is profiled."""
+    with torch.no_grad():
+        return tuple(network()(torch.zeros(2, *sample)).shape[1:])
 
 
 def regressor() -> nn.Sequential:

@@ -7,6 +7,7 @@
 #include "core/plan.h"
 #include "cpu/arena.h"
 #include "cpu/isa.h"
+#include "cpu/recording.h"
 #include "tensors.h"
 
 namespace metafast {
@@ -90,7 +91,9 @@ class Call {
     const int64_t memory = isa->memory(job) * sizeof(T);
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       const Arena arena(memory);
-      isa->run(job, chunk, begin * chunk, std::min(job.tasks, end * chunk), static_cast<T*>(arena.data()));
+      const int64_t first = begin * chunk, last = std::min(job.tasks, end * chunk);
+      Recording recording(*job.program, job.steps, last - first);
+      isa->run(job, chunk, first, last, static_cast<T*>(arena.data()), recording.trace());
     });
     total(partial, chunks, size);
     total(lr_partial, chunks, job.lr_rows * size);
@@ -298,10 +301,24 @@ PyObject* isas(PyObject*, PyObject*) {
   return tuple;
 }
 
+// trace(True) begins to note what calls do; trace(False) ends it and gives the spans, as csrc/core/trace.h lays them
+// out.
+PyObject* trace(PyObject*, PyObject* on) {
+  const int wanted = PyObject_IsTrue(on);
+  if (wanted < 0) return nullptr;
+  if (wanted) {
+    record();
+    Py_RETURN_NONE;
+  }
+  const std::vector<Span> spans = recorded();
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(spans.data()), spans.size() * sizeof(Span));
+}
+
 }  // namespace metafast
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {{"isas", metafast::isas, METH_NOARGS, "Builds for this processor, the best first."},
+                                  {"trace", metafast::trace, METH_O, "True: note what calls do; False: the notes."},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C", "The native executor.", -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -13,6 +13,7 @@ import typer
 from metafast import doctor as examination
 from metafast.bench_command import bench
 from metafast.demo import run_demo
+from metafast.profile_command import profile
 from metafast.progress import terminal
 from metafast.recipes import ALGORITHMS, RECIPES, recipe
 from metafast.report import finish, measured, table
@@ -177,6 +178,7 @@ def explain(
 
 
 app.command(epilog="Example:  metafast bench sin25-5 omni5w1s-1 --json out.json")(bench)
+app.command(epilog="Example:  metafast profile omni5w1s-1 --out profile")(profile)
 app.command(epilog="Example:  metafast verify net.py:make --input-shape 1,28,28 --ways 5 --shots 1")(verify)
 
 

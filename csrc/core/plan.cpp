@@ -141,6 +141,7 @@ class PlanBuilder {
       return;
     }
     Op op{};
+    op.node = k;
     op.input[0] = value_of[in];
     op.input[1] = n.input[1] < 0 ? -1 : value_of[n.input[1]];
     op.x = op.y = plan.grids_[op.input[0]];

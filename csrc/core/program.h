@@ -50,6 +50,7 @@ struct Slot {
 
 struct Op {
   Kind kind;
+  int32_t node;              // of the user's model; the first of those that are fused
   int32_t input[2], output;  // values; input[1] < 0: none
   bool add[2];               // the adjoint of that input has been begun by a later reader
   Grid x, y;

@@ -2,6 +2,7 @@
 // any Machine; what a layer does is in layers/.
 #pragma once
 #include "layers/rules.h"
+#include "trace.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -32,13 +33,17 @@ class Sweep {
   METAFAST_DEVICE void forward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, int step) const {
     for (int k = 0; k < program.n_ops; ++k) {
       const Frame<M> f = frame(tape, batch, k, {theta, nullptr, nullptr, step, false});
+      m.begin(What::forward, f.op.node);
       with_rules<M>(f.op.kind, [&](auto rules) { rules.forward(f); });
+      m.end();
     }
   }
 
   METAFAST_DEVICE double loss(const Tape<T>& tape, const Batch<T>& batch) const {
     double value = 0;
+    m.begin(What::forward, -1);
     with_loss(program.loss, [&](auto rules) { value = rules.forward(loss_frame(tape, batch)); });
+    m.end();
     return value;
   }
 
@@ -46,10 +51,15 @@ class Sweep {
   METAFAST_DEVICE void backward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, int step, T* grad,
                                 bool all) const {
     if (tape.pass->adjoint[program.output] < 0) return;
+    m.begin(What::backward, -1);
     with_loss(program.loss, [&](auto rules) { rules.backward(loss_frame(tape, batch)); });
+    m.end();
     for (int k = program.n_ops - 1; k >= 0; --k) {
       const Frame<M> f = frame(tape, batch, k, {theta, nullptr, grad, step, all});
-      if (f.g_y) with_rules<M>(f.op.kind, [&](auto rules) { rules.backward(f); });
+      if (!f.g_y) continue;
+      m.begin(What::backward, f.op.node);
+      with_rules<M>(f.op.kind, [&](auto rules) { rules.backward(f); });
+      m.end();
     }
   }
 
@@ -60,12 +70,20 @@ class Sweep {
     if (!program.moving[program.output]) return;
     for (int k = 0; k < program.n_ops; ++k) {
       const Frame<M> f = frame(tape, batch, k, {theta, u, nullptr, step, true});
-      if (f.yd) with_rules<M>(f.op.kind, [&](auto rules) { rules.tangent_forward(f); });
+      if (!f.yd) continue;
+      m.begin(What::tangent_forward, f.op.node);
+      with_rules<M>(f.op.kind, [&](auto rules) { rules.tangent_forward(f); });
+      m.end();
     }
+    m.begin(What::tangent_backward, -1);
     with_loss(program.loss, [&](auto rules) { rules.tangent_backward(loss_frame(tape, batch)); });
+    m.end();
     for (int k = program.n_ops - 1; k >= 0; --k) {
       const Frame<M> f = frame(tape, batch, k, {theta, u, product, step, true});
-      if (f.gd_y) with_rules<M>(f.op.kind, [&](auto rules) { rules.tangent_backward(f); });
+      if (!f.gd_y) continue;
+      m.begin(What::tangent_backward, f.op.node);
+      with_rules<M>(f.op.kind, [&](auto rules) { rules.tangent_backward(f); });
+      m.end();
     }
   }
 

@@ -11,9 +11,9 @@ int64_t memory(const Job<T>& job) {
 }
 
 template <class T>
-void run(const Job<T>& job, int64_t chunk, int64_t begin, int64_t end, T* base) {
+void run(const Job<T>& job, int64_t chunk, int64_t begin, int64_t end, T* base, Trace* trace) {
   const int64_t size = job.program->size;
-  Task<T> task(job, base);
+  Task<T> task(job, base, trace);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t k = t / chunk;
     task.run(t, job.sums ? job.sums + k * size : nullptr, job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr);

@@ -2,6 +2,7 @@
 #pragma once
 #include "../core/job.h"
 #include "../core/layout.h"
+#include "../core/trace.h"
 
 namespace metafast {
 
@@ -11,7 +12,8 @@ struct Isa {
   // Elements of memory that `run` needs, aligned to 64 bytes.
   int64_t (*memory)(const Job<T>&);
   // Tasks begin..end; tasks k * chunk and on, `chunk` of them, add to sums[k].
-  void (*run)(const Job<T>&, int64_t chunk, int64_t begin, int64_t end, T* memory);
+  // What they do is noted in the trace, if there is one.
+  void (*run)(const Job<T>&, int64_t chunk, int64_t begin, int64_t end, T* memory, Trace*);
 };
 
 // Names of the builds that this processor can run, the best one first.

@@ -2,6 +2,7 @@
 // function to apply to each of its elements, so what belongs to a channel stays in registers.
 #pragma once
 #include "../core/layers/frame.h"
+#include "../core/trace.h"
 #include "simd.h"
 
 namespace METAFAST_NAMESPACE {
@@ -19,6 +20,14 @@ class Core : public Simd<T> {
 
   // `workspace` holds workspace_size elements.
   Core(const Program& program, T* workspace);
+
+  Trace* trace = nullptr;
+  void begin(What what, int index) const {
+    if (trace) begin_span(*trace, what, index);
+  }
+  void end() const {
+    if (trace) end_span(*trace);
+  }
 
   static long pixel(const Grid& grid, int sample, int y, int x) {
     return ((static_cast<long>(sample) * grid.h + y) * grid.w + x) * grid.ld;

@@ -45,19 +45,24 @@ class Task {
   using M = Core<T>;
 
  public:
-  Task(const Job<T>& job, T* base)
+  Task(const Job<T>& job, T* base, Trace* trace)
       : job(job),
         program(*job.program),
         mem(job, base),
         machine(program, mem.workspace),
         sweep(machine, program, job.constants),
         support{},
-        query{} {}
+        query{} {
+    machine.trace = trace;
+  }
 
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
+    if (machine.trace) machine.trace->task = static_cast<int32_t>(t);
+    machine.begin(What::load, 0);
     support = import_batch(job.support, mem.support_x, mem.support_y);
     query = import_batch(job.query, mem.query_x, mem.query_y);
+    machine.end();
     switch (job.goal) {
       case Goal::predict:
         return predict();
@@ -76,8 +81,10 @@ class Task {
   void predict() {
     load_params(job.params, mem.theta);
     const Tape<T> tape{job.plain, mem.rest, nullptr};
+    machine.begin(What::query, job.step);
     sweep.forward(tape, query, mem.theta, job.step);
     export_outputs(tape);
+    machine.end();
   }
 
   void loss_and_grad() {
@@ -98,12 +105,14 @@ class Task {
   void adapt_vjp(T* lr_sums) {
     import_user(job.v, job.v_everywhere ? job.steps : 0, mem.v);
     for (int s = job.steps - 1; s >= 0; --s) {
+      machine.begin(What::reverse_step, s);
       import_user(job.trajectory, s, mem.theta);
       if (!job.first_order || job.needs_lr) {
         clear(mem.g);
         support_pass(mem.tapes, mem.theta, s, mem.g);
       }
       reverse_step(s, mem.tapes, mem.theta, mem.g, lr_sums);
+      machine.end();
       if (!job.v_everywhere) continue;
       import_user(job.v, s, mem.u);
       add(mem.v, 1, mem.u);
@@ -126,9 +135,11 @@ class Task {
       }
       if (s == 0) break;
       const int step = s - 1;
+      machine.begin(What::reverse_step, step);
       const bool stale = !job.keep && s < job.steps;
       if (stale && !job.first_order) support_pass(tape(step), theta(step), step, nullptr);
       reverse_step(step, tape(step), theta(step), gradient(step), lr_sums);
+      machine.end();
     }
     job.losses[t] = static_cast<T>(loss);
     add(sums, 1, mem.v);
@@ -137,6 +148,7 @@ class Task {
   // theta_{s+1} = theta_s - alpha_s g_s
   void inner_loop() {
     for (int s = 0; s < job.steps; ++s) {
+      machine.begin(What::inner_step, s);
       T* g = gradient(s);
       clear(g);
       support_pass(tape(s), theta(s), s, g);
@@ -144,6 +156,7 @@ class Task {
       T* to = theta(s + 1);
       machine.each(program.size,
                    [=](long i) { M::store(to + i, M::load(from + i) - M::load(alpha + i) * M::load(g + i)); });
+      machine.end();
     }
   }
 
@@ -169,11 +182,13 @@ class Task {
   }
 
   double query_pass(const T* at, int step, T* g, bool wants_outputs) {
+    machine.begin(What::query, step);
     const Tape<T> tape{job.plain, mem.rest, nullptr};
     sweep.forward(tape, query, at, step);
     const double loss = sweep.loss(tape, query);
     if (wants_outputs) export_outputs(tape);
     sweep.backward(tape, query, at, step, g, true);
+    machine.end();
     return loss;
   }
 

@@ -1,0 +1,93 @@
+"""What each rule of each layer has to do at least: FLOPs of its products, and bytes with every operand moved once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from metafast.cost import NodeCost, program_cost
+from metafast.profile.spans import LOSS
+from metafast.program import Program
+
+
+@dataclass(frozen=True)
+class RuleCost:
+    """Of one task: FLOPs of matrix products and convolutions, counted directly, and bytes."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """A layer, or several that an executor runs as one: its rules' costs by phase (without its number) and rule."""
+
+    label: str
+    kinds: tuple[str, ...]
+    rules: Mapping[tuple[str, str], RuleCost]
+
+
+def layer_costs(program: Program, leads: Iterable[str], sample: torch.Tensor, query: int) -> dict[str, LayerCosts]:
+    """By the name of the layer under which an executor tells its time (``leads``); a node that none of them names runs
+    as one with the node before it. ``sample [n, ...]`` is the support set of a task, ``query`` the samples of its
+    query set."""
+    cost = program_cost(program, sample)
+    named = set(leads)
+    groups: list[list[int]] = []
+    for i, node in enumerate(program.nodes):
+        if node.name in named or not groups:
+            groups.append([i])
+        else:
+            groups[-1].append(i)
+    elements = [cost.elements, *(node.elements for node in cost.nodes)]
+    counts = {"inner step": sample.shape[0], "query": query, "reverse step": sample.shape[0]}
+    found = {}
+    for group in groups:
+        nodes = [cost.nodes[i] for i in group]
+        shown = [node for node in nodes if node.stem != "flatten"] or nodes
+        sizes = _Sizes(
+            sum(elements[v] for v in program.nodes[group[0]].inputs),
+            nodes[-1].elements,
+            sum(program.parameters[k].size for i in group for k in program.nodes[i].params),
+            cost.itemsize,
+        )
+        rules = {
+            (phase, rule): rule_cost
+            for phase, samples in counts.items()
+            for rule, rule_cost in _rules(nodes, sizes, samples, phase == "query").items()
+        }
+        label = " + ".join(node.name for node in shown)
+        found[program.nodes[group[0]].name] = LayerCosts(label, tuple(node.stem for node in shown), rules)
+    found[LOSS] = LayerCosts(f"{LOSS} ({program.loss.stem})", (program.loss.stem,), {})
+    return found
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Elements a sample of what goes in (X) and out (Y), of the parameters (W), and bytes of one."""
+
+    x: int
+    y: int
+    w: int
+    itemsize: int
+
+    def bytes(self, samples: int, x: int, y: int, w: int) -> float:
+        return self.itemsize * (samples * (x * self.x + y * self.y) + w * self.w)
+
+
+def _rules(nodes: list[NodeCost], sizes: _Sizes, samples: int, query: bool) -> dict[str, RuleCost]:
+    """In the query pass the adjoints of all parameters are wanted, in an inner step those of the adapted ones."""
+    first = nodes[0]
+    into = first.input_depends if query else first.input_moves
+    forward = samples * sum(node.flops for node in nodes)
+    backward = samples * sum(n.query - n.flops if query else n.flops * (n.adapted + n.input_moves) for n in nodes)
+    push = samples * sum(n.flops * (n.input_moves + n.adapted) for n in nodes)
+    pull = samples * sum(n.hessian - n.flops * (n.input_moves + n.adapted) for n in nodes)
+    return {
+        "forward": RuleCost(forward, sizes.bytes(samples, 1, 1, 1)),
+        "backward": RuleCost(backward, sizes.bytes(samples, 1 + into, 1, 2)),
+        "tangent_forward": RuleCost(push, sizes.bytes(samples, 2, 1, 2)),
+        "tangent_backward": RuleCost(pull, sizes.bytes(samples, 2 + first.input_depends, 2, 3)),
+    }

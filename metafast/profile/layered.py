@@ -1,0 +1,236 @@
+"""Executors that run in PyTorch, layer by layer: each rule is timed, on a GPU by events on its stream.
+
+Nothing of this is in the way of a run that is not profiled: the layers of a Program are exchanged for timed ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafast.executors import Executor
+from metafast.kernels.layer import Context, Layer, Loss, Tangents, Tensors
+from metafast.profile.spans import LOSS, Span
+from metafast.program import Program
+from metafast.tasks import Batch
+
+Mark = float | torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class _Note:
+    name: str
+    begin: Mark
+    end: Mark
+    phase: int = -1
+    layer: str = ""
+    step: int = 0
+    tasks: int = 1
+
+
+class Notes:
+    """What a run on ``device`` does; on a GPU also as NVTX ranges, ``metafast <phase>`` and ``<layer>.<rule>``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.phases: list[_Note] = []
+        self.rules: list[_Note] = []
+        if self.on_gpu:
+            torch.cuda.synchronize(device)
+        self.origin, self.began = self._mark(), time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """``name`` lasts as long as the block does."""
+        with self._range(f"metafast {name}"):
+            begin = self._mark()
+            self.phases.append(_Note(name, begin, begin))
+            yield
+            self.phases[-1] = _Note(name, begin, self._mark())
+
+    @contextmanager
+    def rule(self, name: str, layer: str, step: int, tasks: int) -> Iterator[None]:
+        """A rule of ``layer``, of inner step ``step``, for ``tasks`` tasks at once."""
+        with self._range(f"{layer}.{name}"):
+            begin = self._mark()
+            yield
+            self.rules.append(_Note(name, begin, self._mark(), len(self.phases) - 1, layer, step, tasks))
+
+    def tell(self, phases: list[Span], rules: list[Span]) -> None:
+        """Adds all of it: a phase of several steps goes over to the next step at that step's first rule."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for index, phase in enumerate(self.phases):
+            inside = [rule for rule in self.rules if rule.phase == index]
+            starts = [i for i, rule in enumerate(inside) if i == 0 or rule.step != inside[i - 1].step]
+            edges = [phase.begin, *(inside[i].begin for i in starts[1:]), phase.end]
+            named = [_named(phase.name, inside[i].step) for i in starts] or [phase.name]
+            phases += [Span(n, self._at(a), self._at(b), 0) for n, (a, b) in zip(named, pairwise(edges), strict=True)]
+            for rule in inside:
+                name = _named(phase.name, rule.step)
+                times = self._at(rule.begin), self._at(rule.end)
+                rules.append(Span(rule.name, *times, 0, name, rule.layer, tasks=rule.tasks))
+
+    def _mark(self) -> Mark:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _at(self, mark: Mark) -> float:
+        if isinstance(mark, float):
+            return mark
+        assert isinstance(self.origin, torch.cuda.Event)
+        return self.began + 1e-3 * self.origin.elapsed_time(mark)
+
+    @contextmanager
+    def _range(self, name: str) -> Iterator[None]:
+        if not self.on_gpu:
+            yield
+            return
+        with torch.cuda.nvtx.range(name):
+            yield
+
+
+class Timed(Executor):
+    """``inner``, one of its four functions a phase, with timed layers."""
+
+    def __init__(self, inner: Executor) -> None:
+        self.inner, self.name = inner, inner.name
+        self.notes: Notes | None = None
+        self._programs: dict[Program, Program] = {}
+
+    def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
+        return self.inner.refuses(program, x, masked)
+
+    def explain(self, program: Program, x: Tensor) -> list[str]:
+        return self.inner.explain(program, x)
+
+    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+        return self.inner.predict(program, params, x, step)
+
+    def loss_and_grad(
+        self, program: Program, params: Tensor, batch: Batch, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with self._phase("query"):
+            return self.inner.loss_and_grad(self._timed(program), params, batch, step)
+
+    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
+        with self._phase("inner step"):
+            return self.inner.adapt(self._timed(program), params, lr, support, steps)
+
+    def adapt_vjp(
+        self,
+        program: Program,
+        trajectory: Tensor,
+        lr: Tensor,
+        support: Batch,
+        v: Tensor,
+        *,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        with self._phase("reverse step"):
+            return self.inner.adapt_vjp(
+                self._timed(program), trajectory, lr, support, v, first_order=first_order, needs_lr=needs_lr
+            )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        if self.notes is None:
+            yield
+            return
+        with self.notes.phase(name):
+            yield
+
+    def _timed(self, program: Program) -> Program:
+        """The same Program, the same each time: executors keep what they know of it."""
+        if program not in self._programs:
+            nodes = tuple(replace(node, layer=_TimedLayer(node.layer, node.name, self)) for node in program.nodes)
+            self._programs[program] = replace(program, nodes=nodes, loss=_TimedLoss(program.loss, self))
+        return self._programs[program]
+
+    def ran(self, rule: str, layer: str, ctx: Context, tasks: int) -> Any:
+        """The context in which a rule runs."""
+        return self.notes.rule(rule, layer, ctx.step, tasks) if self.notes is not None else _NOTHING
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+
+
+class _TimedLayer(Layer):
+    """A layer's four rules, timed; for all else it is the layer."""
+
+    def __init__(self, layer: Layer, name: str, executor: Timed) -> None:
+        self.layer, self.node, self.executor = layer, name, executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    @property
+    def varies(self) -> bool:
+        return self.layer.varies
+
+    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+        with self.executor.ran("forward", self.node, ctx, inputs[0].shape[0]):
+            return self.layer.forward(ctx, params, inputs, constants)
+
+    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+        with self.executor.ran("backward", self.node, ctx, g_y.shape[0]):
+            return self.layer.backward(ctx, params, g_y)
+
+    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+        tasks = next(d.shape[0] for d in (*d_params, *d_inputs) if d is not None)
+        with self.executor.ran("tangent_forward", self.node, ctx, tasks):
+            return self.layer.tangent_forward(ctx, params, d_params, d_inputs)
+
+    def tangent_backward(
+        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+    ) -> tuple[Tangents, Tangents]:
+        with self.executor.ran("tangent_backward", self.node, ctx, gd_y.shape[0]):
+            return self.layer.tangent_backward(ctx, params, d_params, gd_y)
+
+
+class _TimedLoss(Loss):
+    """The same for the loss."""
+
+    def __init__(self, loss: Loss, executor: Timed) -> None:
+        self.loss, self.executor = loss, executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss, name)
+
+    def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
+        self.loss.check(output, targets, name)
+
+    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+        with self.executor.ran("forward", LOSS, ctx, outputs.shape[0]):
+            return self.loss.forward(ctx, outputs, targets)
+
+    def backward(self, ctx: Context) -> Tensor:
+        with self.executor.ran("backward", LOSS, ctx, 1):
+            return self.loss.backward(ctx)
+
+    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+        with self.executor.ran("tangent_backward", LOSS, ctx, d_outputs.shape[0]):
+            return self.loss.tangent_backward(ctx, d_outputs)
+
+
+def _named(phase: str, step: int) -> str:
+    return f"{phase} {step + 1}" if phase.endswith("step") else phase

@@ -1,0 +1,50 @@
+"""The native executor's own notes: each task's phases and each layer's rules, by the thread that ran them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from metafast.executors import native
+from metafast.profile.spans import LOSS, Span
+from metafast.program import Program
+
+# As laid out in csrc/core/trace.h.
+_SPAN = np.dtype(
+    [("begin", "<i8"), ("end", "<i8"), ("what", "<i4"), ("index", "<i4"), ("task", "<i4"), ("thread", "<i4")]
+)
+_WHATS = (
+    "load", "inner step", "query", "reverse step", "forward", "backward", "tangent_forward", "tangent_backward"
+)  # fmt: skip
+_PHASES = 4
+
+
+@contextmanager
+def noted(program: Program, phases: list[Span], rules: list[Span]) -> Iterator[None]:
+    """Adds what the native executor does meanwhile."""
+    native._C.trace(True)
+    try:
+        yield
+    finally:
+        notes = np.frombuffer(native._C.trace(False), _SPAN)
+        _tell(program, notes, phases, rules)
+
+
+def _tell(program: Program, notes: np.ndarray, phases: list[Span], rules: list[Span]) -> None:
+    """A thread's notes come in a row, in the order in which they begin: a rule belongs to the phase before it."""
+    phase = ""
+    for note in notes:
+        name = _WHATS[note["what"]]
+        if note["what"] < _PHASES:
+            phase = f"{name} {note['index'] + 1}" if name.endswith("step") else name
+            phases.append(_span(phase, note))
+        else:
+            layer = LOSS if note["index"] < 0 else program.nodes[note["index"]].name
+            rules.append(_span(name, note, phase, layer))
+
+
+def _span(name: str, note: np.void, phase: str = "", layer: str = "") -> Span:
+    begin, end = (int(note[key]) * 1e-9 for key in ("begin", "end"))
+    return Span(name, begin, end, int(note["thread"]), phase, layer, int(note["task"]))

@@ -1,0 +1,44 @@
+"""Spans as a Chrome trace: https://ui.perfetto.dev and chrome://tracing open it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from metafast.profile.spans import HOST, Recording, Span
+
+_PROCESS = 1
+
+
+def write_trace(recording: Recording, title: str, path: Path) -> None:
+    """The last iteration: a row for Python and one for each of the executor's threads."""
+    began = max(span.begin for span in recording.host if span.name == "sample")
+    spans = [span for span in (*recording.host, *recording.phases, *recording.rules) if span.begin >= began]
+    threads = sorted({span.thread for span in spans})
+    events: list[dict[str, Any]] = [_label("process_name", 0, f"metafast: {title}")]
+    events += [_label("thread_name", _row(thread), _name(thread)) for thread in threads]
+    events += [_event(span, began) for span in sorted(spans, key=lambda span: (span.thread, span.begin, -span.end))]
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def _event(span: Span, began: float) -> dict[str, Any]:
+    """Microseconds, rounded to the nanoseconds that were measured, so that what lies inside stays inside."""
+    begin, end = (round(1e9 * (moment - began)) for moment in (span.begin, span.end))
+    event = {"ph": "X", "pid": _PROCESS, "tid": _row(span.thread), "ts": begin / 1e3, "dur": (end - begin) / 1e3}
+    if not span.layer:
+        return {**event, "name": span.name, "cat": "phase", "args": {"task": span.task}}
+    arguments = {"layer": span.layer, "rule": span.name, "task": span.task, "tasks": span.tasks}
+    return {**event, "name": f"{span.layer}.{span.name}", "cat": span.name, "args": arguments}
+
+
+def _label(kind: str, row: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "pid": _PROCESS, "tid": row, "name": kind, "args": {"name": name}}
+
+
+def _row(thread: int) -> int:
+    return thread - HOST
+
+
+def _name(thread: int) -> str:
+    return "python" if thread == HOST else f"executor thread {thread}"

@@ -1,0 +1,262 @@
+"""The profile: every rule is told where and how often it ran, FLOPs add up, the trace is one that viewers open."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import call
+from torch import nn
+
+import metafast as mf
+from metafast.bench.machine import Rates
+from metafast.benchmarks.workloads import Workload
+from metafast.capture import capture
+from metafast.cost import program_cost
+from metafast.executors import NativeExecutor, ReferenceExecutor, native
+from metafast.losses import as_loss
+from metafast.profile import profile
+from metafast.profile.layered import Notes, Timed
+from metafast.profile.result import NOT_ACCOUNTED, Profile, Row
+from metafast.profile.spans import HOST, Recording, Span, around, undisturbed
+from metafast.profile.timeline import write_trace
+
+needs_native = pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+TASKS, STEPS, ITERATIONS = 3, 2, 2
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 3),
+    )  # fmt: skip
+
+
+def small(**changes: Any) -> Workload:
+    sizes = {"ways": 3, "shots": 2, "queries": 2, "tasks": TASKS, "steps": STEPS, "lr": 0.01, **changes}
+    return Workload("small", network, "cross_entropy", (1, 12, 12), **sizes)
+
+
+@pytest.fixture(scope="module")
+def profiles() -> dict[str, tuple[Profile, Recording]]:
+    backends = ["reference", *(["native"] if NativeExecutor.isas() else [])]
+    return {name: profile(small(), backend=name, iterations=2 * ITERATIONS) for name in backends}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_phases_are_those_of_the_algorithm(profiles: Any, backend: str) -> None:
+    found, recording = profiles[backend]
+    middle = ["inner step 1", "inner step 2", "query", "reverse step 2", "reverse step 1"]
+    loads = ["load"] if backend == "native" else []
+    assert list(found.phases) == ["sample", "prepare", *loads, *middle, "collect", "outer step", NOT_ACCOUNTED]
+    assert all(seconds > 0 for seconds in found.phases.values())
+    assert sum(found.phases.values()) == pytest.approx(found.wall)
+    assert found.accounted == pytest.approx(1 - found.phases[NOT_ACCOUNTED] / found.wall)
+    at_once = TASKS if backend == "native" else 1
+    counts = Counter(span.name for span in recording.phases)
+    assert counts == dict.fromkeys([*loads, *middle], at_once * recording.iterations)
+
+
+@needs_native
+def test_native_tells_each_rule_of_each_task(profiles: Any) -> None:
+    found, recording = profiles["native"]
+    passes = {"inner step": STEPS, "query": 1, "reverse step": STEPS}
+    layers = ["0", "1", "4", "5", "7", "loss"]  # batch norm, ReLU and pooling are one
+    wanted = {}
+    for layer in layers:
+        for phase in ("inner step", "query"):
+            wanted[layer, "forward", phase] = wanted[layer, "backward", phase] = TASKS * passes[phase]
+        wanted[layer, "tangent_backward", "reverse step"] = TASKS * STEPS
+        if layer != "loss":
+            wanted[layer, "tangent_forward", "reverse step"] = TASKS * STEPS
+    calls = Counter((span.layer, span.name, span.phase.rstrip(" 0123456789")) for span in recording.rules)
+    assert calls == {key: count * recording.iterations for key, count in wanted.items()}
+    assert {row.layer for row in found.rows} == {"0", "1 + 2 + 3", "4", "5", "7", "loss (cross_entropy)"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rules_lie_inside_their_phase(profiles: Any, backend: str) -> None:
+    _, recording = profiles[backend]
+    by_thread: dict[int, list[Span]] = {}
+    for span in recording.phases:
+        by_thread.setdefault(span.thread, []).append(span)
+    for rule in recording.rules:
+        around_it = [p for p in by_thread[rule.thread] if p.begin <= rule.begin and rule.end <= p.end]
+        assert [p.name for p in around_it] == [rule.phase]
+
+
+@needs_native
+def test_flops_are_those_of_the_whole_meta_gradient(profiles: Any) -> None:
+    """What the rules do adds up to what ``metafast.cost`` says of the algorithm."""
+    found, _ = profiles["native"]
+    program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
+    tasks = small().draw()
+    cost = program_cost(program, tasks.support_x[0])
+    wanted = cost.meta_gradient(TASKS, 6, 6, STEPS).flops
+    assert sum(row.flops for row in found.rows) == pytest.approx(wanted)
+    by_phase: Counter[str] = Counter()
+    for row in found.rows:
+        by_phase[row.phase] += row.flops
+    assert by_phase["query"] == pytest.approx(TASKS * cost.query(6))
+    assert by_phase["reverse step"] == pytest.approx(TASKS * STEPS * cost.hessian(6))
+
+
+def test_reference_computes_each_step_again_on_the_way_back(profiles: Any) -> None:
+    found, _ = profiles["reference"]
+    program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
+    cost = program_cost(program, small().draw().support_x[0])
+    forward = sum(row.flops for row in found.rows if (row.rule, row.phase) == ("forward", "reverse step"))
+    assert forward == pytest.approx(TASKS * STEPS * 6 * cost.forward)
+    row = next(r for r in found.rows if (r.layer, r.rule, r.phase) == ("4", "forward", "query"))
+    elements, weights = 8 * 6 * 6, 8 * 8 * 9 + 8
+    assert row.bytes == TASKS * 4 * (6 * 2 * elements + weights)
+    assert row.flops == TASKS * 6 * 2 * elements * 8 * 9
+    assert row.floor == max(row.flops / found.rates.matrix, row.bytes / found.rates.copy)
+    assert row.of_roofline == pytest.approx(row.floor / row.seconds)
+
+
+@needs_native
+def test_most_of_the_time_is_accounted_for() -> None:
+    found, _ = profile(small(tasks=16, queries=15), backend="native", iterations=8)
+    assert found.accounted >= 0.95, found.phases
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trace_is_one_that_viewers_open(profiles: Any, backend: str, tmp_path: Path) -> None:
+    """Complete events with finite times in whole nanoseconds, each row's events nested or apart, rows named."""
+    _, recording = profiles[backend]
+    write_trace(recording, "test", tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    labels = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert labels == {0: "python", 1: "executor thread 0"}
+    complete = [event for event in events if event["ph"] == "X"]
+    assert len(complete) + len(labels) + 1 == len(events)
+    assert {"sample", "query", "4.tangent_backward", "loss.forward"} <= {event["name"] for event in complete}
+    for row in labels:
+        open_until: list[int] = []
+        last = 0
+        for event in (e for e in complete if e["tid"] == row):
+            begin, length = round(event["ts"] * 1000), round(event["dur"] * 1000)
+            assert begin >= last
+            assert length >= 0
+            last = begin
+            while open_until and open_until[-1] <= begin:
+                open_until.pop()
+            assert not open_until or begin + length <= open_until[-1]
+            open_until.append(begin + length)
+
+
+def test_timed_layers_change_no_bit_and_tell_nothing_unasked() -> None:
+    program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
+    tasks, params = small().draw(), torch.cat([p.detach().flatten() for p in network().parameters()])
+    rate = torch.tensor([[0.05]])
+    plain, timed = ReferenceExecutor(), Timed(ReferenceExecutor())
+    expected = plain.meta_gradient(program, params, rate, tasks, STEPS)
+    for notes in (None, Notes(torch.device("cpu"))):
+        timed.notes = notes
+        found = timed.meta_gradient(program, params, rate, tasks, STEPS)
+        assert torch.equal(found.grad, expected.grad)
+        assert torch.equal(found.lr_grad, expected.lr_grad)
+    assert {note.name for note in notes.rules} == {"forward", "backward", "tangent_forward", "tangent_backward"}
+
+
+@needs_native
+def test_native_notes_nothing_unasked_and_recording_changes_no_bit() -> None:
+    learner = mf.MAML(network(), loss="cross_entropy", lr=0.01, steps=STEPS, backend="native")
+    tasks = small().draw()
+
+    def gradient() -> torch.Tensor:
+        learner.zero_grad()
+        learner.backward(tasks)
+        return torch.cat([p.grad.flatten() for p in learner.model.parameters()])
+
+    plain = gradient()
+    assert native._C.trace(False) == b""
+    native._C.trace(True)
+    assert torch.equal(gradient(), plain)
+    assert len(native._C.trace(False)) % 32 == 0
+    gradient()
+    assert native._C.trace(False) == b""
+
+
+def test_disturbed_iterations_are_left_out() -> None:
+    moments = [(0.0, 1.0), (1.0, 6.0), (6.0, 7.5)]
+    spans = tuple(Span("sample", begin, end) for begin, end in moments)
+    kept = undisturbed(Recording(3, 0.0, spans, spans, (), 1), moments)
+    assert (kept.iterations, kept.wall, kept.host) == (2, 2.5, (spans[0], spans[2]))
+
+
+def test_a_call_has_an_edge_on_either_side() -> None:
+    inside = [Span("query", 2.0, 3.0, 1), Span("load", 1.0, 1.5, 0), Span("query", 2.5, 4.0, 0)]
+    edges = around([Span("meta-gradient", 0.5, 4.25, HOST), Span("meta-gradient", 5, 6, HOST)], inside)
+    assert [(span.name, span.begin, span.end) for span in edges] == [("prepare", 0.5, 1.0), ("collect", 4.0, 4.25)]
+
+
+def told(rows: list[Row], phases: dict[str, float], kernels: Any = ()) -> str:
+    rates = Rates(matrix=1e9, copy=1e9)
+    rest = 1 - sum(phases.values())
+    return Profile("w", "e", {}, rates, 1.0, 1.0, 1, {**phases, NOT_ACCOUNTED: rest}, tuple(rows), kernels).verdict
+
+
+def row(kind: str, seconds: float, flops: float, moved: float) -> Row:
+    return Row("layer", (kind,), "forward", "query", seconds, 7, flops, moved, max(flops, moved) / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "phases", "kernels", "verdict"),
+    [
+        ([row("conv2d", 0.6, 3e8, 1e8)], {"query": 0.9}, (),
+         "compute-bound in conv2d: 60% of the time, at 50% of the matrix rate"),
+        ([row("batch_norm", 0.6, 0, 3e8), row("conv2d", 0.2, 1e8, 0)], {"query": 0.9}, (),
+         "memory-bound in batch_norm: 60% of the time, at 50% of the copy rate"),
+        ([row("linear", 0.6, 1e6, 6e6)], {"query": 0.9}, (),
+         "overhead-bound in linear: 60% of the time, in 7 calls that take 100 times as long as their FLOPs and bytes"),
+        ([row("linear", 0.2, 1e8, 0)], {"sample": 0.5, "prepare": 0.1, "query": 0.3}, (),
+         "host-bound: 70% of the time is outside the layers, most of it in 'sample'"),
+        ([row("linear", 0.9, 8e8, 0)], {"query": 0.9}, ({"name": "k", "seconds": 0.2, "calls": 3},),
+         "launch-bound: the GPU is idle 80% of the time"),
+    ],
+)  # fmt: skip
+def test_verdicts(rows: list[Row], phases: dict[str, float], kernels: Any, verdict: str) -> None:
+    assert told(rows, phases, kernels) == verdict
+
+
+def test_the_command_writes_its_files(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "deep" / "profile"
+    options = ["--device", "cpu", "--iterations", 2, "--threads", torch.get_num_threads(), "--out", out]
+    code, text, _ = call(capsys, "profile", "sin25-1", *options)
+    assert code == 0
+    assert "verdict: " in text
+    assert "inner step 1" in text
+    assert {path.name for path in out.iterdir()} == {"profile.json", "trace.json", "roofline.png"}
+    written = json.loads((out / "profile.json").read_text())
+    assert written["verdict"] in " ".join(text.split())
+    assert written["workload"] == "sin25-1"
+    assert 0 < written["accounted"] <= 1
+    assert sum(written["phases_s"].values()) == pytest.approx(written["wall_s"])
+    assert (out / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        ([], 2, "give a workload's name"),
+        (["sin25-1", "--model", "x.py:net"], 2, "give a workload's name"),
+        (["sin25"], 2, "workload 'sin25' is unknown"),
+        (["sin25-1", "--iterations", 0], 2, "--iterations 0"),
+        (["sin25-1", "--backend", "fast"], 2, "backend='fast' is unknown"),
+        (["sin25-1", "--backend", "native-cuda"], 1, "cannot run this model"),
+        (["sin25-1", "--device", "gpu"], 2, "--device is 'gpu'"),
+    ],
+)
+def test_command_errors(tmp_path: Path, capsys: Any, options: list[Any], code: int, text: str) -> None:
+    found, _, err = call(capsys, "profile", *options, "--out", tmp_path / "p", *(["--device", "cpu"][: 2 * (
+        "--device" not in options)]))  # fmt: skip
+    assert found == code
+    assert text in err
