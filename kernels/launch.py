@@ -25,7 +25,9 @@ TILES = Tiles()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3, **constants: Any) -> None:
-    """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...)."""
+    """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...); on tensors without memory nothing."""
+    if args[0].is_meta:
+        return
     kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metafast.executors import Executor
 from metafast.executors.passes import Pass
-from metafast.executors.reference import unrolled
+from metafast.executors.sweep import unrolled
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 

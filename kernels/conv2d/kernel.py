@@ -48,7 +48,7 @@ class TritonConv2d(Layer):
         if not terms:
             assert bd is not None  # the only tangent there is
             ctx.parts, size = None, (*ctx.x.shape[:2], bd.shape[1], *ctx.sizes.size)
-            return bd[:, None, :, None, None].expand(size)
+            return bd[:, None, :, None, None].expand(size).to(ctx.x.dtype)
         standard = ctx.__dict__.get("standard", False)
         y, ctx.parts, ctx.rows = gather_product(terms, ctx.sizes.forward(), self.precision, bd, statistics=standard)
         return channels_first(y)

@@ -17,7 +17,8 @@ from .reference import CrossEntropy
 
 @triton.jit
 def metafast_cross_entropy(loss, p, g, z, y, w, n, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """``loss [T]``, ``p`` and ``g`` ``[T,n,K]``. Grid (1, task): the samples of a task one block after another."""
+    """``loss [T]``, ``p`` and ``g`` ``[T,n,K]``; NaN for a task with a label outside. Grid (1, task): the samples of a
+    task one block after another."""
     task = tl.program_id(1)
     k = tl.arange(0, BK)
     total = tl.zeros((BR,), tl.float32)
@@ -29,8 +30,9 @@ def metafast_cross_entropy(loss, p, g, z, y, w, n, K: tl.constexpr, BR: tl.const
         top = tl.where(row < n, tl.max(v, 1), 0.0)
         e = tl.where(inside, tl.exp(v - top[:, None]), 0.0)
         s = tl.where(row < n, tl.sum(e, 1), 1.0)
-        label = tl.load(y + task * n + row, row < n, 0).to(tl.int32)
+        label = tl.load(y + task * n + row, row < n, 0)
         weight = tl.load(w + task * n + row, row < n, 0.0)
+        weight = tl.where((weight != 0) & ((label < 0) | (label >= K)), float("nan"), weight)
         hit = k[None, :] == label[:, None]
         of_label = tl.sum(tl.where(hit & inside, v - top[:, None], 0.0), 1)
         total += weight * tl.where(weight != 0, tl.log(s) - of_label, 0.0)
@@ -63,7 +65,7 @@ class TritonCrossEntropy(Loss):
         self.options.check(output, targets, name)
 
     def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
-        z = outputs.contiguous()
+        z, ctx.dtype = outputs.float().contiguous(), outputs.dtype
         tasks, n, classes = z.shape
         ctx.w = sample_weights(ctx.mask, z)
         loss, ctx.p, ctx.g = empty(z, tasks), torch.empty_like(z), torch.empty_like(z)
@@ -72,11 +74,11 @@ class TritonCrossEntropy(Loss):
         return loss
 
     def backward(self, ctx: Context) -> Tensor:
-        return ctx.g  # type: ignore[no-any-return]
+        return ctx.g.to(ctx.dtype)  # type: ignore[no-any-return]
 
     def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
         tasks, n, classes = ctx.p.shape
-        gd, sizes = torch.empty_like(ctx.p), self._block(tasks * n, classes)
+        gd, sizes = torch.empty_like(ctx.p, dtype=ctx.dtype), self._block(tasks * n, classes)
         grid = (cdiv(tasks * n, sizes["BR"]),)
         launch(metafast_cross_entropy_tangent, grid, gd, ctx.p, d_outputs.contiguous(), ctx.w, tasks * n,
                K=classes, **sizes)  # fmt: skip

@@ -44,15 +44,16 @@ class TritonMSE(Loss):
         self.options.check(output, targets, name)
 
     def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
-        ctx.w = sample_weights(ctx.mask, outputs)
-        loss, ctx.g = self._run(ctx, outputs.contiguous(), targets.contiguous())
+        z, ctx.dtype = outputs.float().contiguous(), outputs.dtype
+        ctx.w = sample_weights(ctx.mask, z)
+        loss, ctx.g = self._run(ctx, z, targets.contiguous())
         return loss
 
     def backward(self, ctx: Context) -> Tensor:
-        return ctx.g  # type: ignore[no-any-return]
+        return ctx.g.to(ctx.dtype)  # type: ignore[no-any-return]
 
     def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
-        return self._run(ctx, d_outputs.contiguous(), None)[1]
+        return self._run(ctx, d_outputs.float().contiguous(), None)[1].to(ctx.dtype)
 
     @staticmethod
     def _run(ctx: Context, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:

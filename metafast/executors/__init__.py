@@ -49,10 +49,12 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown; choose from {names}")
 
 
-def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = False) -> Choice:
+def choose(
+    program: Program, x: Tensor, backend: str = "auto", masked: bool = False, precision: str = "float32"
+) -> Choice:
     """The first proven executor that takes ``program`` on batches like ``x [T, n, ...]``; or ``backend``, no other.
 
-    ``masked``: are some samples padding?
+    ``masked``: are some samples padding? ``precision``: what products are rounded to.
 
     Raises:
         ValueError: ``backend`` is unknown.
@@ -60,8 +62,12 @@ def choose(program: Program, x: Tensor, backend: str = "auto", masked: bool = Fa
     """
     check_backend(backend)
     passed_over: list[tuple[str, str]] = []
-    for executor in _EXECUTORS:
-        if backend not in ("auto", executor.name):
+    for candidate in _EXECUTORS:
+        if backend not in ("auto", candidate.name):
+            continue
+        executor = candidate.at(precision)
+        if executor is None:
+            passed_over.append((candidate.name, f"it has no precision {precision!r}"))
             continue
         reason = executor.refuses(program, x, masked)
         if reason is None and backend == "auto" and not executor.proven:

@@ -34,6 +34,11 @@ class Executor(ABC):
     proven = True
     """Has it been held to the truth on the devices that it runs on? ``auto`` takes no other."""
 
+    def at(self, precision: str) -> Executor | None:
+        """The executor that does the same in ``precision``; ``None`` where there is none. ``float32``: products and
+        sums as exact as the model's own type."""
+        return self if precision == "float32" else None
+
     @abstractmethod
     def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
         """``None`` where it can run ``program`` on batches like ``x [T, n, ...]``, else the reason in words.
@@ -44,6 +49,11 @@ class Executor(ABC):
     @abstractmethod
     def explain(self, program: Program, x: Tensor) -> list[str]:
         """For each node, how it is run."""
+
+    def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str | None:
+        """How a second-order meta-gradient of such batches goes through memory, with the predicted peak; ``None`` where
+        that is not planned."""
+        return None
 
     @abstractmethod
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,15 @@ class _Recorded:
 
 
 class Graphs:
-    """The graphs of the last ``limit`` computations; each keeps its own memory.
+    """The graphs of the last ``limit`` computations. They share their memory: one runs at a time, and its results are
+    copied out before the next.
 
-    A computation runs as it is the first time, which compiles its kernels, is recorded the second time, and replayed
-    from then on.
+    A computation runs as it is the first time, is recorded the second time, and replayed from then on.
     """
 
     def __init__(self, limit: int = 8) -> None:
         self.limit = limit
+        self.pool: Any = None
         self.recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()
 
     def run(self, key: Hashable, function: Callable[..., Results], inputs: Sequence[Tensor]) -> Results:
@@ -49,10 +51,11 @@ class Graphs:
         recorded.graph.replay()
         return tuple(result.clone() for result in recorded.results)
 
-    @staticmethod
-    def _record(function: Callable[..., Results], inputs: Sequence[Tensor]) -> _Recorded:
+    def _record(self, function: Callable[..., Results], inputs: Sequence[Tensor]) -> _Recorded:
         held = [x.detach().clone() for x in inputs]
+        function(*held)  # compiles what is special to these addresses, which a recording must not
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):
             results = function(*held)
         return _Recorded(graph, held, results)

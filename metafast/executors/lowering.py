@@ -41,18 +41,20 @@ from metafast.program import Node, Parameter, Program
 
 _ALIGNMENT = 16  # elements
 _LARGEST_WINDOW = 16  # pixels that a fused pool unrolls
+_MOST_BLOCKS = 65535  # of a grid along its second axis, that of tasks and groups
 
 
 @dataclass(frozen=True)
 class Lowered:
     """``program`` runs on Triton; element ``i`` of the user's flat vector lies at ``order[i]`` of its own.
 
-    ``notes`` say for each node of the user's program how it runs.
+    ``notes`` say for each node of the user's program how it runs; ``most`` tasks fit into one launch.
     """
 
     program: Program
     order: Tensor
     notes: tuple[str, ...]
+    most: int
 
     def pack(self, flat: Tensor) -> Tensor:
         """``[..., P]`` of the user -> ``[..., P']``, zero in the gaps."""
@@ -75,7 +77,9 @@ def lower(program: Program, precision: str, device: torch.device) -> Lowered:
             builder.add(i)
     output = builder.value[program.output]
     lowered = Program(tuple(builder.nodes), tuple(memory.parameters), output, triton_loss(program.loss) or program.loss)
-    return Lowered(lowered, memory.order.to(device), tuple(builder.notes[i] for i in range(len(program.nodes))))
+    notes = tuple(builder.notes[i] for i in range(len(program.nodes)))
+    groups = max((node.layer.groups for node in program.nodes if isinstance(node.layer, Conv2d)), default=1)
+    return Lowered(lowered, memory.order.to(device), notes, max(1, _MOST_BLOCKS // groups))
 
 
 class _Builder:

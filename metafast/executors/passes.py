@@ -44,7 +44,7 @@ class Pass:
         stem: Stem | None = None,
     ) -> None:
         self.program, self.batch, self.step = program, batch, step
-        self.params = program.unflatten(params)
+        self.theta, self.params = params, program.unflatten(params)
         self.stem = stem if stem is not None else Stem()
         self.wanted = wanted
         self.depends = _depends(program, wanted)
@@ -137,7 +137,7 @@ class Pass:
         parts = []
         for k, p in enumerate(self.program.parameters):
             part = gradients.get(k)
-            parts.append(self.batch.x.new_zeros(tasks, p.size) if part is None else part.reshape(tasks, p.size))
+            parts.append(self.theta.new_zeros(tasks, p.size) if part is None else part.reshape(tasks, p.size))
         return torch.cat(parts, 1)
 
     def _run(self, i: int) -> None:

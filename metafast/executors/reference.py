@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from metafast.executors.base import Executor, rows, sum_to_rate
+from metafast.executors.base import Executor
 from metafast.executors.passes import Pass
+from metafast.executors.sweep import Sweep, query, unrolled
 from metafast.program import Program
 from metafast.tasks import Batch
 
@@ -22,12 +23,13 @@ _COPIES = 12  # values, saved quantities, adjoints and their tangents alive at o
 
 
 class ReferenceExecutor(Executor):
-    """Every layer, every loss, every device; ``budget`` bounds the bytes of activations alive at once."""
+    """Every layer, every loss, every device; ``budget`` bounds the bytes of activations alive at once, ``most`` the
+    tasks."""
 
     name = "reference"
 
-    def __init__(self, budget: int = _BUDGET) -> None:
-        self.budget = budget
+    def __init__(self, budget: int = _BUDGET, most: int | None = None) -> None:
+        self.budget, self.most = budget, most
 
     def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
         if x.dtype not in (torch.float32, torch.float64):
@@ -55,13 +57,9 @@ class ReferenceExecutor(Executor):
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         theta = _by_task(params, batch.x)
-        everything = (True,) * len(program.parameters)
         parts = []
         for chunk in self._chunks(program, batch.x):
-            run = Pass(program, theta[chunk], batch.tasks(chunk), step, everything)
-            outputs = run.forward()
-            losses = run.loss()
-            parts.append((losses, run.flat(run.backward()), outputs))
+            parts.append(query(program, theta[chunk], batch.tasks(chunk), step))
         losses, grads, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
         return losses, grads, outputs
 
@@ -93,66 +91,18 @@ class ReferenceExecutor(Executor):
         lr_grad = torch.zeros_like(lr) if needs_lr else None
         parts = []
         for chunk in self._chunks(program, support.x):
-            sweep = _ReverseSweep(program, lr, support.tasks(chunk), first_order)
-            parts.append(sweep.run(trajectory[:, chunk], v[:, chunk], lr_grad))
+            sweep = Sweep(program, lr, support.tasks(chunk), first_order=first_order, needs_lr=needs_lr)
+            parts.append(sweep.reverse(trajectory[:, chunk].unbind(0), v[:, chunk].unbind(0)))
+            if lr_grad is not None and sweep.lr_grad is not None:
+                lr_grad += sweep.lr_grad
         return torch.cat(parts), lr_grad
 
     def _chunks(self, program: Program, x: Tensor) -> Iterator[slice]:
         tasks = x.shape[0]
         elements = _COPIES * _elements(program, tuple(x.shape[1:]), x.dtype, x.device) + 4 * program.size
-        size = max(1, self.budget // (x.element_size() * elements))
+        size = min(max(1, self.budget // (x.element_size() * elements)), self.most or tasks)
         for start in range(0, tasks, size):
             yield slice(start, min(tasks, start + size))
-
-
-
-def unrolled(program: Program, theta: Tensor, lr: Tensor, support: Batch, steps: int) -> list[Tensor]:
-    """``theta_0 .. theta_S``, each ``[T, P]``. With gradients enabled autograd records it, to any order."""
-    wanted = tuple(p.adapted for p in program.parameters)
-    stem = Pass(program, theta, support, 0, wanted).forward_stem()
-    trajectory = [theta]
-    for step, rate in enumerate(rows(lr, steps)):
-        run = Pass(program, trajectory[-1], support, step, wanted, stem)
-        run.forward()
-        run.loss()
-        trajectory.append(trajectory[-1] - rate * run.flat(run.backward()))
-    return trajectory
-
-
-class _ReverseSweep:
-    """``v <- v - H_s (lr_s v)`` from the last step to the first, for one chunk of tasks."""
-
-    def __init__(self, program: Program, lr: Tensor, support: Batch, first_order: bool) -> None:
-        self.program, self.lr, self.support, self.first_order = program, lr, support, first_order
-        self.adapted = _adapted(program, lr.device)
-
-    def run(self, trajectory: Tensor, v: Tensor, lr_grad: Tensor | None) -> Tensor:
-        """The adjoint of ``theta_0``, ``[T, P]``; adds to ``lr_grad``."""
-        program, steps = self.program, trajectory.shape[0] - 1
-        everything = (True,) * len(program.parameters)
-        first = Pass(program, trajectory[0], self.support, 0, everything)
-        stem = first.stem = first.forward_stem()
-        adapted = tuple(p.adapted for p in program.parameters)
-        carried = v[steps]
-        for step in reversed(range(steps)):
-            row = min(step, self.lr.shape[0] - 1)
-            run = Pass(program, trajectory[step], self.support, step, everything, stem)
-            run.forward()
-            run.loss()
-            run.wanted = adapted if lr_grad is not None else (False,) * len(adapted)
-            gradient = run.backward()
-            run.wanted = everything
-            if lr_grad is not None:
-                lr_grad[row] -= sum_to_rate(carried * run.flat(gradient), self.lr.shape[1])
-            if not self.first_order and run.push(self.lr[row] * carried * self.adapted) is not None:
-                carried = carried - run.flat(run.tangent_backward())
-            carried = carried + v[step]
-        return carried - first.flat(first.pull_stem()) if stem.adjoint else carried
-
-
-@functools.lru_cache(maxsize=64)
-def _adapted(program: Program, device: torch.device) -> Tensor:
-    return program.adapted.to(device)
 
 
 @functools.lru_cache(maxsize=64)

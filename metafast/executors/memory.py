@@ -1,0 +1,83 @@
+"""How a meta-gradient goes through memory: what is kept, how many tasks at once, and the peak that this leads to.
+
+The peak is not estimated but found by running the computation on tensors that have shapes and no memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``chunk`` tasks at a time; ``keep`` the activations of all inner steps for the reverse sweep, or compute them
+    again there; ``peak`` bytes of memory beside the tasks and the parameters."""
+
+    chunk: int
+    keep: bool
+    peak: int
+
+    def chunks(self, tasks: int) -> Iterator[slice]:
+        """The ranges of tasks."""
+        for start in range(0, tasks, self.chunk):
+            yield slice(start, min(tasks, start + self.chunk))
+
+    def __str__(self) -> str:
+        how = "activations kept" if self.keep else "activations computed again in the reverse sweep"
+        return f"{self.chunk} task{'s' * (self.chunk > 1)} at a time, {how}, peak {self.peak / 2**20:,.0f} MiB"
+
+
+def choose_plan(peak: Callable[[int, bool], int], tasks: int, budget: int, most: int) -> Plan:
+    """The plan with the fewest chunks of at most ``most`` tasks that stays within ``budget`` bytes.
+
+    Activations are kept where at least one task fits with them. ``peak(chunk, keep)`` is asked for bytes. Where nothing
+    fits, one task at a time with as little kept as there is.
+    """
+    for keep in (True, False):
+        count = -(-tasks // most)
+        while count <= tasks:
+            chunk = -(-tasks // count)
+            needed = peak(chunk, keep)
+            if needed <= budget:
+                return Plan(chunk, keep, needed)
+            likely = -(-tasks * needed // (chunk * budget))
+            count = count + 1 if count == tasks else min(max(count + 1, likely), tasks)
+    return Plan(1, False, peak(1, False))
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes that tensors made by ``function`` hold at any time, its results among them."""
+    with _Meter() as meter:
+        function()
+    return meter.peak
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the memory of every tensor that comes out of an operation until nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {_storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and (key := _storage(x)._cdata) not in known and key not in self.alive:
+                self.alive[key] = _storage(x).nbytes()
+                weakref.finalize(_storage(x), self.alive.pop, key)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage:
+    return x.untyped_storage()
