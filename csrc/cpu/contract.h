@@ -70,11 +70,7 @@ template <class T>
 void Core<T>::multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias,
                                bool add, T* y) const {
   using D = Direct<T>;
-  const typename D::Matrix matrix{terms, count, from.ld, from.c, to.ld, add};
-  for (int column = 0; column < to.ld; column += D::panel) {
-    D::panel_product(matrix, n, to.ld - column, static_cast<long>(column) * from.ld, bias ? bias + column : nullptr,
-                     y + column);
-  }
+  D::matrix_product({terms, count, from.ld, from.c, from.ld, y, to.ld, bias, add}, n, to.ld);
 }
 
 template <class T>
@@ -86,13 +82,7 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
   if (Winograd<T>::pays(w, gx, gy, n, 1)) {
     return Winograd<T>::outer(gx, gy, w.py, w.px, n, pairs, count, zeros, g_w, transformed);
   }
-  if (of_vectors(op)) {
-    for (int column = 0; column < gy.ld; column += D::panel) {
-      D::vector_outer(pairs, count, {n, gx.ld, gy.ld}, gx.c, column, gy.ld - column,
-                      g_w + static_cast<long>(column) * gx.ld);
-    }
-    return;
-  }
+  if (of_vectors(op)) return D::vector_outer(pairs, count, {n, gx.ld, gy.ld, gx.ld, g_w}, gx.c, gy.ld);
   const long depth = static_cast<long>(w.kh) * w.kw * gx.ld;
   const int image = gy.h * gy.w;
   const int samples = image < run_pixels ? run_pixels / image : 1;

@@ -84,98 +84,110 @@ struct Direct {
     }
   };
 
-  // `tiles` times R rows, from `at`, times V packs of the panel whose weights begin at `shift`.
+  // What one call of a kernel covers: `tiles` times R rows of `panels` panels, V packs wide.
+  struct Range {
+    int column, panels, first, tiles;
+  };
+
   template <int R, int V>
-  METAFAST_KERNEL static void gather_tiles(const Rows& rows, const Term<T>* terms, int count, Place at, long tiles,
-                                           long shift, const Target& to, int column) {
+  METAFAST_KERNEL static void gather_tiles(const Rows& rows, const Term<T>* terms, int count, const Range& range,
+                                           long depth, const Target& to) {
     const Gather& g = *rows.gather;
-    for (long tile = 0; tile < tiles; ++tile) {
-      const int32_t* source[R];
-      long image[R];
-      T* out[R];
-      for (int i = 0; i < R; ++i, at.advance(1, g.rows)) {
-        source[i] = g.source + static_cast<long>(at.row) * g.segments;
-        image[i] = at.sample * rows.image;
-        out[i] = to.base + at.sample * to.image + g.target[at.row] + column;
-      }
-      Sums<R, V> sums{};
-      if (to.bias) sums.start(to.bias + column, 0);
-      for (int t = 0; t < count; ++t) {
-        for (int s = 0; s < g.segments; ++s) {
-          const T* a[R];
-          for (int i = 0; i < R; ++i) a[i] = source[i][s] < 0 ? rows.zeros : terms[t].a + image[i] + source[i][s];
-          const T* w = terms[t].weights + shift + static_cast<long>(g.first[s]) * V * lanes;
-          sums.multiply([&](int i, long k) { return a[i][k]; }, 1, w, V * lanes, g.length);
+    for (int column = range.column; column < range.column + range.panels * V * lanes; column += V * lanes) {
+      Place at{0, 0};
+      at.advance(range.first, g.rows);
+      for (int tile = 0; tile < range.tiles; ++tile) {
+        const int32_t* source[R];
+        long image[R];
+        T* out[R];
+        for (int i = 0; i < R; ++i, at.advance(1, g.rows)) {
+          source[i] = g.source + static_cast<long>(at.row) * g.segments;
+          image[i] = at.sample * rows.image;
+          out[i] = to.base + at.sample * to.image + g.target[at.row] + column;
         }
+        Sums<R, V> sums{};
+        if (to.bias) sums.start(to.bias + column, 0);
+        for (int t = 0; t < count; ++t) {
+          for (int s = 0; s < g.segments; ++s) {
+            const T* a[R];
+            for (int i = 0; i < R; ++i) a[i] = source[i][s] < 0 ? rows.zeros : terms[t].a + image[i] + source[i][s];
+            const T* w = terms[t].weights + column * depth + static_cast<long>(g.first[s]) * V * lanes;
+            sums.multiply([&](int i, long k) { return a[i][k]; }, 1, w, V * lanes, g.length);
+          }
+        }
+        sums.finish(out, to.add);
       }
-      sums.finish(out, to.add);
     }
   }
 
   // All rows of n samples times all panels of `columns` output elements; a panel is `depth` rows deep.
   static void product(const Rows& rows, int n, const Term<T>* terms, int count, long depth, int columns,
                       const Target& to) {
-    const int in_sample = rows.gather->rows;
-    for (int column = 0; column < columns; column += panel) {
-      Place at{0, 0};
-      in_tiles(static_cast<long>(n) * in_sample, columns - column, [&](long, long tiles, auto r, auto v) {
-        constexpr int R = decltype(r)::value, V = decltype(v)::value;
-        gather_tiles<R, V>(rows, terms, count, at, tiles, column * depth, to, column);
-        at.advance(static_cast<int>(tiles) * R, in_sample);
-      });
-    }
+    in_tiles(n * rows.gather->rows, columns, [&](const Range& range, auto r, auto v) {
+      gather_tiles<decltype(r)::value, decltype(v)::value>(rows, terms, count, range, depth, to);
+    });
   }
 
-  // Rows that lie `a_stride` apart and go to rows `out_stride` apart: vectors, or the tiles of a transform.
+  // Rows that lie `a_stride` apart and go to rows `out_stride` apart, a panel `depth` rows deep: vectors, or the tiles
+  // of a transform.
   struct Matrix {
     const Term<T>* terms;
     int count;
-    long a_stride, length, out_stride;
+    long a_stride, length, depth;
+    T* out;
+    long out_stride;
+    const T* bias;
     bool add;
   };
 
   template <int R, int V>
-  METAFAST_KERNEL static void matrix_tiles(const Matrix& m, long first, long tiles, long shift, const T* bias, T* out) {
-    T* to = out + first * m.out_stride;
-    for (; tiles > 0; --tiles, first += R, to += R * m.out_stride) {
-      Sums<R, V> sums{};
-      if (bias) sums.start(bias, 0);
-      for (int t = 0; t < m.count; ++t) {
-        const T* const a = m.terms[t].a + first * m.a_stride;
-        const long stride = m.a_stride;
-        sums.multiply([=](int i, long k) { return a[i * stride + k]; }, 1, m.terms[t].weights + shift, V * lanes,
-                      m.length);
+  METAFAST_KERNEL static void matrix_tiles(const Matrix& m, const Range& range) {
+    for (int column = range.column; column < range.column + range.panels * V * lanes; column += V * lanes) {
+      T* to = m.out + range.first * m.out_stride + column;
+      long first = range.first * m.a_stride;
+      for (int tile = 0; tile < range.tiles; ++tile, first += R * m.a_stride, to += R * m.out_stride) {
+        Sums<R, V> sums{};
+        if (m.bias) sums.start(m.bias + column, 0);
+        for (int t = 0; t < m.count; ++t) {
+          const T* const a = m.terms[t].a + first;
+          const long stride = m.a_stride;
+          sums.multiply([=](int i, long k) { return a[i * stride + k]; }, 1, m.terms[t].weights + column * m.depth,
+                        V * lanes, m.length);
+        }
+        sums.finish(to, m.out_stride, m.add);
       }
-      sums.finish(to, m.out_stride, m.add);
     }
   }
 
-  // `rows` rows times the one panel at `shift`, of which `columns` output elements are left.
-  static void panel_product(const Matrix& m, long rows, int columns, long shift, const T* bias, T* out) {
-    in_tiles(rows, columns, [&](long first, long tiles, auto r, auto v) {
-      matrix_tiles<decltype(r)::value, decltype(v)::value>(m, first, tiles, shift, bias, out);
+  static void matrix_product(const Matrix& m, int rows, int columns) {
+    in_tiles(rows, columns, [&](const Range& range, auto r, auto v) {
+      matrix_tiles<decltype(r)::value, decltype(v)::value>(m, range);
     });
   }
 
-  // f(first row, number of tiles, R, V) for tiles of about equal height that cover `rows` rows of a panel: at most two
-  // calls, of heights that differ by one.
+  // f(range, R, V) for tiles of about equal height that cover `rows` rows and `columns` columns: whole panels and what
+  // is left of them, each in at most two heights that differ by one.
   template <class F>
-  static void in_tiles(long rows, int columns, const F& f) {
-    const int most = columns >= panel ? max_rows : 2 * max_rows;
-    const long tiles = (rows + most - 1) / most, height = rows / tiles, taller = rows % tiles;
-    const auto run = [&](long first, long count, long high) {
-      if (count == 0) return;
-      with_rows(static_cast<int>(high), [&](auto r) {
-        if (columns < panel) return f(first, count, r, std::integral_constant<int, 1>{});
-        if constexpr (decltype(r)::value <= max_rows) f(first, count, r, std::integral_constant<int, 2>{});
-      });
+  static void in_tiles(unsigned rows, int columns, const F& f) {
+    const int whole = columns / panel;
+    if (whole > 0) in_heights<2>(rows, max_rows, {0, whole, 0, 0}, f);
+    if (columns > whole * panel) in_heights<1>(rows, 2 * max_rows, {whole * panel, 1, 0, 0}, f);
+  }
+
+  template <int V, class F>
+  static void in_heights(unsigned rows, unsigned most, Range range, const F& f) {
+    const unsigned tiles = (rows + most - 1) / most, height = rows / tiles, taller = rows - height * tiles;
+    const auto run = [&](unsigned first, unsigned count, unsigned high) {
+      range.first = static_cast<int>(first), range.tiles = static_cast<int>(count);
+      with_rows<V == 2 ? max_rows : 2 * max_rows>(static_cast<int>(high),
+                                                  [&](auto r) { f(range, r, std::integral_constant<int, V>{}); });
     };
-    run(0, taller, height + 1);
-    run(taller * (height + 1), tiles - taller, height);
+    if (taller > 0) run(0, taller, height + 1);
+    if (tiles > taller) run(taller * (height + 1), tiles - taller, height);
   }
 
   // From a number of rows at run time to one known when compiling.
-  template <int R = 2 * max_rows, class F>
+  template <int R, class F>
   static void with_rows(int rows, const F& f) {
     if constexpr (R > 0) {
       if (rows == R) return f(std::integral_constant<int, R>{});
@@ -190,9 +202,10 @@ struct Direct {
     long x_sample, x_line, x_pixel, g_sample, g_line, g_pixel, x_at, g_at;
   };
 
-  // Vectors that a weight gradient is summed over.
+  // Vectors that a weight gradient [panel][depth][width] is summed over.
   struct Vectors {
-    long length, x_stride, g_stride;
+    long length, x_stride, g_stride, depth;
+    T* out;
   };
 
   // A part of a weight gradient [panel][depth][width]: rows from `first`, at x + offset[i].
@@ -204,60 +217,61 @@ struct Direct {
     int rows;
   };
 
-  // out[i][width] += sum over the run of x[offset[i]] * g[column], in `tiles` times R rows.
+  // out[i][width] += sum over the run of x[offset[i]] * g[column].
   template <int R, int V>
-  METAFAST_KERNEL static void outer_tiles(const Pair<T>* pairs, int count, const Run& run, long tiles,
-                                          const int32_t* offset, long column, T* out) {
-    for (; tiles > 0; --tiles, offset += R, out += R * V * lanes) {
-      Sums<R, V> sums;
-      sums.start(out, V * lanes);
-      for (int t = 0; t < count; ++t) {
-        for (int s = 0; s < run.samples; ++s) {
-          for (int l = 0; l < run.lines; ++l) {
-            const T* x = pairs[t].x + run.x_at + s * run.x_sample + l * run.x_line;
-            const T* g = pairs[t].g + run.g_at + s * run.g_sample + l * run.g_line + column;
-            const T* a[R];
-            for (int i = 0; i < R; ++i) a[i] = x + offset[i];
-            sums.multiply([&](int i, long k) { return a[i][k]; }, run.x_pixel, g, run.g_pixel, run.length);
+  METAFAST_KERNEL static void outer_tiles(const Pair<T>* pairs, int count, const Run& run, const Part& to,
+                                          const Range& range) {
+    for (int column = range.column; column < range.column + range.panels * V * lanes; column += V * lanes) {
+      const int32_t* offset = to.offset + range.first;
+      T* out = to.base + column * to.depth + (to.first + range.first) * V * lanes;
+      for (int tile = 0; tile < range.tiles; ++tile, offset += R, out += R * V * lanes) {
+        Sums<R, V> sums;
+        sums.start(out, V * lanes);
+        for (int t = 0; t < count; ++t) {
+          for (int s = 0; s < run.samples; ++s) {
+            for (int l = 0; l < run.lines; ++l) {
+              const T* x = pairs[t].x + run.x_at + s * run.x_sample + l * run.x_line;
+              const T* g = pairs[t].g + run.g_at + s * run.g_sample + l * run.g_line + column;
+              const T* a[R];
+              for (int i = 0; i < R; ++i) a[i] = x + offset[i];
+              sums.multiply([&](int i, long k) { return a[i][k]; }, run.x_pixel, g, run.g_pixel, run.length);
+            }
           }
         }
+        sums.finish(out, V * lanes, false);
       }
-      sums.finish(out, V * lanes, false);
     }
   }
 
   static void outer(const Pair<T>* pairs, int count, const Run& run, const Part& to) {
-    for (int column = 0; column < to.columns; column += panel) {
-      in_tiles(to.rows, to.columns - column, [&](long first, long tiles, auto r, auto v) {
-        constexpr int R = decltype(r)::value, V = decltype(v)::value;
-        outer_tiles<R, V>(pairs, count, run, tiles, to.offset + first, column,
-                          to.base + column * to.depth + (to.first + first) * V * lanes);
-      });
-    }
+    in_tiles(to.rows, to.columns, [&](const Range& range, auto r, auto v) {
+      outer_tiles<decltype(r)::value, decltype(v)::value>(pairs, count, run, to, range);
+    });
   }
 
-  // out[i][width] += sum over k < length of x[k * x_stride + i] * g[k * g_stride], in `tiles` times R rows.
+  // The same for vectors: out[i][width] += sum over k < length of x[k * x_stride + i] * g[k * g_stride + column].
   template <int R, int V>
-  METAFAST_KERNEL static void vector_outer_tiles(const Pair<T>* pairs, int count, const Vectors& of, long first,
-                                                 long tiles, long column, T* out) {
-    for (; tiles > 0; --tiles, first += R, out += R * V * lanes) {
-      Sums<R, V> sums;
-      sums.start(out, V * lanes);
-      for (int t = 0; t < count; ++t) {
-        const T* const x = pairs[t].x + first;
-        sums.multiply([=](int i, long k) { return x[k + i]; }, of.x_stride, pairs[t].g + column, of.g_stride,
-                      of.length);
+  METAFAST_KERNEL static void vector_outer_tiles(const Pair<T>* pairs, int count, const Vectors& of,
+                                                 const Range& range) {
+    for (int column = range.column; column < range.column + range.panels * V * lanes; column += V * lanes) {
+      T* out = of.out + column * of.depth + range.first * V * lanes;
+      int first = range.first;
+      for (int tile = 0; tile < range.tiles; ++tile, first += R, out += R * V * lanes) {
+        Sums<R, V> sums;
+        sums.start(out, V * lanes);
+        for (int t = 0; t < count; ++t) {
+          const T* const x = pairs[t].x + first;
+          sums.multiply([=](int i, long k) { return x[k + i]; }, of.x_stride, pairs[t].g + column, of.g_stride,
+                        of.length);
+        }
+        sums.finish(out, V * lanes, false);
       }
-      sums.finish(out, V * lanes, false);
     }
   }
 
-  // The same for `rows` rows of one panel, of which `columns` columns are left.
-  static void vector_outer(const Pair<T>* pairs, int count, const Vectors& of, long rows, long column, int columns,
-                           T* out) {
-    in_tiles(rows, columns, [&](long first, long tiles, auto r, auto v) {
-      constexpr int R = decltype(r)::value, V = decltype(v)::value;
-      vector_outer_tiles<R, V>(pairs, count, of, first, tiles, column, out + first * V * lanes);
+  static void vector_outer(const Pair<T>* pairs, int count, const Vectors& of, int rows, int columns) {
+    in_tiles(rows, columns, [&](const Range& range, auto r, auto v) {
+      vector_outer_tiles<decltype(r)::value, decltype(v)::value>(pairs, count, of, range);
     });
   }
 

@@ -169,15 +169,16 @@ struct Winograd {
       }
       for (int column = 0; column < gy.ld; column += panel) {
         const long shift = column / panel * points * weights_stride(gx.ld);
+        const int width = D::width(gy.ld, column);
         for (int point = 0; point < points; ++point) {
           const T* a = scratch + point * point_stride(gx.ld);
           const long weights = shift + point * weights_stride(gx.ld);
-          const Term<T> here[2] = {{a, terms[0].weights}, {a + patches, terms[count - 1].weights}};
-          const typename D::Matrix matrix{here, count, gx.ld, gx.ld, panel, false};
-          D::panel_product(matrix, tiles_here, gy.ld - column, weights, nullptr, products + point * block * panel);
+          const Term<T> here[2] = {{a, terms[0].weights + weights}, {a + patches, terms[count - 1].weights + weights}};
+          T* const out = products + point * block * panel;
+          D::matrix_product({here, count, gx.ld, gx.ld, gx.ld, out, panel, nullptr, false}, tiles_here, width);
         }
-        gy.ld - column >= panel ? transform_products<2>(products, gy, first, tiles_here, column, bias, add, y)
-                                : transform_products<1>(products, gy, first, tiles_here, column, bias, add, y);
+        width == panel ? transform_products<2>(products, gy, first, tiles_here, column, bias, add, y)
+                       : transform_products<1>(products, gy, first, tiles_here, column, bias, add, y);
       }
     }
   }
@@ -210,10 +211,9 @@ struct Winograd {
   static void outer_point(const T* x, long next_x, const T* g, long next_g, int count, int depth, int columns,
                           int tiles, T* out) {
     const Pair<T> pairs[2] = {{x, g}, {x + next_x, g + next_g}};
-    for (int column = 0; column < columns; column += panel) {
-      D::vector_outer(pairs, count, {tiles, depth, columns}, depth, column, columns - column,
-                      out + column / panel * points * weights_stride(depth));
-    }
+    // From panel to panel it is `points` transforms.
+    const long next = points * weights_stride(depth) / panel;
+    D::vector_outer(pairs, count, {tiles, depth, columns, next, out}, depth, columns);
   }
 
   // g_w [tap][depth][width] += G' m G of products [point][depth][width].
