@@ -4,6 +4,7 @@ METAFAST_CPU=0 leaves the extension out and METAFAST_CPU=1 makes a failure to bu
 built where that is possible, and metafast runs without it elsewhere. METAFAST_CUDA says the same of its CUDA part.
 """
 
+import json
 import os
 import platform
 import re
@@ -62,6 +63,8 @@ class BuildNative(build_ext):
         from torch.utils import cpp_extension
 
         torch_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
+        extra = os.environ.get("METAFAST_CXXFLAGS", "").split()
+        torch_macros.append(("METAFAST_FLAGS", json.dumps(" ".join(FLAGS + extra))))
         cuda = compile_cuda(os.path.join(self.build_temp, "cuda", "inner_loop.o"))
         torch_macros += [("METAFAST_CUDA", None)] if cuda else []
         jobs = [(s, "bindings", torch_macros, ["-std=c++20"], cpp_extension.include_paths()) for s in BINDINGS]
@@ -69,8 +72,6 @@ class BuildNative(build_ext):
         for name, size, flags in BUILDS:
             macros = [("METAFAST_NAMESPACE", f"metafast::{name}"), ("METAFAST_VECTOR_BYTES", str(size))]
             jobs.append(("csrc/cpu/inner_loop.cpp", name, macros, ["-std=c++17", *flags], []))
-        extra = os.environ.get("METAFAST_CXXFLAGS", "").split()
-
         def build(job: tuple) -> list[str]:
             source, folder, macros, flags, includes = job
             return self.compiler.compile(

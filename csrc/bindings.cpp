@@ -322,5 +322,7 @@ PyMODINIT_FUNC PyInit__C(void) {
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C", "The native executor.", -1, methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made) PyModule_AddStringConstant(made, "compiled", "compiler " __VERSION__ ", flags " METAFAST_FLAGS);
+  return made;
 }

@@ -38,6 +38,9 @@ def bench(
     markdown: Annotated[Path | None, typer.Option(help="A table.", rich_help_panel=_OUT)] = None,
     chart: Annotated[Path | None, typer.Option(help="A bar chart, .png.", rich_help_panel=_OUT)] = None,
     report: Annotated[Path | None, typer.Option(help="A page, .html.", rich_help_panel=_OUT)] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Put the table between the marks of this file.", rich_help_panel=_OUT)
+    ] = None,
     load: Annotated[Path | None, typer.Option(help="Show a saved --json result; measure nothing.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="What changed; fails past --threshold.")
@@ -65,6 +68,6 @@ def bench(
         settings=harness.Settings(
             device=device, threads=threads, rounds=rounds, budget=budget, limit=limit, first_limit=first_limit
         ),
-        outputs=harness.Outputs(json, markdown, chart, report),
+        outputs=harness.Outputs(json, markdown, chart, report, readme),
         saved=load,
     )

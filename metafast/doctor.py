@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from metafast import MAML, TaskBatch, __version__, plain
-from metafast.executors import executors
-from metafast.models import mlp
+from metafast import __version__
+from metafast.executors import Executor, NativeExecutor, executors, native
+from metafast.self_check import gradients, probes, refusal, speed
 
 # What each optional package is for, and the extra that brings it.
 EXTRAS = {
@@ -25,8 +25,12 @@ EXTRAS = {
     "PIL": ("train", "reading of pictures"),
     "tensorboard": ("tensorboard", "--tensorboard"),
 }
-# float32 on a smooth problem: a thousand times its rounding error, far below any wrong formula.
-GRADIENT_TOLERANCE = 1e-4
+_LEAST_SPEED_UP = 1.5  # over a torch loop; the slowest executor on a busy machine has 5
+_REMEDIES = {
+    "native": "pip install --no-build-isolation -e .",
+    "native-cuda": "a machine with an NVIDIA GPU and nvcc: METAFAST_CUDA=1 pip install --no-build-isolation -e .",
+    "triton": "a machine with an NVIDIA GPU: pip install triton",
+}
 
 
 @dataclass(frozen=True)
@@ -64,30 +68,7 @@ class Findings:
 
 def examine() -> Findings:
     """Looks at everything."""
-    return Findings((*_versions(), *_extras(), *_devices(), *_executors()))
-
-
-def gradient_error(backend: str, device: str) -> float:
-    """The meta-gradient of a small MLP, 3 steps, against autograd: largest difference over largest entry."""
-    learner, tasks = _probe(backend, device)
-    learner.backward(tasks)
-    model = learner.model
-    names = {name for name, _ in model.named_parameters()}
-    _, grads = plain.meta_gradient(model, nn.functional.mse_loss, tasks, 0.01, 3, names)
-    wanted = torch.cat([grads[name].flatten() for name, _ in model.named_parameters()])
-    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def _probe(backend: str, device: str) -> tuple[MAML, TaskBatch]:
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(2, 4, 5, 1, generator=generator).to(device) for _ in range(2))
-    model = mlp(hidden=(8, 8))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    model.to(device)
-    return MAML(model, loss="mse", lr=0.01, steps=3, backend=backend), TaskBatch(x[0], y[0], x[1], y[1])
+    return Findings((*_versions(), *_extras(), *_devices(), *_build(), *_executors()))
 
 
 def _versions() -> Iterator[Finding]:
@@ -136,24 +117,68 @@ def _devices() -> Iterator[Finding]:
         )
 
 
+def _build() -> Iterator[Finding]:
+    """The extension: how it was compiled and what it runs on."""
+    rebuild = "pip install --no-build-isolation -e .  (in the checkout; METAFAST_CPU=1 shows why it fails)"
+    if native._C is None:
+        compiler = "" if shutil.which("g++") or shutil.which("clang++") else "a C++ compiler (apt install g++), then "
+        yield Finding(
+            "missing", "extension", "metafast._C is not built: several times slower on a CPU", compiler + rebuild
+        )
+        return
+    compiled = getattr(native._C, "compiled", None)
+    if compiled is None:
+        yield Finding("missing", "extension", "metafast._C is older than the rest of metafast", rebuild)
+    else:
+        yield Finding("ok", "extension", compiled)
+    found = NativeExecutor.isas()
+    if found[0] == "plain" and platform.machine() in ("x86_64", "AMD64"):
+        remedy = "a processor with AVX2 and FMA; in a virtual machine, one that passes them on (qemu -cpu host)"
+        yield Finding(
+            "missing", "instructions", "plain: this processor offers no AVX2, and vectors are half as long", remedy
+        )
+    else:
+        others = f"; this processor also runs {', '.join(found[1:])}" * bool(found[1:])
+        yield Finding("ok", "instructions", f"{found[0]} in use{others}")
+    if torch.cuda.is_available() and not torch.ops.metafast.block_built():
+        nvcc = "" if shutil.which("nvcc") else "nvcc on the PATH (CUDA's toolkit), then "
+        yield Finding(
+            "missing", "CUDA kernels", "the extension is built without them", f"{nvcc}METAFAST_CUDA=1 {rebuild}"
+        )
+
+
 def _executors() -> Iterator[Finding]:
     yield Finding("ok", "executors", f"{', '.join(e.name for e in executors())} (auto tries them in this order)")
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for executor in executors():
-        errors, reasons = {}, []
-        for device in devices:
-            learner, tasks = _probe(executor.name, device)
-            reason = executor.refuses(learner.program, tasks.support_x)
-            if reason is None:
-                errors[device] = gradient_error(executor.name, device)
+        yield from _executor(executor, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+
+
+def _executor(executor: Executor, devices: list[str]) -> Iterator[Finding]:
+    subject = f"executor {executor.name}"
+    certificates = {device: gradients(executor, device) for device in devices}
+    if not any(certificates.values()):
+        reasons = dict.fromkeys(str(refusal(executor, probe)) for device in devices for probe in probes(device))
+        text = f"cannot run here ({'; '.join(reasons)}); a slower one takes its work"
+        return (yield Finding("missing", subject, text, _REMEDIES.get(executor.name, "")))
+    for device, found in certificates.items():
+        for name, certificate in found.items():
+            error = max(check.error for check in certificate.checks if check.name == "meta-gradient")
+            text = f"its meta-gradient of {name} on {device} differs from autograd's by {error:.1e} (relative)"
+            if certificate.passed:
+                yield Finding("ok", subject, text)
             else:
-                reasons.append(f"{device}: {reason}")
-        subject = f"executor {executor.name}"
-        if not errors:
-            yield Finding("missing", subject, f"cannot run here ({'; '.join(reasons)}); a slower one takes its work")
-            continue
-        measured = ", ".join(f"{error:.1e} on {device}" for device, error in errors.items())
-        good = max(errors.values()) < GRADIENT_TOLERANCE
-        remedy = "" if good else "build it again (make setup); if that does not help, report it with this output"
-        text = f"its meta-gradient differs from autograd's by {measured} (relative, float32)"
-        yield Finding("ok" if good else "broken", subject, text, remedy)
+                remedy = "build it again (make setup); if that does not help, report it with this output"
+                yield Finding("broken", subject, f"{text}: {certificate.verdict}", remedy)
+        if found:
+            yield _speed(executor, device)
+
+
+def _speed(executor: Executor, device: str) -> Finding:
+    measured = speed(executor, device)
+    text = (
+        f"{1e3 * measured.executor:.2f} ms for a meta-gradient of 25 sinusoid tasks on {device}, "
+        f"{measured.ratio:.1f} times as fast as a torch loop"
+    )
+    slow = measured.ratio < _LEAST_SPEED_UP
+    remedy = "close what else uses the machine and look again; then: metafast profile sin25-5 --out profile" * slow
+    return Finding("missing" if slow else "ok", f"speed of {executor.name}", text, remedy)

@@ -162,6 +162,22 @@ def test_files_from_a_saved_result(measured: dict[str, Any], tmp_path: Path, cap
     assert "http" not in html
 
 
+def test_the_table_goes_between_the_marks_of_a_readme(measured: dict[str, Any], tmp_path: Path) -> None:
+    saved, readme = tmp_path / "saved.json", tmp_path / "README.md"
+    saved.write_text(json.dumps(measured))
+    readme.write_text("# Before\n\n<!-- metafast bench -->\nold\n<!-- /metafast bench -->\n\nafter\n")
+    for _ in range(2):  # again changes nothing
+        main_bench(saved=saved, outputs=Outputs(readme=readme))
+        begin, _, rest = readme.read_text().partition("<!-- metafast bench -->\n")
+        table, _, end = rest.partition("<!-- /metafast bench -->")
+        assert (begin, table, end) == ("# Before\n\n", markdown(measured), "\n\nafter\n")
+    assert all(str(measured["machine"][key]) in table for key in ("torch", "metafast", "cpu", "commit", "python"))
+    assert measured["machine"]["date"][:10] in table
+    readme.write_text("# No marks\n")
+    with pytest.raises(ValueError, match="put the lines <!-- metafast bench --> and"):
+        main_bench(["sin25-1"], outputs=Outputs(readme=readme))
+
+
 def test_a_folder_that_is_not_there_is_found_before_measuring(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder"):
         main_bench(["sin25-1"], outputs=Outputs(json=tmp_path / "no" / "a.json"))

@@ -1,11 +1,14 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from metafast import TaskBatch, demo, doctor, plain
+from metafast import TaskBatch, demo, doctor, plain, self_check
 from metafast.demo import AGREEMENT, Demo, Goal, Speed, compare
+from metafast.executors import NativeExecutor
+from metafast.kernels.linear import Linear
 from metafast.recipes import recipe
 from metafast.train import Options, Training
 
@@ -80,15 +83,59 @@ def test_the_plain_loop_is_second_order():
     assert float(grads["weight"]) == pytest.approx(2 * qx * (adapted * qx - qy) * (1 - 0.1 * 2 * x * x), rel=1e-6)
 
 
-def test_a_wrong_gradient_makes_the_doctor_say_so(monkeypatch):
-    monkeypatch.setattr(doctor, "gradient_error", lambda backend, device: 0.02)
+@pytest.fixture
+def hasty(monkeypatch):
+    """Speeds from fewer calls."""
+    monkeypatch.setattr(self_check, "_SECONDS", 0.05)
+
+
+def test_a_wrong_gradient_makes_the_doctor_say_so(monkeypatch, hasty):
+    right = Linear.tangent_backward
+
+    def wrong(self, ctx, params, d_params, gd_y):
+        inputs, (weight, *bias) = right(self, ctx, params, d_params, gd_y)
+        return inputs, (-weight, *bias)
+
+    monkeypatch.setattr(Linear, "tangent_backward", wrong)
     findings = doctor.examine()
     assert not findings.healthy
-    assert "its meta-gradient differs from autograd's by 2.0e-02 on cpu" in str(findings)
+    broken = [finding for finding in findings.findings if finding.state == "broken"]
+    assert {finding.subject for finding in broken} == {"executor reference"}
+    assert "its meta-gradient of MLP on cpu differs from autograd's by " in broken[0].text
+    assert "wrong from layer 'hidden1' (linear) on" in broken[0].text
     assert "something is broken: do not trust results" in str(findings)
 
 
-def test_the_doctor_names_what_is_missing_and_the_command_that_mends_it(monkeypatch):
+def test_every_finding_that_is_not_ok_has_a_remedy(hasty):
+    findings = doctor.examine()
+    assert findings.healthy
+    for finding in findings.findings:
+        assert bool(finding.remedy) == (finding.state != "ok"), str(finding)
+    subjects = {finding.subject for finding in findings.findings}
+    assert {"metafast", "cpu", "extension", "executors", "executor reference", "speed of reference"} <= subjects
+    if NativeExecutor.isas():
+        text = {finding.subject: finding.text for finding in findings.findings}
+        assert re.match(r"compiler \d+\.\d+.*, flags .*-O3", text["extension"])
+        assert text["instructions"].startswith(NativeExecutor.isas()[0] + " in use")
+
+
+def test_a_slow_executor_is_a_finding(monkeypatch, hasty):
+    monkeypatch.setattr(doctor, "speed", lambda executor, device: self_check.Speed(executor=0.01, loop=0.012))
+    finding = next(f for f in doctor.examine().findings if f.subject == "speed of reference")
+    assert finding.state == "missing"
+    assert "10.00 ms" in finding.text
+    assert "1.2 times as fast" in finding.text
+    assert "metafast profile" in finding.remedy
+
+
+def test_a_missing_extension_is_a_finding_with_its_command(monkeypatch):
+    monkeypatch.setattr(doctor.native, "_C", None)
+    (finding,) = doctor._build()
+    assert (finding.state, finding.subject) == ("missing", "extension")
+    assert "pip install --no-build-isolation -e ." in finding.remedy
+
+
+def test_the_doctor_names_what_is_missing_and_the_command_that_mends_it(monkeypatch, hasty):
     real = doctor.importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "PIL" else real(name))
     finding = next(f for f in doctor.examine().findings if f.subject == "PIL")

@@ -31,12 +31,14 @@ STANDARD = ("sin25-1", "sin25-5", "sin1024-5", "omni5w1s-1", "omni5w1s-5", "omni
 
 @dataclass(frozen=True)
 class Outputs:
-    """Files to write: the result, a Markdown table, a bar chart (PNG), a page (HTML)."""
+    """Files to write: the result, a Markdown table, a bar chart (PNG), a page (HTML). ``readme`` is there already and
+    gets the table between its marks."""
 
     json: Path | None = None
     markdown: Path | None = None
     chart: Path | None = None
     report: Path | None = None
+    readme: Path | None = None
 
 
 def main_bench(
@@ -68,6 +70,10 @@ def main_bench(
     for path in (outputs.json, outputs.markdown, outputs.chart, outputs.report):
         if path is not None and not path.resolve().parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.resolve().parent}")
+    if outputs.readme is not None:
+        from metafast.bench.table import between_marks
+
+        between_marks(outputs.readme.read_text(), "")  # what is wrong with it shows before anything is measured
     if saved is not None:
         result = read_result(saved)
     else:
@@ -117,6 +123,10 @@ def _write(result: dict[str, Any], outputs: Outputs) -> None:
         from metafast.bench.table import markdown
 
         outputs.markdown.write_text(markdown(result))
+    if outputs.readme is not None:
+        from metafast.bench.table import between_marks, markdown
+
+        outputs.readme.write_text(between_marks(outputs.readme.read_text(), markdown(result)))
     if outputs.chart is not None:
         from metafast.bench.chart import draw
 

@@ -28,24 +28,25 @@ _STYLE = """
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.02em; }
-h2 { margin: 0; font-size: 1.15rem; font-family: ui-monospace, "SF Mono", Menlo, monospace; }
+h2 { margin: 0; white-space: nowrap; font-size: 1.15rem; font-family: ui-monospace, "SF Mono", Menlo, monospace; }
 p { margin: .3rem 0; } .soft { color: var(--soft); font-size: .87rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; padding: 1.25rem 1.5rem;
   margin-top: 1.25rem; }
-header.row { display: flex; justify-content: space-between; gap: 1rem; align-items: baseline; }
+header.row { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 1rem; align-items: baseline; }
 .ratio { color: var(--own); font-weight: 650; font-size: 1.15rem; white-space: nowrap; }
 .chart { position: relative; margin: 1rem 0 1.2rem; }
 .bar { display: grid; grid-template-columns: 9.5rem 1fr; align-items: center; height: 1.75rem; }
 .bar > span:first-child { font-size: .87rem; } .track { position: relative; height: 1.1rem; margin-right: 4.5rem; }
 .fill { position: absolute; inset: 0 auto 0 0; background: var(--peer); border-radius: 0 .2rem .2rem 0; }
 .own .fill { background: var(--own); } .own > span:first-child { font-weight: 650; }
-.value { position: absolute; left: 100%; margin-left: .5rem; white-space: nowrap; font-size: .82rem;
-  line-height: 1.1rem; font-variant-numeric: tabular-nums; }
+.value { position: absolute; left: 100%; margin-left: .2rem; padding: 0 .3rem; z-index: 1; background: var(--card);
+  white-space: nowrap; font-size: .82rem; line-height: 1.1rem; font-variant-numeric: tabular-nums; }
 .floor { position: absolute; top: -.35rem; bottom: -.35rem; border-left: 2px dashed var(--floor); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .84rem; }
 th { color: var(--soft); font-weight: 500; } th, td { text-align: right; padding: .3rem .5rem; white-space: nowrap;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } tr.own td { color: var(--own); font-weight: 600; }
+td.absent { color: var(--warn); text-align: left; }
 .warn { color: var(--warn); font-size: .87rem; } .key { color: var(--floor); }
 """
 
@@ -63,9 +64,10 @@ def page(result: dict[str, Any]) -> str:
         f"<title>metafast benchmark</title><style>{_STYLE}</style></head><body><h1>metafast benchmark</h1>"
         f"<p class=soft>{escape(caption(result))}</p>"
         "<p class=soft>Bars are medians on a logarithmic scale. "
-        "<span class=key>The dashed line</span> is the floor: the FLOPs, or the bytes, that cannot be avoided, at the "
-        "rates of a large matrix product and a large copy measured in the same run. All gradients were checked against "
-        "float64 autograd first; what disagrees is not timed.</p>"
+        "<span class=key>The dashed line</span> is the floor: the FLOPs of direct arithmetic, or the bytes that must "
+        "move, at the rates of a large matrix product and a large copy measured in the same run. Winograd convolutions "
+        "do fewer products and can be below it. All gradients were checked against float64 autograd first; what "
+        "disagrees is not timed.</p>"
         f"{sections}<section>{tolerances}</section></body></html>\n"
     )
 
@@ -84,6 +86,9 @@ def _section(workload: dict[str, Any]) -> str:
 
 
 def _table_row(row: dict[str, Any], workload: dict[str, Any]) -> str:
+    if not measured(row):
+        absent = f"<td class=absent colspan={len(HEADINGS)}>{escape(row['state'])}</td>"
+        return f"<tr><td>{escape(row['name'])}</td>{absent}</tr>"
     own = " class=own" if is_own(row) else ""
     return f"<tr{own}>{''.join(f'<td>{escape(cell)}</td>' for cell in [row['name'], *cells(row, workload)])}</tr>"
 

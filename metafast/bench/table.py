@@ -8,6 +8,7 @@ from typing import Any
 from metafast.bench.compare import Comparison
 from metafast.extras import require
 
+MARKS = ("<!-- metafast bench -->", "<!-- /metafast bench -->")
 HEADINGS = ("median", "quartiles", "tasks/s", "over floor", "of matrix rate", "memory", "first call", "metafast is")
 
 
@@ -59,6 +60,18 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption(result) + ".", *(f"- {note}" for note in notes)]) + "\n"
 
 
+def between_marks(text: str, table: str) -> str:
+    """``text`` with ``table`` in the place of what stands between its two marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"there is no place for the table: put the lines {begin} and {end} where it belongs")
+    return f"{text[: text.index(begin)]}{begin}\n{table}{text[text.index(end) :]}"
+
+
 def caption(result: dict[str, Any]) -> str:
     """Machine, versions, date and commit in a line."""
     m = result["machine"]
@@ -85,8 +98,9 @@ def title(workload: dict[str, Any]) -> str:
     kind = f"{s['ways']}-way {s['shots']}-shot" if s["ways"] else f"{s['shots']}-shot regression"
     bound = max(floors, key=floors.__getitem__)
     return (
-        f"{workload['name']}: {s['tasks']} tasks, {kind}, {s['queries']} queries, {s['steps']} inner "
-        f"step{'s' * (s['steps'] > 1)}; {workload['cost']['flops'] / 1e9:.3g} GFLOP at {rates['matrix'] / 1e9:.0f} "
+        f"{workload['name']}: {s['tasks']} tasks, {kind}, {s['queries']} "
+        f"{'query' if s['queries'] == 1 else 'queries'}, {s['steps']} inner step{'s' * (s['steps'] > 1)}; "
+        f"{workload['cost']['flops'] / 1e9:.3g} GFLOP at {rates['matrix'] / 1e9:.0f} "
         f"GFLOP/s, {rates['copy'] / 1e9:.0f} GB/s: floor {duration(floors[bound])} ({bound})"
     )
 
@@ -115,7 +129,7 @@ def _verdict(row: dict[str, Any], workload: dict[str, Any]) -> str:
     if row is not own:
         return f"{times(own['speedup_over'][row['name']])} as fast"
     ratio = best_ratio(workload)
-    return "" if ratio is None else f"{times(ratio)} the fastest peer"
+    return "" if ratio is None else f"{times(ratio)} as fast as the best"
 
 
 def remarks(workload: dict[str, Any]) -> Iterator[str]:
@@ -170,5 +184,3 @@ def _figures(value: float) -> str:
 
 def _absent(row: dict[str, Any] | None) -> str:
     return "–" if row is None else row["state"]
-
-

@@ -1,0 +1,46 @@
+"""What the documents say can be typed: commands and options exist, files and modules are where they are said to be."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from metafast.commands import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.splitlines():
+                found += [(page.name, part.strip()) for part in line.split("&&") if part.strip().startswith("metafast ")]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_have_the_options_that_are_shown(page: str, line: str) -> None:
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    command = get_command(app).commands[name]
+    command.make_context(name, arguments).close()
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    assert {line.split()[1] for _, line in commands()} >= {"bench", "profile", "verify", "train", "eval", "adapt"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    paths = re.findall(r"`((?:metafast|kernels|csrc|tests|benchmarks|docs)/[\w/]+\.(?:py|h|cpp|md))`", text)
+    for link in links:
+        assert (page.parent / link).exists(), link
+    for path in paths:
+        assert (ROOT / path).exists(), path
