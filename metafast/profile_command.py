@@ -18,7 +18,7 @@ def profile(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.", rich_help_panel=_HOW)] = "auto",
     threads: Annotated[int | None, typer.Option(help="Default: as torch takes.", rich_help_panel=_HOW)] = None,
     iterations: Annotated[
-        int | None, typer.Option(help="To record; as many run before. Default: 2 seconds.", rich_help_panel=_HOW)
+        int | None, typer.Option(help="To record. Default: two seconds of them.", rich_help_panel=_HOW)
     ] = None,
     model: Annotated[str | None, typer.Option(help="FILE.py:FACTORY of your own model.", rich_help_panel=_OWN)] = None,
     input_shape: Annotated[str, typer.Option(help="Of a sample, such as 1,28,28.", rich_help_panel=_OWN)] = "1,28,28",

@@ -19,8 +19,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            for line in block.splitlines():
-                found += [(page.name, part.strip()) for part in line.split("&&") if part.strip().startswith("metafast ")]
+            found += [(page.name, line) for line in block.splitlines() if line.startswith("metafast ")]
     return found
 
 

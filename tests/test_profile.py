@@ -192,10 +192,12 @@ def test_disturbed_iterations_are_left_out() -> None:
     assert (kept.iterations, kept.wall, kept.host) == (2, 2.5, (spans[0], spans[2]))
 
 
-def test_a_call_has_an_edge_on_either_side() -> None:
+def test_a_call_has_edges_and_its_threads_wait_for_one_another() -> None:
     inside = [Span("query", 2.0, 3.0, 1), Span("load", 1.0, 1.5, 0), Span("query", 2.5, 4.0, 0)]
-    edges = around([Span("meta-gradient", 0.5, 4.25, HOST), Span("meta-gradient", 5, 6, HOST)], inside)
-    assert [(span.name, span.begin, span.end) for span in edges] == [("prepare", 0.5, 1.0), ("collect", 4.0, 4.25)]
+    calls = [Span("meta-gradient", 0.5, 4.25, HOST), Span("meta-gradient", 5, 6, HOST)]
+    host, waits = around(calls, inside)
+    assert host == [Span("prepare", 0.5, 1.0), Span("collect", 4.0, 4.25)]
+    assert waits == [Span("wait", 1.0, 2.0, 1), Span("wait", 3.0, 4.0, 1)]
 
 
 def told(rows: list[Row], phases: dict[str, float], kernels: Any = ()) -> str:
@@ -212,7 +214,7 @@ def row(kind: str, seconds: float, flops: float, moved: float) -> Row:
     ("rows", "phases", "kernels", "verdict"),
     [
         ([row("conv2d", 0.6, 3e8, 1e8)], {"query": 0.9}, (),
-         "compute-bound in conv2d: 60% of the time, at 50% of the matrix rate"),
+         "compute-bound in conv2d: 60% of the time, at 50% of the matrix rate by direct FLOPs"),
         ([row("batch_norm", 0.6, 0, 3e8), row("conv2d", 0.2, 1e8, 0)], {"query": 0.9}, (),
          "memory-bound in batch_norm: 60% of the time, at 50% of the copy rate"),
         ([row("linear", 0.6, 1e6, 6e6)], {"query": 0.9}, (),

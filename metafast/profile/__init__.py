@@ -70,8 +70,8 @@ def profile(
     """Meta-trains ``workload`` for ``iterations`` iterations (tasks drawn, meta-gradient, outer step), recorded;
     ``None``: for about two seconds.
 
-    The same number runs before without recording, so that what recording costs is known. Of both the
-    faster half counts.
+    As many run before and after without recording, so that what recording costs is known. Of both the faster half
+    counts.
 
     Raises:
         ValueError: an option that cannot be; the text names it.
@@ -85,8 +85,10 @@ def profile(
     begin, end = run.several(_WARM_UP)[-1]
     if iterations is None:
         iterations = min(_MOST, max(_FEWEST, int(2 / (end - begin))))
-    unrecorded = sorted(end - begin for begin, end in run.several(iterations))[: (iterations + 1) // 2]
+    plain = run.several(iterations)
     recording = run.record(iterations)
+    plain += run.several(iterations)
+    unrecorded = sorted(end - begin for begin, end in plain)[:iterations]
     machine = rates(device)
     tasks = workload.draw()
     leads = {span.layer for span in recording.rules} - {LOSS}
@@ -152,10 +154,13 @@ class _Run:
         with self._noted(found, rules):
             moments = self.several(iterations)
         calls = [span for span in self.host if span.name == _CALL]
-        host = [span for span in self.host if span.name != _CALL] + around(calls, found) if found else self.host
-        host.sort(key=lambda span: span.begin)
-        self.host = None
         threads = len({span.thread for span in found}) or 1
+        host = self.host
+        if found:
+            edges, waits = around(calls, found)
+            found += waits
+            host = sorted([span for span in host if span.name != _CALL] + edges, key=lambda span: span.begin)
+        self.host = None
         everything = Recording(iterations, 0.0, tuple(host), tuple(found), tuple(rules), threads)
         return undisturbed(everything, moments)
 

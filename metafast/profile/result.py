@@ -13,7 +13,7 @@ from metafast.profile.spans import Recording
 
 FORMAT = 1
 NOT_ACCOUNTED = "not accounted for"
-_OVERHEAD = 0.1  # share of the roofline below which calls, not arithmetic or memory, are what takes the time
+_OVERHEAD = 0.25  # share of the roofline below which calls, not arithmetic or memory, are what takes the time
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Profile:
                 "times as long as their FLOPs and bytes"
             )
         if flops and flops / self.rates.matrix >= 0.5 * floor:
-            return f"compute-bound in {name}: {share}, at {flops / seconds / self.rates.matrix:.0%} of the matrix rate"
+            rate = f"{flops / seconds / self.rates.matrix:.0%} of the matrix rate"
+            return f"compute-bound in {name}: {share}, at {rate} by direct FLOPs"
         moved = sum(row.bytes for row in rows) / seconds
         return f"memory-bound in {name}: {share}, at {moved / self.rates.copy:.0%} of the copy rate"
 

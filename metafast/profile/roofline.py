@@ -45,6 +45,11 @@ def _products(axes: Any, profile: Profile, rows: list[Row]) -> None:
     for rule, colour in COLOURS.items():
         axes.scatter([], [], s=40, color=colour, alpha=0.6, label=rule)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte, each operand moved once", ylabel="GFLOP/s")
+    ticker = require("matplotlib.ticker")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title("convolutions and matrix products; area: share of the time", fontsize=9, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -68,14 +68,21 @@ def undisturbed(recording: Recording, iterations: Sequence[tuple[float, float]])
     return replace(recording, iterations=len(kept), wall=wall, host=host, phases=phases, rules=rules)
 
 
-def around(calls: Iterable[Span], inside: Iterable[Span]) -> list[Span]:
-    """Each call's time before its first and behind its last span of ``inside``: ``prepare`` and ``collect``."""
+def around(calls: Iterable[Span], inside: Iterable[Span]) -> tuple[list[Span], list[Span]]:
+    """What a call does besides: on the host, ``prepare`` before the first span of ``inside`` and ``collect`` behind the
+    last; on the threads, ``wait`` where one starts late or is done before the others."""
     ordered = sorted(inside, key=lambda span: span.begin)
-    found = []
+    begins = [span.begin for span in ordered]
+    host, waits = [], []
     for call in calls:
-        within = [span for span in ordered if call.begin <= span.begin and span.end <= call.end]
+        within = ordered[bisect_left(begins, call.begin) : bisect(begins, call.end)]
         if not within:
             continue
-        found.append(Span("prepare", call.begin, within[0].begin))
-        found.append(Span("collect", max(span.end for span in within), call.end))
-    return found
+        first, last = within[0].begin, max(span.end for span in within)
+        host += [Span("prepare", call.begin, first), Span("collect", last, call.end)]
+        for thread in {span.thread for span in within}:
+            own = [span for span in within if span.thread == thread]
+            begin, end = own[0].begin, max(span.end for span in own)
+            edges = [Span("wait", first, begin, thread), Span("wait", end, last, thread)]
+            waits += [edge for edge in edges if edge.seconds > 0]
+    return host, waits
