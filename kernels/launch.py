@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,34 @@ class Tiles:
 
 
 TILES = Tiles()
+CAPPED = 90  # the architecture from which operands of products need not pass through registers
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 3, **constants: Any) -> None:
-    """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...); on tensors without memory nothing."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    warps: int = 4,
+    stages: int = 3,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
+    """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...); on tensors without memory nothing.
+
+    ``registers``: the most of a thread, where the GPU's matrix instructions leave room for such a bound.
+    """
     if args[0].is_meta:
         return
-    kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    capped = registers is not None and args[0].is_cuda and _architecture(args[0].device) >= CAPPED
+    options = {"maxnreg": registers} if capped else {}
+    kernel[grid](*args, **constants, **options, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+@functools.lru_cache
+def _architecture(device: torch.device) -> int:
+    """90 for Hopper."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def block(extent: int, low: int, high: int) -> int:

@@ -14,6 +14,7 @@ from .launch import TILES, block, by_task, cdiv, empty, launch
 
 Term = tuple[Tensor, Tensor]
 _PROGRAMS = 528  # four blocks for each of 132 multiprocessors
+_REGISTERS = 128  # of a thread, so that two blocks of 256 threads share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,11 @@ def gather_product(
     parts = empty(source, tasks, tiles, 2, width, dtype=torch.float32) if statistics else None
     z, stat = statistics if isinstance(statistics, tuple) else (None, None)
     grid = (tiles * cdiv(s.outputs, bn), tasks * s.groups, s.classes_h * s.classes_w)
+    warps = _warps(bm, bn)
     launch(
         metafast_gather_product, grid, y, bias, parts, z, stat, a0, w0, a1, w1, bias_stride, w0_stride, w1_stride, n,
-        S=gather, PRECISION=precision, BM=bm, BN=bn, BK=bk, warps=_warps(bm, bn),
+        S=gather, PRECISION=precision, BM=bm, BN=bn, BK=bk, warps=warps,
+        registers=_REGISTERS if warps == 8 else None,
     )  # fmt: skip
     return y, parts, bm
 

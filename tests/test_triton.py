@@ -34,7 +34,9 @@ from test_meta_gradients import check_against_oracle
 from torch import nn
 
 from metafast import executors
+from metafast.capture import capture
 from metafast.executors.lowering import lower, triton_layer, triton_loss
+from metafast.executors.memory import choose_plan, peak_bytes
 from metafast.executors.triton import TritonExecutor
 from metafast.kernels import launch
 from metafast.kernels.batch_norm import BatchNorm
@@ -42,7 +44,9 @@ from metafast.kernels.batch_norm.kernel import TritonBatchNorm
 from metafast.kernels.chain import NormalisedConv
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
+from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.kernels.layer import Layer
+from metafast.losses import as_loss
 from metafast.models import conv4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -391,10 +395,15 @@ def test_whole_programs_in_parts(name):
     check(SUITE[name], one_call=False)
 
 
-def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
-    setup = next(s for s in SETUPS if s.name == "batch norm of the task")
+def small_network(name="rate for each layer and step"):
+    """What an executor takes of a setup."""
+    setup = SUITE[name]
     learner, tasks = make_learner(setup, torch.float32, "reference").to(DEVICE), make_tasks(setup, tasks=2).to(DEVICE)
-    program, theta, rate = learner.program, learner.flat_parameters().detach(), learner.rate().detach()
+    return learner.program, learner.flat_parameters().detach(), learner.rate().detach(), tasks
+
+
+def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
+    program, theta, rate, tasks = small_network("batch norm of the task")
     triton = executor()
     runs = [triton.meta_gradient(program, theta, rate, tasks, 1) for _ in range(2)]
     assert torch.equal(runs[0].grad, runs[1].grad)
@@ -405,6 +414,87 @@ def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
     assert torch.equal(losses, runs[0].losses)
     torch.testing.assert_close(grad.sum(0), runs[0].grad, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(lr_grad, runs[0].lr_grad, rtol=1e-6, atol=1e-8)
+
+
+def test_every_plan_gives_the_same_gradient():
+    program, theta, rate, tasks = small_network()
+    free = executor()
+    expected = free.meta_gradient(program, theta, rate, tasks, 2)
+    whole = only_plan(free)
+    assert (whole.chunk, whole.keep) == (2, True)
+    tight = TritonExecutor(interpreted=DEVICE == "cpu", budget=1)
+    found = tight.meta_gradient(program, theta, rate, tasks, 2)
+    least = only_plan(tight)
+    assert (least.chunk, least.keep) == (1, False)
+    assert 0 < least.peak < whole.peak / 2
+    for name in ("losses", "outputs", "grad", "lr_grad"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+def only_plan(triton):
+    (plan,) = triton.plans.values()
+    return plan
+
+
+def test_bf16_halves_the_memory_of_activations_and_costs_accuracy():
+    program, theta, rate, tasks = small_network("batch norm of the task")
+    exact, rounded = executor(), executor().at("bf16")
+    expected, found = (e.meta_gradient(program, theta, rate, tasks, 1) for e in (exact, rounded))
+    assert found.losses.dtype == found.outputs.dtype == found.grad.dtype == torch.float32
+    for name in ("losses", "outputs", "grad"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert 1e-4 < float((a - b).norm() / b.norm()) < 0.1, name
+    images = [torch.empty(2, n, 2, 64, 64, device="meta") for n in (25, 75)]
+    layers = nn.Sequential(nn.Conv2d(2, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    model = capture(layers, as_loss("mse"))
+    peaks = []
+    for triton in (executor(), executor().at("bf16")):
+        triton.memory_plan(model, *images, 2)
+        peaks.append(only_plan(triton).peak)
+    assert 0.45 < peaks[1] / peaks[0] < 0.6
+
+
+def test_the_predicted_peak_is_that_of_the_run():
+    """The prediction comes from a run without memory: here the tensors of a run with memory are counted instead."""
+    program, theta, rate, tasks = small_network()
+    planned, triton = executor(), executor()
+    planned.meta_gradient(program, theta, rate, tasks, 3)
+    triton.plans = planned.plans
+    measured = peak_bytes(lambda: triton.meta_gradient(program, theta, rate, tasks, 3))
+    assert 0.8 < only_plan(planned).peak / measured < 1.2
+
+
+PLANS = [(10**6, 100, 32, True), (1700, 100, 3, True), (1700, 2, 2, True), (499, 100, 4, False), (1, 100, 1, False)]
+
+
+@pytest.mark.parametrize(("budget", "most", "chunk", "keep"), PLANS)
+def test_plans(budget, most, chunk, keep):
+    plan = choose_plan(lambda chunk, keep: chunk * (500 if keep else 100), 32, budget, most)
+    assert (plan.chunk, plan.keep) == (chunk, keep)
+    assert sum(len(range(32)[part]) for part in plan.chunks(32)) == 32
+
+
+def test_precision_is_asked_for_by_name():
+    setup = SUITE["batch norm of the task"]
+    tasks = make_tasks(setup, tasks=1)
+    for precision, runs in (("bf16", True), ("half", False)):
+        learner = make_learner(replace(setup, options={"steps": 1, "precision": precision}), torch.float32, "triton")
+        if runs:
+            assert "(bf16)" in learner.to(DEVICE).explain(tasks.support_x.to(DEVICE))
+        else:
+            with pytest.raises(RuntimeError, match="no precision 'half'"):
+                learner.to(DEVICE).explain(tasks.support_x.to(DEVICE))
+    derived = make_learner(replace(SUITE["SiLU, derived"], options={"precision": "bf16"}), torch.float32, "triton")
+    with pytest.raises(RuntimeError, match="needs kernels for every layer"):
+        derived.to(DEVICE).explain(torch.zeros(1, 5, 3, device=DEVICE))
+
+
+def test_a_label_outside_makes_its_task_nan_and_no_other():
+    loss, z = triton_loss(CrossEntropy()), torch.randn(2, 4, 3, device=DEVICE)
+    y = torch.tensor([[0, 1, 2, 1], [2, 10**12, 0, 1]], device=DEVICE)
+    losses, g, _ = loss_rules(loss, z, y, z)
+    assert losses[0].isnan().tolist() == [False, True]
+    assert g[0].isnan().any(-1).tolist() == [[False] * 4, [False, True, False, False]]
 
 
 def test_what_is_fused():
