@@ -10,7 +10,12 @@ export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo test lint bench gpu-check clean
+# What AddressSanitizer sees by itself needs no second check.
+SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow -fno-sanitize-recover=all
+LIBASAN := $(wildcard $(shell g++ -print-file-name=libasan.so 2>/dev/null))
+SANITIZED := build/sanitize/lib
+
+.PHONY: setup demo test sanitize lint bench gpu-check clean
 
 setup: $(STAMP)
 
@@ -29,6 +34,20 @@ demo: setup
 # One thread a worker: two workers with two threads each would wait for one another.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(if $(LIBASAN),$(MAKE) sanitize,@echo "g++ with AddressSanitizer is not here: make sanitize is left out")
+
+# The native executor and the CUDA executor's twin on small cases, built with AddressSanitizer and UBSan.
+sanitize: $(SANITIZED)/built
+	$(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED)
+	LD_PRELOAD="$(LIBASAN) $(shell g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	PYTHONPATH=$(SANITIZED) $(BIN)/pytest -m "not slow" \
+	tests/test_native.py tests/test_native_learners.py tests/test_cuda_twin.py -k "test_native or (test_float32 and global)"
+
+$(SANITIZED)/built: $(STAMP)
+	rm -rf build/sanitize
+	METAFAST_CPU=1 METAFAST_CUDA=0 METAFAST_ISAS=$(if $(filter x86_64,$(shell uname -m)),avx2) METAFAST_CXXFLAGS="$(SANITIZE)" \
+	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

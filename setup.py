@@ -2,6 +2,7 @@
 
 METAFAST_CPU=0 leaves the extension out and METAFAST_CPU=1 makes a failure to build it an error. By default it is
 built where that is possible, and metafast runs without it elsewhere. METAFAST_CUDA says the same of its CUDA part.
+METAFAST_ISAS="avx2" builds the inner loop for fewer instruction sets, METAFAST_CXXFLAGS adds flags of the compiler.
 """
 
 import json
@@ -18,14 +19,13 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-X86 = platform.machine() in ("x86_64", "AMD64")
-# The inner loop, once for each instruction set: name, bytes in a vector, flags.
-BUILDS = [("plain", 16, [])]
-if X86:
-    BUILDS += [
-        ("avx2", 32, ["-mavx2", "-mfma"]),
-        ("avx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
-    ]
+# The inner loop is built for each instruction set, and for any machine: bytes in a vector, flags.
+ISAS = {
+    "avx2": (32, ["-mavx2", "-mfma"]),
+    "avx512": (64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
+}
+WANTED = os.environ.get("METAFAST_ISAS", "avx2,avx512" if platform.machine() in ("x86_64", "AMD64") else "")
+BUILDS = {"plain": (16, [])} | {name: ISAS[name] for name in WANTED.split(",") if name}
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 CORE = ["core/plan", "core/tables", "core/find_plan", "core/passes", "cpu/isa", "cpu/arena", "cpu/recording"]
 CORE = [f"csrc/{name}.cpp" for name in [*CORE, "cuda/plan_block", "cuda/twin"]]
@@ -68,8 +68,9 @@ class BuildNative(build_ext):
         cuda = compile_cuda(os.path.join(self.build_temp, "cuda", "inner_loop.o"))
         torch_macros += [("METAFAST_CUDA", None)] if cuda else []
         jobs = [(s, "bindings", torch_macros, ["-std=c++20"], cpp_extension.include_paths()) for s in BINDINGS]
-        jobs += [(s, "core", [("METAFAST_X86", None)] * X86, ["-std=c++17"], []) for s in CORE]
-        for name, size, flags in BUILDS:
+        built = [(f"METAFAST_{name.upper()}", None) for name in BUILDS]
+        jobs += [(s, "core", built, ["-std=c++17"], []) for s in CORE]
+        for name, (size, flags) in BUILDS.items():
             macros = [("METAFAST_NAMESPACE", f"metafast::{name}"), ("METAFAST_VECTOR_BYTES", str(size))]
             jobs.append(("csrc/cpu/inner_loop.cpp", name, macros, ["-std=c++17", *flags], []))
         def build(job: tuple) -> list[str]:

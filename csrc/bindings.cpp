@@ -40,6 +40,11 @@ class Call {
     job.params = inner_params.data();
   }
 
+  void direction(const Tensor& u) {
+    expect<T>(u, job.tasks * job.n_params, "u");
+    job.v = data<T>(u);
+  }
+
   void rates(const Tensor& lr, int64_t steps) {
     const auto sizes = lr.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
@@ -55,28 +60,43 @@ class Call {
     job.alpha = alpha.data();
   }
 
-  Samples<T> samples(const Tensor& x, const Tensor& y, bool with_targets) {
+  // `sizes` [T] or empty: the samples of each task.
+  Samples<T> samples(const Tensor& x, const Tensor& sizes) const {
     const Program& p = *job.program;
     const int32_t n = static_cast<int32_t>(x.sizes()[1]);
-    const int64_t count = job.tasks * n;
     const int h = p.input.h - 2 * p.border_y, w = p.input.w - 2 * p.border_x;
-    expect<T>(x, count * p.input.c * h * w, "x");
-    Samples<T> s{n, data<T>(x), nullptr, nullptr};
-    if (!with_targets) return s;
-    if (p.loss == LossKind::mse) {
-      expect<T>(y, count * p.out.c * p.out.h * p.out.w, "targets");
-      s.targets = data<T>(y);
+    expect<T>(x, job.tasks * n * p.input.c * h * w, "x");
+    Samples<T> s{};
+    s.n = n, s.x = data<T>(x), s.counts = counts(sizes, n);
+    return s;
+  }
+
+  Samples<T> samples(const Tensor& x, const Tensor& y, const Tensor& sizes) const {
+    Samples<T> s = samples(x, sizes);
+    if (job.program->loss == LossKind::cross_entropy) {
+      s.labels = labels(y, s);
     } else {
-      if (y.scalar_type() != ScalarType::Long || y.numel() != count) fail("labels must be int64 of shape [T, n]");
-      s.labels = data<int64_t>(y);
-      for (int64_t i = 0; i < count; ++i) {
-        if (s.labels[i] < 0 || s.labels[i] >= p.out.c) {
-          fail("label " + std::to_string(s.labels[i]) + " of task " + std::to_string(i / n) + " is outside 0.." +
-               std::to_string(p.out.c - 1) + ": the model has " + std::to_string(p.out.c) + " outputs");
-        }
-      }
+      s.targets = targets(y, s);
     }
     return s;
+  }
+
+  const T* targets(const Tensor& y, const Samples<T>& s) const {
+    const Grid& out = job.program->out;
+    expect<T>(y, job.tasks * s.n * out.c * out.h * out.w, "targets");
+    return data<T>(y);
+  }
+
+  TaskPasses passes(const Samples<T>& s, PassKind kind) {
+    auto& of = passes_[kind == PassKind::taped];
+    TaskPasses all{};
+    for (int64_t t = 0; t < job.tasks; ++t) {
+      const int n = static_cast<int>(s.counts ? s.counts[t] : s.n);
+      of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass(n, kind));
+      all.tape = std::max(all.tape, of.back()->tape), all.scratch = std::max(all.scratch, of.back()->scratch);
+    }
+    all.of = of.data();
+    return all;
   }
 
   // Runs all tasks. Chunks of tasks are summed apart and then in order, so the threads do not matter to the sums.
@@ -87,7 +107,7 @@ class Call {
     if (sums) partial.assign(chunks * size, T(0)), job.sums = partial.data();
     if (lr_sums) lr_partial.assign(chunks * job.lr_rows * size, T(0)), job.lr_sums = lr_partial.data();
     job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
-               job.steps * job.taped->tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
+               job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t memory = isa->memory(job) * sizeof(T);
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       const Arena arena(memory);
@@ -137,6 +157,31 @@ class Call {
   Job<T> job{};
 
  private:
+  const int64_t* counts(const Tensor& sizes, int64_t n) const {
+    if (!sizes.numel()) return nullptr;
+    if (sizes.scalar_type() != ScalarType::Long || sizes.numel() != job.tasks) fail("sizes must be int64 of shape [T]");
+    const int64_t* counts = data<int64_t>(sizes);
+    for (int64_t t = 0; t < job.tasks; ++t) {
+      if (counts[t] < 1 || counts[t] > n) fail("a task has between 1 and " + std::to_string(n) + " samples");
+    }
+    return counts;
+  }
+
+  const int64_t* labels(const Tensor& y, const Samples<T>& s) const {
+    if (y.scalar_type() != ScalarType::Long || y.numel() != job.tasks * s.n) {
+      fail("labels must be int64 of shape [T, n]");
+    }
+    const int64_t* labels = data<int64_t>(y);
+    const int classes = job.program->out.c;
+    for (int64_t i = 0; i < job.tasks * s.n; ++i) {
+      if (labels[i] < 0 || labels[i] >= classes) {
+        fail("label " + std::to_string(labels[i]) + " of task " + std::to_string(i / s.n) + " is outside 0.." +
+             std::to_string(classes - 1) + ": the model has " + std::to_string(classes) + " outputs");
+      }
+    }
+    return labels;
+  }
+
   static void total(std::vector<T>& parts, int64_t count, int64_t size) {
     T* const sum = parts.data();
     for (int64_t k = 1; k < count && sum; ++k) {
@@ -146,15 +191,17 @@ class Call {
   }
 
   std::vector<T> constants_, inner_params, alpha, partial, lr_partial;
+  std::vector<const Pass*> passes_[2];
 };
 
-Tensor predict(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor x, int64_t step) {
+Tensor predict(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor x, Tensor sizes,
+               int64_t step) {
   return by_dtype(params, [&](auto real) {
     Call<decltype(real)> call(Goal::predict, description, isa, constants, x.sizes()[0]);
     call.params(params);
-    call.job.query = call.samples(x, x, false);
+    call.job.query = call.samples(x, sizes);
     call.job.step = static_cast<int32_t>(step);
-    call.job.plain = &call.plan->pass(call.job.query.n, PassKind::predict);
+    call.job.plain = call.passes(call.job.query, PassKind::predict);
     Tensor outputs = call.outputs(x, call.job.query.n);
     call.run(false, false, 0);
     return outputs;
@@ -162,15 +209,15 @@ Tensor predict(Tensor description, std::string isa, Tensor constants, Tensor par
 }
 
 std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string isa, Tensor constants, Tensor params,
-                                                 Tensor x, Tensor y, int64_t step) {
+                                                 Tensor x, Tensor y, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
     Call<T> call(Goal::loss_and_grad, description, isa, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
-    job.query = call.samples(x, y, true);
+    job.query = call.samples(x, y, sizes);
     job.step = static_cast<int32_t>(step);
-    job.plain = &call.plan->pass(job.query.n, PassKind::plain);
+    job.plain = call.passes(job.query, PassKind::plain);
     Tensor outputs = call.outputs(x, job.query.n), losses = empty(x, {job.tasks});
     Tensor grads = empty(x, {job.tasks, job.n_params});
     job.losses = data<T>(losses), job.grads = data<T>(grads);
@@ -179,16 +226,57 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string
   });
 }
 
+// For a loss that is computed elsewhere: outputs, and their tangent along u [T, P].
+std::tuple<Tensor, Tensor> tangent(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor u,
+                                   Tensor x, Tensor sizes, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    Call<T> call(Goal::tangent, description, isa, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    call.direction(u);
+    job.support = call.samples(x, sizes);
+    job.step = static_cast<int32_t>(step);
+    job.taped = call.passes(job.support, PassKind::taped);
+    Tensor tangents = call.outputs(x, job.support.n);
+    job.tangents = data<T>(tangents);
+    Tensor outputs = call.outputs(x, job.support.n);
+    call.run(false, false, 0);
+    return std::make_tuple(outputs, tangents);
+  });
+}
+
+// Likewise, with the gradient g of the loss in the outputs and its tangent gd: the gradients of the adapted parameters,
+// and the Hessians times u.
+std::tuple<Tensor, Tensor> hessian_times(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor u,
+                                         Tensor x, Tensor g, Tensor gd, Tensor sizes, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    Call<T> call(Goal::hessian_times, description, isa, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    call.direction(u);
+    job.support = call.samples(x, g, sizes);
+    job.support.d_targets = call.targets(gd, job.support);
+    job.step = static_cast<int32_t>(step);
+    job.taped = call.passes(job.support, PassKind::taped);
+    Tensor grads = empty(x, {job.tasks, job.n_params}), products = empty(x, {job.tasks, job.n_params});
+    job.grads = data<T>(grads), job.products = data<T>(products);
+    call.run(false, false, 0);
+    return std::make_tuple(grads, products);
+  });
+}
+
 Tensor adapt(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y,
-             int64_t steps) {
+             Tensor sizes, int64_t steps) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
     Call<T> call(Goal::adapt, description, isa, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.rates(lr, steps);
-    job.support = call.samples(x, y, true);
-    job.taped = &call.plan->pass(job.support.n, PassKind::taped);
+    job.support = call.samples(x, y, sizes);
+    job.taped = call.passes(job.support, PassKind::taped);
     Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
     job.trajectory = data<T>(trajectory);
     call.run(false, false, 0);
@@ -197,15 +285,16 @@ Tensor adapt(Tensor description, std::string isa, Tensor constants, Tensor param
 }
 
 std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor constants, Tensor trajectory,
-                                     Tensor lr, Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
+                                     Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v, bool first_order,
+                                     bool needs_lr) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
     Call<T> call(Goal::adapt_vjp, description, isa, constants, x.sizes()[0]);
     auto& job = call.job;
     const int64_t steps = trajectory.sizes()[0] - 1;
     call.rates(lr, steps);
-    job.support = call.samples(x, y, true);
-    job.taped = &call.plan->pass(job.support.n, PassKind::taped);
+    job.support = call.samples(x, y, sizes);
+    job.taped = call.passes(job.support, PassKind::taped);
     job.trajectory = data<T>(trajectory), job.v = data<T>(v);
     job.v_everywhere = v.dim() == 3;
     job.first_order = first_order, job.needs_lr = needs_lr;
@@ -222,8 +311,9 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std::string isa, Tensor constants,
                                                          Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
-                                                         Tensor query_x, Tensor query_y, Tensor step_weights,
-                                                         bool first_order, bool needs_lr, int64_t budget) {
+                                                         Tensor support_sizes, Tensor query_x, Tensor query_y,
+                                                         Tensor query_sizes, Tensor step_weights, bool first_order,
+                                                         bool needs_lr, int64_t budget) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
     Call<T> call(Goal::meta_gradient, description, isa, constants, support_x.sizes()[0]);
@@ -233,10 +323,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std
     call.rates(lr, static_cast<int64_t>(weights.size()) - 1);
     job.weights = weights.data();
     job.first_order = first_order, job.needs_lr = needs_lr;
-    job.support = call.samples(support_x, support_y, true);
-    job.query = call.samples(query_x, query_y, true);
-    job.taped = &call.plan->pass(job.support.n, PassKind::taped);
-    job.plain = &call.plan->pass(job.query.n, PassKind::plain);
+    job.support = call.samples(support_x, support_y, support_sizes);
+    job.query = call.samples(query_x, query_y, query_sizes);
+    job.taped = call.passes(job.support, PassKind::taped);
+    job.plain = call.passes(job.query, PassKind::plain);
     Tensor outputs = call.outputs(query_x, job.query.n), losses = empty(query_x, {job.tasks});
     job.losses = data<T>(losses);
     call.run(true, needs_lr, budget);
@@ -265,27 +355,36 @@ Tensor memory(Tensor description, std::string isa, bool in_double, int64_t n, in
 }  // namespace
 
 STABLE_TORCH_LIBRARY(metafast, m) {
-  m.def("predict(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, int step) -> Tensor");
   m.def(
-      "loss_and_grad(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor y, int step) -> "
-      "(Tensor, Tensor, Tensor)");
-  m.def(
-      "adapt(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y, int steps) "
-      "-> "
+      "predict(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor sizes, int step) -> "
       "Tensor");
   m.def(
+      "loss_and_grad(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor y, Tensor sizes, "
+      "int step) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "tangent(Tensor description, str isa, Tensor constants, Tensor params, Tensor u, Tensor x, Tensor sizes, "
+      "int step) -> (Tensor, Tensor)");
+  m.def(
+      "hessian_times(Tensor description, str isa, Tensor constants, Tensor params, Tensor u, Tensor x, Tensor g, "
+      "Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
+  m.def(
+      "adapt(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y, "
+      "Tensor sizes, int steps) -> Tensor");
+  m.def(
       "adapt_vjp(Tensor description, str isa, Tensor constants, Tensor trajectory, Tensor lr, Tensor x, Tensor y, "
-      "Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
+      "Tensor sizes, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
   m.def(
       "meta_gradient(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor support_x, "
-      "Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, bool needs_lr, "
-      "int budget) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y, Tensor query_sizes, "
+      "Tensor step_weights, bool first_order, bool needs_lr, int budget) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("memory(Tensor description, str isa, bool in_double, int n, int m) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
   m.impl("predict", TORCH_BOX(&predict));
   m.impl("loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("tangent", TORCH_BOX(&tangent));
+  m.impl("hessian_times", TORCH_BOX(&hessian_times));
   m.impl("adapt", TORCH_BOX(&adapt));
   m.impl("adapt_vjp", TORCH_BOX(&adapt_vjp));
   m.impl("meta_gradient", TORCH_BOX(&meta_gradient));

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from metafast import __version__
-from metafast.executors import Executor, NativeExecutor, executors, native
+from metafast.executors import Executor, NativeExecutor, description, executors
 from metafast.self_check import gradients, probes, refusal, speed
 
 # What each optional package is for, and the extra that brings it.
@@ -120,13 +120,13 @@ def _devices() -> Iterator[Finding]:
 def _build() -> Iterator[Finding]:
     """The extension: how it was compiled and what it runs on."""
     rebuild = "pip install --no-build-isolation -e .  (in the checkout; METAFAST_CPU=1 shows why it fails)"
-    if native._C is None:
+    if description.extension is None:
         compiler = "" if shutil.which("g++") or shutil.which("clang++") else "a C++ compiler (apt install g++), then "
         yield Finding(
             "missing", "extension", "metafast._C is not built: several times slower on a CPU", compiler + rebuild
         )
         return
-    compiled = getattr(native._C, "compiled", None)
+    compiled = getattr(description.extension, "compiled", None)
     if compiled is None:
         yield Finding("missing", "extension", "metafast._C is older than the rest of metafast", rebuild)
     else:

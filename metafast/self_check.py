@@ -64,7 +64,7 @@ def gradients(executor: Executor, device: str) -> dict[str, Certificate]:
 def refusal(executor: Executor, probe: Probe) -> str | None:
     """Why the executor does not run the probe; ``None`` where it does."""
     learner = MAML(probe.model, loss=probe.loss, lr=0.01, steps=3)
-    return executor.refuses(learner.program, probe.tasks.support_x)
+    return executor.refuses(learner.program, probe.tasks.support_x, queries=probe.tasks.query_x.shape[1])
 
 
 @dataclass(frozen=True)

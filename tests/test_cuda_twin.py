@@ -160,6 +160,19 @@ def test_a_task_that_does_not_fit_is_refused_with_its_size():
     assert "127 KiB" in executor.explain(learner.program, tasks.support_x)[0]
 
 
+def test_a_query_set_that_does_not_fit_goes_to_the_next_executor(monkeypatch):
+    twin, setup = NativeCudaExecutor(BlockMachine(30_000, 132)), OWN[1]
+    monkeypatch.setattr(twin, "proven", True)
+    monkeypatch.setattr(executors, "_EXECUTORS", [twin, ReferenceExecutor()])
+    learner = make_learner(setup, backend="auto")
+    for queries, chosen in ((4, "native-cuda"), (40, "reference")):
+        check_against_oracle(learner, make_tasks(setup, query=queries).to(torch.float64), 1e-9)
+        assert learner.explain().startswith(f"executor: {chosen} ")
+    assert "passed over native-cuda: a task takes 42 KiB of shared memory and a block has 29 KiB" in learner.explain()
+    with pytest.raises(RuntimeError, match="42 KiB"):
+        make_learner(setup, backend="native-cuda")(make_tasks(setup, query=40).to(torch.float64))
+
+
 @pytest.mark.parametrize("threads", [-32, 48, 512])
 def test_a_block_has_whole_warps(threads):
     learner, tasks = make_learner(OWN[1]), make_tasks(OWN[1]).to(torch.float64)

@@ -231,7 +231,7 @@ def test_the_four_functions_make_the_fused_one(name):
             close(found[1], expected[1], 1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_random_networks(data):
     def draw(low, high):
@@ -313,7 +313,7 @@ def test_refusals_say_why():
     assert native.refuses(program, tasks.support_x) is None
     assert "bfloat16" in native.refuses(program, tasks.support_x.bfloat16())
     assert "meta" in native.refuses(program, tasks.support_x.to("meta"))
-    assert "mask" in native.refuses(program, tasks.support_x, masked=True)
+    assert native.refuses(program, tasks.support_x, masked=True) is None
     assert "features" in native.refuses(program, tasks.support_x[..., :7])
     assert "no-such" in NativeExecutor(isa="no-such").refuses(program, tasks.support_x)
 

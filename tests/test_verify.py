@@ -92,7 +92,7 @@ def test_a_planted_sign_error_is_named(
 ) -> None:
     """In one convolution (the one without a bias), in the batch norms or in the head, and nowhere else."""
     if not both:
-        monkeypatch.setattr(ReferenceExecutor, "refuses", lambda self, program, x, masked=False: (
+        monkeypatch.setattr(ReferenceExecutor, "refuses", lambda self, program, x, masked=False, queries=None: (
             "float64" if x.dtype == torch.float64 else None))  # fmt: skip
     only = (lambda self: not self.bias) if layer is Conv2d else (lambda self: True)
     monkeypatch.setattr(layer, rule, negated(getattr(layer, rule), only, which))

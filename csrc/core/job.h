@@ -4,27 +4,35 @@
 
 namespace metafast {
 
-enum class Goal : int32_t { predict, loss_and_grad, adapt, adapt_vjp, meta_gradient };
+enum class Goal : int32_t { predict, loss_and_grad, adapt, adapt_vjp, meta_gradient, tangent, hessian_times };
 
-// Samples of all tasks as the user holds them: x [T, n, C, H, W], labels [T, n] or targets [T, n, ...].
+// Samples of all tasks as the user holds them: x [T, n, C, H, W], labels [T, n] or targets [T, n, ...]. Where tasks
+// have fewer than n samples, `counts` [T] says how many; theirs come first.
 template <class T>
 struct Samples {
   int32_t n;
   const T* x;
   const int64_t* labels;
-  const T* targets;
+  const T *targets, *d_targets;
+  const int64_t* counts;
+};
+
+// The pass of each task, by its number of samples, and the elements that the largest one takes.
+struct TaskPasses {
+  const Pass* const* of;  // [T]; null: there is no such pass
+  int64_t tape, scratch;
 };
 
 template <class T>
 struct Job {
   Goal goal;
   const Program* program;
-  const Pass* taped;     // a pass whose tangents follow
-  const Pass* plain;     // one that is over when its gradient is there
+  TaskPasses taped;      // passes whose tangents follow
+  TaskPasses plain;      // those that are over when their gradient is there
   const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner one
   int64_t n_params, tasks;
   int32_t steps, lr_rows;            // later steps use the last row of learning rates
-  int32_t step;                      // predict, loss_and_grad: the inner step that the pass belongs to
+  int32_t step;                      // of a single pass: the inner step that it belongs to
   bool first_order, needs_lr, keep;  // keep: every step has a tape of its own
   const T* constants;
   const T* params;  // inner layout: one vector, or (params_per_task) the user's layout [T, P]
@@ -32,13 +40,13 @@ struct Job {
   const T* alpha;         // inner layout [lr_rows, size], zero where a parameter is not adapted
   const double* weights;  // [steps + 1]: of the query loss at each theta_s
   Samples<T> support, query;
-  T *losses, *outputs;  // [T]; [T, n, ...] in the user's layout
-  T* trajectory;        // [steps + 1, T, P], the user's layout
-  const T* v;           // likewise, or [T, P] of the last step only
+  T *losses, *outputs, *tangents;  // [T]; [T, n, ...] in the user's layout
+  T* trajectory;                   // [steps + 1, T, P], the user's layout
+  const T* v;                      // likewise, or [T, P] of the last step only; of a single pass: the direction
   bool v_everywhere;
-  T* grads;    // [T, P], the user's layout
-  T* sums;     // inner layout, one vector for each chunk of tasks
-  T* lr_sums;  // inner layout, [lr_rows, size] likewise
+  T *grads, *products;  // [T, P], the user's layout
+  T* sums;              // inner layout, one vector for each chunk of tasks
+  T* lr_sums;           // inner layout, [lr_rows, size] likewise
 };
 
 }  // namespace metafast

@@ -1,6 +1,7 @@
 // Where a pass keeps things. What must outlive the pass has a place of its own; the rest shares memory by lifetime.
 #include <algorithm>
 
+#include "guard.h"
 #include "plan.h"
 
 namespace metafast {
@@ -14,8 +15,13 @@ struct Interval {
   int64_t end() const { return *offset + size; }
 };
 
-// Places intervals so that no two alive at once overlap, each as low as it can; returns the height.
+// Places intervals so that no two alive at once overlap, each as low as it can behind its gap; returns the height.
+// Where there are gaps, nothing shares memory, so that they stay where they are.
 int64_t arrange(std::vector<Interval>& intervals) {
+  for (Interval& one : intervals) {
+    one.size += gap;
+    if (gap > 0) one.born = 0, one.dies = INT32_MAX;
+  }
   std::stable_sort(intervals.begin(), intervals.end(),
                    [](const Interval& a, const Interval& b) { return a.size > b.size; });
   std::vector<const Interval*> placed;  // by offset
@@ -33,6 +39,7 @@ int64_t arrange(std::vector<Interval>& intervals) {
                                    [](const Interval* a, const Interval* b) { return *a->offset < *b->offset; }),
                   &one);
   }
+  for (Interval& one : intervals) *one.offset += gap;
   return height;
 }
 
@@ -48,6 +55,7 @@ bool reads_xd(Kind k) {
 }  // namespace
 
 const Pass& Plan::pass(int n, PassKind kind) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   auto& slot = passes_[{n, static_cast<int>(kind)}];
   if (!slot) {
     slot = std::make_unique<OwnedPass>();

@@ -2,6 +2,7 @@
 #pragma once
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -65,6 +66,7 @@ class Plan {
   std::vector<Constants> constants_;
   int64_t constants_size_ = 0;
   Tables tables_;
+  std::mutex mutex_;  // of the passes
   std::map<std::pair<int, int>, std::unique_ptr<OwnedPass>> passes_;
 };
 

@@ -21,7 +21,7 @@ enum class Kind : int32_t {
   norm_relu_pool,
 };
 
-enum class LossKind : int32_t { cross_entropy, mse };
+enum class LossKind : int32_t { cross_entropy, mse, given };
 
 // One sample: h x w pixels of c channels, `ld` elements from pixel to pixel; channels c..ld-1 are always zero.
 struct Grid {

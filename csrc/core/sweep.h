@@ -11,7 +11,7 @@ template <class T>
 struct Batch {
   const T* x;
   const int64_t* labels;
-  const T* targets;
+  const T *targets, *d_targets;
 };
 
 // The memory of one pass.
@@ -63,11 +63,10 @@ class Sweep {
     }
   }
 
-  // Adds to `product` the Hessian of the loss of the pass on the tape times u, for all parameters; u is zero where a
-  // parameter is not adapted.
-  METAFAST_DEVICE void hessian_times(const Tape<T>& tape, const Batch<T>& batch, const T* theta, const T* u, int step,
-                                     T* product) const {
-    if (!program.moving[program.output]) return;
+  // The tangent of the outputs of the pass on the tape along u, which is zero where a parameter is not adapted. Null:
+  // they do not move.
+  METAFAST_DEVICE const T* tangent_forward(const Tape<T>& tape, const Batch<T>& batch, const T* theta, const T* u,
+                                           int step) const {
     for (int k = 0; k < program.n_ops; ++k) {
       const Frame<M> f = frame(tape, batch, k, {theta, u, nullptr, step, true});
       if (!f.yd) continue;
@@ -75,6 +74,14 @@ class Sweep {
       with_rules<M>(f.op.kind, [&](auto rules) { rules.tangent_forward(f); });
       m.end();
     }
+    return at(tape.scratch, tape.pass->tangent, program.output);
+  }
+
+  // Adds to `product` the Hessian of the loss of the pass on the tape times u, for all parameters; u is zero where a
+  // parameter is not adapted.
+  METAFAST_DEVICE void hessian_times(const Tape<T>& tape, const Batch<T>& batch, const T* theta, const T* u, int step,
+                                     T* product) const {
+    if (!tangent_forward(tape, batch, theta, u, step)) return;
     m.begin(What::tangent_backward, -1);
     with_loss(program.loss, [&](auto rules) { rules.tangent_backward(loss_frame(tape, batch)); });
     m.end();
@@ -144,7 +151,8 @@ class Sweep {
             value(tape, batch, out),
             at(tape.base, pass.adjoint, out),
             at(tape.scratch, pass.tangent, out),
-            at(tape.scratch, pass.d_adjoint, out)};
+            at(tape.scratch, pass.d_adjoint, out),
+            batch.d_targets};
   }
 
   M& m;

@@ -10,8 +10,10 @@ namespace metafast {
   Isa<double> double_isa();    \
   }
 METAFAST_DECLARE(plain)
-#ifdef METAFAST_X86
+#ifdef METAFAST_AVX2
 METAFAST_DECLARE(avx2)
+#endif
+#ifdef METAFAST_AVX512
 METAFAST_DECLARE(avx512)
 #endif
 
@@ -29,14 +31,16 @@ struct Builds {
   int count = 0;
 
   Builds() {
-#ifdef METAFAST_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+#ifdef METAFAST_AVX512
+    if (__builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
       add("avx512", avx512::float_isa(), avx512::double_isa());
     }
-    if (avx2) add("avx2", avx2::float_isa(), avx2::double_isa());
+#endif
+#ifdef METAFAST_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      add("avx2", avx2::float_isa(), avx2::double_isa());
+    }
 #endif
     add("plain", plain::float_isa(), plain::double_isa());
   }

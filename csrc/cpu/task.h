@@ -1,5 +1,6 @@
 // What is done with one task: the inner loop, the query, and the way back.
 #pragma once
+#include "../core/guard.h"
 #include "../core/job.h"
 #include "../core/sweep.h"
 #include "contract.h"
@@ -11,22 +12,24 @@ namespace METAFAST_NAMESPACE {
 // Where a task keeps things in the memory of its thread. Made from a null base it gives the size.
 template <class T>
 struct TaskMemory {
-  T *workspace, *support_x, *support_y, *query_x, *query_y, *theta, *g, *v, *u, *product, *tapes, *rest;
+  T *workspace, *support_x, *support_y, *support_yd, *query_x, *query_y, *theta, *g, *v, *u, *product, *tapes, *rest;
   int64_t size;
 
   TaskMemory(const Job<T>& job, T* base) : size(0) {
     const Program& p = *job.program;
     const bool forth = job.goal == Goal::adapt || job.goal == Goal::meta_gradient;
-    const bool back = job.goal == Goal::adapt_vjp || job.goal == Goal::meta_gradient;
     const auto take = [&](int64_t elements) {
       T* at = base ? base + size : nullptr;
-      size += (elements + 15) / 16 * 16;
+      const int64_t whole = (elements + 15) / 16 * 16;
+      if (base) allow(at, whole * sizeof(T)), forbid(at + whole, gap * sizeof(T));
+      size += whole + gap;
       return at;
     };
     const auto elements = [](const Grid& g, int n) { return static_cast<int64_t>(n) * g.h * g.w * g.ld; };
     workspace = take(Core<T>::workspace_size(p));
     support_x = take(elements(p.input, job.support.n));
     support_y = take(job.support.targets ? elements(p.out, job.support.n) : 0);
+    support_yd = take(job.support.d_targets ? elements(p.out, job.support.n) : 0);
     query_x = take(elements(p.input, job.query.n));
     query_y = take(job.query.targets ? elements(p.out, job.query.n) : 0);
     theta = take((forth ? job.steps + 1 : 1) * p.size);
@@ -34,9 +37,9 @@ struct TaskMemory {
     v = take(p.size);
     u = take(p.size);
     product = take(p.size);
-    const int64_t scratch = back ? job.taped->scratch : 0;
-    tapes = take(job.taped ? (job.keep ? job.steps : 1) * job.taped->tape : 0);
-    rest = take(job.plain && job.plain->tape > scratch ? job.plain->tape : scratch);  // never alive together
+    const int64_t scratch = job.goal == Goal::adapt ? 0 : job.taped.scratch;
+    tapes = take((job.keep ? job.steps : 1) * job.taped.tape);
+    rest = take(job.plain.tape > scratch ? job.plain.tape : scratch);  // never alive together
   }
 };
 
@@ -59,9 +62,11 @@ class Task {
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
     if (machine.trace) machine.trace->task = static_cast<int32_t>(t);
+    taped = job.taped.of ? job.taped.of[t] : nullptr;
+    plain = job.plain.of ? job.plain.of[t] : nullptr;
     machine.begin(What::load, 0);
-    support = import_batch(job.support, mem.support_x, mem.support_y);
-    query = import_batch(job.query, mem.query_x, mem.query_y);
+    support = import_batch(job.support, mem.support_x, mem.support_y, mem.support_yd);
+    query = import_batch(job.query, mem.query_x, mem.query_y, nullptr);
     machine.end();
     switch (job.goal) {
       case Goal::predict:
@@ -74,17 +79,43 @@ class Task {
         return adapt_vjp(lr_sums);
       case Goal::meta_gradient:
         return meta_gradient(sums, lr_sums);
+      case Goal::tangent:
+        return tangent();
+      case Goal::hessian_times:
+        return hessian_times();
     }
   }
 
  private:
   void predict() {
     load_params(job.params, mem.theta);
-    const Tape<T> tape{job.plain, mem.rest, nullptr};
     machine.begin(What::query, job.step);
+    const Tape<T> tape = plain_tape();
     sweep.forward(tape, query, mem.theta, job.step);
-    export_outputs(tape);
+    export_outputs(sweep.outputs(tape, query), job.query, job.outputs);
     machine.end();
+  }
+
+  void tangent() {
+    load_params(job.params, mem.theta);
+    import_user(job.v, 0, mem.u);
+    fence_tape(program, *taped, mem.tapes);
+    fence_scratch(program, *taped, mem.rest);
+    const Tape<T> tape{taped, mem.tapes, mem.rest};
+    sweep.forward(tape, support, mem.theta, job.step);
+    export_outputs(sweep.outputs(tape, support), job.support, job.outputs);
+    export_outputs(sweep.tangent_forward(tape, support, mem.theta, mem.u, job.step), job.support, job.tangents);
+  }
+
+  void hessian_times() {
+    load_params(job.params, mem.theta);
+    import_user(job.v, 0, mem.u);
+    clear(mem.g);
+    support_pass(mem.tapes, mem.theta, job.step, mem.g);
+    clear(mem.product);
+    add_hessian_times(mem.tapes, mem.theta, mem.u, job.step, mem.product);
+    export_params(mem.g, job.inner, job.n_params, job.grads + t * job.n_params);
+    export_params(mem.product, job.inner, job.n_params, job.products + t * job.n_params);
   }
 
   void loss_and_grad() {
@@ -171,11 +202,17 @@ class Task {
     }
     if (job.first_order) return;
     machine.each(program.size, [=](long i) { M::store(u + i, -M::load(alpha + i) * M::load(v + i)); });
-    sweep.hessian_times({job.taped, tape, mem.rest}, support, at, u, s, v);
+    add_hessian_times(tape, at, u, s, v);
+  }
+
+  void add_hessian_times(T* tape, const T* at, const T* u, int step, T* product) {
+    fence_scratch(program, *taped, mem.rest);
+    sweep.hessian_times({taped, tape, mem.rest}, support, at, u, step, product);
   }
 
   void support_pass(T* memory, const T* at, int step, T* g) {
-    const Tape<T> tape{job.taped, memory, nullptr};
+    fence_tape(program, *taped, memory);
+    const Tape<T> tape{taped, memory, nullptr};
     sweep.forward(tape, support, at, step);
     sweep.loss(tape, support);
     sweep.backward(tape, support, at, step, g, false);
@@ -183,30 +220,41 @@ class Task {
 
   double query_pass(const T* at, int step, T* g, bool wants_outputs) {
     machine.begin(What::query, step);
-    const Tape<T> tape{job.plain, mem.rest, nullptr};
+    const Tape<T> tape = plain_tape();
     sweep.forward(tape, query, at, step);
     const double loss = sweep.loss(tape, query);
-    if (wants_outputs) export_outputs(tape);
+    if (wants_outputs) export_outputs(sweep.outputs(tape, query), job.query, job.outputs);
     sweep.backward(tape, query, at, step, g, true);
     machine.end();
     return loss;
   }
 
-  Batch<T> import_batch(const Samples<T>& samples, T* x, T* y) const {
-    if (!samples.x) return {};
-    const Grid& g = program.input;
-    const int h = g.h - 2 * program.border_y, w = g.w - 2 * program.border_x;
-    import_images(samples.x + t * samples.n * g.c * h * w, samples.n, g, program.border_y, program.border_x, x);
-    if (!samples.targets) return {x, samples.labels ? samples.labels + t * samples.n : nullptr, nullptr};
-    const Grid& out = program.out;
-    import_images(samples.targets + t * samples.n * out.c * out.h * out.w, samples.n, out, 0, 0, y);
-    return {x, nullptr, y};
+  Tape<T> plain_tape() const {
+    fence_tape(program, *plain, mem.rest);
+    return {plain, mem.rest, nullptr};
   }
 
-  void export_outputs(const Tape<T>& tape) const {
+  int64_t count(const Samples<T>& samples) const { return samples.counts ? samples.counts[t] : samples.n; }
+
+  Batch<T> import_batch(const Samples<T>& samples, T* x, T* y, T* yd) const {
+    if (!samples.x) return {};
+    const Grid &g = program.input, &out = program.out;
+    const int n = static_cast<int>(count(samples));
+    const int h = g.h - 2 * program.border_y, w = g.w - 2 * program.border_x;
+    import_images(samples.x + t * samples.n * g.c * h * w, n, g, program.border_y, program.border_x, x);
+    const int64_t first = t * samples.n, size = static_cast<int64_t>(out.c) * out.h * out.w;
+    if (samples.targets) import_images(samples.targets + first * size, n, out, 0, 0, y);
+    if (samples.d_targets) import_images(samples.d_targets + first * size, n, out, 0, 0, yd);
+    return {x, samples.labels ? samples.labels + first : nullptr, y, yd};
+  }
+
+  // Zeros behind the samples of a task that has fewer, and where there is nothing to export.
+  void export_outputs(const T* from, const Samples<T>& samples, T* to) const {
     const Grid& out = program.out;
-    const int64_t size = static_cast<int64_t>(job.query.n) * out.c * out.h * out.w;
-    export_images(sweep.outputs(tape, query), job.query.n, out, job.outputs + t * size);
+    const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples) : 0;
+    to += t * samples.n * size;
+    if (n > 0) export_images(from, static_cast<int>(n), out, to);
+    std::memset(to + n * size, 0, (samples.n - n) * size * sizeof(T));
   }
 
   void load_params(const T* params, T* to) const {
@@ -230,7 +278,7 @@ class Task {
   const T* rate(int s) const { return job.alpha + row(s) * program.size; }
   T* theta(int s) const { return mem.theta + s * program.size; }
   T* gradient(int s) const { return mem.g + (job.needs_lr && job.goal == Goal::meta_gradient ? s : 0) * program.size; }
-  T* tape(int s) const { return mem.tapes + (job.keep ? s : 0) * job.taped->tape; }
+  T* tape(int s) const { return mem.tapes + (job.keep ? s : 0) * job.taped.tape; }
 
   const Job<T>& job;
   const Program& program;
@@ -239,6 +287,7 @@ class Task {
   Sweep<M> sweep;
   Batch<T> support, query;
   int64_t t;
+  const Pass *taped, *plain;
 };
 
 }  // namespace METAFAST_NAMESPACE

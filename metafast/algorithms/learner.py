@@ -216,7 +216,7 @@ class Learner(nn.Module):
                 check_padding(self.program, self.flat_parameters().detach(), tasks)
             output = self._probe(tasks.support_x)
             self._probe(tasks.query_x)
-            choice = choose(self.program, x, self.backend, masked, self.precision)
+            choice = choose(self.program, x, self.backend, masked, self.precision, tasks.query_x.shape[1])
             self._seen[key] = choice, x, tasks.query_x, output
         choice, _, _, output = self._seen[key]
         if first or x.device.type == "cpu":  # reading labels back from a GPU each time would stall it

@@ -159,7 +159,7 @@ def verify(
     learner = MAML(deepcopy(model), **options)
     learner.backward(tasks)  # what is wrong with the model or the tasks shows here
     masked = tasks.support_mask is not None or tasks.query_mask is not None
-    executor = choose(learner.program, tasks.support_x, backend, masked).executor
+    executor = choose(learner.program, tasks.support_x, backend, masked, queries=tasks.query_x.shape[1]).executor
     truth = Truth(learner)
     checks: list[Check] = []
     layers: list[LayerCheck] = []
@@ -167,7 +167,7 @@ def verify(
         twin = MAML(deepcopy(model).to(dtype), **options)
         twin.load_state_dict(learner.state_dict())
         batch = tasks.to(dtype)
-        if executor.refuses(twin.program, batch.support_x, masked) is not None:
+        if executor.refuses(twin.program, batch.support_x, masked, batch.query_x.shape[1]) is not None:
             continue
         theta = twin.flat_parameters().detach()
         checks += _whole(truth, executor, twin, batch, theta)

@@ -50,11 +50,17 @@ def check_backend(backend: str) -> None:
 
 
 def choose(
-    program: Program, x: Tensor, backend: str = "auto", masked: bool = False, precision: str = "float32"
+    program: Program,
+    x: Tensor,
+    backend: str = "auto",
+    masked: bool = False,
+    precision: str = "float32",
+    queries: int | None = None,
 ) -> Choice:
     """The first proven executor that takes ``program`` on batches like ``x [T, n, ...]``; or ``backend``, no other.
 
-    ``masked``: are some samples padding? ``precision``: what products are rounded to.
+    ``masked``: are some samples padding? ``precision``: what products are rounded to. ``queries``:
+    samples of a query set; ``None``: n.
 
     Raises:
         ValueError: ``backend`` is unknown.
@@ -69,7 +75,7 @@ def choose(
         if executor is None:
             passed_over.append((candidate.name, f"it has no precision {precision!r}"))
             continue
-        reason = executor.refuses(program, x, masked)
+        reason = executor.refuses(program, x, masked, queries)
         if reason is None and backend == "auto" and not executor.proven:
             reason = f"it has not been proven on such a device yet; backend={executor.name!r} asks for it all the same"
         if reason is None:

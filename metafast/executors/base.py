@@ -40,10 +40,10 @@ class Executor(ABC):
         return self if precision == "float32" else None
 
     @abstractmethod
-    def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
+    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
         """``None`` where it can run ``program`` on batches like ``x [T, n, ...]``, else the reason in words.
 
-        ``masked``: are some samples padding?
+        ``masked``: are some samples padding? ``queries``: samples of a query set; ``None``: n.
         """
 
     @abstractmethod

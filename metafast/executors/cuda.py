@@ -7,16 +7,15 @@ another, as the twin that tests hold against the truth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from metafast.executors import native
 from metafast.executors.base import Executor, MetaGradient
+from metafast.executors.description import LOSSES, Model, Models, call, foreign, missing, ready, targets
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
@@ -44,21 +43,24 @@ class NativeCudaExecutor(Executor):
     def __init__(self, twin: BlockMachine | None = None, threads: int = 0) -> None:
         self.twin = twin
         self.threads = threads
-        self._models: WeakKeyDictionary[Program, dict[tuple[int, ...], _Model]] = WeakKeyDictionary()
+        self._models = Models(_Model)
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
-        if native._C is None:
-            return native._MISSING
+    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
+        if missing is not None:
+            return missing
         reason = self._wrong_place(x)
         if reason is not None:
             return reason
         if masked:
             return "tasks of different sizes (sample masks)"
-        reason = native._foreign(program) or native._ranks(program, x)
+        if program.loss.stem not in LOSSES:
+            return f"loss {program.loss.stem!r}: it has {' and '.join(LOSSES)}"
+        reason = foreign(program, x)
         if reason is not None:
             return reason
         try:
-            return self._wrong_size(self.shared_memory(program, x, x.shape[1]), self._machine(x).shared)
+            needed = self.shared_memory(program, x, x.shape[1] if queries is None else queries)
+            return self._wrong_size(needed, self._machine(x).shared)
         except ValueError as error:
             return f"{error}: blocks run linear layers, activations and layer norm"
 
@@ -73,31 +75,31 @@ class NativeCudaExecutor(Executor):
         Raises:
             ValueError: a block cannot run the model; the text says which layer.
         """
-        description = self._model(program, x).description
+        description = self._models.of(program, x).description
         double = x.dtype == torch.float64
-        return int(_run(torch.ops.metafast.block_needs, description, double, x.shape[1], queries, True))
+        return int(call(torch.ops.metafast.block_needs, description, double, x.shape[1], queries, True))
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        model = self._model(program, x)
+        model = self._models.of(program, x)
         head = self._head(model, x, 0, x.shape[1], predicts=True)
-        out = _run(torch.ops.metafast.block_predict, *head, native._ready(params), native._ready(x), step)
+        out = call(torch.ops.metafast.block_predict, *head, ready(params), ready(x), step)
         return model.shaped(out)
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        model = self._model(program, batch.x)
-        losses, grads, outputs = _run(
+        model = self._models.of(program, batch.x)
+        losses, grads, outputs = call(
             torch.ops.metafast.block_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
-            native._ready(params), *native._samples(program, batch), step,
+            ready(params), *_samples(program, batch), step,
         )  # fmt: skip
         return losses, grads, model.shaped(outputs)
 
     def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
-        head = self._head(self._model(program, support.x), support.x, support.x.shape[1], 0)
-        trajectory: Tensor = _run(
-            torch.ops.metafast.block_adapt, *head, native._ready(params), native._ready(lr.to(params.dtype)),
-            *native._samples(program, support), steps,
+        head = self._head(self._models.of(program, support.x), support.x, support.x.shape[1], 0)
+        trajectory: Tensor = call(
+            torch.ops.metafast.block_adapt, *head, ready(params), ready(lr.to(params.dtype)),
+            *_samples(program, support), steps,
         )  # fmt: skip
         return trajectory
 
@@ -112,10 +114,10 @@ class NativeCudaExecutor(Executor):
         first_order: bool = False,
         needs_lr: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        head = self._head(self._model(program, support.x), support.x, support.x.shape[1], 0)
-        grads, lr_grad = _run(
-            torch.ops.metafast.block_adapt_vjp, *head, native._ready(trajectory),
-            native._ready(lr.to(trajectory.dtype)), *native._samples(program, support), native._ready(v),
+        head = self._head(self._models.of(program, support.x), support.x, support.x.shape[1], 0)
+        grads, lr_grad = call(
+            torch.ops.metafast.block_adapt_vjp, *head, ready(trajectory),
+            ready(lr.to(trajectory.dtype)), *_samples(program, support), ready(v),
             first_order, needs_lr,
         )  # fmt: skip
         return grads, lr_grad if needs_lr else None
@@ -133,12 +135,12 @@ class NativeCudaExecutor(Executor):
         needs_lr: bool = True,
     ) -> MetaGradient:
         x, m = tasks.support_x, tasks.query_x.shape[1]
-        model = self._model(program, x)
+        model = self._models.of(program, x)
         weights = _on_device((0.0,) * steps + (1.0,) if step_weights is None else tuple(step_weights), x.device)
-        losses, outputs, grad, lr_grad = _run(
-            torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), native._ready(params),
-            native._ready(lr.to(params.dtype)), *native._samples(program, tasks.support),
-            *native._samples(program, tasks.query), weights, first_order, needs_lr,
+        losses, outputs, grad, lr_grad = call(
+            torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), ready(params),
+            ready(lr.to(params.dtype)), *_samples(program, tasks.support),
+            *_samples(program, tasks.query), weights, first_order, needs_lr,
         )  # fmt: skip
         return MetaGradient(losses, model.shaped(outputs), grad, lr_grad if needs_lr else None)
 
@@ -169,22 +171,21 @@ class NativeCudaExecutor(Executor):
         key = (support, query, predicts, x.dtype, x.device)
         if key not in model.tables:
             make = torch.ops.metafast.block_tables
-            model.tables[key] = _run(make, model.description, x, support, query, predicts, stream)
+            model.tables[key] = call(make, model.description, x, support, query, predicts, stream)
         _, head = model.tables[key]
         return model.description, head, [machine.shared, machine.processors, machine.threads, stream]
 
-    def _model(self, program: Program, x: Tensor) -> _Model:
-        models, shape = self._models.setdefault(program, {}), tuple(x.shape[2:])
-        if shape not in models:
-            models[shape] = _Model(native._describe(program, shape), native._rank(program, len(shape)))
-        return models[shape]
 
-
-@dataclass(frozen=True)
-class _Model(native._Model):
+class _Model(Model):
     """And its tables on each device with what points to them, by the numbers of samples."""
 
-    tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self, program: Program, sample: tuple[int, ...]) -> None:
+        super().__init__(program, sample)
+        self.tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
+    return ready(batch.x), ready(targets(program, batch))
 
 
 @lru_cache
@@ -198,13 +199,3 @@ def _gpu(index: int, threads: int) -> BlockMachine:
 @lru_cache(maxsize=256)
 def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(weights, dtype=torch.float64, device=device)
-
-
-def _run(op: Any, *arguments: Any) -> Any:
-    """Bad input is a ValueError; what the device or the twin's watch reports stays a RuntimeError."""
-    try:
-        return op(*arguments)
-    except RuntimeError as error:
-        if str(error).startswith(("CUDA: ", "twin: ")):
-            raise
-        raise ValueError(str(error).removeprefix("metafast: ")) from None

@@ -31,7 +31,7 @@ class ReferenceExecutor(Executor):
     def __init__(self, budget: int = _BUDGET, most: int | None = None) -> None:
         self.budget, self.most = budget, most
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
+    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
         if x.dtype not in (torch.float32, torch.float64):
             return f"dtype {x.dtype}: it runs float32 and float64"
         return None

@@ -64,7 +64,7 @@ class TritonExecutor(Executor):
             self.others[precision] = TritonExecutor(precision, self.interpreted, self.budget)
         return self.others[precision]
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
+    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
         if x.dtype != torch.float32:
             return f"dtype {x.dtype}: it runs float32"
         if importlib.util.find_spec("triton") is None:

@@ -108,8 +108,8 @@ class Timed(Executor):
         self.notes: Notes | None = None
         self._programs: dict[Program, Program] = {}
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False) -> str | None:
-        return self.inner.refuses(program, x, masked)
+    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
+        return self.inner.refuses(program, x, masked, queries)
 
     def explain(self, program: Program, x: Tensor) -> list[str]:
         return self.inner.explain(program, x)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from metafast.executors import native
+from metafast.executors.description import extension
 from metafast.profile.spans import LOSS, Span
 from metafast.program import Program
 
@@ -24,11 +24,12 @@ _PHASES = 4
 @contextmanager
 def noted(program: Program, phases: list[Span], rules: list[Span]) -> Iterator[None]:
     """Adds what the native executor does meanwhile."""
-    native._C.trace(True)
+    assert extension is not None
+    extension.trace(True)
     try:
         yield
     finally:
-        notes = np.frombuffer(native._C.trace(False), _SPAN)
+        notes = np.frombuffer(extension.trace(False), _SPAN)
         _tell(program, notes, phases, rules)
 
 

@@ -57,12 +57,13 @@ struct LossFrame {
   Grid grid;
   int n;
   const int64_t* labels;  // cross_entropy: [n]
-  const T* targets;       // mse: as y
+  const T* targets;       // mse: as y; given: the gradient of the loss in y
   T* saved;
   const T* y;
   T* g;
   const T* yd;
   T* gd;
+  const T* d_targets;  // given: the tangent of that gradient
 
   METAFAST_DEVICE long size() const { return static_cast<long>(n) * grid.h * grid.w * grid.ld; }
 };

@@ -6,6 +6,7 @@
 #include "conv2d.h"
 #include "cross_entropy.h"
 #include "gelu.h"
+#include "given.h"
 #include "layer_norm.h"
 #include "leaky_relu.h"
 #include "max_pool2d.h"
@@ -55,7 +56,14 @@ METAFAST_DEVICE void with_rules(Kind kind, const F& f) {
 
 template <class F>
 METAFAST_DEVICE void with_loss(LossKind kind, const F& f) {
-  kind == LossKind::mse ? f(MSE{}) : f(CrossEntropy{});
+  switch (kind) {
+    case LossKind::cross_entropy:
+      return f(CrossEntropy{});
+    case LossKind::mse:
+      return f(MSE{});
+    case LossKind::given:
+      return f(Given{});
+  }
 }
 
 }  // namespace METAFAST_NAMESPACE
