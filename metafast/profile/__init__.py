@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from metafast.algorithms import MAML
 from metafast.bench.machine import describe, rates
 from metafast.benchmarks.workloads import Workload
 from metafast.executors import Choice, Executor, NativeCudaExecutor, NativeExecutor, TritonExecutor
-from metafast.executors.lowering import Lowered
 from metafast.profile import gpu
 from metafast.profile.costs import layer_costs
 from metafast.profile.layered import Notes, Timed
@@ -27,6 +26,9 @@ from metafast.profile.result import Profile, phases, rows
 from metafast.profile.spans import LOSS, Recording, Span, around, undisturbed
 from metafast.program import Program
 from metafast.tasks import TaskBatch
+
+if TYPE_CHECKING:
+    from metafast.executors.lowering import Lowered
 
 __all__ = ["Profile", "Recording", "main_profile", "profile"]
 
@@ -208,7 +210,8 @@ def _watched(executor: Executor) -> Executor:
 
 
 class _TimedTriton(Timed):
-    """Triton's layers are timed behind its lowering, and without the CUDA graph that hides them from the host."""
+    """Triton's layers are timed behind its lowering: one function of the executor after the other, without the CUDA
+    graph that hides them from the host."""
 
     def __init__(self, inner: TritonExecutor) -> None:
         super().__init__(_Lowering(inner, super()._timed))
@@ -219,7 +222,7 @@ class _TimedTriton(Timed):
 
 class _Lowering(TritonExecutor):
     def __init__(self, like: TritonExecutor, timed: Callable[[Program], Program]) -> None:
-        super().__init__(like.precision, like.interpreted)
+        super().__init__(like.precision, like.interpreted, like.budget)
         self.timed = timed
 
     def _lowered(self, program: Program, x: Tensor) -> Lowered:
