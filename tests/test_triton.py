@@ -34,19 +34,17 @@ from test_meta_gradients import check_against_oracle
 from torch import nn
 
 from metafast import executors
-from metafast.capture import capture
 from metafast.executors.lowering import lower, triton_layer, triton_loss
-from metafast.executors.memory import choose_plan, peak_bytes
 from metafast.executors.triton import TritonExecutor
-from metafast.kernels import launch
+from metafast.kernels import launch, products
+from metafast.kernels.activation import ReLU
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
 from metafast.kernels.chain import NormalisedConv
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
-from metafast.kernels.cross_entropy import CrossEntropy
-from metafast.kernels.layer import Layer
-from metafast.losses import as_loss
+from metafast.kernels.layer import Context, Layer
+from metafast.kernels.max_pool2d import MaxPool2d
 from metafast.models import conv4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,6 +174,22 @@ def test_small_blocks(case, monkeypatch):
     assert_close(run(triton_layer(case.layer), at, case), truth(case.function, at), case.tolerance)
 
 
+def test_weight_gradient_in_slices(monkeypatch):
+    case = next(c for c in HAND_WRITTEN if str(c).startswith("conv2d: 3x3, padded"))
+    case = replace(case, inputs=((9, *case.inputs[0][1:]),))  # 315 pixels, at least 128 to a slice
+    _use(replace(LARGE, depth=16), monkeypatch)
+    launched = []
+
+    def noted(kernel, *args, **options):
+        launched.append(kernel)
+        launch.launch(kernel, *args, **options)
+
+    monkeypatch.setattr(products, "launch", noted)
+    at = point(case, tasks=2)
+    assert_close(run(triton_layer(case.layer), at, case), truth(case.function, at), case.tolerance)
+    assert launched.count(products.metafast_add_slices) == 2
+
+
 @pytest.mark.parametrize("case", [c for c in LOSSES if "ways" in c.name or c.loss.stem == "mse"], ids=str)
 def test_losses_in_small_blocks(case, monkeypatch):
     _use(SMALL, monkeypatch)
@@ -289,29 +303,11 @@ def test_ties_and_dead_values_are_treated_as_torch_does():
 def test_nan_stays_nan():
     x = torch.ones(1, 2, 3, 4, 4, device=DEVICE)
     x[0, 0, 0, 0, 0] = float("nan")
-    for layer in (TritonBatchNorm(BN, True, (2, 2)), triton_layer(nn_pool()), triton_layer(mf_relu())):
+    for layer in (TritonBatchNorm(BN, True, (2, 2)), triton_layer(MaxPool2d((2, 2), (2, 2))), triton_layer(ReLU())):
         ctx_params = [torch.ones(1, 3, device=DEVICE)] * 2 if isinstance(layer, TritonBatchNorm) else []
-        y = layer.forward(_context(), ctx_params, [x])
+        y = layer.forward(Context(0, None, (True,), (False, False)), ctx_params, [x])
         assert torch.isnan(y[0, 0, 0]).any()
         assert not torch.isnan(y[0, :, 1:]).any()
-
-
-def _context():
-    from metafast.kernels.layer import Context
-
-    return Context(0, None, (True,), (False, False))
-
-
-def nn_pool():
-    from metafast.kernels.max_pool2d import MaxPool2d
-
-    return MaxPool2d((2, 2), (2, 2))
-
-
-def mf_relu():
-    from metafast.kernels.activation import ReLU
-
-    return ReLU()
 
 
 class ResNet12(nn.Module):
@@ -395,108 +391,6 @@ def test_whole_programs_in_parts(name):
     check(SUITE[name], one_call=False)
 
 
-def small_network(name="rate for each layer and step"):
-    """What an executor takes of a setup."""
-    setup = SUITE[name]
-    learner, tasks = make_learner(setup, torch.float32, "reference").to(DEVICE), make_tasks(setup, tasks=2).to(DEVICE)
-    return learner.program, learner.flat_parameters().detach(), learner.rate().detach(), tasks
-
-
-def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
-    program, theta, rate, tasks = small_network("batch norm of the task")
-    triton = executor()
-    runs = [triton.meta_gradient(program, theta, rate, tasks, 1) for _ in range(2)]
-    assert torch.equal(runs[0].grad, runs[1].grad)
-    assert torch.equal(runs[0].losses, runs[1].losses)
-    trajectory = triton.adapt(program, theta, rate, tasks.support, 1)
-    losses, v, _ = triton.loss_and_grad(program, trajectory[-1], tasks.query, 1)
-    grad, lr_grad = triton.adapt_vjp(program, trajectory, rate, tasks.support, v / 2)
-    assert torch.equal(losses, runs[0].losses)
-    torch.testing.assert_close(grad.sum(0), runs[0].grad, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(lr_grad, runs[0].lr_grad, rtol=1e-6, atol=1e-8)
-
-
-def test_every_plan_gives_the_same_gradient():
-    program, theta, rate, tasks = small_network()
-    free = executor()
-    expected = free.meta_gradient(program, theta, rate, tasks, 2)
-    whole = only_plan(free)
-    assert (whole.chunk, whole.keep) == (2, True)
-    tight = TritonExecutor(interpreted=DEVICE == "cpu", budget=1)
-    found = tight.meta_gradient(program, theta, rate, tasks, 2)
-    least = only_plan(tight)
-    assert (least.chunk, least.keep) == (1, False)
-    assert 0 < least.peak < whole.peak / 2
-    for name in ("losses", "outputs", "grad", "lr_grad"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
-
-
-def only_plan(triton):
-    (plan,) = triton.plans.values()
-    return plan
-
-
-def test_bf16_halves_the_memory_of_activations_and_costs_accuracy():
-    program, theta, rate, tasks = small_network("batch norm of the task")
-    exact, rounded = executor(), executor().at("bf16")
-    expected, found = (e.meta_gradient(program, theta, rate, tasks, 1) for e in (exact, rounded))
-    assert found.losses.dtype == found.outputs.dtype == found.grad.dtype == torch.float32
-    for name in ("losses", "outputs", "grad"):
-        a, b = getattr(found, name), getattr(expected, name)
-        assert 1e-4 < float((a - b).norm() / b.norm()) < 0.1, name
-    images = [torch.empty(2, n, 2, 64, 64, device="meta") for n in (25, 75)]
-    layers = nn.Sequential(nn.Conv2d(2, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))
-    model = capture(layers, as_loss("mse"))
-    peaks = []
-    for triton in (executor(), executor().at("bf16")):
-        triton.memory_plan(model, *images, 2)
-        peaks.append(only_plan(triton).peak)
-    assert 0.45 < peaks[1] / peaks[0] < 0.6
-
-
-def test_the_predicted_peak_is_that_of_the_run():
-    """The prediction comes from a run without memory: here the tensors of a run with memory are counted instead."""
-    program, theta, rate, tasks = small_network()
-    planned, triton = executor(), executor()
-    planned.meta_gradient(program, theta, rate, tasks, 3)
-    triton.plans = planned.plans
-    measured = peak_bytes(lambda: triton.meta_gradient(program, theta, rate, tasks, 3))
-    assert 0.8 < only_plan(planned).peak / measured < 1.2
-
-
-PLANS = [(10**6, 100, 32, True), (1700, 100, 3, True), (1700, 2, 2, True), (499, 100, 4, False), (1, 100, 1, False)]
-
-
-@pytest.mark.parametrize(("budget", "most", "chunk", "keep"), PLANS)
-def test_plans(budget, most, chunk, keep):
-    plan = choose_plan(lambda chunk, keep: chunk * (500 if keep else 100), 32, budget, most)
-    assert (plan.chunk, plan.keep) == (chunk, keep)
-    assert sum(len(range(32)[part]) for part in plan.chunks(32)) == 32
-
-
-def test_precision_is_asked_for_by_name():
-    setup = SUITE["batch norm of the task"]
-    tasks = make_tasks(setup, tasks=1)
-    for precision, runs in (("bf16", True), ("half", False)):
-        learner = make_learner(replace(setup, options={"steps": 1, "precision": precision}), torch.float32, "triton")
-        if runs:
-            assert "(bf16)" in learner.to(DEVICE).explain(tasks.support_x.to(DEVICE))
-        else:
-            with pytest.raises(RuntimeError, match="no precision 'half'"):
-                learner.to(DEVICE).explain(tasks.support_x.to(DEVICE))
-    derived = make_learner(replace(SUITE["SiLU, derived"], options={"precision": "bf16"}), torch.float32, "triton")
-    with pytest.raises(RuntimeError, match="needs kernels for every layer"):
-        derived.to(DEVICE).explain(torch.zeros(1, 5, 3, device=DEVICE))
-
-
-def test_a_label_outside_makes_its_task_nan_and_no_other():
-    loss, z = triton_loss(CrossEntropy()), torch.randn(2, 4, 3, device=DEVICE)
-    y = torch.tensor([[0, 1, 2, 1], [2, 10**12, 0, 1]], device=DEVICE)
-    losses, g, _ = loss_rules(loss, z, y, z)
-    assert losses[0].isnan().tolist() == [False, True]
-    assert g[0].isnan().any(-1).tolist() == [[False] * 4, [False, True, False, False]]
-
-
 def test_what_is_fused():
     learner = make_learner(NETWORKS[0], torch.float32, "reference")
     lowered = lower(learner.program, "float32", torch.device("cpu"))
@@ -505,14 +399,3 @@ def test_what_is_fused():
     flat = torch.randn(3, learner.program.size)
     assert torch.equal(lowered.unpack(lowered.pack(flat)), flat)
     assert all(p.offset % 16 == 0 for p in lowered.program.parameters if not p.name.startswith("gap"))
-
-
-def test_refusals():
-    program = make_learner(NETWORKS[0], torch.float32, "reference").program
-    x = torch.zeros(1, 2, 1, 19, 16, device=DEVICE)
-    assert executor().refuses(program, x) is None
-    assert "float64" in executor().refuses(program, x.double())
-    assert "ragged" in executor().refuses(program, x, masked=True)
-    assert "needs an NVIDIA GPU" in TritonExecutor().refuses(program, x.cpu())
-    with pytest.raises(ValueError, match=r"half.*float32"):
-        TritonExecutor(precision="half")

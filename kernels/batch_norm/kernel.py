@@ -1,7 +1,8 @@
 """Batch norm with the ReLU and the max-pool behind it, each rule in one pass; formulas in ``normalise``.
 
 The forward pass keeps for each value of the result a code: which pixel of its window won, or none where ReLU cut it
-off. With it the other rules read the winners' pixels only, and
+off; and where windows have more than one pixel the winners' ``xh``, a tangent pass their ``xhd``. The sums over an
+adjoint, zero elsewhere, then read as much as the result is large. With
 
     g_x  = r (gh - mean gh - xh b),  b = mean(gh xh)
     yd   = gamma xhd + gammad xh + betad,  xhd = r (xd - mean xd - xh c),  c = mean(xh xd)
@@ -80,25 +81,33 @@ def _pair(p, task, c, C: tl.constexpr):
 
 @triton.jit
 def _winners(code, n, row, c, S: tl.constexpr, task):
-    """Where in the image the values of the result's rows come from, and which of them ReLU let through."""
+    """The values of the result's rows, which pixel of its window each is, and which of them ReLU let through."""
     rows = n * (S.out_h * S.out_w)
     at = task.to(tl.int64) * rows * S.channels + row[:, None] * S.channels + c[None, :]
     alive = (row < rows)[:, None] & (c < S.channels)[None, :]
-    sample, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h * S.window_h, row % S.out_w * S.window_w
-    pixel = ((sample * S.height + h) * S.width + w)[:, None]
+    won = tl.zeros(at.shape, tl.int32)
     if S.coded:
         won = tl.load(code + at, alive, S.window).to(tl.int32)
         alive = alive & (won < S.window)
-        pixel = pixel + won // S.window_w * S.width + won % S.window_w
-    image = task.to(tl.int64) * n * (S.height * S.width * S.channels)
-    return at, image + pixel * S.channels + c[None, :], alive
+    return at, won, alive
+
+
+@triton.jit
+def _standard(x, at, alive, mean, r, S: tl.constexpr):
+    """``xh`` of the result's values: as it was kept, or where every pixel is a value from ``x``."""
+    v = tl.load(x + at, alive, 0.0).to(tl.float32)
+    if S.window > 1:
+        return v
+    else:
+        return (v - mean) * r
 
 
 @triton.jit
 def metafast_norm_forward(
-    y, code, x, stat, gamma, beta, gamma_stride, beta_stride, n, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    """``y`` and the codes. Grid (row tile x column tile, task), as of all kernels here."""
+    y, code, won_xh, x, stat, gamma, beta, gamma_stride, beta_stride, n,
+    S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``y``, the codes and the winners' ``xh``. Grid (row tile x column tile, task), as of all kernels here."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
@@ -111,16 +120,19 @@ def metafast_norm_forward(
     corner = ((sample * S.height + h) * S.width + w)[:, None] * S.channels + c[None, :]
     x += task.to(tl.int64) * n * (S.height * S.width * S.channels)
     best = tl.zeros((BR, BC), tl.float32)
+    best_xh = best
     won = tl.zeros((BR, BC), tl.int32)
     window: tl.constexpr = S.window
     for i in tl.static_range(window):
         at = corner + (i // S.window_w * S.width + i % S.window_w) * S.channels
-        v = scale * ((tl.load(x + at, inside, 0.0).to(tl.float32) - mean) * r) + shift
+        xh = (tl.load(x + at, inside, 0.0).to(tl.float32) - mean) * r
+        v = scale * xh + shift
         if i == 0:
-            best = v
+            best, best_xh = v, xh
         else:
             better = (v > best) | (v != v)
-            best, won = tl.where(better, v, best), tl.where(better, i, won)
+            best, best_xh = tl.where(better, v, best), tl.where(better, xh, best_xh)
+            won = tl.where(better, i, won)
     at = task.to(tl.int64) * rows * S.channels + row[:, None] * S.channels + c[None, :]
     if S.relu:
         won = tl.where(best > 0, won, S.window)
@@ -128,19 +140,24 @@ def metafast_norm_forward(
     tl.store(y + at, best, inside)
     if S.coded:
         tl.store(code + at, won.to(tl.int8), inside)
+    if S.window > 1:
+        tl.store(won_xh + at, best_xh, inside)
 
 
 @triton.jit
 def metafast_norm_sums(
     parts, x, code, g, stat, xd, gd, xd_mean, n, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Of each tile the sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``: ``[T, tiles, 2, C]``."""
+    """Of each tile the sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``: ``[T, tiles, 2, C]``.
+
+    Where windows have more than one pixel, ``x`` and ``xd`` are the winners' ``xh`` and ``xhd``.
+    """
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
-    at, pixel, alive = _winners(code, n, row, c, S, task)
+    at, _won, alive = _winners(code, n, row, c, S, task)
     mean, r = _pair(stat, task, c, S.channels)
-    xh = (tl.load(x + pixel, alive, 0.0).to(tl.float32) - mean) * r
+    xh = _standard(x, at, alive, mean, r, S)
     if gd is None:
         u = tl.load(g + at, alive, 0.0).to(tl.float32)
         products = u * xh
@@ -149,7 +166,9 @@ def metafast_norm_sums(
         products = u * xh
         if xd is not None:
             level, slope = _pair(xd_mean, task, c, S.channels)
-            xhd = r * (tl.load(xd + pixel, alive, 0.0).to(tl.float32) - level - xh * slope)
+            xhd = tl.load(xd + at, alive, 0.0).to(tl.float32)
+            if S.window == 1:
+                xhd = r * (xhd - level - xh * slope)
             products += tl.load(g + at, alive, 0.0).to(tl.float32) * xhd
     tiles = tl.num_programs(0) // columns
     parts += (task * tiles + tile // columns) * 2 * S.channels + c
@@ -199,23 +218,28 @@ def metafast_norm_backward(
 
 @triton.jit
 def metafast_norm_tangent(
-    yd, x, code, stat, gamma, xd, xd_mean, gammad, betad, gamma_stride, gammad_stride, betad_stride, n,
+    yd, won_xhd, x, code, stat, gamma, xd, xd_mean, gammad, betad, gamma_stride, gammad_stride, betad_stride, n,
     S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """``yd``."""
+    """``yd`` and the winners' ``xhd``. Where windows have more than one pixel, ``x`` is the winners' ``xh``."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
-    at, pixel, alive = _winners(code, n, row, c, S, task)
+    at, won, alive = _winners(code, n, row, c, S, task)
+    inside = (row < n * (S.out_h * S.out_w))[:, None] & (c < S.channels)[None, :]
     mean, r = _pair(stat, task, c, S.channels)
-    xh = (tl.load(x + pixel, alive, 0.0).to(tl.float32) - mean) * r
+    xh = _standard(x, at, alive, mean, r, S)
     value = _channel(gammad, task, gammad_stride, c, S.channels, 0.0) * xh
     value += _channel(betad, task, betad_stride, c, S.channels, 0.0)
     if xd is not None:
         level, slope = _pair(xd_mean, task, c, S.channels)
-        scale = _channel(gamma, task, gamma_stride, c, S.channels, 1.0)
-        value += scale * (r * (tl.load(xd + pixel, alive, 0.0).to(tl.float32) - level - xh * slope))
-    inside = (row < n * (S.out_h * S.out_w))[:, None] & (c < S.channels)[None, :]
+        sample, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h * S.window_h, row % S.out_w * S.window_w
+        pixel = ((sample * S.height + h) * S.width + w)[:, None] + won // S.window_w * S.width + won % S.window_w
+        xd += task.to(tl.int64) * n * (S.height * S.width * S.channels)
+        xhd = r * (tl.load(xd + pixel * S.channels + c[None, :], alive, 0.0).to(tl.float32) - level - xh * slope)
+        value += _channel(gamma, task, gamma_stride, c, S.channels, 1.0) * xhd
+        if S.window > 1:
+            tl.store(won_xhd + at, tl.where(alive, xhd, 0.0), inside)
     tl.store(yd + at, tl.where(alive, value, 0.0), inside)
 
 
@@ -248,9 +272,10 @@ class TritonBatchNorm(Layer):
         ctx.y_shape = (tasks, n, *size, channels)
         y = empty(x, *ctx.y_shape)
         ctx.code = empty(x, *ctx.y_shape, dtype=torch.int8) if s.coded else None
+        ctx.xh = empty(x, *ctx.y_shape) if s.window > 1 else None
         (gamma, gamma_stride), (beta, beta_stride) = self._affine(ctx, params)
-        self._run(metafast_norm_forward, ctx, n * s.out_h * s.out_w, y, ctx.code, x, ctx.stat, gamma, beta,
-                  gamma_stride, beta_stride, n)  # fmt: skip
+        self._run(metafast_norm_forward, ctx, n * s.out_h * s.out_w, y, ctx.code, ctx.xh, x, ctx.stat, gamma,
+                  beta, gamma_stride, beta_stride, n)  # fmt: skip
         return channels_first(y)
 
     def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
@@ -263,16 +288,18 @@ class TritonBatchNorm(Layer):
 
     def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         s, n = ctx.s, ctx.x.shape[1]
-        ctx.xd, ctx.xd_mean = None, None
+        ctx.xd, ctx.xd_mean, ctx.xhd = None, None, None
         if d_inputs[0] is not None:
             ctx.xd = channels_last(d_inputs[0])
+            ctx.xhd = ctx.xd if ctx.xh is None else empty(ctx.x, *ctx.y_shape)
             if not s.given:
                 parts = ctx.__dict__.get("tangent_parts")
                 ctx.xd_mean = (self._tangent_sums(ctx) if parts is None else add_tiles(parts)) / ctx.count
         yd = empty(ctx.x, *ctx.y_shape)
         (gamma, gamma_stride), _ = self._affine(ctx, params)
         (gammad, gammad_stride), (betad, betad_stride) = self._affine(ctx, d_params)
-        self._run(metafast_norm_tangent, ctx, n * s.out_h * s.out_w, yd, ctx.x, ctx.code, ctx.stat, gamma, ctx.xd,
+        x = ctx.x if ctx.xh is None else ctx.xh
+        self._run(metafast_norm_tangent, ctx, n * s.out_h * s.out_w, yd, ctx.xhd, x, ctx.code, ctx.stat, gamma, ctx.xd,
                   ctx.xd_mean, gammad, betad, gamma_stride, gammad_stride, betad_stride, n)  # fmt: skip
         return channels_first(yd)
 
@@ -290,9 +317,9 @@ class TritonBatchNorm(Layer):
         s, (tasks, n) = ctx.s, ctx.x.shape[:2]
         rows = n * s.out_h * s.out_w
         parts = empty(ctx.stat, tasks, cdiv(rows, self._rows(ctx)), 2, s.channels)
-        xd = None if gd is None else ctx.xd
-        xd_mean = None if gd is None else ctx.xd_mean
-        self._run(metafast_norm_sums, ctx, rows, parts, ctx.x, ctx.code, ctx.g, ctx.stat, xd, gd, xd_mean, n)
+        x = ctx.x if ctx.xh is None else ctx.xh
+        xd, xd_mean = (None, None) if gd is None else (ctx.xhd, ctx.xd_mean)
+        self._run(metafast_norm_sums, ctx, rows, parts, x, ctx.code, ctx.g, ctx.stat, xd, gd, xd_mean, n)
         return add_tiles(parts)
 
     def _tangent_sums(self, ctx: Context) -> Tensor:

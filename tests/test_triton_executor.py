@@ -1,0 +1,179 @@
+"""The Triton executor around its kernels: memory plans, precisions, bytes moved, the same bits twice, refusals."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from setups import make_learner, make_tasks
+from test_layers import loss_rules
+from test_triton import (  # the fixtures act by being here
+    DEVICE,
+    NETWORKS,
+    SUITE,
+    _executor,  # noqa: F401
+    _quick,  # noqa: F401
+    executor,
+)
+from torch import nn
+
+from metafast.benchmarks.workloads import workload
+from metafast.capture import capture
+from metafast.executors import lowering
+from metafast.executors.memory import choose_plan, peak_bytes
+from metafast.executors.passes import Pass
+from metafast.executors.triton import TritonExecutor
+from metafast.kernels.cross_entropy import CrossEntropy
+from metafast.losses import as_loss
+from metafast.tasks import Batch
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+def small_network(name="rate for each layer and step"):
+    """What an executor takes of a setup."""
+    setup = SUITE[name]
+    learner, tasks = make_learner(setup, torch.float32, "reference").to(DEVICE), make_tasks(setup, tasks=2).to(DEVICE)
+    return learner.program, learner.flat_parameters().detach(), learner.rate().detach(), tasks
+
+
+def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
+    program, theta, rate, tasks = small_network("batch norm of the task")
+    triton = executor()
+    runs = [triton.meta_gradient(program, theta, rate, tasks, 1) for _ in range(2)]
+    assert torch.equal(runs[0].grad, runs[1].grad)
+    assert torch.equal(runs[0].losses, runs[1].losses)
+    trajectory = triton.adapt(program, theta, rate, tasks.support, 1)
+    losses, v, _ = triton.loss_and_grad(program, trajectory[-1], tasks.query, 1)
+    grad, lr_grad = triton.adapt_vjp(program, trajectory, rate, tasks.support, v / 2)
+    assert torch.equal(losses, runs[0].losses)
+    torch.testing.assert_close(grad.sum(0), runs[0].grad, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(lr_grad, runs[0].lr_grad, rtol=1e-6, atol=1e-8)
+
+
+def test_every_plan_gives_the_same_gradient():
+    program, theta, rate, tasks = small_network()
+    free = executor()
+    expected = free.meta_gradient(program, theta, rate, tasks, 2)
+    whole = only_plan(free)
+    assert (whole.chunk, whole.keep) == (2, True)
+    tight = TritonExecutor(interpreted=DEVICE == "cpu", budget=1)
+    found = tight.meta_gradient(program, theta, rate, tasks, 2)
+    least = only_plan(tight)
+    assert (least.chunk, least.keep) == (1, False)
+    assert 0 < least.peak < whole.peak / 2
+    for name in ("losses", "outputs", "grad", "lr_grad"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+def only_plan(triton):
+    (plan,) = triton.plans.values()
+    return plan
+
+
+def test_bf16_halves_the_memory_of_activations_and_costs_accuracy():
+    program, theta, rate, tasks = small_network("batch norm of the task")
+    exact, rounded = executor(), executor().at("bf16")
+    expected, found = (e.meta_gradient(program, theta, rate, tasks, 1) for e in (exact, rounded))
+    assert found.losses.dtype == found.outputs.dtype == found.grad.dtype == torch.float32
+    for name in ("losses", "outputs", "grad"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert 1e-4 < float((a - b).norm() / b.norm()) < 0.1, name
+    images = [torch.empty(2, n, 2, 64, 64, device="meta") for n in (25, 75)]
+    layers = nn.Sequential(nn.Conv2d(2, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    model = capture(layers, as_loss("mse"))
+    peaks = []
+    for triton in (executor(), executor().at("bf16")):
+        triton.memory_plan(model, *images, 2)
+        peaks.append(only_plan(triton).peak)
+    assert 0.45 < peaks[1] / peaks[0] < 0.6
+
+
+def test_the_predicted_peak_is_that_of_the_run():
+    """The prediction comes from a run without memory: here the tensors of a run with memory are counted instead."""
+    program, theta, rate, tasks = small_network()
+    planned, triton = executor(), executor()
+    planned.meta_gradient(program, theta, rate, tasks, 3)
+    triton.plans = planned.plans
+    measured = peak_bytes(lambda: triton.meta_gradient(program, theta, rate, tasks, 3))
+    assert 0.8 < only_plan(planned).peak / measured < 1.2
+
+
+PLANS = [(10**6, 100, 32, True), (1700, 100, 3, True), (1700, 2, 2, True), (499, 100, 4, False), (1, 100, 1, False)]
+
+
+@pytest.mark.parametrize(("budget", "most", "chunk", "keep"), PLANS)
+def test_plans(budget, most, chunk, keep):
+    plan = choose_plan(lambda chunk, keep: chunk * (500 if keep else 100), 32, budget, most)
+    assert (plan.chunk, plan.keep) == (chunk, keep)
+    assert sum(len(range(32)[part]) for part in plan.chunks(32)) == 32
+
+
+def test_precision_is_asked_for_by_name():
+    setup = SUITE["batch norm of the task"]
+    tasks = make_tasks(setup, tasks=1)
+    for precision, runs in (("bf16", True), ("half", False)):
+        learner = make_learner(replace(setup, options={"steps": 1, "precision": precision}), torch.float32, "triton")
+        if runs:
+            assert "(bf16)" in learner.to(DEVICE).explain(tasks.support_x.to(DEVICE))
+        else:
+            with pytest.raises(RuntimeError, match="no precision 'half'"):
+                learner.to(DEVICE).explain(tasks.support_x.to(DEVICE))
+    derived = make_learner(replace(SUITE["SiLU, derived"], options={"precision": "bf16"}), torch.float32, "triton")
+    with pytest.raises(RuntimeError, match="needs kernels for every layer"):
+        derived.to(DEVICE).explain(torch.zeros(1, 5, 3, device=DEVICE))
+
+
+def test_a_label_outside_makes_its_task_nan_and_no_other():
+    loss, z = lowering.triton_loss(CrossEntropy()), torch.randn(2, 4, 3, device=DEVICE)
+    y = torch.tensor([[0, 1, 2, 1], [2, 10**12, 0, 1]], device=DEVICE)
+    losses, g, _ = loss_rules(loss, z, y, z)
+    assert losses[0].isnan().tolist() == [False, True]
+    assert g[0].isnan().any(-1).tolist() == [[False] * 4, [False, True, False, False]]
+
+
+LAUNCHING = ("batch_norm.kernel", "cross_entropy.kernel", "products", "sums")
+MODEL = {"forward": 2, "backward": 5, "push": 3, "tangent_backward": 10}  # in units of all convolutions' outputs
+
+
+def test_activations_are_read_and_written_as_often_as_the_model_says(monkeypatch):
+    moved = 0
+
+    def count(kernel, grid, *args, **options):
+        nonlocal moved
+        moved += sum(x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor))
+
+    for name in LAUNCHING:
+        monkeypatch.setattr(sys.modules[f"metafast.kernels.{name}"], "launch", count)
+    work = workload("mini5w1s-5")
+    program = capture(work.network(), as_loss(work.loss))
+    lowered = lowering.lower(program, "float32", torch.device("cpu")).program
+    theta, x = torch.empty(4, lowered.size, device="meta"), torch.empty(4, 5, 84, 84, 3, device="meta")
+    batch = Batch(x.movedim(-1, 2), torch.empty(4, 5, dtype=torch.int64, device="meta"))
+    run = Pass(lowered, theta, batch, 0, (True,) * len(lowered.parameters))
+    found = {}
+    for phase in ("forward", "loss", "backward", "push", "tangent_backward"):
+        moved = 0
+        getattr(run, phase)(*([theta] if phase == "push" else []))
+        found[phase] = moved
+    outputs = sum(4 * ctx.norm.x.numel() for ctx in run.contexts.values() if "norm" in vars(ctx))
+    assert outputs == 4 * 4 * 5 * 32 * (84**2 + 42**2 + 21**2 + 10**2)
+    for phase, times in MODEL.items():
+        assert found[phase] < 1.5 * times * outputs, phase
+    assert 15 * outputs < sum(found.values()) < 21 * outputs
+
+
+def test_refusals():
+    program = make_learner(NETWORKS[0], torch.float32, "reference").program
+    x = torch.zeros(1, 2, 1, 19, 16, device=DEVICE)
+    assert executor().refuses(program, x) is None
+    assert "float64" in executor().refuses(program, x.double())
+    assert "ragged" in executor().refuses(program, x, masked=True)
+    assert "needs an NVIDIA GPU" in TritonExecutor().refuses(program, x.cpu())
+    with pytest.raises(ValueError, match=r"half.*float32"):
+        TritonExecutor(precision="half")
