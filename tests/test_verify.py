@@ -168,6 +168,31 @@ def test_native_is_verified_and_the_model_stays_untouched() -> None:
     assert [layer.name for layer in found.layers] == [*map(str, range(10)), "loss"] * 2
 
 
+@pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+@pytest.mark.parametrize(("function", "stage"), [("loss_and_grad", "backward"), ("adapt_vjp", "tangent_")])
+def test_an_error_of_a_fused_executor_is_named(monkeypatch: pytest.MonkeyPatch, function: str, stage: str) -> None:
+    """One bias of a batch norm gets the wrong sign; whichever program it is part of, it is the same layer's."""
+    right = getattr(NativeExecutor, function)
+
+    def wrong(self: Any, program: Any, *arguments: Any, **options: Any) -> Any:
+        found = list(right(self, program, *arguments, **options))
+        bias = next(p for p in program.parameters if p.name == "5.bias")
+        part = (slice(None), slice(bias.offset, bias.offset + bias.size))
+        if function == "loss_and_grad":
+            found[1][part] *= -1
+        else:  # v - lr H v
+            v = arguments[3]
+            found[0][part] = 2 * v[part] - found[0][part]
+        return tuple(found)
+
+    monkeypatch.setattr(NativeExecutor, function, wrong)
+    model, tasks = images()
+    found = mf.verify(model, tasks, loss="cross_entropy", lr=0.02, backend="native")
+    assert found.first_wrong is not None
+    assert (found.first_wrong.name, found.first_wrong.kind) == ("5", "batch_norm")
+    assert found.first_wrong.wrong.startswith(stage)
+
+
 FACTORY = """
 from torch import nn
 def net():

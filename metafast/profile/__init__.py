@@ -149,9 +149,11 @@ class _Run:
         return list(pairwise(moments))
 
     def record(self, iterations: int) -> Recording:
-        """Some iterations with all that they do."""
+        """Some iterations with all that they do, after one to warm up."""
         found: list[Span] = []
         rules: list[Span] = []
+        self.learner.recorded = True
+        self.iterate(0)
         self.host = []
         with self._noted(found, rules):
             moments = self.several(iterations)
@@ -162,13 +164,13 @@ class _Run:
             edges, waits = around(calls, found)
             found += waits
             host = sorted([span for span in host if span.name != _CALL] + edges, key=lambda span: span.begin)
-        self.host = None
+        self.host, self.learner.recorded = None, False
         everything = Recording(iterations, 0.0, tuple(host), tuple(found), tuple(rules), threads)
         return undisturbed(everything, moments)
 
     @contextlib.contextmanager
     def _noted(self, found: list[Span], rules: list[Span]) -> Iterator[None]:
-        executor = self.executor
+        executor = self.learner.watched
         if isinstance(executor, NativeExecutor):
             with noted(self.learner.program, found, rules):
                 yield
@@ -192,15 +194,17 @@ class _Run:
 
 
 class _Watched(MAML):
-    """MAML on executors whose layers can be timed; ``native`` notes its times by itself."""
+    """MAML that changes to an executor with timed layers while it is recorded; ``native`` notes its times by itself."""
 
     executor: Executor | None = None
+    watched: Executor | None = None
+    recorded = False
 
     def _prepare(self, tasks: TaskBatch) -> Choice:
         choice = super()._prepare(tasks)
-        if self.executor is None:
-            self.executor = _watched(choice.executor)
-        return replace(choice, executor=self.executor)
+        if self.watched is None:
+            self.executor, self.watched = choice.executor, _watched(choice.executor)
+        return replace(choice, executor=self.watched) if self.recorded else choice
 
 
 def _watched(executor: Executor) -> Executor:
