@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metafast.agreement import GRADIENT, LOSSES, PARAMETER, Agreement, agreement
 from metafast.algorithms import MAML
-from metafast.certificate.layers import LayerCheck, Tolerances, by_name, check_layers, hessian_times, rate_for
+from metafast.certificate.layers import LayerCheck, Tolerances, Walk, by_name, hessian_times, rate_for
 from metafast.certificate.truth import Truth
 from metafast.executors import Executor, choose
 from metafast.losses import LossLike
@@ -171,7 +171,7 @@ def verify(
             continue
         theta = twin.flat_parameters().detach()
         checks += _whole(truth, executor, twin, batch, theta)
-        layers += check_layers(truth, executor, twin.program, batch.support, theta, TOLERANCES[dtype])
+        layers += Walk(truth, executor, twin.program, batch.support, theta, TOLERANCES[dtype]).run()
     settings = {
         "loss": learner.loss.stem, "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
         "steps": steps, "bn": bn, "adapted": [p.name for p in learner.program.parameters if p.adapted],

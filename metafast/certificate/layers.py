@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metafast.agreement import agreement
-from metafast.certificate.truth import Derivatives, Truth
+from metafast.certificate.truth import Truth
 from metafast.executors import Executor
-from metafast.kernels.layer import Loss
 from metafast.kernels.mse import MSE
 from metafast.program import Program
 from metafast.tasks import Batch
@@ -49,24 +48,55 @@ class Tolerances:
     reason: str
 
 
-def check_layers(
-    truth: Truth, executor: Executor, program: Program, batch: Batch, theta: Tensor, tolerances: Tolerances
-) -> Iterator[LayerCheck]:
-    """Walks the layers from the first on, and ends with the loss. ``theta [P]`` and ``batch`` are in the dtype to
+@dataclass(frozen=True)
+class Walk:
+    """From the first layer to the loss, each held against ``truth``; ``theta [P]`` and ``batch`` are in the dtype to
     check."""
-    hows = executor.explain(program, batch.x)
-    u = _direction(program)
-    for i, (node, how) in enumerate(zip(program.nodes, hows, strict=True)):
-        part = program_up_to(program, i)
-        aim = _aimed(part, theta, batch)
-        kind = getattr(node.layer, "label", node.layer.stem)
-        yield _check(truth, i, F.mse_loss, executor, part, aim, theta, u, tolerances, (node.name, kind, how))
-    kind = program.loss.stem
-    last = program.output - 1
-    yield _check(truth, last, truth.loss, executor, program, batch, theta, u, tolerances, ("loss", kind, hows[-1]))
+
+    truth: Truth
+    executor: Executor
+    program: Program
+    batch: Batch
+    theta: Tensor
+    tolerances: Tolerances
+
+    def run(self) -> Iterator[LayerCheck]:
+        """Each layer in turn, and then the loss."""
+        program = self.program
+        hows = self.executor.explain(program, self.batch.x)
+        for i, (node, how) in enumerate(zip(program.nodes, hows, strict=True)):
+            part = program_up_to(program, i)
+            kind = getattr(node.layer, "label", node.layer.stem)
+            yield self._check(i, F.mse_loss, part, _aimed(part, self.theta, self.batch), (node.name, kind, how))
+        names = ("loss", program.loss.stem, hows[-1])
+        yield self._check(program.output - 1, self.truth.loss, program, self.batch, names)
+
+    def _check(
+        self, node: int, loss: Callable[..., Any], part: Program, batch: Batch, names: tuple[str, str, str]
+    ) -> LayerCheck:
+        name, kind, how = names
+        dtype = str(self.theta.dtype).removeprefix("torch.")
+        reason = self.executor.refuses(part, batch.x, batch.mask is not None)
+        if reason is not None:
+            return LayerCheck(name, kind, f"not run by itself: {reason}", dtype, None, None, None, "")
+        u = _direction(part)
+        wanted = self.truth.derivatives(node, loss, batch, u)
+        losses, grad, outputs = self.executor.loss_and_grad(part, self.theta, batch)
+        kept = outputs.flatten(0, 1) if batch.mask is None else outputs[batch.mask]
+        found: dict[str, float | None] = {
+            "outputs": max(_relative(kept, wanted.outputs), _relative(losses, wanted.losses)),
+            "gradient": None,
+            "product": None,
+        }
+        if any(n.params for n in part.nodes):
+            found["gradient"] = _worst(part, (losses, grad), (wanted.losses, wanted.grad))
+        if float(wanted.product.norm()) > 0:
+            product = hessian_times(self.executor, part, self.theta, batch, u, rate_for(u, wanted.product))
+            found["product"] = _worst(part, (wanted.losses, product), (wanted.losses, wanted.product))
+        return LayerCheck(name, kind, how, dtype, **found, wrong=_wrong(found, self.tolerances, name == "loss"))
 
 
-def program_up_to(program: Program, last: int, loss: Loss | None = None) -> Program:
+def program_up_to(program: Program, last: int) -> Program:
     """Node ``last`` and all that it depends on, under a squared error; the parameters keep their places."""
     needed = {last}
     for i in range(last, -1, -1):
@@ -75,7 +105,7 @@ def program_up_to(program: Program, last: int, loss: Loss | None = None) -> Prog
     number = {0: 0} | {i + 1: k + 1 for k, i in enumerate(sorted(needed))}
     nodes = [program.nodes[i] for i in sorted(needed)]
     renumbered = tuple(replace(node, inputs=tuple(number[v] for v in node.inputs)) for node in nodes)
-    return Program(renumbered, program.parameters, number[last + 1], loss or MSE())
+    return Program(renumbered, program.parameters, number[last + 1], MSE())
 
 
 def hessian_times(executor: Executor, program: Program, theta: Tensor, batch: Batch, u: Tensor, scale: float) -> Tensor:
@@ -99,34 +129,6 @@ def by_name(program: Program, rows: Tensor) -> dict[str, np.ndarray]:
     """``[T, P]`` or ``[P]`` as arrays by parameter name."""
     values = rows.detach().double().cpu()
     return {p.name: t.numpy() for p, t in zip(program.parameters, program.unflatten(values), strict=True)}
-
-
-def _check(
-    truth: Truth, node: int, loss: Callable[..., Any], executor: Executor, part: Program, batch: Batch, theta: Tensor,
-    u: Tensor, tolerances: Tolerances, names: tuple[str, str, str],
-) -> LayerCheck:  # fmt: skip
-    name, kind, how = names
-    dtype = str(theta.dtype).removeprefix("torch.")
-    reason = executor.refuses(part, batch.x, batch.mask is not None)
-    if reason is not None:
-        return LayerCheck(name, kind, f"not run by itself: {reason}", dtype, None, None, None, "")
-    wanted = truth.derivatives(node, loss, batch, u)
-    losses, grad, outputs = executor.loss_and_grad(part, theta, batch)
-    kept = outputs.flatten(0, 1) if batch.mask is None else outputs[batch.mask]
-    errors = {"outputs": _relative(kept, wanted.outputs), "losses": _relative(losses, wanted.losses)}
-    found: dict[str, float | None] = {"outputs": max(errors.values()), "gradient": None, "product": None}
-    if any(n.params for n in part.nodes):
-        found["gradient"] = _worst(part, (losses, grad), (wanted.losses, wanted.grad))
-    if float(wanted.product.norm()) > 0:
-        found["product"] = _product_error(executor, part, batch, theta, u, wanted)
-    return LayerCheck(name, kind, how, dtype, **found, wrong=_wrong(found, tolerances, name == "loss"))
-
-
-def _product_error(
-    executor: Executor, part: Program, batch: Batch, theta: Tensor, u: Tensor, wanted: Derivatives
-) -> float:
-    product = hessian_times(executor, part, theta, batch, u, rate_for(u, wanted.product))
-    return _worst(part, (wanted.losses, product), (wanted.losses, wanted.product))
 
 
 def _wrong(found: dict[str, float | None], tolerances: Tolerances, is_loss: bool) -> str:
