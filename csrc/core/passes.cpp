@@ -48,6 +48,10 @@ bool reads_x(Kind k) {
          k == Kind::leaky_relu || k == Kind::gelu;
 }
 bool reads_y(Kind k) { return k == Kind::relu || k == Kind::tanh || k == Kind::sigmoid; }
+// Its backward rule may write the adjoint of its input over the input.
+bool runs_in_place(Kind k) {
+  return k == Kind::batch_norm || k == Kind::norm_relu_pool || k == Kind::leaky_relu || k == Kind::gelu;
+}
 bool reads_xd(Kind k) {
   return k != Kind::relu && k != Kind::leaky_relu && k != Kind::add && k != Kind::max_pool2d && k != Kind::avg_pool2d;
 }
@@ -117,21 +121,27 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
   };
   const bool taped = kind == PassKind::taped;
   std::vector<Interval> tape, scratch;
+  std::vector<int> in_place;  // values whose adjoints take their place
   const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies) {
     if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, taped ? 0 : born, taped ? end : dies});
   };
   for (int k = 0; k < L; ++k) keep(out.saved[k], saved_elements(ops_[k], n, kind), k, backward ? 2 * L - k : k);
   for (const Op& op : ops_) {
     const int v = op.output;
-    keep(out.value[v], size(v), made[v], needed[v]);
     const int adjoint_born = 2 * L - last_reader[v], adjoint_dies = 2 * L - made[v];
-    if (backward && (taped ? moving_[v] : depends_[v])) keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies);
+    const bool pulls = backward && (taped ? moving_[v] : depends_[v]);
+    const bool over = pulls && !taped && last_reader[v] < L && first_reader[v] == last_reader[v] &&
+                      needed[v] == adjoint_born && runs_in_place(ops_[last_reader[v]].kind);
+    if (over) in_place.push_back(v);
+    keep(out.value[v], size(v), made[v], over ? adjoint_dies : needed[v]);
+    if (pulls && !over) keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies);
     if (taped && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], bent[v]});
     if (taped && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies});
   }
   const Grid& o = program_.out;
   if (program_.loss == LossKind::cross_entropy) keep(out.saved[L], static_cast<int64_t>(n) * o.ld, L, L);
   const int64_t height = arrange(tape), scratch_height = arrange(scratch);
+  for (int v : in_place) out.adjoint[v] = out.value[v];
   out.pass = {n,      out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
               height, scratch_height};
 }
