@@ -1,9 +1,14 @@
-"""A convolution and the batch norm behind it as one layer: the norm's sums come out of the convolution's products."""
+"""A convolution and the batch norm behind it as one layer: the norm's sums come out of the convolution's products.
+
+The norm takes away the mean of each channel and with it a bias of the convolution, which is left out: its adjoints are
+zero.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .batch_norm.kernel import TritonBatchNorm
@@ -13,15 +18,17 @@ from .layer import Context, Layer, Tangents, Tensors
 
 @dataclass(frozen=True)
 class NormalisedConv(Layer):
-    """``norm(conv(x))``; parameters of the convolution first. ``norm`` measures its statistics."""
+    """``norm(conv(x) + bias)``; ``conv`` has no bias of its own, parameters are its weight, where there is one the
+    ``bias``, then those of ``norm``, which measures its statistics."""
 
     conv: TritonConv2d
     norm: TritonBatchNorm
+    bias: bool = False
     stem = "conv2d+batch_norm"
 
     def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         of_conv, of_norm = self._split(params)
-        ctx.conv = Context(ctx.step, ctx.mask, ctx.needs_inputs, (False,) * len(of_conv))
+        ctx.conv = Context(ctx.step, ctx.mask, ctx.needs_inputs, (False,))
         ctx.norm = Context(ctx.step, ctx.mask, (True,), (False,) * len(of_norm))
         ctx.conv.statistics = True
         z = self.conv.forward(ctx.conv, of_conv, inputs)
@@ -34,7 +41,7 @@ class NormalisedConv(Layer):
         (g_z,), found = self.norm.backward(ctx.norm, of_norm, g_y)
         assert g_z is not None  # always asked for
         into, before = self.conv.backward(ctx.conv, of_conv, g_z)
-        return into, [*before, *found]
+        return into, [*before, *self._of_bias(ctx, params), *found]
 
     def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         (of_conv, of_norm), (d_conv, d_norm) = self._split(params), self._split(d_params)
@@ -57,11 +64,15 @@ class NormalisedConv(Layer):
             into, before = self.conv.tangent_backward(ctx.conv, of_conv, d_conv, gd_z)
         else:  # the convolution's Jacobian is constant along the direction
             into, before = self.conv.backward(ctx.conv, of_conv, gd_z)
-        return into, [*before, *found]
+        return into, [*before, *self._of_bias(ctx, params), *found]
 
     def _split(self, params: Tangents) -> tuple[list, list]:
-        count = 1 + self.conv.options.bias
-        return list(params[:count]), list(params[count:])
+        return [params[0]], list(params[1 + self.bias :])
+
+    def _of_bias(self, ctx: Context, params: Tensors) -> list[Tensor | None]:
+        if not self.bias:
+            return []
+        return [torch.zeros_like(params[1]) if ctx.needs_params[1] else None]
 
     def _ask(self, ctx: Context) -> None:
         of_conv, of_norm = self._split(ctx.needs_params)  # type: ignore[arg-type]

@@ -230,7 +230,7 @@ def _norm(x, gamma=None, beta=None):
 
 
 BN = BatchNorm("task", 1e-3)
-CONV = TritonConv2d(Conv2d((1, 1), (1, 1)))
+CONV = TritonConv2d(Conv2d((1, 1), (1, 1), bias=False))
 AFFINE = ((3,), (3,))
 FUSED = [
     Fused("norm, relu", TritonBatchNorm(BN, relu=True), lambda p, i: F.relu(_norm(i[0], *p)), AFFINE, ((3, 3, 5, 4),)),
@@ -242,11 +242,11 @@ FUSED = [
           lambda p, i: F.relu(F.max_pool2d(_norm(i[0], *p), (3, 2))), AFFINE, ((2, 3, 7, 5),)),
     Fused("relu of features", TritonBatchNorm(BatchNorm("task", 1e-3, False, False), True),
           lambda p, i: F.relu(_norm(i[0])), (), ((7, 3),)),
-    Fused("conv, norm, relu, pool", NormalisedConv(CONV, TritonBatchNorm(BN, True, (2, 2))),
+    Fused("conv, norm, relu, pool", NormalisedConv(CONV, TritonBatchNorm(BN, True, (2, 2)), bias=True),
           lambda p, i: F.max_pool2d(F.relu(_norm(F.conv2d(i[0], p[0], p[1], 1, 1), p[2], p[3])), 2),
           ((3, 2, 3, 3), (3,), *AFFINE), ((2, 2, 5, 6),)),
     Fused("conv, norm", NormalisedConv(CONV, TritonBatchNorm(BN)),
-          lambda p, i: _norm(F.conv2d(i[0], p[0], p[1], 1, 1), p[2], p[3]), ((3, 2, 3, 3), (3,), *AFFINE),
+          lambda p, i: _norm(F.conv2d(i[0], p[0], None, 1, 1), p[1], p[2]), ((3, 2, 3, 3), *AFFINE),
           ((2, 2, 5, 6),)),
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,8 +139,10 @@ class _Builder:
         if isinstance(first, Conv2d):
             if chain[0] not in self.convolved:
                 return None
-            conv = TritonConv2d(first, self.precision)
-            return conv if len(chain) == 1 else NormalisedConv(conv, _norm(layers[1:]))
+            if len(chain) == 1:
+                return TritonConv2d(first, self.precision)
+            conv = TritonConv2d(replace(first, bias=False), self.precision)
+            return NormalisedConv(conv, _norm(layers[1:]), first.bias)
         return _norm(layers) if isinstance(first, BatchNorm) else triton_layer(first, self.precision)
 
 

@@ -32,6 +32,7 @@ PRECISIONS = {
     "bf16": "activations and operands of products rounded to 8 bits",
 }
 _BUDGET = 2 << 30  # bytes, where there is no GPU to ask
+_PLANS = 64  # that are remembered
 
 
 class TritonExecutor(Executor):
@@ -179,6 +180,8 @@ class TritonExecutor(Executor):
         shapes = (x.shape, q.shape, tasks.support_y.shape, tasks.query_y.shape, lr.shape, x.device)
         key = (step.program, step.steps, tuple(w != 0 for w in step.weights), step.first_order, step.needs_lr, shapes)
         if key not in self.plans:
+            if len(self.plans) >= _PLANS:
+                self.plans.clear()
             with torch.no_grad(), _on(x):
                 peak = functools.partial(self._peak, step, lr, tasks)
                 self.plans[key] = choose_plan(peak, len(tasks), self._budget(x), most)
