@@ -239,7 +239,7 @@ def metafast_norm_tangent(
         xhd = r * (tl.load(xd + pixel * S.channels + c[None, :], alive, 0.0).to(tl.float32) - level - xh * slope)
         value += _channel(gamma, task, gamma_stride, c, S.channels, 1.0) * xhd
         if S.window > 1:
-            tl.store(won_xhd + at, tl.where(alive, xhd, 0.0), inside)
+            tl.store(won_xhd + at, xhd, alive)
     tl.store(yd + at, tl.where(alive, value, 0.0), inside)
 
 
