@@ -176,9 +176,13 @@ class Learner(nn.Module):
         """The shape of a sample's output, from a run of one task; two of its samples are enough where no derived layer
         can tell how many there are."""
         derived = any(node.layer.stem == "derived" for node in self.program.nodes)
-        x = x[:1] if derived else x[:1, :2]
-        y = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x)
-        if y.shape[:2] != x.shape[:2]:
+        theta, few = self.flat_parameters().detach(), x[:1] if derived else x[:1, :2]
+        try:
+            y = ReferenceExecutor().predict(self.program, theta, few)
+        except ValueError:  # told again with the shape of the batch
+            few = x[:1]
+            y = ReferenceExecutor().predict(self.program, theta, few)
+        if y.shape[:2] != few.shape[:2]:
             raise ValueError(
                 f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(y.shape[1:])}; its first axis must "
                 "stay the sample axis n"
