@@ -173,16 +173,9 @@ class Learner(nn.Module):
         return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
 
     def _probe(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of a sample's output, from a run of one task; two of its samples are enough where no derived layer
-        can tell how many there are."""
-        derived = any(node.layer.stem == "derived" for node in self.program.nodes)
-        theta, few = self.flat_parameters().detach(), x[:1] if derived else x[:1, :2]
-        try:
-            y = ReferenceExecutor().predict(self.program, theta, few)
-        except ValueError:  # told again with the shape of the batch
-            few = x[:1]
-            y = ReferenceExecutor().predict(self.program, theta, few)
-        if y.shape[:2] != few.shape[:2]:
+        """The shape of a sample's output, from a run of one task."""
+        y = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
+        if y.shape[:2] != (1, x.shape[1]):
             raise ValueError(
                 f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(y.shape[1:])}; its first axis must "
                 "stay the sample axis n"
