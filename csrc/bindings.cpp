@@ -99,7 +99,8 @@ class Call {
     return all;
   }
 
-  // Runs all tasks. Chunks of tasks are summed apart and then in order, so the threads do not matter to the sums.
+  // Runs all tasks: each thread takes chunk after chunk, so that none waits for one that began late. Chunks are summed
+  // apart and then in order, so it does not matter to the sums who ran them.
   void run(bool sums, bool lr_sums, int64_t budget) {
     const int64_t chunk = (job.tasks + 63) / 64, chunks = (job.tasks + chunk - 1) / chunk;
     const int64_t size = job.program->size;
@@ -109,11 +110,11 @@ class Call {
     job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
                job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t memory = isa->memory(job) * sizeof(T);
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    int64_t next = 0;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       const Arena arena(memory);
-      const int64_t first = begin * chunk, last = std::min(job.tasks, end * chunk);
-      Recording recording(*job.program, job.steps, last - first);
-      isa->run(job, chunk, first, last, static_cast<T*>(arena.data()), recording.trace());
+      Recording recording(*job.program, job.steps, job.tasks);
+      isa->run(job, chunk, &next, static_cast<T*>(arena.data()), recording.trace());
     });
     total(partial, chunks, size);
     total(lr_partial, chunks, job.lr_rows * size);

@@ -11,12 +11,16 @@ int64_t memory(const Job<T>& job) {
 }
 
 template <class T>
-void run(const Job<T>& job, int64_t chunk, int64_t begin, int64_t end, T* base, Trace* trace) {
+void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace) {
   const int64_t size = job.program->size;
   Task<T> task(job, base, trace);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t k = t / chunk;
-    task.run(t, job.sums ? job.sums + k * size : nullptr, job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr);
+  // Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
+  const auto take = [=] { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); };
+  for (int64_t k = take(); k * chunk < job.tasks; k = take()) {
+    const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks;
+    T* const sums = job.sums ? job.sums + k * size : nullptr;
+    T* const lr_sums = job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr;
+    for (int64_t t = k * chunk; t < end; ++t) task.run(t, sums, lr_sums);
   }
 }
 

@@ -11,9 +11,9 @@ struct Isa {
   Layout layout;
   // Elements of memory that `run` needs, aligned to 64 bytes.
   int64_t (*memory)(const Job<T>&);
-  // Tasks begin..end; tasks k * chunk and on, `chunk` of them, add to sums[k].
-  // What they do is noted in the trace, if there is one.
-  void (*run)(const Job<T>&, int64_t chunk, int64_t begin, int64_t end, T* memory, Trace*);
+  // Takes chunk after chunk, the first of them `next`, until none is left; the tasks of chunk k add to sums[k]. What
+  // they do is noted in the trace, if there is one.
+  void (*run)(const Job<T>&, int64_t chunk, int64_t* next, T* memory, Trace*);
 };
 
 // Names of the builds that this processor can run, the best one first.
