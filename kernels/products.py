@@ -24,7 +24,7 @@ class Gather:
     ``source = (scale * row + offset + step * tap) / divide``, where that is a whole number inside the source.
 
     Rows whose index leaves the same residue modulo ``classes`` use the same taps, each ``classes``-th from the first,
-    which is ``(residue + offset) * inverse mod classes``.
+    which is ``(residue + offset) * inverse mod classes``. There are no more classes than rows: none is empty.
     """
 
     rows_h: int
@@ -90,7 +90,8 @@ class Convolution:
         """Its transpose in the data."""
         c, o = self.channels // self.groups, self.outputs // self.groups
         taps = self.kernel[0] * self.kernel[1]
-        classes = [s if gcd(s, d) == 1 else 1 for s, d in zip(self.stride, self.dilation, strict=True)]
+        axes = zip((self.height, self.width), self.stride, self.dilation, strict=True)
+        classes = [s if gcd(s, d) == 1 and s <= extent else 1 for extent, s, d in axes]
         inverse = [pow(d, -1, k) if k > 1 else 0 for d, k in zip(self.dilation, classes, strict=True)]
         return Gather(
             self.height, self.width, c, *self.size, o, self.groups, *self.kernel, 1, 1, *self.padding,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -159,7 +162,24 @@ class Residual(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(h + h, 1).flatten(1))
 
 
-MODELS = {"conv": (conv_net, (2, 13, 9)), "mlp": (mlp, (3,)), "residual": (Residual, (2, 9, 7))}
+def panels(layer, *widths):
+    """Widths on both sides of a pack and of a panel."""
+    return [part for i, o in pairwise(widths) for part in (layer(i, o), nn.Tanh())]
+
+
+MODELS = {
+    "conv": (conv_net, (2, 13, 9)),
+    "mlp": (mlp, (3,)),
+    "residual": (Residual, (2, 9, 7)),
+    "wide vectors": (lambda: nn.Sequential(*panels(nn.Linear, 7, 40, 1, 17, 33), nn.Linear(33, 3)), (7,)),
+    "wide images": (
+        lambda: nn.Sequential(
+            *panels(partial(nn.Conv2d, kernel_size=3, padding=1), 3, 17, 9, 33), nn.MaxPool2d(5), nn.Flatten(),
+            nn.Linear(33 * 4, 3),
+        ),
+        (3, 10, 12),
+    ),
+}  # fmt: skip
 
 
 def setup(name, dtype=torch.float64, tasks=3, support=4, query=5, **options):
@@ -229,6 +249,27 @@ def test_the_four_functions_make_the_fused_one(name):
             expected = reference.adapt_vjp(program, trajectory, lr, tasks.support, v, first_order=first_order)
             close(found[0], expected[0], 1e-9)
             close(found[1], expected[1], 1e-9)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_random_vectors(data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    torch.manual_seed(draw(0, 1000))
+    widths = [draw(1, 70) for _ in range(draw(2, 4))]
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers.append(nn.Linear(inputs, outputs, bias=data.draw(st.booleans())))
+        layers += [nn.LayerNorm(outputs)] if outputs > 1 and data.draw(st.booleans()) else []
+        layers.append(data.draw(st.sampled_from([nn.ReLU(), nn.Tanh(), nn.GELU()])))
+    model = nn.Sequential(*layers, nn.Linear(widths[-1], 2)).double()
+    program = capture(model, MSE())
+    x = [torch.randn(2, n, widths[0], dtype=torch.float64) for n in (draw(1, 13), draw(1, 13))]
+    y = [torch.randn(*v.shape[:2], 2, dtype=torch.float64) for v in x]
+    params = program.flatten({n: p.detach() for n, p in model.named_parameters()})
+    compare(program, params, TaskBatch(x[0], y[0], x[1], y[1]))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)

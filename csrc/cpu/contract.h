@@ -13,8 +13,10 @@ static inline long transposed_size(const Op& op) {
   return static_cast<long>(op.window.kh) * op.window.kw * op.y.ld * op.x.ld;
 }
 
+// Of one pixel to one pixel. Without padding: a large stride can put the only window outside the image.
 static inline bool of_vectors(const Op& op) {
-  return op.window.kh * op.window.kw == 1 && op.x.h * op.x.w == 1 && op.y.h * op.y.w == 1;
+  const Window& w = op.window;
+  return w.kh * w.kw == 1 && w.py + w.px == 0 && op.x.h * op.x.w == 1;
 }
 
 template <class T>

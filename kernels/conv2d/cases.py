@@ -40,6 +40,8 @@ CASES = [
     _case("depthwise, no bias", (2, 3, 5, 4), 3, (3, 3), padding=(1, 1), groups=3, bias=False),
     _case("one sample, kernel as large as the image", (1, 2, 4, 3), 3, (4, 3)),
     _case("one pixel under padding", (3, 2, 1, 1), 2, (3, 3), padding=(1, 1)),
+    _case("1x1 on one pixel that only padding meets", (3, 9, 1, 1), 10, (1, 1), stride=(3, 3), padding=(1, 1)),
+    _case("1x1 on one pixel", (3, 9, 1, 1), 10, (1, 1)),
     _case("Conv4-64 at 14x14", (2, 64, 14, 14), 64, (3, 3), padding=(1, 1)),
     _case("first layer of 84x84x3", (1, 3, 84, 84), 8, (3, 3), padding=(1, 1)),
 ]
