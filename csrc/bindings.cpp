@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "core/plan.h"
 #include "cpu/arena.h"
@@ -53,8 +54,12 @@ class Call {
     alpha.assign(rows * size, T(0));
     const T* given = data<T>(lr);
     for (int64_t r = 0; r < rows; ++r, given += width) {
-      for (int64_t i = 0; i < job.n_params; ++i) {
-        if (plan->adapted()[i]) alpha[r * size + job.inner[i]] = given[width == 1 ? 0 : i];
+      T* const row = alpha.data() + r * size;
+      if (width == 1) {
+        const uint8_t* const moved = plan->moved().data();
+        for (int64_t i = 0; i < size; ++i) row[i] = moved[i] ? given[0] : T(0);
+      } else {
+        for (int64_t i = 0; i < job.n_params; ++i) row[job.inner[i]] = plan->adapted()[i] ? given[i] : T(0);
       }
     }
     job.alpha = alpha.data();
@@ -105,26 +110,28 @@ class Call {
     const int64_t chunk = (job.tasks + 63) / 64, chunks = (job.tasks + chunk - 1) / chunk;
     const int64_t size = job.program->size;
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
-    if (sums) partial.assign(chunks * size, T(0)), job.sums = partial.data();
-    if (lr_sums) lr_partial.assign(chunks * job.lr_rows * size, T(0)), job.lr_sums = lr_partial.data();
+    const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = lr_sums ? chunks * job.lr_rows * size : 0;
+    if (sums || lr_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
+    if (sums) job.sums = static_cast<T*>(partial->data());
+    if (lr_sums) job.lr_sums = static_cast<T*>(partial->data()) + in_sums;
     job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
                job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t memory = isa->memory(job) * sizeof(T);
     int64_t next = 0;
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      const Arena arena(memory);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+      const Arena arena(memory, thread);
       Recording recording(*job.program, job.steps, job.tasks);
       isa->run(job, chunk, &next, static_cast<T*>(arena.data()), recording.trace());
     });
-    total(partial, chunks, size);
-    total(lr_partial, chunks, job.lr_rows * size);
+    total(job.sums, chunks, size);
+    total(job.lr_sums, chunks, job.lr_rows * size);
   }
 
   Tensor grad(const Tensor& like, T scale) const {
     const int64_t sizes[] = {job.n_params};
     Tensor out = torch::stable::new_empty(like, {sizes, 1});
     T* to = data<T>(out);
-    for (int64_t i = 0; i < job.n_params; ++i) to[i] = partial[job.inner[i]] * scale;
+    for (int64_t i = 0; i < job.n_params; ++i) to[i] = job.sums[job.inner[i]] * scale;
     return out;
   }
 
@@ -137,7 +144,7 @@ class Call {
       T* to = data<T>(out) + r * width;
       double sum = 0;
       for (int64_t i = 0; i < job.n_params; ++i) {
-        const T value = plan->adapted()[i] ? lr_partial[r * size + job.inner[i]] * scale : T(0);
+        const T value = plan->adapted()[i] ? job.lr_sums[r * size + job.inner[i]] * scale : T(0);
         width == 1 ? sum += value : to[i] = value;
       }
       if (width == 1) to[0] = static_cast<T>(sum);
@@ -183,15 +190,15 @@ class Call {
     return labels;
   }
 
-  static void total(std::vector<T>& parts, int64_t count, int64_t size) {
-    T* const sum = parts.data();
+  static void total(T* sum, int64_t count, int64_t size) {
     for (int64_t k = 1; k < count && sum; ++k) {
       const T* const part = sum + k * size;
       for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
     }
   }
 
-  std::vector<T> constants_, inner_params, alpha, partial, lr_partial;
+  std::vector<T> constants_, inner_params, alpha;
+  std::optional<Arena> partial;  // the sums of each chunk
   std::vector<const Pass*> passes_[2];
 };
 

@@ -45,7 +45,7 @@ struct Job {
   const T* v;                      // likewise, or [T, P] of the last step only; of a single pass: the direction
   bool v_everywhere;
   T *grads, *products;  // [T, P], the user's layout
-  T* sums;              // inner layout, one vector for each chunk of tasks
+  T* sums;              // inner layout, one vector for each chunk of tasks; the run clears them
   T* lr_sums;           // inner layout, [lr_rows, size] likewise
 };
 

@@ -398,6 +398,8 @@ class PlanBuilder {
 Plan::Plan(const std::vector<double>& description, Layout layout, int element_size)
     : layout_(layout), element_size_(element_size) {
   PlanBuilder(*this, description).run();
+  moved_.assign(program_.size, 0);
+  for (size_t i = 0; i < inner_.size(); ++i) moved_[inner_[i]] = adapted_[i];
 }
 
 }  // namespace metafast

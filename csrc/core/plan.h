@@ -27,6 +27,7 @@ class Plan {
   // [P]: where an element of the user's flat vector lies in the inner one.
   const std::vector<int32_t>& inner() const { return inner_; }
   const std::vector<uint8_t>& adapted() const { return adapted_; }
+  const std::vector<uint8_t>& moved() const { return moved_; }  // the same in the inner layout
   // Running means and variances as rules read them, from the user's (all layers' in a row).
   template <class T>
   std::vector<T> constants(const T* given) const {
@@ -62,7 +63,7 @@ class Plan {
   std::vector<Grid> grids_;  // by value
   std::unique_ptr<bool[]> moving_, depends_;
   std::vector<int32_t> inner_;
-  std::vector<uint8_t> adapted_;  // [P]
+  std::vector<uint8_t> adapted_, moved_;  // [P], [size]
   std::vector<Constants> constants_;
   int64_t constants_size_ = 0;
   Tables tables_;

@@ -28,15 +28,19 @@ constexpr size_t huge_page = size_t{2} << 20;
 
 }  // namespace
 
-Arena::Arena(size_t bytes) {
+Arena::Arena(size_t bytes, int64_t owner) {
   {
-    // The smallest block that is large enough; else the largest makes room for the new one.
+    // The owner's, else the smallest block that is large enough; else the largest makes room for the new one.
     const std::lock_guard<std::mutex> lock(pool().mutex);
     auto& blocks = pool().blocks;
     std::sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.size < b.size; });
-    const auto found = std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) { return b.size >= bytes; });
+    const auto fits = [&](const Block& b) { return b.size >= bytes; };
+    auto found =
+        std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) { return fits(b) && b.owner == owner; });
+    if (found == blocks.end()) found = std::find_if(blocks.begin(), blocks.end(), fits);
     if (found != blocks.end()) {
       block_ = *found;
+      block_.owner = owner;
       blocks.erase(found);
       return;
     }
@@ -46,7 +50,7 @@ Arena::Arena(size_t bytes) {
     }
   }
   const size_t size = (std::max<size_t>(bytes, 1) + huge_page - 1) / huge_page * huge_page;
-  block_ = {std::aligned_alloc(huge_page, size), size};
+  block_ = {std::aligned_alloc(huge_page, size), size, owner};
   if (!block_.data) throw std::bad_alloc();
 #ifdef __linux__
   madvise(block_.data, size, MADV_HUGEPAGE);

@@ -20,6 +20,8 @@ void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace)
     const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks;
     T* const sums = job.sums ? job.sums + k * size : nullptr;
     T* const lr_sums = job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr;
+    if (sums) std::memset(sums, 0, size * sizeof(T));
+    if (lr_sums) std::memset(lr_sums, 0, job.lr_rows * size * sizeof(T));
     for (int64_t t = k * chunk; t < end; ++t) task.run(t, sums, lr_sums);
   }
 }
