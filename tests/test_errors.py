@@ -85,6 +85,8 @@ ERRORS = [
     ("no TaskBatch", lambda: learner()((r(T, N, 3), r(T, N, 2))), TypeError, ["not a tuple", "mf.TaskBatch(support_x"]),
     ("another device", lambda: learner(model=models.mlp().to("meta"))(batch()), ValueError,
      ["support_x is on cpu", "0.weight on meta", "learner.to(device)"]),
+    ("another device, later", lambda: _twice(learner(), batch(), batch().to("meta")), ValueError,
+     ["support_x is on meta", "0.weight on cpu", "tasks.to(device)"]),
     ("another dtype", lambda: learner()(batch().to(torch.float64)), TypeError,
      ["support_x has dtype torch.float64", "0.weight torch.float32", "tasks.to(torch.float32)"]),
     ("query of another dtype", lambda: learner()(batch(query_x=r(T, M, 3).double())), TypeError,

@@ -47,6 +47,20 @@ def by_hand(model, tasks, t, steps, rate, optimizer="sgd"):
     return {n: p.detach() for n, p in theta.items()}
 
 
+def test_the_loss_keeps_its_graph_where_it_is_read_first_without_gradients():
+    learner, tasks = mf.MAML(perceptron(), loss="mse", lr=0.1), regression()
+    learner(tasks).loss.backward()
+    expected = grads(learner)
+    learner.zero_grad()
+    out = learner(tasks)
+    with torch.no_grad():
+        assert out.loss == out.losses.mean()
+    out.loss.backward()
+    assert all(map(torch.equal, grads(learner), expected))
+    with torch.no_grad():
+        assert not learner(tasks).loss.requires_grad
+
+
 def test_first_order_is_a_setting_that_can_be_changed():
     model, tasks = perceptron(), regression()
     first, second = mf.FOMAML(model, loss="mse", lr=0.1, steps=3), mf.MAML(model, loss="mse", lr=0.1, steps=3)

@@ -34,8 +34,9 @@ class LearnerOutput:
 
     @cached_property
     def loss(self) -> Tensor:
-        """The mean of ``losses``."""
-        return self.losses.mean()
+        """The mean of ``losses``, with their graph wherever it is read first."""
+        with torch.set_grad_enabled(self.losses.requires_grad):
+            return self.losses.mean()
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Learner(nn.Module):
         self._recapture()
         x, masked = tasks.support_x, tasks.support_mask is not None or tasks.query_mask is not None
         tensors = (x, tasks.query_x, tasks.support_y, tasks.query_y, self._sources[0])
-        key = (x.shape, tasks.query_x.shape[1], masked, *[t.dtype for t in tensors], *[t.get_device() for t in tensors])
+        key = (x.shape, tasks.query_x.shape[1], masked, *[t.dtype for t in tensors], *[t.device for t in tensors])
         first = key not in self._seen
         if first:
             check_like(tasks, self)

@@ -105,7 +105,7 @@ class Executor(ABC):
         ``step_weights`` are ``w_0 .. w_S``; ``None`` puts all weight on the last step.
         """
         count = len(tasks)
-        weights = [0.0] * steps + [1.0] if step_weights is None else step_weights
+        weights = query_weights(step_weights, steps)
         trajectory = self.adapt(program, params, lr, tasks.support, steps)
         v = torch.zeros_like(trajectory)
         losses = params.new_zeros(count)
@@ -120,6 +120,11 @@ class Executor(ABC):
         )
         assert outputs is not None  # the last step always runs
         return MetaGradient(losses, outputs, grad.sum(0), lr_grad)
+
+
+def query_weights(step_weights: list[float] | None, steps: int) -> tuple[float, ...]:
+    """``w_0 .. w_S``; ``None`` puts all weight on the last step."""
+    return (*[0.0] * steps, 1.0) if step_weights is None else tuple(step_weights)
 
 
 def rows(lr: Tensor, steps: int) -> list[Tensor]:

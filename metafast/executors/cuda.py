@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.executors.base import Executor, MetaGradient
-from metafast.executors.description import LOSSES, Model, Models, call, foreign, missing, ready, targets
+from metafast.executors.base import Executor, MetaGradient, query_weights
+from metafast.executors.description import LOSSES, Model, Models, call, foreign, in_double, missing, ready, targets
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
@@ -136,11 +136,11 @@ class NativeCudaExecutor(Executor):
     ) -> MetaGradient:
         x, m = tasks.support_x, tasks.query_x.shape[1]
         model = self._models.of(program, x)
-        weights = _on_device((0.0,) * steps + (1.0,) if step_weights is None else tuple(step_weights), x.device)
+        weights = query_weights(step_weights, steps)
         losses, outputs, grad, lr_grad = call(
             torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), ready(params),
             ready(lr.to(params.dtype)), *_samples(program, tasks.support),
-            *_samples(program, tasks.query), weights, first_order, needs_lr,
+            *_samples(program, tasks.query), in_double(weights, x.device), first_order, needs_lr,
         )  # fmt: skip
         return MetaGradient(losses, model.shaped(outputs), grad, lr_grad if needs_lr else None)
 
@@ -194,8 +194,3 @@ def _gpu(index: int, threads: int) -> BlockMachine:
     reserved = 1024  # by the system, of what a processor has for its blocks
     shared = properties.shared_memory_per_multiprocessor - reserved
     return BlockMachine(shared, properties.multi_processor_count, threads)
-
-
-@lru_cache(maxsize=256)
-def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(weights, dtype=torch.float64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -113,6 +114,12 @@ def targets(program: Program, batch: Batch) -> Tensor:
     """As the loss in C++ reads them."""
     dtype = torch.int64 if program.loss.stem == "cross_entropy" else batch.x.dtype
     return batch.y if batch.y.dtype == dtype else batch.y.to(dtype)
+
+
+@lru_cache(maxsize=256)
+def in_double(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """As a tensor, made once."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def call(op: Any, *arguments: Any) -> Any:

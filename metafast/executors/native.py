@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metafast.executors import python_loss
-from metafast.executors.base import Executor, MetaGradient
+from metafast.executors.base import Executor, MetaGradient, query_weights
 from metafast.executors.description import (
     LOSSES,
     Model,
@@ -22,6 +22,7 @@ from metafast.executors.description import (
     call,
     extension,
     foreign,
+    in_double,
     missing,
     ready,
     targets,
@@ -45,6 +46,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         self._models = Models(Model)
 
     @staticmethod
+    @lru_cache
     def isas() -> tuple[str, ...]:
         """The instruction sets that this processor and this build have in common, the best first."""
         return () if extension is None else tuple(extension.isas())
@@ -104,7 +106,8 @@ class NativeExecutor(Executor, python_loss.Passes):
     def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
         if program.loss.stem not in LOSSES:
             return python_loss.adapt(self, program, params, lr, support, steps)
-        head, order = self._head(program, params, support.x), Order(support.mask)
+        model, order = self._models.of(program, support.x), Order(support.mask)
+        head = self._head(model, params.dtype)
         trajectory: Tensor = call(
             torch.ops.metafast.adapt, *head, ready(params), ready(lr.to(params.dtype)),
             order.pack(support.x), order.pack(targets(program, support)), order.sizes, steps,
@@ -125,7 +128,8 @@ class NativeExecutor(Executor, python_loss.Passes):
         options = {"first_order": first_order, "needs_lr": needs_lr}
         if program.loss.stem not in LOSSES:
             return python_loss.adapt_vjp(self, program, trajectory, lr, support, v, **options)
-        head, order = self._head(program, trajectory, support.x), Order(support.mask)
+        model, order = self._models.of(program, support.x), Order(support.mask)
+        head = self._head(model, trajectory.dtype)
         grads, lr_grad = call(
             torch.ops.metafast.adapt_vjp, *head, ready(trajectory), ready(lr.to(trajectory.dtype)),
             order.pack(support.x), order.pack(targets(program, support)), order.sizes, ready(v), first_order, needs_lr,
@@ -149,35 +153,38 @@ class NativeExecutor(Executor, python_loss.Passes):
                 program, params, lr, tasks, steps,
                 step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
             )  # fmt: skip
-        support, query = tasks.support, tasks.query
+        support, query, model = tasks.support, tasks.query, self._models.of(program, tasks.support_x)
         front, behind = Order(support.mask), Order(query.mask)
         losses, outputs, grad, lr_grad = call(
-            torch.ops.metafast.meta_gradient, *self._head(program, params, support.x), ready(params),
+            torch.ops.metafast.meta_gradient, *self._head(model, params.dtype), ready(params),
             ready(lr.to(params.dtype)), front.pack(support.x), front.pack(targets(program, support)), front.sizes,
             behind.pack(query.x), behind.pack(targets(program, query)), behind.sizes,
-            _weights(tuple(step_weights or [0.0] * steps + [1.0])), first_order, needs_lr, self.budget,
+            in_double(query_weights(step_weights, steps), support.x.device), first_order, needs_lr, self.budget,
         )  # fmt: skip
-        outputs = behind.unpack(self._models.of(program, support.x).shaped(outputs))
+        outputs = behind.unpack(model.shaped(outputs))
         return MetaGradient(losses, outputs, grad, lr_grad if needs_lr else None)
 
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
-        head, order = self._head(program, params, batch.x), Order(batch.mask)
+        model, order = self._models.of(program, batch.x), Order(batch.mask)
+        head = self._head(model, params.dtype)
         found = call(torch.ops.metafast.predict, *head, ready(params), order.pack(batch.x), order.sizes, step)
-        return order.unpack(self._models.of(program, batch.x).shaped(found))
+        return order.unpack(model.shaped(found))
 
     def pull(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
         return self._loss_and_grad(program, params, batch, g, step)[1]
 
     def push(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        head, order = self._head(program, params, batch.x), Order(batch.mask)
+        model, order = self._models.of(program, batch.x), Order(batch.mask)
+        head = self._head(model, params.dtype)
         found = call(torch.ops.metafast.tangent, *head, ready(params), ready(u), order.pack(batch.x), order.sizes, step)
-        outputs, tangents = (order.unpack(self._models.of(program, batch.x).shaped(part)) for part in found)
+        outputs, tangents = (order.unpack(model.shaped(part)) for part in found)
         return outputs, tangents
 
     def bend(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        head, order = self._head(program, params, batch.x), Order(batch.mask)
+        model, order = self._models.of(program, batch.x), Order(batch.mask)
+        head = self._head(model, params.dtype)
         grads, products = call(
             torch.ops.metafast.hessian_times, *head, ready(params), ready(u),
             order.pack(batch.x), order.pack(g), order.pack(gd), order.sizes, step,
@@ -187,12 +194,13 @@ class NativeExecutor(Executor, python_loss.Passes):
     def _loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, y: Tensor, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head, order = self._head(program, params, batch.x), Order(batch.mask)
+        model, order = self._models.of(program, batch.x), Order(batch.mask)
+        head = self._head(model, params.dtype)
         losses, grads, outputs = call(
             torch.ops.metafast.loss_and_grad, *head, ready(params),
             order.pack(batch.x), order.pack(y), order.sizes, step,
         )  # fmt: skip
-        return losses, grads, order.unpack(self._models.of(program, batch.x).shaped(outputs))
+        return losses, grads, order.unpack(model.shaped(outputs))
 
     def _memory(self, program: Program, x: Tensor, queries: int) -> tuple[int, int, int]:
         description, double = self._models.of(program, x).description, x.dtype == torch.float64
@@ -200,17 +208,11 @@ class NativeExecutor(Executor, python_loss.Passes):
         tape, tangents, plain = (int(v) * x.element_size() for v in sizes.tolist())
         return tape, tangents, plain
 
-    def _head(self, program: Program, params: Tensor, x: Tensor) -> tuple[Tensor, str, Tensor]:
-        model = self._models.of(program, x)
-        constants = [c.detach().to(params.dtype).reshape(-1) for c in model.constants]
-        return model.description, self.isa, torch.cat(constants) if constants else _nothing(params.dtype)
+    def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, str, Tensor]:
+        constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
+        return model.description, self.isa, torch.cat(constants) if constants else _nothing(dtype)
 
 
 @lru_cache
 def _nothing(dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype)
-
-
-@lru_cache(64)
-def _weights(weights: tuple[float, ...]) -> Tensor:
-    return torch.tensor(weights, dtype=torch.float64)

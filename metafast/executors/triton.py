@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metafast.executors.base import Executor, MetaGradient
+from metafast.executors.base import Executor, MetaGradient, query_weights
 from metafast.executors.graphs import Graphs, Results
 from metafast.executors.memory import Plan, choose_plan, peak_bytes
 from metafast.executors.reference import ReferenceExecutor
@@ -86,7 +86,7 @@ class TritonExecutor(Executor):
         if _derived(program):
             return "measured on one task when the first batch comes"
         lowered = self._lowered(program, support_x)
-        step = MetaStep(lowered.program, steps, (*[0.0] * steps, 1.0), first_order=False, needs_lr=False)
+        step = MetaStep(lowered.program, steps, query_weights(None, steps), first_order=False, needs_lr=False)
         parts = [(x, x.new_empty(x.shape[:2], dtype=torch.int64)) for x in (support_x, query_x)]
         return str(self._plan(step, lowered.most, support_x.new_empty(1, 1), TaskBatch(*parts[0], *parts[1])))
 
@@ -142,8 +142,7 @@ class TritonExecutor(Executor):
         needs_lr: bool = True,
     ) -> MetaGradient:
         lowered = self._lowered(program, tasks.support_x)
-        weights = (*[0.0] * steps, 1.0) if step_weights is None else tuple(step_weights)
-        step = MetaStep(lowered.program, steps, weights, first_order, needs_lr)
+        step = MetaStep(lowered.program, steps, query_weights(step_weights, steps), first_order, needs_lr)
         plan = self._plan(step, lowered.most, lr, tasks)
 
         def compute(params: Tensor, lr: Tensor, *parts: Any) -> Results:
