@@ -24,6 +24,10 @@ def of_mean_colours(outputs, targets):
     return torch.log(torch.cosh(outputs.mean((2, 3)) - targets)).mean()
 
 
+def absolute(outputs, targets):
+    return (outputs - targets).abs().mean()
+
+
 OWN = [
     vectors("custom loss, Meta-SGD", loss=log_cosh, learner=mf.MetaSGD, lr=(0.02, 0.1), steps=3),
     vectors("custom loss, rates of steps", loss=log_cosh, step_weights=[0.2, 0.3, 0.5], lr=rate("step"), steps=3),
@@ -31,6 +35,7 @@ OWN = [
     vectors("custom loss, first order, biases adapted", loss=log_cosh, first_order=True, lr=rate("parameter"),
             adapt=["0.bias", "4.bias"]),
     vectors("custom loss, FOMAML", loss=log_cosh, learner=mf.FOMAML, steps=3),
+    vectors("custom loss without curvature", loss=absolute, steps=3),
     vectors("custom loss, only biases adapted", loss=log_cosh, adapt=["0.bias", "4.bias"]),
     images("custom loss, ANIL", models.Embedded, loss=smoothed, learner=mf.ANIL, head="classifier", steps=3),
     images("custom loss, batch norm per step", models.convnet, loss=smoothed, bn="per_step", steps=3),

@@ -44,7 +44,9 @@ class CustomLoss(Loss):
 
     def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
         # The Hessian is symmetric: reverse mode serves, which more of torch's losses have than forward mode.
-        return vjp(lambda z: self._gradient(z, ctx.y), ctx.z)[1](d_outputs)[0]  # type: ignore[no-any-return]
+        found: Tensor = vjp(lambda z: self._gradient(z, ctx.y), ctx.z)[1](d_outputs)[0]
+        # Where the loss has no curvature, as |z|, torch may give zeros that are nowhere in memory.
+        return found.clone() if found._is_zerotensor() else found
 
     def _gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return vmap(grad(self.function))(outputs, targets)
