@@ -28,7 +28,7 @@ WANTED = os.environ.get("METAFAST_ISAS", "avx2,avx512" if platform.machine() in 
 BUILDS = {"plain": (16, [])} | {name: ISAS[name] for name in WANTED.split(",") if name}
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 CORE = ["core/plan", "core/tables", "core/find_plan", "core/passes", "cpu/isa", "cpu/arena", "cpu/recording"]
-CORE = [f"csrc/{name}.cpp" for name in [*CORE, "cuda/plan_block", "cuda/twin"]]
+CORE = [f"csrc/{name}.cpp" for name in [*CORE, "cpu/team", "cuda/plan_block", "cuda/twin"]]
 BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_cuda.cpp"]
 KERNELS = "csrc/cuda/inner_loop.cu"
 

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <deque>
 #include <optional>
 
 #include "core/plan.h"
@@ -18,8 +19,9 @@ namespace {
 template <class T>
 class Call {
  public:
-  Call(Goal goal, const Tensor& description, const std::string& isa, const Tensor& constants, int64_t tasks)
-      : isa(find_isa<T>(isa.c_str())) {
+  Call(Goal goal, const Tensor& description, const std::string& isa, int64_t team_from, const Tensor& constants,
+       int64_t tasks)
+      : isa(find_isa<T>(isa.c_str())), team_from_(team_from) {
     if (!this->isa) fail("there is no build \"" + isa + "\" for this processor");
     plan = find_plan(numbers(description), this->isa->layout, sizeof(T));
     constants_ = plan->template constants<T>(data<const T>(constants));
@@ -104,8 +106,7 @@ class Call {
     return all;
   }
 
-  // Runs all tasks: each thread takes chunk after chunk, so that none waits for one that began late. Chunks are summed
-  // apart and then in order, so it does not matter to the sums who ran them.
+  // Runs all tasks. Chunks of them are summed apart and then in order, so it does not matter to the sums who ran them.
   void run(bool sums, bool lr_sums, int64_t budget) {
     const int64_t chunk = (job.tasks + 63) / 64, chunks = (job.tasks + chunk - 1) / chunk;
     const int64_t size = job.program->size;
@@ -116,13 +117,8 @@ class Call {
     if (lr_sums) job.lr_sums = static_cast<T*>(partial->data()) + in_sums;
     job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
                job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
-    const int64_t memory = isa->memory(job) * sizeof(T);
-    int64_t next = 0;
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-      const Arena arena(memory, thread);
-      Recording recording(*job.program, job.steps, job.tasks);
-      isa->run(job, chunk, &next, static_cast<T*>(arena.data()), recording.trace());
-    });
+    const int64_t workspace = job.tasks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
+    workspace > 0 ? run_in_teams(workspace) : run_alone(threads, chunk);
     total(job.sums, chunks, size);
     total(job.lr_sums, chunks, job.lr_rows * size);
   }
@@ -165,6 +161,40 @@ class Call {
   Job<T> job{};
 
  private:
+  // Each thread takes chunk after chunk, so that none waits for one that began late.
+  void run_alone(int64_t threads, int64_t chunk) {
+    const int64_t memory = isa->memory(job) * sizeof(T);
+    int64_t next = 0;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+      const Arena arena(memory, thread);
+      Recording recording(*job.program, job.steps, job.tasks);
+      isa->run(job, chunk, &next, static_cast<T*>(arena.data()), recording.trace());
+    });
+  }
+
+  // A team for each task. A pool may give fewer threads than there are members: then one thread stands for several, and
+  // finds the teams closed that it would join a second time.
+  void run_in_teams(int64_t workspace) {
+    const int64_t tasks = job.tasks, threads = torch::stable::get_num_threads();
+    std::deque<Team> teams;
+    std::deque<Arena> memories;
+    for (int64_t t = 0; t < tasks; ++t) {
+      teams.emplace_back(static_cast<int>(threads / tasks + (t < threads % tasks)));
+      memories.emplace_back(isa->memory(job) * sizeof(T), t);
+    }
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
+      const Arena own(workspace * sizeof(T), tasks + first);
+      for (int64_t k = first; k < end; ++k) {
+        Recording recording(*job.program, job.steps, 1);
+        Team& team = teams[k % tasks];
+        const int rank = team.join();
+        if (rank < 0) continue;
+        isa->run_together(job, k % tasks, static_cast<T*>(memories[k % tasks].data()), static_cast<T*>(own.data()),
+                          {&team, rank, team.size()}, rank == 0 ? recording.trace() : nullptr);
+      }
+    });
+  }
+
   const int64_t* counts(const Tensor& sizes, int64_t n) const {
     if (!sizes.numel()) return nullptr;
     if (sizes.scalar_type() != ScalarType::Long || sizes.numel() != job.tasks) fail("sizes must be int64 of shape [T]");
@@ -198,14 +228,15 @@ class Call {
   }
 
   std::vector<T> constants_, inner_params, alpha;
+  const int64_t team_from_;
   std::optional<Arena> partial;  // the sums of each chunk
   std::vector<const Pass*> passes_[2];
 };
 
-Tensor predict(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor x, Tensor sizes,
-               int64_t step) {
+Tensor predict(Tensor description, std::string isa, int64_t team_from, Tensor constants, Tensor params, Tensor x,
+               Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
-    Call<decltype(real)> call(Goal::predict, description, isa, constants, x.sizes()[0]);
+    Call<decltype(real)> call(Goal::predict, description, isa, team_from, constants, x.sizes()[0]);
     call.params(params);
     call.job.query = call.samples(x, sizes);
     call.job.step = static_cast<int32_t>(step);
@@ -216,11 +247,12 @@ Tensor predict(Tensor description, std::string isa, Tensor constants, Tensor par
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string isa, Tensor constants, Tensor params,
-                                                 Tensor x, Tensor y, Tensor sizes, int64_t step) {
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string isa, int64_t team_from,
+                                                 Tensor constants, Tensor params, Tensor x, Tensor y, Tensor sizes,
+                                                 int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::loss_and_grad, description, isa, constants, x.sizes()[0]);
+    Call<T> call(Goal::loss_and_grad, description, isa, team_from, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     job.query = call.samples(x, y, sizes);
@@ -235,11 +267,11 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string
 }
 
 // For a loss that is computed elsewhere: outputs, and their tangent along u [T, P].
-std::tuple<Tensor, Tensor> tangent(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor u,
-                                   Tensor x, Tensor sizes, int64_t step) {
+std::tuple<Tensor, Tensor> tangent(Tensor description, std::string isa, int64_t team_from, Tensor constants,
+                                   Tensor params, Tensor u, Tensor x, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::tangent, description, isa, constants, x.sizes()[0]);
+    Call<T> call(Goal::tangent, description, isa, team_from, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.direction(u);
@@ -256,11 +288,12 @@ std::tuple<Tensor, Tensor> tangent(Tensor description, std::string isa, Tensor c
 
 // Likewise, with the gradient g of the loss in the outputs and its tangent gd: the gradients of the adapted parameters,
 // and the Hessians times u.
-std::tuple<Tensor, Tensor> hessian_times(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor u,
-                                         Tensor x, Tensor g, Tensor gd, Tensor sizes, int64_t step) {
+std::tuple<Tensor, Tensor> hessian_times(Tensor description, std::string isa, int64_t team_from, Tensor constants,
+                                         Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes,
+                                         int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::hessian_times, description, isa, constants, x.sizes()[0]);
+    Call<T> call(Goal::hessian_times, description, isa, team_from, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.direction(u);
@@ -275,11 +308,11 @@ std::tuple<Tensor, Tensor> hessian_times(Tensor description, std::string isa, Te
   });
 }
 
-Tensor adapt(Tensor description, std::string isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y,
-             Tensor sizes, int64_t steps) {
+Tensor adapt(Tensor description, std::string isa, int64_t team_from, Tensor constants, Tensor params, Tensor lr,
+             Tensor x, Tensor y, Tensor sizes, int64_t steps) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::adapt, description, isa, constants, x.sizes()[0]);
+    Call<T> call(Goal::adapt, description, isa, team_from, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.rates(lr, steps);
@@ -292,12 +325,12 @@ Tensor adapt(Tensor description, std::string isa, Tensor constants, Tensor param
   });
 }
 
-std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor constants, Tensor trajectory,
-                                     Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v, bool first_order,
-                                     bool needs_lr) {
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, int64_t team_from, Tensor constants,
+                                     Tensor trajectory, Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v,
+                                     bool first_order, bool needs_lr) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::adapt_vjp, description, isa, constants, x.sizes()[0]);
+    Call<T> call(Goal::adapt_vjp, description, isa, team_from, constants, x.sizes()[0]);
     auto& job = call.job;
     const int64_t steps = trajectory.sizes()[0] - 1;
     call.rates(lr, steps);
@@ -317,14 +350,14 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, Tensor
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std::string isa, Tensor constants,
-                                                         Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
-                                                         Tensor support_sizes, Tensor query_x, Tensor query_y,
-                                                         Tensor query_sizes, Tensor step_weights, bool first_order,
-                                                         bool needs_lr, int64_t budget) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std::string isa, int64_t team_from,
+                                                         Tensor constants, Tensor params, Tensor lr, Tensor support_x,
+                                                         Tensor support_y, Tensor support_sizes, Tensor query_x,
+                                                         Tensor query_y, Tensor query_sizes, Tensor step_weights,
+                                                         bool first_order, bool needs_lr, int64_t budget) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::meta_gradient, description, isa, constants, support_x.sizes()[0]);
+    Call<T> call(Goal::meta_gradient, description, isa, team_from, constants, support_x.sizes()[0]);
     auto& job = call.job;
     const std::vector<double> weights = numbers(step_weights);
     call.params(params);
@@ -344,48 +377,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std
 }
 
 // Raises with the reason where the model cannot be run; else elements of memory: of the tape of one step's pass over n
-// samples, of the tangents of that pass, and of a pass over m samples that no tangent follows.
-Tensor memory(Tensor description, std::string isa, bool in_double, int64_t n, int64_t m) {
-  const auto* f = find_isa<float>(isa.c_str());
-  const auto* d = find_isa<double>(isa.c_str());
-  if (!f) fail("there is no build \"" + isa + "\" for this processor");
-  auto plan = find_plan(numbers(description), in_double ? d->layout : f->layout, in_double ? 8 : 4);
-  const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped),
-             &plain = plan->pass(static_cast<int>(m), PassKind::plain);
-  const int64_t sizes[] = {3};
-  Tensor out = torch::stable::new_empty(description, {sizes, 1});
-  auto* to = data<double>(out);
-  to[0] = static_cast<double>(taped.tape), to[1] = static_cast<double>(taped.scratch),
-  to[2] = static_cast<double>(plain.tape);
-  return out;
+// samples, of the tangents of that pass, of a pass over m samples that no tangent follows, and of each thread more that
+// shares a task, zero where none does.
+Tensor memory(Tensor description, std::string isa, int64_t team_from, Tensor like, int64_t n, int64_t m) {
+  return by_dtype(like, [&](auto real) {
+    using T = decltype(real);
+    const Isa<T>* found = find_isa<T>(isa.c_str());
+    if (!found) fail("there is no build \"" + isa + "\" for this processor");
+    auto plan = find_plan(numbers(description), found->layout, sizeof(T));
+    const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped),
+               &plain = plan->pass(static_cast<int>(m), PassKind::plain);
+    Job<T> job{};
+    job.program = &plan->program();
+    job.support.n = static_cast<int32_t>(n), job.query.n = static_cast<int32_t>(m);
+    Tensor out = empty(description, {4});
+    auto* to = data<double>(out);
+    for (const int64_t elements : {taped.tape, taped.scratch, plain.tape, found->team_workspace(job, team_from)}) {
+      *to++ = static_cast<double>(elements);
+    }
+    return out;
+  });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(metafast, m) {
   m.def(
-      "predict(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor sizes, int step) -> "
+      "predict(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor x, Tensor sizes, "
+      "int step) -> "
       "Tensor");
   m.def(
-      "loss_and_grad(Tensor description, str isa, Tensor constants, Tensor params, Tensor x, Tensor y, Tensor sizes, "
+      "loss_and_grad(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor x, Tensor y, "
+      "Tensor sizes, "
       "int step) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "tangent(Tensor description, str isa, Tensor constants, Tensor params, Tensor u, Tensor x, Tensor sizes, "
+      "tangent(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor u, Tensor x, Tensor "
+      "sizes, "
       "int step) -> (Tensor, Tensor)");
   m.def(
-      "hessian_times(Tensor description, str isa, Tensor constants, Tensor params, Tensor u, Tensor x, Tensor g, "
+      "hessian_times(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor u, Tensor x, "
+      "Tensor g, "
       "Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
   m.def(
-      "adapt(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor y, "
+      "adapt(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor "
+      "y, "
       "Tensor sizes, int steps) -> Tensor");
   m.def(
-      "adapt_vjp(Tensor description, str isa, Tensor constants, Tensor trajectory, Tensor lr, Tensor x, Tensor y, "
+      "adapt_vjp(Tensor description, str isa, int team_from, Tensor constants, Tensor trajectory, Tensor lr, Tensor x, "
+      "Tensor y, "
       "Tensor sizes, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
   m.def(
-      "meta_gradient(Tensor description, str isa, Tensor constants, Tensor params, Tensor lr, Tensor support_x, "
+      "meta_gradient(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor lr, Tensor "
+      "support_x, "
       "Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y, Tensor query_sizes, "
       "Tensor step_weights, bool first_order, bool needs_lr, int budget) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("memory(Tensor description, str isa, bool in_double, int n, int m) -> Tensor");
+  m.def("memory(Tensor description, str isa, int team_from, Tensor like, int n, int m) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {

@@ -29,14 +29,18 @@ void Core<T>::correlate(const Op& op, int n, const Term* terms, int count, const
     Term transforms[2];
     for (int t = 0; t < count; ++t) {
       transforms[t] = {terms[t].a, transformed + t * size};
-      W::transform_weights(terms[t].weights, op.x.ld, op.y.ld, false, transformed + t * size);
+      W::transform_weights(*this, terms[t].weights, op.x.ld, op.y.ld, false, transformed + t * size);
     }
-    return W::correlate(op.x, op.y, w.py, w.px, n, transforms, count, bias, false, zeros, y, transformed + 2 * size);
+    barrier();
+    W::correlate(op.x, op.y, w.py, w.px, share(n * W::tiles(op.y)), transforms, count, bias, false, zeros, y, scratch);
+  } else if (of_vectors(op)) {
+    multiply_vectors(op.x, op.y, n, terms, count, bias, false, y);
+  } else {
+    const long depth = static_cast<long>(w.kh) * w.kw * op.x.ld;
+    D::product({op.forward, image_size(op.x), zeros}, share(static_cast<long>(n) * op.forward->rows), terms, count,
+               depth, op.y.ld, {y, image_size(op.y), bias, false});
   }
-  if (of_vectors(op)) return multiply_vectors(op.x, op.y, n, terms, count, bias, false, y);
-  const long depth = static_cast<long>(w.kh) * w.kw * op.x.ld;
-  D::product({op.forward, image_size(op.x), zeros}, n, terms, count, depth, op.y.ld,
-             {y, image_size(op.y), bias, false});
+  barrier();
 }
 
 template <class T>
@@ -49,22 +53,29 @@ void Core<T>::correlate_transposed(const Op& op, int n, const Term* terms, int c
   for (int t = 0; t < count; ++t) {
     T* const to = terms[t].transposed ? terms[t].transposed : packed + t * transposed_size(op);
     transposed[t] = {terms[t].a, to};
-    if (!terms[t].kept) D::transpose_weights(terms[t].weights, taps, op.x.ld, op.y.ld, to);
+    if (terms[t].kept) continue;
+    D::transpose_weights(terms[t].weights, taps, share(D::transposed_parts(taps, op.y.ld)), op.x.ld, op.y.ld, to);
   }
+  barrier();
   if (W::pays(op.window, op.y, op.x, n, count)) {
     const long space = W::weights_size(op.y.ld, op.x.ld);
     for (int t = 0; t < count; ++t) {
-      W::transform_weights(transposed[t].weights, op.y.ld, op.x.ld, true, transformed + t * space);
+      W::transform_weights(*this, transposed[t].weights, op.y.ld, op.x.ld, true, transformed + t * space);
       transposed[t].weights = transformed + t * space;
     }
-    return W::correlate(op.y, op.x, 2 - op.window.py, 2 - op.window.px, n, transposed, count, nullptr, add, zeros, g_x,
-                        transformed + 2 * space);
+    barrier();
+    W::correlate(op.y, op.x, 2 - op.window.py, 2 - op.window.px, share(n * W::tiles(op.x)), transposed, count, nullptr,
+                 add, zeros, g_x, scratch);
+  } else if (of_vectors(op)) {
+    multiply_vectors(op.y, op.x, n, transposed, count, nullptr, add, g_x);
+  } else {
+    for (int c = 0; c < op.classes; ++c) {
+      const Share rows = share(static_cast<long>(n) * op.backward[c].rows);
+      D::product({op.backward + c, image_size(op.y), zeros}, rows, transposed, count, depth, op.x.ld,
+                 {g_x, image_size(op.x), nullptr, add});
+    }
   }
-  if (of_vectors(op)) return multiply_vectors(op.y, op.x, n, transposed, count, nullptr, add, g_x);
-  for (int c = 0; c < op.classes; ++c) {
-    D::product({op.backward + c, image_size(op.y), zeros}, n, transposed, count, depth, op.x.ld,
-               {g_x, image_size(op.x), nullptr, add});
-  }
+  barrier();
 }
 
 // to (+)= sum of terms W a (+ bias), of vectors.
@@ -72,7 +83,7 @@ template <class T>
 void Core<T>::multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias,
                                bool add, T* y) const {
   using D = Direct<T>;
-  D::matrix_product({terms, count, from.ld, from.c, from.ld, y, to.ld, bias, add}, n, to.ld);
+  D::matrix_product({terms, count, from.ld, from.c, from.ld, y, to.ld, bias, add}, share(n), to.ld);
 }
 
 template <class T>
@@ -82,9 +93,14 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
   const Window& w = op.window;
   const Grid &gx = op.x, &gy = op.y;
   if (Winograd<T>::pays(w, gx, gy, n, 1)) {
-    return Winograd<T>::outer(gx, gy, w.py, w.px, n, pairs, count, zeros, g_w, transformed);
+    Winograd<T>::outer(*this, gx, gy, w.py, w.px, n, pairs, count, zeros, g_w, transformed);
+    return barrier();
   }
-  if (of_vectors(op)) return D::vector_outer(pairs, count, {n, gx.ld, gy.ld, gx.ld, g_w}, gx.c, gy.ld);
+  if (of_vectors(op)) {
+    D::vector_outer(pairs, count, {n, gx.ld, gy.ld, gx.ld, g_w}, share(gx.c), gy.ld);
+    return barrier();
+  }
+  const Share rows = share(op.n_offsets);
   const long depth = static_cast<long>(w.kh) * w.kw * gx.ld;
   const int image = gy.h * gy.w;
   const int samples = image < run_pixels ? run_pixels / image : 1;
@@ -119,16 +135,18 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
                                   gy.ld,
                                   pixel(gx, s, y0 * w.sy - w.py + ky * w.dy, x0 * w.sx - w.px + kx * w.dx),
                                   pixel(gy, s, y0, x0)};
-        D::outer(pairs, count, run, {g_w, gy.ld, depth, static_cast<long>(tap) * gx.ld, op.offsets, op.n_offsets});
+        D::outer(pairs, count, run, {g_w, gy.ld, depth, static_cast<long>(tap) * gx.ld, op.offsets, rows});
       }
     }
   }
+  barrier();
 }
 
 // The parts of the workspace, in elements: a run of zeros as long as any that is read, transposed weights of two terms,
-// and the transforms of Winograd's way.
+// and for Winograd's way transformed weights of two terms and the transforms of two more.
 struct Parts {
-  long zeros, packed, transformed;
+  long zeros, packed, transformed, scratch;
+  long size() const { return zeros + packed + transformed + scratch; }
 };
 
 template <class T>
@@ -136,7 +154,7 @@ Parts parts(const Program& program) {
   using W = Winograd<T>;
   constexpr int panel = Direct<T>::panel;
   const auto larger = [](long a, long b) { return a > b ? a : b; };
-  Parts need{0, 0, 0};
+  Parts need{0, 0, 0, 0};
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
     if (op.kind != Kind::conv2d) continue;
@@ -146,7 +164,8 @@ Parts parts(const Program& program) {
     if (taps != 9) continue;
     const long weights = larger(W::weights_size(x, y), W::weights_size(y, x));
     const long tiles = 2 * W::points * (W::point_stride(x) + W::point_stride(y)) + W::points * W::block * panel;
-    need.transformed = larger(need.transformed, 2 * weights + tiles);
+    need.transformed = larger(need.transformed, 2 * weights);
+    need.scratch = larger(need.scratch, tiles);
   }
   need.zeros = (need.zeros + 15) / 16 * 16;
   need.packed = (need.packed + 15) / 16 * 16;
@@ -155,15 +174,15 @@ Parts parts(const Program& program) {
 
 template <class T>
 long Core<T>::workspace_size(const Program& program) {
-  const Parts need = parts<T>(program);
-  return need.zeros + need.packed + need.transformed;
+  return parts<T>(program).size();
 }
 
 template <class T>
-Core<T>::Core(const Program& program, T* workspace) {
+Core<T>::Core(const Program& program, T* own, T* shared, Member member) : member(member) {
   const Parts need = parts<T>(program);
-  zeros = workspace;
-  packed = zeros + need.zeros;
+  zeros = own;
+  scratch = own + need.size() - need.scratch;
+  packed = shared + need.zeros;
   transformed = packed + need.packed;
   std::memset(zeros, 0, need.zeros * sizeof(T));
 }

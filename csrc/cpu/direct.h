@@ -120,10 +120,10 @@ struct Direct {
     }
   }
 
-  // All rows of n samples times all panels of `columns` output elements; a panel is `depth` rows deep.
-  static void product(const Rows& rows, int n, const Term<T>* terms, int count, long depth, int columns,
+  // Some of the rows of all samples times all panels of `columns` output elements; a panel is `depth` rows deep.
+  static void product(const Rows& rows, Share some, const Term<T>* terms, int count, long depth, int columns,
                       const Target& to) {
-    in_tiles(n * rows.gather->rows, columns, [&](const Range& range, auto r, auto v) {
+    in_tiles(some, columns, [&](const Range& range, auto r, auto v) {
       gather_tiles<decltype(r)::value, decltype(v)::value>(rows, terms, count, range, depth, to);
     });
   }
@@ -159,31 +159,33 @@ struct Direct {
     }
   }
 
-  static void matrix_product(const Matrix& m, int rows, int columns) {
+  static void matrix_product(const Matrix& m, Share rows, int columns) {
     in_tiles(rows, columns, [&](const Range& range, auto r, auto v) {
       matrix_tiles<decltype(r)::value, decltype(v)::value>(m, range);
     });
   }
 
-  // f(range, R, V) for tiles of about equal height that cover `rows` rows and `columns` columns: whole panels and what
-  // is left of them, each in at most two heights that differ by one.
+  // f(range, R, V) for tiles of about equal height that cover `rows` and `columns` columns: whole panels and what is
+  // left of them, each in at most two heights that differ by one.
   template <class F>
-  static void in_tiles(unsigned rows, int columns, const F& f) {
+  static void in_tiles(Share rows, int columns, const F& f) {
+    if (rows.first == rows.end) return;
     const int whole = columns / panel;
     if (whole > 0) in_heights<2>(rows, max_rows, {0, whole, 0, 0}, f);
     if (columns > whole * panel) in_heights<1>(rows, 2 * max_rows, {whole * panel, 1, 0, 0}, f);
   }
 
   template <int V, class F>
-  static void in_heights(unsigned rows, unsigned most, Range range, const F& f) {
+  static void in_heights(Share share, unsigned most, Range range, const F& f) {
+    const unsigned begin = static_cast<unsigned>(share.first), rows = static_cast<unsigned>(share.end) - begin;
     const unsigned tiles = (rows + most - 1) / most, height = rows / tiles, taller = rows - height * tiles;
     const auto run = [&](unsigned first, unsigned count, unsigned high) {
       range.first = static_cast<int>(first), range.tiles = static_cast<int>(count);
       with_rows<V == 2 ? max_rows : 2 * max_rows>(static_cast<int>(high),
                                                   [&](auto r) { f(range, r, std::integral_constant<int, V>{}); });
     };
-    if (taller > 0) run(0, taller, height + 1);
-    if (tiles > taller) run(taller * (height + 1), tiles - taller, height);
+    if (taller > 0) run(begin, taller, height + 1);
+    if (tiles > taller) run(begin + taller * (height + 1), tiles - taller, height);
   }
 
   // From a number of rows at run time to one known when compiling.
@@ -214,7 +216,7 @@ struct Direct {
     int columns;
     long depth, first;
     const int32_t* offset;
-    int rows;
+    Share rows;
   };
 
   // out[i][width] += sum over the run of x[offset[i]] * g[column].
@@ -269,30 +271,32 @@ struct Direct {
     }
   }
 
-  static void vector_outer(const Pair<T>* pairs, int count, const Vectors& of, int rows, int columns) {
+  static void vector_outer(const Pair<T>* pairs, int count, const Vectors& of, Share rows, int columns) {
     in_tiles(rows, columns, [&](const Range& range, auto r, auto v) {
       vector_outer_tiles<decltype(r)::value, decltype(v)::value>(pairs, count, of, range);
     });
   }
 
-  // Weights [panel of y][tap][x][width] as [panel of x][tap][y][width]; x and y are whole packs.
-  static void transpose_weights(const T* weights, int taps, int x, int y, T* out) {
-    for (int cy = 0; cy < y; cy += panel) {
-      const int wide = width(y, cy);
+  // Weights [panel of y][tap][x][width] as [panel of x][tap][y][width]; x and y are whole packs. Some of the
+  // panels of y and their taps, of which there are transposed_parts.
+  static void transpose_weights(const T* weights, int taps, Share some, int x, int y, T* out) {
+    for (long part = some.first; part < some.end; ++part) {
+      const long cy = part / taps * panel, tap = part % taps;
+      const int wide = width(y, static_cast<int>(cy));
       for (int cx = 0; cx < x; cx += panel) {
         const int high = width(x, cx);
-        for (int tap = 0; tap < taps; ++tap) {
-          const T* from = weights + static_cast<long>(cy * taps + tap * wide) * x + static_cast<long>(cx) * wide;
-          T* to = out + static_cast<long>(cx * taps + tap * high) * y + static_cast<long>(cy) * high;
-          if (wide == panel) {
-            high == panel ? transpose_block<panel, panel>(from, to) : transpose_block<lanes, panel>(from, to);
-          } else {
-            high == panel ? transpose_block<panel, lanes>(from, to) : transpose_block<lanes, lanes>(from, to);
-          }
+        const T* from = weights + (cy * taps + tap * wide) * x + static_cast<long>(cx) * wide;
+        T* to = out + (cx * taps + tap * high) * y + cy * high;
+        if (wide == panel) {
+          high == panel ? transpose_block<panel, panel>(from, to) : transpose_block<lanes, panel>(from, to);
+        } else {
+          high == panel ? transpose_block<panel, lanes>(from, to) : transpose_block<lanes, lanes>(from, to);
         }
       }
     }
   }
+
+  static long transposed_parts(int taps, int y) { return static_cast<long>((y + panel - 1) / panel) * taps; }
 
   // Of the panel that begins at `column` of `columns`.
   static int width(int columns, int column) { return columns - column >= panel ? panel : lanes; }

@@ -3,6 +3,7 @@
 #include "../core/job.h"
 #include "../core/layout.h"
 #include "../core/trace.h"
+#include "team.h"
 
 namespace metafast {
 
@@ -14,6 +15,11 @@ struct Isa {
   // Takes chunk after chunk, the first of them `next`, until none is left; the tasks of chunk k add to sums[k]. What
   // they do is noted in the trace, if there is one.
   void (*run)(const Job<T>&, int64_t chunk, int64_t* next, T* memory, Trace*);
+  // Elements of memory that each member of a team but the first needs; 0: with fewer than so many products in each of
+  // its contractions a task is too small for a team.
+  int64_t (*team_workspace)(const Job<T>&, int64_t products);
+  // Runs one task, a chunk by itself, as a member of a team that shares `memory`.
+  void (*run_together)(const Job<T>&, int64_t task, T* memory, T* own, Member, Trace*);
 };
 
 // Names of the builds that this processor can run, the best one first.

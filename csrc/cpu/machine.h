@@ -1,9 +1,12 @@
-// The Machine that is one core with SIMD. Maps and reductions take a function of a pack of channels that returns the
-// function to apply to each of its elements, so what belongs to a channel stays in registers.
+// The Machine that is one core with SIMD, or one of a team of them. Maps and reductions take a function of a pack of
+// channels that returns the function to apply to each of its elements, so what belongs to a channel stays in registers.
+// In a team every primitive takes its share of the elements and ends with a barrier. An element is always computed
+// whole and in the same order, so the numbers do not depend on the size of the team.
 #pragma once
 #include "../core/layers/frame.h"
 #include "../core/trace.h"
 #include "simd.h"
+#include "team.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -18,8 +21,8 @@ class Core : public Simd<T> {
   template <class Rules>
   static constexpr bool runs = true;
 
-  // `workspace` holds workspace_size elements.
-  Core(const Program& program, T* workspace);
+  // Workspaces hold workspace_size elements; `shared` is that of the whole team, the first member's own.
+  Core(const Program& program, T* own, T* shared, Member member);
 
   Trace* trace = nullptr;
   void begin(What what, int index) const {
@@ -33,27 +36,49 @@ class Core : public Simd<T> {
     return ((static_cast<long>(sample) * grid.h + y) * grid.w + x) * grid.ld;
   }
 
+  // This member's of `count` elements.
+  Share share(long count) const {
+    if (!member.team) return {0, count};
+    return {count * member.rank / member.members, count * (member.rank + 1) / member.members};
+  }
+  void barrier() const {
+    if (member.team) member.team->wait();
+  }
+  bool leads() const { return member.rank == 0; }
+
+  // For what is too small to be shared.
+  template <class F>
+  void once(const F& f) const {
+    if (leads()) f();
+    barrier();
+  }
+
   template <class F>
   void each(long size, const F& f) const {
-    for (long i = 0; i < size; i += lanes) f(i);
+    const Share packs = share((size + lanes - 1) / lanes);
+    for (long i = packs.first * lanes; i < packs.end * lanes; i += lanes) f(i);
+    barrier();
   }
 
   // f(channel) gives what is done at each pixel. Pixels go in blocks that stay in the first-level cache.
   template <class F>
   void channels(long rows, int ld, const F& f) const {
-    for (long block = 0; block < rows; block += block_rows) {
-      const long end = block + block_rows < rows ? block + block_rows : rows;
+    const Share mine = share(rows);
+    for (long block = mine.first; block < mine.end; block += block_rows) {
+      const long end = block + block_rows < mine.end ? block + block_rows : mine.end;
       for (int ch = 0; ch < ld; ch += lanes) {
         const auto at_pixel = f(ch);
         for (long row = block; row < end; ++row) at_pixel(row * ld + ch);
       }
     }
+    barrier();
   }
 
   // out[k][channel] = sum over pixels of K quantities. Blocks are summed in the real type, their sums in double.
   template <int K, class F>
   void reduce(long rows, int ld, T* out, bool add, const F& f) const {
-    for (int ch = 0; ch < ld; ch += lanes) {
+    const Share packs = share((ld + lanes - 1) / lanes);
+    for (int ch = static_cast<int>(packs.first) * lanes; ch < packs.end * lanes; ch += lanes) {
       const auto at_pixel = f(ch);
       const auto block_sums = [&](long row, long end, Pack(&sums)[K]) {
         Pack odd[K] = {};
@@ -84,12 +109,15 @@ class Core : public Simd<T> {
         Simd<T>::put(out + static_cast<long>(k) * ld + ch, sum, add);
       }
     }
+    barrier();
   }
 
-  // f(team, sample): a team runs the maps and sums of one sample.
+  // f(machine, sample): a machine runs the maps and sums of one sample, here one core.
   template <class F>
   void samples(int n, const F& f) const {
-    for (int s = 0; s < n; ++s) f(*this, s);
+    Core alone = *this;
+    alone.member = {};
+    each_sample(n, [&](int s) { f(alone, s); });
   }
 
   static void set(T& to, T value) { to = value; }
@@ -97,35 +125,40 @@ class Core : public Simd<T> {
   // f(sample), for what is a few scalars a sample.
   template <class F>
   void rows(int n, const F& f) const {
-    for (int s = 0; s < n; ++s) f(s);
+    each_sample(n, f);
   }
 
   template <class F>
   double sum_rows(int n, const F& f) const {
-    double sum = 0;
-    for (int s = 0; s < n; ++s) sum += f(s);
-    return sum;
+    return said([&] {
+      double sum = 0;
+      for (int s = 0; s < n; ++s) sum += f(s);
+      return sum;
+    });
   }
 
   // The sum over all elements of f(i).
   template <class F>
   T total(long size, const F& f) const {
-    double sum = 0;
-    for (long block = 0; block < size; block += block_rows * lanes) {
-      const long end = block + block_rows * lanes < size ? block + block_rows * lanes : size;
-      Pack part{};
-      for (long i = block; i < end; i += lanes) part += f(i);
-      sum += Simd<T>::sum(part);
-    }
-    return static_cast<T>(sum);
+    return static_cast<T>(said([&] {
+      double sum = 0;
+      for (long block = 0; block < size; block += block_rows * lanes) {
+        const long end = block + block_rows * lanes < size ? block + block_rows * lanes : size;
+        Pack part{};
+        for (long i = block; i < end; i += lanes) part += f(i);
+        sum += Simd<T>::sum(part);
+      }
+      return sum;
+    }));
   }
 
   // f(sample, offset, y, x) at each pixel.
   template <class F>
   void pixels(const Grid& grid, int n, const F& f) const {
-    for (int sample = 0; sample < n; ++sample)
+    each_sample(n, [&](int sample) {
       for (int y = 0; y < grid.h; ++y)
         for (int x = 0; x < grid.w; ++x) f(sample, pixel(grid, sample, y, x), y, x);
+    });
   }
 
   // f(sample, offset of the output, top, left of the window) for each window of a pooling.
@@ -139,18 +172,19 @@ class Core : public Simd<T> {
   template <class F>
   void quads(const Op& op, int n, const F& f) const {
     const long ld = op.x.ld, across = op.x.w * ld;
-    for (int sample = 0; sample < n; ++sample) {
-      for (int y = 0; y < op.y.h; ++y) {
-        for (int ch = 0; ch < ld; ch += lanes) {
-          const auto at_window = f(ch);
-          long out = pixel(op.y, sample, y, 0) + ch, in = pixel(op.x, sample, 2 * y, 0) + ch;
-          for (int x = 0; x < op.y.w; ++x, out += ld, in += 2 * ld) {
-            const long corners[4] = {in, in + ld, in + across, in + across + ld};
-            at_window(out, corners);
-          }
+    const Share lines = share(static_cast<long>(n) * op.y.h);
+    for (long line = lines.first; line < lines.end; ++line) {
+      const int sample = static_cast<int>(line / op.y.h), y = static_cast<int>(line % op.y.h);
+      for (int ch = 0; ch < ld; ch += lanes) {
+        const auto at_window = f(ch);
+        long out = pixel(op.y, sample, y, 0) + ch, in = pixel(op.x, sample, 2 * y, 0) + ch;
+        for (int x = 0; x < op.y.w; ++x, out += ld, in += 2 * ld) {
+          const long corners[4] = {in, in + ld, in + across, in + across + ld};
+          at_window(out, corners);
         }
       }
     }
+    barrier();
   }
 
   // f(channel) gives what is done at each pixel of an odd last row or column, which no 2x2 window covers.
@@ -158,7 +192,8 @@ class Core : public Simd<T> {
   void leftovers(const Op& op, int n, const F& f) const {
     const Grid& g = op.x;
     if (2 * op.y.h == g.h && 2 * op.y.w == g.w) return;
-    for (int ch = 0; ch < g.ld; ch += lanes) {
+    const Share packs = share((g.ld + lanes - 1) / lanes);
+    for (int ch = static_cast<int>(packs.first) * lanes; ch < packs.end * lanes; ch += lanes) {
       const auto at_pixel = f(ch);
       for (int sample = 0; sample < n; ++sample) {
         for (int y = 0; y < g.h; ++y) {
@@ -166,6 +201,7 @@ class Core : public Simd<T> {
         }
       }
     }
+    barrier();
   }
 
   // Sets the channels behind the last one to zero.
@@ -190,8 +226,28 @@ class Core : public Simd<T> {
   void multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias, bool add,
                         T* y) const;
 
+  // f(sample), for this member's samples.
+  template <class F>
+  void each_sample(int n, const F& f) const {
+    const Share mine = share(n);
+    for (int s = static_cast<int>(mine.first); s < mine.end; ++s) f(s);
+    barrier();
+  }
+
+  // What f() gives the first member, said to all.
+  template <class F>
+  double said(const F& f) const {
+    if (!member.team) return f();
+    once([&] { member.team->said = f(); });
+    const double value = member.team->said;
+    barrier();
+    return value;
+  }
+
   static constexpr int block_rows = 64;
-  T *zeros, *packed, *transformed;
+  Member member;
+  T *zeros, *scratch;       // this member's
+  T *packed, *transformed;  // the team's
 };
 
 }  // namespace METAFAST_NAMESPACE

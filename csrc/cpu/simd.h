@@ -36,6 +36,11 @@ struct Vectors<double> {
   typedef uint8_t Bytes __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
 };
 
+// Elements first .. end - 1.
+struct Share {
+  long first, end;
+};
+
 template <class T>
 struct Simd {
   using Real = T;

@@ -1,4 +1,4 @@
-// What is done with one task: the inner loop, the query, and the way back.
+// What is done with one task, by one thread or a team of them: the inner loop, the query, and the way back.
 #pragma once
 #include "../core/guard.h"
 #include "../core/job.h"
@@ -9,7 +9,7 @@
 
 namespace METAFAST_NAMESPACE {
 
-// Where a task keeps things in the memory of its thread. Made from a null base it gives the size.
+// Where a task keeps things in the memory of its thread, or of its team. Made from a null base it gives the size.
 template <class T>
 struct TaskMemory {
   T *workspace, *support_x, *support_y, *support_yd, *query_x, *query_y, *theta, *g, *v, *u, *product, *tapes, *rest;
@@ -48,15 +48,25 @@ class Task {
   using M = Core<T>;
 
  public:
-  Task(const Job<T>& job, T* base, Trace* trace)
+  // `own`: a workspace, of all members but the first.
+  Task(const Job<T>& job, T* base, T* own, Member member, Trace* trace)
       : job(job),
         program(*job.program),
         mem(job, base),
-        machine(program, mem.workspace),
+        machine(program, member.rank == 0 ? mem.workspace : own, mem.workspace, member),
         sweep(machine, program, job.constants),
         support{},
         query{} {
     machine.trace = trace;
+    machine.barrier();
+  }
+
+  // Before the first task of a chunk.
+  void clear_sums(T* sums, T* lr_sums) const {
+    machine.once([&] {
+      if (sums) std::memset(sums, 0, program.size * sizeof(T));
+      if (lr_sums) std::memset(lr_sums, 0, job.lr_rows * program.size * sizeof(T));
+    });
   }
 
   void run(int64_t task, T* sums, T* lr_sums) {
@@ -67,6 +77,7 @@ class Task {
     machine.begin(What::load, 0);
     support = import_batch(job.support, mem.support_x, mem.support_y, mem.support_yd);
     query = import_batch(job.query, mem.query_x, mem.query_y, nullptr);
+    machine.barrier();
     machine.end();
     switch (job.goal) {
       case Goal::predict:
@@ -114,23 +125,21 @@ class Task {
     support_pass(mem.tapes, mem.theta, job.step, mem.g);
     clear(mem.product);
     add_hessian_times(mem.tapes, mem.theta, mem.u, job.step, mem.product);
-    export_params(mem.g, job.inner, job.n_params, job.grads + t * job.n_params);
-    export_params(mem.product, job.inner, job.n_params, job.products + t * job.n_params);
+    export_user(mem.g, job.grads, 0);
+    export_user(mem.product, job.products, 0);
   }
 
   void loss_and_grad() {
     load_params(job.params, mem.theta);
     clear(mem.v);
-    job.losses[t] = static_cast<T>(query_pass(mem.theta, job.step, mem.v, true));
-    export_params(mem.v, job.inner, job.n_params, job.grads + t * job.n_params);
+    set_loss(query_pass(mem.theta, job.step, mem.v, true));
+    export_user(mem.v, job.grads, 0);
   }
 
   void adapt() {
     load_params(job.params, mem.theta);
     inner_loop();
-    for (int s = 0; s <= job.steps; ++s) {
-      export_params(theta(s), job.inner, job.n_params, job.trajectory + (s * job.tasks + t) * job.n_params);
-    }
+    for (int s = 0; s <= job.steps; ++s) export_user(theta(s), job.trajectory, s);
   }
 
   void adapt_vjp(T* lr_sums) {
@@ -148,7 +157,7 @@ class Task {
       import_user(job.v, s, mem.u);
       add(mem.v, 1, mem.u);
     }
-    export_params(mem.v, job.inner, job.n_params, job.grads + t * job.n_params);
+    export_user(mem.v, job.grads, 0);
   }
 
   void meta_gradient(T* sums, T* lr_sums) {
@@ -172,7 +181,7 @@ class Task {
       reverse_step(step, tape(step), theta(step), gradient(step), lr_sums);
       machine.end();
     }
-    job.losses[t] = static_cast<T>(loss);
+    set_loss(loss);
     add(sums, 1, mem.v);
   }
 
@@ -241,10 +250,12 @@ class Task {
     const Grid &g = program.input, &out = program.out;
     const int n = static_cast<int>(count(samples));
     const int h = g.h - 2 * program.border_y, w = g.w - 2 * program.border_x;
-    import_images(samples.x + t * samples.n * g.c * h * w, n, g, program.border_y, program.border_x, x);
     const int64_t first = t * samples.n, size = static_cast<int64_t>(out.c) * out.h * out.w;
-    if (samples.targets) import_images(samples.targets + first * size, n, out, 0, 0, y);
-    if (samples.d_targets) import_images(samples.d_targets + first * size, n, out, 0, 0, yd);
+    if (machine.leads()) {
+      import_images(samples.x + t * samples.n * g.c * h * w, n, g, program.border_y, program.border_x, x);
+      if (samples.targets) import_images(samples.targets + first * size, n, out, 0, 0, y);
+      if (samples.d_targets) import_images(samples.d_targets + first * size, n, out, 0, 0, yd);
+    }
     return {x, samples.labels ? samples.labels + first : nullptr, y, yd};
   }
 
@@ -253,23 +264,34 @@ class Task {
     const Grid& out = program.out;
     const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples) : 0;
     to += t * samples.n * size;
-    if (n > 0) export_images(from, static_cast<int>(n), out, to);
-    std::memset(to + n * size, 0, (samples.n - n) * size * sizeof(T));
+    machine.once([&] {
+      if (n > 0) export_images(from, static_cast<int>(n), out, to);
+      std::memset(to + n * size, 0, (samples.n - n) * size * sizeof(T));
+    });
   }
 
   void load_params(const T* params, T* to) const {
-    if (job.params_per_task) {
-      import_params(params + t * job.n_params, job.inner, job.n_params, program.size, to);
-    } else {
-      std::memcpy(to, params, program.size * sizeof(T));
-    }
+    if (job.params_per_task) return import_user(params, 0, to);
+    machine.once([&] { std::memcpy(to, params, program.size * sizeof(T)); });
   }
 
   void import_user(const T* rows, int s, T* to) const {
-    import_params(rows + (s * job.tasks + t) * job.n_params, job.inner, job.n_params, program.size, to);
+    const T* const from = rows + (s * job.tasks + t) * job.n_params;
+    machine.once([&] { import_params(from, job.inner, job.n_params, program.size, to); });
   }
 
-  void clear(T* x) const { std::memset(x, 0, program.size * sizeof(T)); }
+  void export_user(const T* from, T* rows, int s) const {
+    if (!machine.leads()) return;
+    export_params(from, job.inner, job.n_params, rows + (s * job.tasks + t) * job.n_params);
+  }
+
+  void set_loss(double loss) const {
+    if (machine.leads()) job.losses[t] = static_cast<T>(loss);
+  }
+
+  void clear(T* x) const {
+    machine.once([&] { std::memset(x, 0, program.size * sizeof(T)); });
+  }
   void add(T* to, T scale, const T* x) const {
     machine.each(program.size, [=](long i) { M::put(to + i, M::load(x + i) * scale, true); });
   }

@@ -42,13 +42,16 @@ struct Winograd {
             static_cast<int>(in_image % across) * 2};
   }
 
-  // Weights [panel][tap][depth][width] to [panel][point][depth][width], taps in reverse order if `flip`.
-  static void transform_weights(const T* w, int depth, int columns, bool flip, T* out) {
+  // Weights [panel][tap][depth][width] to [panel][point][depth][width], taps in reverse order if `flip`. The machine's
+  // share of each panel.
+  template <class M>
+  static void transform_weights(const M& m, const T* w, int depth, int columns, bool flip, T* out) {
     for (int p = 0; p < (columns + panel - 1) / panel; ++p) {
       const T* from = w + static_cast<long>(p) * 9 * depth * panel;
       T* to = out + p * points * weights_stride(depth);
       const long size = static_cast<long>(depth) * D::width(columns, p * panel);  // of a tap
-      for (long i = 0; i < size; i += lanes) {
+      const Share mine = m.share(size / lanes);
+      for (long i = mine.first * lanes; i < mine.end * lanes; i += lanes) {
         Pack t[4][3];
         for (int kx = 0; kx < 3; ++kx) {
           Pack g[3];
@@ -157,13 +160,14 @@ struct Winograd {
     }
   }
 
-  // y (+)= sum of terms, with transformed weights; windows begin py above and px to the left of their output.
-  static void correlate(const Grid& gx, const Grid& gy, int py, int px, int n, const Term<T>* terms, int count,
+  // y (+)= sum of terms, with transformed weights; windows begin py above and px to the left of their output. Some of
+  // the tiles of all samples.
+  static void correlate(const Grid& gx, const Grid& gy, int py, int px, Share some, const Term<T>* terms, int count,
                         const T* bias, bool add, const T* zeros, T* y, T* scratch) {
-    const long total = n * tiles(gy), patches = points * point_stride(gx.ld);
+    const long patches = points * point_stride(gx.ld);
     T* products = scratch + count * patches;
-    for (long first = 0; first < total; first += block) {
-      const int tiles_here = static_cast<int>(total - first < block ? total - first : block);
+    for (long first = some.first; first < some.end; first += block) {
+      const int tiles_here = static_cast<int>(some.end - first < block ? some.end - first : block);
       for (int t = 0; t < count; ++t) {
         transform_patches(terms[t].a, gx, gy, py, px, first, tiles_here, zeros, scratch + t * patches);
       }
@@ -175,7 +179,7 @@ struct Winograd {
           const long weights = shift + point * weights_stride(gx.ld);
           const Term<T> here[2] = {{a, terms[0].weights + weights}, {a + patches, terms[count - 1].weights + weights}};
           T* const out = products + point * block * panel;
-          D::matrix_product({here, count, gx.ld, gx.ld, gx.ld, out, panel, nullptr, false}, tiles_here, width);
+          D::matrix_product({here, count, gx.ld, gx.ld, gx.ld, out, panel, nullptr, false}, {0, tiles_here}, width);
         }
         width == panel ? transform_products<2>(products, gy, first, tiles_here, column, bias, add, y)
                        : transform_products<1>(products, gy, first, tiles_here, column, bias, add, y);
@@ -183,27 +187,36 @@ struct Winograd {
     }
   }
 
-  // g_W += sum of pairs. Scratch: the products [panel][point][channel][width], then the transforms of a block.
-  static void outer(const Grid& gx, const Grid& gy, int py, int px, int n, const Pair<T>* pairs, int count,
+  // g_W += sum of pairs. Scratch: the products [panel][point][channel][width], then the transforms of a block. The
+  // members of a team share the tiles that are transformed, then the points, then the packs of the gradient.
+  template <class M>
+  static void outer(const M& m, const Grid& gx, const Grid& gy, int py, int px, int n, const Pair<T>* pairs, int count,
                     const T* zeros, T* g_w, T* scratch) {
     const long products = weights_size(gx.ld, gy.ld), patches = points * point_stride(gx.ld);
     const long adjoints = points * point_stride(gy.ld), total = n * tiles(gy);
     T* const x = scratch + products;
     T* const g = x + count * patches;
-    std::memset(scratch, 0, products * sizeof(T));
+    const Share cleared = m.share(products), multiplied = m.share(points);
+    std::memset(scratch + cleared.first, 0, (cleared.end - cleared.first) * sizeof(T));
     for (long first = 0; first < total; first += block) {
       const int tiles_here = static_cast<int>(total - first < block ? total - first : block);
+      const Share mine = m.share(tiles_here);
+      const int tiles_mine = static_cast<int>(mine.end - mine.first);
       for (int t = 0; t < count; ++t) {
-        transform_patches(pairs[t].x, gx, gy, py, px, first, tiles_here, zeros, x + t * patches);
-        transform_adjoints(pairs[t].g, gy, first, tiles_here, zeros, g + t * adjoints);
+        transform_patches(pairs[t].x, gx, gy, py, px, first + mine.first, tiles_mine, zeros,
+                          x + t * patches + mine.first * gx.ld);
+        transform_adjoints(pairs[t].g, gy, first + mine.first, tiles_mine, zeros,
+                           g + t * adjoints + mine.first * gy.ld);
       }
-      for (int point = 0; point < points; ++point) {
+      m.barrier();
+      for (long point = multiplied.first; point < multiplied.end; ++point) {
         outer_point(x + point * point_stride(gx.ld), patches, g + point * point_stride(gy.ld), adjoints, count, gx.ld,
                     gy.ld, tiles_here, scratch + point * weights_stride(gx.ld));
       }
+      m.barrier();
     }
     for (int p = 0; p < (gy.ld + panel - 1) / panel; ++p) {
-      transform_gradient(scratch + p * points * weights_stride(gx.ld), gx.ld, D::width(gy.ld, p * panel),
+      transform_gradient(m, scratch + p * points * weights_stride(gx.ld), gx.ld, D::width(gy.ld, p * panel),
                          g_w + static_cast<long>(p) * 9 * gx.ld * panel);
     }
   }
@@ -213,17 +226,19 @@ struct Winograd {
     const Pair<T> pairs[2] = {{x, g}, {x + next_x, g + next_g}};
     // From panel to panel it is `points` transforms.
     const long next = points * weights_stride(depth) / panel;
-    D::vector_outer(pairs, count, {tiles, depth, columns, next, out}, depth, columns);
+    D::vector_outer(pairs, count, {tiles, depth, columns, next, out}, {0, depth}, columns);
   }
 
-  // g_w [tap][depth][width] += G' m G of products [point][depth][width].
-  static void transform_gradient(const T* m, int depth, int width, T* g_w) {
+  // g_w [tap][depth][width] += G' m G of products m [point][depth][width].
+  template <class M>
+  static void transform_gradient(const M& m, const T* products, int depth, int width, T* g_w) {
     const long size = static_cast<long>(depth) * width;  // of a tap
-    for (long i = 0; i < size; i += lanes) {
+    const Share mine = m.share(size / lanes);
+    for (long i = mine.first * lanes; i < mine.end * lanes; i += lanes) {
       Pack rows[3][4];
       for (int c = 0; c < 4; ++c) {
         Pack p[4];
-        for (int r = 0; r < 4; ++r) p[r] = S::load(m + (r * 4 + c) * weights_stride(depth) + i);
+        for (int r = 0; r < 4; ++r) p[r] = S::load(products + (r * 4 + c) * weights_stride(depth) + i);
         const Pack plus = (p[1] + p[2]) * T(0.5), minus = (p[1] - p[2]) * T(0.5);
         rows[0][c] = p[0] + plus, rows[1][c] = minus, rows[2][c] = plus + p[3];
       }

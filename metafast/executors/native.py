@@ -1,8 +1,9 @@
 """The native executor: the whole meta-step of a batch of tasks in one C++ call, on the CPU in float32 or float64.
 
-Each task's inner loop and reverse sweep run on one core, tasks are spread over torch's threads, and the numbers do
-not depend on how many there are. The extension is built for several instruction sets; the best one is used. Of ragged
-tasks each runs on its own samples alone. A loss without rules in C++ makes one call a pass instead.
+Each task's inner loop and reverse sweep run on one core, tasks are spread over torch's threads; where there are fewer
+tasks than threads, several share a task. The numbers do not depend on how many there are. The extension is built for
+several instruction sets; the best one is used. Of ragged tasks each runs on its own samples alone. A loss without
+rules in C++ makes one call a pass instead.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
 _BUDGET = 256 << 20
+_TEAM_FROM = 1 << 18  # some ten microseconds of a core, beside which a barrier is short
 
 
 class NativeExecutor(Executor, python_loss.Passes):
     """C++ on the CPU. ``budget`` bounds the bytes of activations kept from the inner loop for the way back; beyond it
-    they are computed again. ``isa`` names one of ``NativeExecutor.isas()``; ``None`` takes the best."""
+    they are computed again. ``isa`` names one of ``NativeExecutor.isas()``; ``None`` takes the best. Where there are
+    fewer tasks than threads, several threads share a task whose contractions have ``team_from`` products on average."""
 
     name = "native"
 
-    def __init__(self, budget: int = _BUDGET, isa: str | None = None) -> None:
-        self.budget = budget
+    def __init__(self, budget: int = _BUDGET, isa: str | None = None, team_from: int = _TEAM_FROM) -> None:
+        self.budget, self.team_from = budget, team_from
         self._isa = isa
         self._models = Models(Model)
 
@@ -75,7 +78,8 @@ class NativeExecutor(Executor, python_loss.Passes):
         return None
 
     def explain(self, program: Program, x: Tensor) -> list[str]:
-        where = f"C++ ({self.isa}), one task a core"
+        shared = len(x) < torch.get_num_threads() and self._memory(program, x, x.shape[1])[3]
+        where = f"C++ ({self.isa}), {'several cores' if shared else 'a core'} for each task"
         return [where for _ in program.nodes]
 
     def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:
@@ -87,11 +91,13 @@ class NativeExecutor(Executor, python_loss.Passes):
 
         ``support`` and ``query`` are batches ``[T, n, ...]``.
         """
-        tape, tangents, plain = self._memory(program, support, query.shape[1])
-        threads = min(torch.get_num_threads(), support.shape[0])
-        keep = program.loss.stem in LOSSES and steps * tape * threads <= self.budget
+        tape, tangents, plain, more = self._memory(program, support, query.shape[1])
+        cores = torch.get_num_threads()
+        tasks = min(cores, support.shape[0])
+        keep = program.loss.stem in LOSSES and steps * tape * tasks <= self.budget
         parameters = (2 * steps + 4) * program.size * support.element_size()
-        return keep, threads * ((steps if keep else 1) * tape + max(tangents, plain) + parameters)
+        each = (steps if keep else 1) * tape + max(tangents, plain) + parameters
+        return keep, tasks * each + (cores - tasks) * more
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.outputs(program, params, Batch(x, x), step)
@@ -202,15 +208,14 @@ class NativeExecutor(Executor, python_loss.Passes):
         )  # fmt: skip
         return losses, grads, order.unpack(model.shaped(outputs))
 
-    def _memory(self, program: Program, x: Tensor, queries: int) -> tuple[int, int, int]:
-        description, double = self._models.of(program, x).description, x.dtype == torch.float64
-        sizes = call(torch.ops.metafast.memory, description, self.isa, double, x.shape[1], queries)
-        tape, tangents, plain = (int(v) * x.element_size() for v in sizes.tolist())
-        return tape, tangents, plain
+    def _memory(self, program: Program, x: Tensor, queries: int) -> list[int]:
+        model, like = self._models.of(program, x), _nothing(x.dtype)
+        sizes = call(torch.ops.metafast.memory, model.description, self.isa, self.team_from, like, x.shape[1], queries)
+        return [int(v) * x.element_size() for v in sizes.tolist()]
 
-    def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, str, Tensor]:
+    def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, str, int, Tensor]:
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
-        return model.description, self.isa, torch.cat(constants) if constants else _nothing(dtype)
+        return model.description, self.isa, self.team_from, torch.cat(constants) if constants else _nothing(dtype)
 
 
 @lru_cache

@@ -134,7 +134,7 @@ struct LayerNorm {
   }
 
   template <class M>
-  METAFAST_DEVICE static auto value_of(const Frame<M>& f, const Slot& slot, const typename M::Real* params, long i,
+  METAFAST_DEVICE static auto value_of(const Frame<M>&, const Slot& slot, const typename M::Real* params, long i,
                                        int otherwise) {
     return slot.at < 0 ? M::broadcast(otherwise) : M::load(params + slot.at + i);
   }

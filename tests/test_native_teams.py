@@ -1,0 +1,96 @@
+"""Tasks that several threads share: the same bits as from one thread, whatever the size of the team."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_native import MODELS, NATIVE_CASES, assert_same_bits, bits, case_tasks, program_around, setup
+
+from metafast.executors import NativeExecutor
+from metafast.losses import as_loss
+from metafast.program import Program
+from metafast.tasks import TaskBatch
+
+pytestmark = pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+
+ALONE = NativeExecutor(team_from=1 << 62)
+SHARED = NativeExecutor(team_from=0)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+def test_every_layer(case):
+    program = program_around(case)
+    params = 0.3 * torch.randn(program.size)
+    for tasks, threads in ((1, 2), (2, 5)):
+        made = program, params, case_tasks(case, torch.float32, tasks)
+        assert_same_bits(bits(*made, native=SHARED, threads=threads), bits(*made, native=ALONE, threads=threads))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "custom"])
+def test_every_function(name, loss):
+    program, params, tasks = setup(name, torch.float32, tasks=1)
+    if loss != "cross_entropy":
+        chosen = as_loss("mse" if loss == "mse" else lambda outputs, targets: (outputs - targets).abs().mean())
+        program = Program(program.nodes, program.parameters, program.output, chosen)
+        ys = [torch.randn(*y.shape, 3) for y in (tasks.support_y, tasks.query_y)]
+        tasks = TaskBatch(tasks.support_x, ys[0], tasks.query_x, ys[1])
+    lr = torch.full((2, 1), 0.05)
+
+    def run(native):
+        trajectory = native.adapt(program, params, lr, tasks.support, 2)
+        v = torch.ones_like(trajectory)
+        return (
+            trajectory,
+            native.predict(program, params, tasks.query_x),
+            *native.loss_and_grad(program, trajectory[-1], tasks.query, 2),
+            *native.adapt_vjp(program, trajectory, lr, tasks.support, v[-1]),
+            *native.adapt_vjp(program, trajectory, lr, tasks.support, v, first_order=True),
+        )
+
+    torch.set_num_threads(1)
+    expected = run(ALONE)
+    torch.set_num_threads(3)
+    for found, wanted in zip(run(SHARED), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_small_tasks_stay_with_one_core_and_large_ones_do_not():
+    torch.set_num_threads(2)
+    for name, tasks, words in (
+        ("mlp", 1, "a core for each task"),
+        ("wide images", 1, "several cores for each task"),
+        ("wide images", 2, "a core for each task"),
+    ):
+        program, _, batch = setup(name, torch.float32, tasks=tasks)
+        assert words in NativeExecutor().explain(program, batch.support_x)[0]
+        more, less = (e.memory(program, batch.support_x, batch.query_x, 2)[1] for e in (SHARED, ALONE))
+        assert (more > less) == (tasks == 1)
+
+
+LIMITED = """
+import torch
+from test_native import assert_same_bits, bits, setup
+from test_native_teams import ALONE, SHARED
+made = setup("conv", torch.float32, tasks=2)
+assert_same_bits(bits(*made, native=SHARED, threads=5), bits(*made, native=ALONE))
+"""
+
+
+@pytest.mark.parametrize("limit", ["1", "2"])
+def test_a_pool_that_gives_fewer_threads(limit):
+    """Members that never come are not waited for."""
+    here = os.path.dirname(__file__)
+    env = {**os.environ, "OMP_THREAD_LIMIT": limit, "PYTHONPATH": here}
+    subprocess.run([sys.executable, "-c", LIMITED], check=True, timeout=120, env=env, cwd=here)
