@@ -41,7 +41,7 @@ sanitize: $(SANITIZED)/built
 	$(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED)
 	LD_PRELOAD="$(LIBASAN) $(shell g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	PYTHONPATH=$(SANITIZED) $(BIN)/pytest -m "not slow" --capture=sys \
-	tests/test_native.py tests/test_native_learners.py tests/test_native_teams.py tests/test_cuda_twin.py -k "test_native or (test_float32 and global)"
+	tests/test_native*.py tests/test_cuda_twin.py -k "test_native or (test_float32 and global)"
 
 $(SANITIZED)/built: $(STAMP)
 	rm -rf build/sanitize
