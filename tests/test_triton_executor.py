@@ -35,9 +35,9 @@ from metafast.tasks import Batch
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
-def small_network(name="rate for each layer and step"):
+def small_network(name="rate for each layer and step", support=5):
     """What an executor takes of a setup."""
-    setup = SUITE[name]
+    setup = replace(SUITE[name], support=support)
     learner, tasks = make_learner(setup, torch.float32, "reference").to(DEVICE), make_tasks(setup, tasks=2).to(DEVICE)
     return learner.program, learner.flat_parameters().detach(), learner.rate().detach(), tasks
 
@@ -57,7 +57,7 @@ def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
 
 
 def test_every_plan_gives_the_same_gradient():
-    program, theta, rate, tasks = small_network()
+    program, theta, rate, tasks = small_network(support=160)  # so that its memory is activations and not parameters
     free = executor()
     expected = free.meta_gradient(program, theta, rate, tasks, 2)
     whole = only_plan(free)
@@ -66,7 +66,7 @@ def test_every_plan_gives_the_same_gradient():
     found = tight.meta_gradient(program, theta, rate, tasks, 2)
     least = only_plan(tight)
     assert (least.chunk, least.keep) == (1, False)
-    assert 0 < least.peak < 0.6 * whole.peak  # half of the tasks, no activations kept, the same sums over tasks
+    assert 0 < least.peak < whole.peak / 2  # half of the tasks, and no activations kept beside the sums over tasks
     for name in ("losses", "outputs", "grad", "lr_grad"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
 
