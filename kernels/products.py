@@ -14,6 +14,7 @@ from .launch import TILES, block, by_task, cdiv, empty, launch
 
 Term = tuple[Tensor, Tensor]
 _PROGRAMS = 528  # four blocks for each of 132 multiprocessors
+_REACH = 2**31 - 1  # of the kernels' offsets within a task
 _REGISTERS = 128  # of a thread, so that two blocks of 256 threads share a multiprocessor
 
 
@@ -109,7 +110,8 @@ def gather_product(
     """``sum_i A_i * W_i + bias``, ``[T,n,rows_h,rows_w,outputs]``; partial sums of its statistics; rows in each.
 
     Partial sums are ``[T, tiles, 2, outputs]``: mean and sum of squared deviations of each tile for ``True``; for
-    ``(z, stat)``, with ``zh = (z - mean) r``, the sums of the result and of its product with ``zh``.
+    ``(z, stat)``, with ``zh = (z - mean) r``, the sums of the result and of its product with ``zh``. Where none are
+    wanted, tasks that share their weights run as one task with the samples of all: its tiles are full.
     """
     s, source = gather, terms[0][0]
     tasks, n = source.shape[:2]
@@ -117,12 +119,15 @@ def gather_product(
     w0, w0_stride = by_task(w0)
     w1, w1_stride = (None, 0) if w1 is None else by_task(w1)
     bias, bias_stride = (None, 0) if bias is None else by_task(bias)
+    width = s.outputs * s.groups
+    y = empty(source, tasks, n, s.rows_h, s.rows_w, width)
+    if not (statistics or w0_stride or w1_stride or bias_stride):
+        together = _together(tasks, max(source[0].numel(), y[0].numel()))
+        tasks, n = tasks // together, n * together
     rows = n * cdiv(s.rows_h, s.classes_h) * cdiv(s.rows_w, s.classes_w)
     bm, bn = block(rows, 16, TILES.rows), block(s.outputs, 16, TILES.columns)
     bk = block(s.channels if s.channels >= 16 else s.taps_h * s.taps_w * s.channels, 16, TILES.depth)
     tiles = cdiv(rows, bm)
-    width = s.outputs * s.groups
-    y = empty(source, tasks, n, s.rows_h, s.rows_w, width)
     parts = empty(source, tasks, tiles, 2, width, dtype=torch.float32) if statistics else None
     z, stat = statistics if isinstance(statistics, tuple) else (None, None)
     grid = (tiles * cdiv(s.outputs, bn), tasks * s.groups, s.classes_h * s.classes_w)
@@ -157,6 +162,12 @@ def weight_gradient(terms: Sequence[Term], gather: Gather, precision: str) -> Te
     out = torch.empty_like(parts[0])
     launch(metafast_add_slices, (cdiv(out.numel(), 1024),), out, parts, out.numel(), slices, B=1024)
     return out
+
+
+def _together(tasks: int, elements: int) -> int:
+    """How many tasks of so many elements run as one: the most that 32 bits reach."""
+    most = min(tasks, max(1, _REACH // elements))
+    return next(count for count in range(most, 0, -1) if tasks % count == 0)
 
 
 def _warps(rows: int, columns: int) -> int:
