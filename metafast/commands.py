@@ -13,6 +13,7 @@ import typer
 from metafast import doctor as examination
 from metafast.bench_command import bench
 from metafast.demo import run_demo
+from metafast.options import Backend, Device
 from metafast.profile_command import profile
 from metafast.progress import terminal
 from metafast.recipes import ALGORITHMS, RECIPES, recipe
@@ -30,8 +31,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:INDEX.")]
-Backend = Annotated[str, typer.Option(help="Executor: auto (the fastest that can), or one that `doctor` lists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the data, for omniglot and folder recipes.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run that `metafast train` wrote.", show_default=False)]

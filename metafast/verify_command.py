@@ -10,30 +10,27 @@ from typing import Annotated
 import torch
 import typer
 
-_TASKS, _HOW = "The tasks", "How it is run"
+from metafast.options import Backend, Device, InnerRate, InputShape, Queries, Shots, Steps, Tasks, Ways
 
 
 def verify(
     model: Annotated[str, typer.Argument(metavar="FILE.py:FACTORY", help="Your model: FACTORY() makes it.")],
-    input_shape: Annotated[str, typer.Option(help="Of a sample, such as 1,28,28.", rich_help_panel=_TASKS)] = "1,28,28",
-    ways: Annotated[int, typer.Option(help="Classes in a task; 0: regression.", rich_help_panel=_TASKS)] = 5,
-    shots: Annotated[int, typer.Option(help="Support samples a class.", rich_help_panel=_TASKS)] = 1,
-    queries: Annotated[int, typer.Option(help="Query samples a class.", rich_help_panel=_TASKS)] = 3,
-    tasks: Annotated[int, typer.Option(help="Tasks in the batch.", rich_help_panel=_TASKS)] = 2,
-    steps: Annotated[int, typer.Option(help="Inner steps.", rich_help_panel=_HOW)] = 2,
-    lr: Annotated[float, typer.Option(help="Inner rate.", rich_help_panel=_HOW)] = 0.01,
     adapt: Annotated[
-        list[str] | None, typer.Option(help="Module or parameter that the inner loop moves; may be repeated.",
-                                       rich_help_panel=_HOW)
+        list[str] | None, typer.Option(help="Module or parameter that the inner loop moves; may be repeated.")
     ] = None,
-    bn: Annotated[
-        str, typer.Option(help="Batch norm: task, per_step, frozen or running.", rich_help_panel=_HOW)
-    ] = "task",
-    dtype: Annotated[str, typer.Option(help="float32 or float64.", rich_help_panel=_HOW)] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.", rich_help_panel=_HOW)] = "auto",
-    backend: Annotated[str, typer.Option(help="Executor to verify, or auto.", rich_help_panel=_HOW)] = "auto",
+    bn: Annotated[str, typer.Option(help="Batch norm: task, per_step, frozen or running.")] = "task",
     json: Annotated[Path | None, typer.Option(help="Write the certificate to this file.")] = None,
-) -> None:  # fmt: skip
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    input_shape: InputShape = "1,28,28",
+    ways: Ways = 5,
+    shots: Shots = 1,
+    queries: Queries = 3,
+    tasks: Tasks = 2,
+    steps: Steps = 2,
+    lr: InnerRate = 0.01,
+) -> None:
     """Holds the gradients of your own model against plain autograd in float64; fails where they disagree."""
     from metafast.bench.own import own_workload
     from metafast.build import choose_device

@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 from metafast.cli import main
+from metafast.commands import app
+from metafast.options import OF_OWN_MODEL
 from metafast.recipes import RECIPES
 
 TRAIN = ["train", "sinusoid", "--iterations", "50", "--tasks", "3", "--device", "cpu", "--test-tasks", "10"]
@@ -125,6 +128,13 @@ def test_help_names_every_recipe_and_gives_examples(capsys):
         (["train", "sinusoid", "--checkpoint-every", "0"], 2, "--checkpoint-every is 0"),
         (["eval", "/nowhere"], 1, "there is no checkpoint at /nowhere/checkpoint.safetensors"),
         (["explain", "/nowhere"], 2, "there is no recipe '/nowhere'"),
+        (["bench", "sin25-1", "--ways", "3"], 2, "--ways goes with --model FILE.py:FACTORY"),
+        (["bench", "--load", "x", "sin25-1"], 2, "WORKLOAD has no use with --load"),
+        (["bench", "--load", "x", "--rounds", "3"], 2, "--rounds has no use with --load"),
+        (["bench", "--compare", "x", "y", "--json", "z"], 2, "--json has no use with --compare"),
+        (["bench", "sin25-1", "--threshold", "0.2"], 2, "--threshold goes with --compare"),
+        (["bench", "sin25-1", "--device", "gpu"], 2, "--device is 'gpu'"),
+        (["profile", "sin25-1", "--input-shape", "1"], 2, "--input-shape goes with --model FILE.py:FACTORY"),
     ],
 )
 def test_errors_are_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, arguments, code, text):
@@ -134,6 +144,12 @@ def test_errors_are_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, argu
     assert err.startswith("metafast: ")
     assert text in err
     assert len(err.splitlines()) == 1
+
+
+def test_commands_that_take_a_model_of_your_own_share_its_options():
+    found = [{p.name: p for p in get_command(app).commands[name].params} for name in ("bench", "profile", "verify")]
+    for name in (*OF_OWN_MODEL, "device"):
+        assert len({(options[name].help, options[name].rich_help_panel) for options in found}) == 1, name
 
 
 @pytest.mark.parametrize("arguments", [["trane"], ["train"], ["train", "sinusoid", "--iterations", "many"]])

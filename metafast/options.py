@@ -1,0 +1,40 @@
+"""Options that several commands have, each with its one help text; and what was typed that nothing would read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated
+
+import typer
+
+_WHERE, _OWN = "Where and how it runs", "Your own model"
+
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:INDEX.", rich_help_panel=_WHERE)
+]
+Backend = Annotated[
+    str,
+    typer.Option(help="Executor: auto (the fastest that can), or one that `doctor` lists.", rich_help_panel=_WHERE),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads on the CPU. Default: as many as torch takes.", rich_help_panel=_WHERE)
+]
+
+Model = Annotated[str | None, typer.Option(help="FILE.py:FACTORY, where FACTORY() makes it.", rich_help_panel=_OWN)]
+InputShape = Annotated[str, typer.Option(help="Of a sample, such as 1,28,28.", rich_help_panel=_OWN)]
+Ways = Annotated[int, typer.Option(help="Classes in a task; 0: regression.", rich_help_panel=_OWN)]
+Shots = Annotated[int, typer.Option(help="Support samples a class.", rich_help_panel=_OWN)]
+Queries = Annotated[int, typer.Option(help="Query samples a class.", rich_help_panel=_OWN)]
+Tasks = Annotated[int, typer.Option(help="Tasks in a batch.", rich_help_panel=_OWN)]
+Steps = Annotated[int, typer.Option(help="Inner steps.", rich_help_panel=_OWN)]
+InnerRate = Annotated[float, typer.Option(help="Inner rate; a gentle one.", rich_help_panel=_OWN)]
+OF_OWN_MODEL = ("input_shape", "ways", "shots", "queries", "tasks", "steps", "lr")
+
+
+def refuse_typed(context: typer.Context, names: Collection[str], reason: str) -> None:
+    """Raises ValueError with ``reason`` where a parameter of these names was typed: nothing would read it."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            option = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
+            raise ValueError(f"{option} {reason}")
