@@ -43,9 +43,7 @@ class Agreement:
     def agrees(self) -> bool:
         """Are all of them within their tolerances? Not a number is not."""
         return (
-            self.losses <= LOSSES.value
-            and self.gradient <= GRADIENT.value
-            and self.parameter_error <= PARAMETER.value
+            self.losses <= LOSSES.value and self.gradient <= GRADIENT.value and self.parameter_error <= PARAMETER.value
         )
 
     def __str__(self) -> str:
@@ -76,8 +74,7 @@ def agreement(answer: Answer, oracle: Answer) -> Agreement:
         found = gradient.get(name, np.zeros_like(wanted))
         off[name] = _norm(found - wanted) if found.shape == wanted.shape else float("inf")
     relative = {
-        name: error / max(_norm(true_gradient.get(name, np.zeros(1))), _SMALLEST * whole)
-        for name, error in off.items()
+        name: error / max(_norm(true_gradient.get(name, np.zeros(1))), _SMALLEST * whole) for name, error in off.items()
     }
     worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
     total = float(np.sqrt(sum(error**2 for error in off.values()))) / whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from metafast.bench import run as bench_run
 from metafast.bench.compare import compare
 from metafast.bench.machine import bare_bytes
 from metafast.bench.run import contenders
-from metafast.bench.table import markdown
+from metafast.bench.table import cells, markdown
 from metafast.benchmarks.peers import LEARN2LEARN, Answer, Learn2Learn, Metafast, Peer, TorchLoop, TorchVmap
 from metafast.benchmarks.workloads import WORKLOADS, Workload, workload
 from metafast.models import mlp
@@ -162,6 +163,30 @@ def test_files_from_a_saved_result(measured: dict[str, Any], tmp_path: Path, cap
     assert "http" not in html
 
 
+@pytest.mark.parametrize("width", [None, 80, 45])
+def test_numbers_are_whole_on_any_terminal(
+    measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    width: int | None,
+) -> None:  # fmt: skip
+    """A narrow one gets fewer columns; a file (``None``) gets all of them."""
+    saved = tmp_path / "saved.json"
+    result = json.loads(json.dumps(measured))
+    rows(result)["broken"]["note"] = "TypeError: list[int] [bold]"
+    saved.write_text(json.dumps(result))
+    if width is not None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", str(width))
+    main_bench(saved=saved)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= (width or 120)
+    for row in measured["workloads"][0]["rows"]:
+        line = next(line for line in lines if line.startswith(f"{row['name']}  "))
+        wanted = cells(row, measured["workloads"][0])
+        kept = wanted if width is None else [wanted[0], wanted[-1]] if width == 45 else [*wanted[:4], wanted[-1]]
+        assert all(cell in line for cell in kept)
+    assert "list[int] [bold]" in " ".join(lines)
+
+
 def test_the_table_goes_between_the_marks_of_a_readme(measured: dict[str, Any], tmp_path: Path) -> None:
     saved, readme = tmp_path / "saved.json", tmp_path / "README.md"
     saved.write_text(json.dumps(measured))
@@ -262,8 +287,7 @@ def test_canonical_sizes(name: str) -> None:
     assert tasks.support_x.shape == (w.tasks, ways * w.shots, *w.sample)
     assert tasks.query_x.shape == (w.tasks, ways * w.queries, *w.sample)
     if w.ways:
-        assert torch.equal(
-            tasks.query_y.flatten().bincount(), torch.full((w.ways,), w.tasks * w.queries))
+        assert torch.equal(tasks.query_y.flatten().bincount(), torch.full((w.ways,), w.tasks * w.queries))
 
 
 def test_second_order_matters() -> None:

@@ -6,41 +6,48 @@ from collections.abc import Iterator
 from typing import Any
 
 from metafast.bench.compare import Comparison
-from metafast.extras import require
+from metafast.bench.terminal import console, print_table
 
 MARKS = ("<!-- metafast bench -->", "<!-- /metafast bench -->")
-HEADINGS = ("median", "quartiles", "tasks/s", "over floor", "of matrix rate", "memory", "first call", "metafast is")
+HEADINGS = (
+    "median", "quartiles", "tasks/s", "over floor", "matrix share", "memory", "first call", "speed-up over it"
+)  # fmt: skip
+_SPARE = ("matrix share", "first call", "memory", "quartiles", "tasks/s", "over floor")
+_OWN = "bold green"
 
 
 def print_result(result: dict[str, Any]) -> None:
     """One table a workload on the terminal."""
-    console = require("rich.console").Console()
-    console.print(caption(result), style="dim")
+    out = console()
+    out.print(caption(result), style="dim")
     for workload in result["workloads"]:
-        table = require("rich.table").Table(title=title(workload), title_justify="left", title_style="bold")
-        table.add_column("", no_wrap=True)
-        for heading in HEADINGS:
-            table.add_column(heading, justify="right")
-        for row in workload["rows"]:
-            style = "bold green" if is_own(row) else None
-            table.add_row(row["name"], *cells(row, workload), style=style if row["state"] == "measured" else "yellow")
-        console.print(table)
+        out.print(f"\n{title(workload)}", style="bold")
+        lines = [([row["name"], *cells(row, workload)], _style(row)) for row in workload["rows"]]
+        print_table(out, ("", *HEADINGS), lines, spare=_SPARE)
+        ratio = best_ratio(workload)
+        if ratio is not None:
+            out.print(f"metafast is {times(ratio)} as fast as the best peer", style=_OWN)
         for line in remarks(workload):
-            console.print(f"  {line}", style="yellow", highlight=False)
+            out.print(line, style="yellow")
+
+
+def _style(row: dict[str, Any]) -> str | None:
+    return "yellow" if not measured(row) else _OWN if is_own(row) else None
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Old and new medians, and what got worse."""
-    console = require("rich.console").Console()
+    out = console()
     for caveat in comparison.caveats:
-        console.print(f"not the same: {caveat}", style="yellow", highlight=False)
-    table = require("rich.table").Table("workload", "", "before", "now", "now/before", "")
+        out.print(f"not the same: {caveat}", style="yellow")
+    lines = []
     for change in comparison.changes:
         ratio = "" if change.ratio is None else f"{change.ratio:.2f}"
         old, new = ("" if s is None else duration(s) for s in (change.old_s, change.new_s))
-        style = "red" if change.worse else None
-        table.add_row(change.workload, change.name, old, new, ratio, change.worse, style=style)
-    console.print(table)
+        lines.append(([change.workload, change.name, old, new, ratio], "red" if change.worse else None))
+    print_table(out, ("workload", "", "before", "now", "now/before"), lines, words=2)
+    for change in comparison.worse:
+        out.print(f"worse: {change.name} on {change.workload}: {change.worse}", style="red")
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -107,29 +114,24 @@ def title(workload: dict[str, Any]) -> str:
 
 def cells(row: dict[str, Any], workload: dict[str, Any]) -> list[str]:
     """What stands under ``HEADINGS`` after the name."""
-    first = f"{row['first_call_s']:.1f} s" if "first_call_s" in row else ""
+    first = duration(row["first_call_s"]) if "first_call_s" in row else ""
     if not measured(row):
         return [row["state"], "", "", "", "", "", first, ""]
     return [
         duration(row["median_s"]),
-        f"{duration(row['q1_s'])} – {duration(row['q3_s'])}",
+        _span(row["q1_s"], row["q3_s"]),
         f"{row['tasks_per_s']:,.0f}" if row["tasks_per_s"] >= 100 else _figures(row["tasks_per_s"]),
         times(row["over_floor"]),
         f"{row['matrix_share']:.0%}",
         f"{row['peak_bytes'] / 1e6:,.0f} MB",
         first,
-        _verdict(row, workload),
+        _ratio(row, workload),
     ]
 
 
-def _verdict(row: dict[str, Any], workload: dict[str, Any]) -> str:
+def _ratio(row: dict[str, Any], workload: dict[str, Any]) -> str:
     own = own_row(workload)
-    if own is None:
-        return ""
-    if row is not own:
-        return f"{times(own['speedup_over'][row['name']])} as fast"
-    ratio = best_ratio(workload)
-    return "" if ratio is None else f"{times(ratio)} as fast as the best"
+    return "" if own is None or row is own else times(own["speedup_over"][row["name"]])
 
 
 def remarks(workload: dict[str, Any]) -> Iterator[str]:
@@ -171,6 +173,12 @@ def duration(seconds: float) -> str:
         if seconds >= scale:
             return f"{_figures(seconds / scale)} {unit}"
     return f"{_figures(seconds * 1e6)} µs"
+
+
+def _span(begin: float, end: float) -> str:
+    first, last = duration(begin), duration(end)
+    number, unit = first.split()
+    return f"{number if last.endswith(f' {unit}') else first} – {last}"
 
 
 def times(ratio: float) -> str:

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from metafast.bench.table import duration
-from metafast.extras import require
+from metafast.bench.terminal import Line, console, print_table
 from metafast.profile.result import Profile, Row
 
 _ROWS = 15
-_WIDTH = 116  # of the table of rules; a terminal that is narrower wraps its lines
+_HEADINGS = ("layer", "rule", "phase", "wall time", "share", "calls", "GFLOP/s", "GB/s", "of roofline")
+_SPARE = ("calls", "GB/s", "GFLOP/s", "of roofline")
 
 
 def print_profile(profile: Profile) -> None:
     """Phases, the longest rules, the verdict."""
-    console = require("rich.console").Console()
-    console.width = max(console.width, _WIDTH)
-    table = require("rich.table").Table
-    phases = table(title=f"{profile.workload} on {profile.executor}: an iteration by phase", title_justify="left")
-    phases.add_column("phase")
-    for heading in ("wall time", "share"):
-        phases.add_column(heading, justify="right")
-    for name, seconds in profile.phases.items():
-        phases.add_row(name, duration(seconds), f"{seconds / profile.wall:.1%}")
-    phases.add_row("all", duration(profile.wall), f"{profile.accounted:.1%} accounted for", style="bold")
-    console.print(phases)
+    out = console()
+    out.print(f"{profile.workload} on {profile.executor}: an iteration by phase", style="bold")
+    phases: list[Line] = [([name, duration(s), f"{s / profile.wall:.1%}"], None) for name, s in profile.phases.items()]
+    phases.append((["all", duration(profile.wall), f"{profile.accounted:.1%} accounted for"], "bold"))
+    print_table(out, ("phase", "wall time", "share"), phases)
     if profile.rows:
-        rules = table(
-            title=f"the longest {_ROWS} rules; FLOPs of direct arithmetic, bytes of each operand moved once",
-            title_justify="left",
+        out.print(
+            f"\nthe longest {_ROWS} rules; FLOPs of direct arithmetic, bytes of each operand moved once", style="bold"
         )
-        for heading in ("layer", "rule", "phase"):
-            rules.add_column(heading, no_wrap=heading != "layer")
-        for heading in ("wall time", "share", "calls", "GFLOP/s", "GB/s", "of roofline"):
-            rules.add_column(heading, justify="right")
-        for row in profile.rows[:_ROWS]:
-            rules.add_row(*_cells(row, profile))
-        console.print(rules)
+        print_table(out, _HEADINGS, [(_cells(row, profile), None) for row in profile.rows[:_ROWS]],
+                    spare=_SPARE, words=3)  # fmt: skip
     for kernel in profile.kernels[:_ROWS]:
-        console.print(
-            f"  {duration(kernel['seconds']):>8}  {kernel['calls']:>6g} calls  {kernel['name']}", highlight=False
-        )
+        out.print(f"  {duration(kernel['seconds']):>8}  {kernel['calls']:>6g} calls  {kernel['name']}")
     recorded = profile.wall / profile.unrecorded - 1
-    console.print(
-        f"recorded: {duration(profile.wall)} an iteration, {recorded:+.1%} on what it takes without recording"
-    )
+    out.print(f"\nrecorded: {duration(profile.wall)} an iteration, {recorded:+.1%} on what it takes without recording")
     for command in profile.commands:
-        console.print(f"deeper: {command}", highlight=False, soft_wrap=True)
-    console.print(f"verdict: {profile.verdict}", style="bold", highlight=False)
+        out.print(f"deeper: {command}", soft_wrap=True)
+    out.print(f"verdict: {profile.verdict}", style="bold")
 
 
 def _cells(row: Row, profile: Profile) -> list[str]:
