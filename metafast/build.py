@@ -70,7 +70,14 @@ def build_learner(recipe: Recipe, model: nn.Module, backend: str) -> MetaLearner
 
 
 def build_optimizer(recipe: Recipe, learner: nn.Module) -> torch.optim.Optimizer:
-    """Adam, as in the papers; plain SGD for Reptile, whose meta-gradient is the way to go itself."""
+    """Adam, as in the papers; plain SGD for Reptile, whose meta-gradient is the way to go itself.
+
+    Its ``lr`` is a tensor beside the parameters, and a step reads nothing back: a CUDA graph can hold it.
+    """
+    parameters = list(learner.parameters())
+    on_gpu = parameters[0].is_cuda
+    # The kernels read a rate on a GPU as float32, and one on the CPU as float64.
+    lr = torch.tensor(recipe.lr, dtype=torch.float32 if on_gpu else torch.float64, device=parameters[0].device)
     if recipe.algorithm == "reptile":
-        return torch.optim.SGD(learner.parameters(), lr=recipe.lr)
-    return torch.optim.Adam(learner.parameters(), lr=recipe.lr, fused=True)
+        return torch.optim.SGD(parameters, lr=lr, fused=True)
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)

@@ -84,28 +84,28 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors named ``<parameter>.<key>`` and the rest, which JSON can hold."""
-    state = optimizer.state_dict()
+    """What an optimiser has gathered, as tensors named ``<parameter>.<key>`` and the rest, which JSON can hold. Not its
+    settings: those are the recipe's and the device's."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
+    for index, entries in optimizer.state_dict()["state"].items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
                 tensors[f"{index}.{key}"] = value
             else:
                 values.setdefault(str(index), {})[key] = value
-    return tensors, {"groups": state["param_groups"], "values": values}
+    return tensors, {"values": values}
 
 
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
-    """Puts back what ``pack_optimizer`` took."""
+    """Puts what ``pack_optimizer`` took into an optimiser of the same kind, on any device."""
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in description["values"].items()}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": description["groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

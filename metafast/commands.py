@@ -91,6 +91,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
+    graph: Annotated[
+        bool, typer.Option(help="On a GPU: launch an outer step as one CUDA graph where that is possible.")
+    ] = True,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Meta-trains a recipe, tests it on unseen tasks, and writes checkpoint, metrics, summary and pictures."""
@@ -104,7 +107,7 @@ def train(
             raise ValueError("--resume needs --out: the folder of the run to go on with")
         out = _new_folder(f"{name}-{chosen.algorithm}")
     progress = terminal()
-    options = Options(out, data, device, backend, seed, resume, checkpoint_every, tensorboard)
+    options = Options(out, data, device, backend, seed, resume, checkpoint_every, tensorboard, graph)
     training = Training(chosen, options)
     progress.note(f"{chosen.name}, {chosen.algorithm}, on {training.device}, in {out}")
     training.run(progress)

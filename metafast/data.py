@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from metafast.episodes import (
     ClassificationSampler,
     ImageDataset,
@@ -35,8 +37,8 @@ class Sampler(Protocol):
     def settings(self) -> dict[str, Any]:
         """All that the episodes depend on, as JSON values."""
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> TaskBatch:
-        """The tasks of an outer step."""
+    def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
+        """The tasks of an outer step; a tensor ``step`` stays on its device."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
             "test": {str(shots): sampler.settings for shots, sampler in training.episodes.test.items()},
         },
         "executor": training.executor.splitlines(),
+        "outer_step": training.launched,
         "device": device_name(training.device),
         "versions": versions(),
     }

@@ -15,22 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast import MAMLPlusPlus, checkpoint
-from metafast.build import build_learner, build_model, build_optimizer, choose_device
+from metafast import checkpoint
+from metafast.build import build_learner, build_model, choose_device
 from metafast.checkpoint import CheckpointError
 from metafast.data import fixed_list, open_episodes
-from metafast.evaluate import interval, scores, task_scores
+from metafast.evaluate import interval, scores
 from metafast.metrics import Metrics
+from metafast.outer import WINDOW, OuterStep, graph_obstacle, record_graph
 from metafast.progress import Progress
 from metafast.recipes import Recipe
 
 LAST = "checkpoint.safetensors"
 BEST = "best.safetensors"
 RECIPE = "recipe.json"
-# Iterations between two reads of the losses: reading them at every step would stall a GPU.
-REPORT_EVERY = 25
-# MAML++ divides its training into this many epochs (Antoniou et al. 2019).
-EPOCHS = 100
 
 
 class Diverged(RuntimeError):
@@ -54,6 +51,7 @@ class Options:
         resume: go on from the folder's last checkpoint.
         checkpoint_every: iterations between checkpoints.
         tensorboard: write TensorBoard's files too.
+        graph: on a GPU, launch an outer step as one CUDA graph where that is possible.
     """
 
     out: Path
@@ -64,6 +62,7 @@ class Options:
     resume: bool = False
     checkpoint_every: int = 500
     tensorboard: bool = False
+    graph: bool = True
 
 
 class Training:
@@ -82,12 +81,15 @@ class Training:
         model = build_model(recipe, options.seed).to(self.device)
         self.learner = build_learner(recipe, model, options.backend)
         # Settles, before anything is written, whether the chosen executor can run the model.
-        self.executor = self.learner.explain(self.episodes.train.batch(0).support_x)
-        self.optimizer = build_optimizer(recipe, self.learner)
+        tasks = self.episodes.train.batch(0)
+        self.executor = self.learner.explain(tasks.support_x)
+        obstacle = graph_obstacle(self.learner, tasks) if options.graph else "--no-graph"
+        self.launched = "one CUDA graph" if obstacle is None else f"kernel by kernel ({obstacle})"
+        recorder = record_graph if obstacle is None else None
+        self.outer = OuterStep(recipe, self.learner, self.episodes.train, recorder)
         self.done = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
-        self._window = torch.zeros(REPORT_EVERY, 2, device=self.device)
         if options.resume:
             self._restore()
         else:
@@ -114,13 +116,15 @@ class Training:
         """
         options, recipe = self.options, self.recipe
         with Metrics(options.out, self.done, options.tensorboard) as metrics, _Interrupts() as interrupts:
+            if self.device.startswith("cuda"):
+                progress.note(f"outer step: {self.launched}")
             progress.start(self.done, recipe.iterations)
             try:
                 self._since, self._reported = time.perf_counter(), (self.done, self.seconds)
                 while self.done < recipe.iterations:
                     self.step()
                     progress.step(self.done)
-                    if self.done % REPORT_EVERY == 0 or self.done == recipe.iterations:
+                    if self.done % WINDOW == 0 or self.done == recipe.iterations:
                         self._report(metrics, progress)
                     if recipe.eval_every and self.done % recipe.eval_every == 0:
                         self._untimed(lambda: self._validate(metrics, progress))
@@ -137,21 +141,7 @@ class Training:
 
     def step(self) -> None:
         """One outer step."""
-        recipe = self.recipe
-        tasks = self.episodes.train.batch(self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr_at(self.done)
-        if isinstance(self.learner, MAMLPlusPlus):
-            self.learner.at_epoch(EPOCHS * self.done // recipe.iterations)
-        self.optimizer.zero_grad()
-        out = self.learner.backward(tasks)
-        if recipe.clip is not None:
-            torch.nn.utils.clip_grad_value_(self.learner.parameters(), recipe.clip)
-        self.optimizer.step()
-        row = self._window[self.done % REPORT_EVERY]
-        row[0] = out.loss
-        if recipe.classification:
-            row[1] = task_scores(out.outputs, tasks.query_y, True).mean()
+        self.outer(self.done)
         self.done += 1
 
     def save(self, name: str) -> None:
@@ -161,8 +151,8 @@ class Training:
             Diverged: it does.
         """
         self._recent()
-        moments, description = checkpoint.pack_optimizer(self.optimizer)
-        tensors = {"window": self._window}
+        moments, description = checkpoint.pack_optimizer(self.outer.optimizer)
+        tensors = {"window": self.outer.window}
         tensors |= {f"learner.{key}": value for key, value in self.learner.state_dict().items()}
         tensors |= {f"optimizer.{key}": value for key, value in moments.items()}
         state = {
@@ -200,14 +190,14 @@ class Training:
             )
         load_learner(self.learner, tensors)
         moments = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-        checkpoint.unpack_optimizer(self.optimizer, moments, state["optimizer"])
-        self._window.copy_(tensors["window"])
+        checkpoint.unpack_optimizer(self.outer.optimizer, moments, state["optimizer"])
+        self.outer.window.copy_(tensors["window"])
         self.done, self.seconds, self.best = state["iteration"], state["seconds"], state["best"]
 
     def _recent(self) -> Tensor:
         """Loss and score of the iterations since the last report, ``[n, 2]``, known to be finite."""
-        count = self.done % REPORT_EVERY or min(self.done, REPORT_EVERY)
-        recent = self._window[:count].cpu()
+        count = self.done % WINDOW or min(self.done, WINDOW)
+        recent = self.outer.window[:count].cpu()
         bad = (~torch.isfinite(recent[:, 0])).nonzero()
         if len(bad):
             iteration = self.done - count + int(bad[0]) + 1

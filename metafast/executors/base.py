@@ -46,6 +46,11 @@ class Executor(ABC):
         ``masked``: are some samples padding? ``queries``: samples of a query set; ``None``: n.
         """
 
+    def unrecordable(self, program: Program) -> str | None:
+        """``None`` where a CUDA graph can hold what this executor does with ``program`` on tasks of one size, else the
+        reason in words."""
+        return f"executor {self.name!r} may wait for the host"
+
     @abstractmethod
     def explain(self, program: Program, x: Tensor) -> list[str]:
         """For each node, how it is run."""

@@ -64,6 +64,9 @@ class NativeCudaExecutor(Executor):
         except ValueError as error:
             return f"{error}: blocks run linear layers, activations and layer norm"
 
+    def unrecordable(self, program: Program) -> str | None:
+        return None
+
     def explain(self, program: Program, x: Tensor) -> list[str]:
         needed = self.shared_memory(program, x, x.shape[1]) / 1024
         where = f"CUDA C++, one block a task, {needed:.0f} KiB of shared memory"

@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Results = tuple[Tensor, ...]
+Result = TypeVar("Result")
+
+
+class Recording(Generic[Result]):
+    """What ``function()`` launches on ``device``; it is not done now, but by each ``replay``.
+
+    ``function`` may not read a tensor's value on the host, and must have run before: a recording can hold no
+    compilation and no copy from the host. ``result`` is what it returned; each replay writes its tensors anew.
+    """
+
+    def __init__(self, function: Callable[[], Result], device: torch.device, pool: Any = None) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, pool=pool, stream=_stream(device)):
+            self.result = function()
+
+    def replay(self) -> None:
+        """Launches it on the current stream."""
+        self._graph.replay()
+
+
+@functools.lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings of a device: those that share memory must share it."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
-class _Recorded:
-    graph: torch.cuda.CUDAGraph
+class _Kept:
+    recording: Recording[Results]
     inputs: list[Tensor]
-    results: Results
 
 
 class Graphs:
     """The graphs of the last ``limit`` computations. They share their memory: one runs at a time, and its results are
     copied out before the next.
 
-    A computation runs as it is the first time, is recorded the second time, and replayed from then on.
+    A computation runs as it is the first time, is recorded the second time, and replayed from then on. One that is
+    itself being recorded, as part of something larger, runs as it is.
     """
 
     def __init__(self, limit: int = 8) -> None:
         self.limit = limit
         self.pool: Any = None
-        self.recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()
+        self.kept: OrderedDict[Hashable, _Kept | None] = OrderedDict()
 
     def run(self, key: Hashable, function: Callable[..., Results], inputs: Sequence[Tensor]) -> Results:
-        """``function(*inputs)``, for which ``key`` stands with all its options.
+        """``function(*inputs)`` on the current device, for which ``key`` stands with all its options.
 
         It may not read a tensor's value on the host, and its ``inputs`` are all that changes from call to call.
         """
-        key = (key, *((x.shape, x.dtype, x.device) for x in inputs))
-        if key not in self.recorded:
-            self.recorded[key] = None
-            if len(self.recorded) > self.limit:
-                self.recorded.popitem(last=False)
+        if torch.cuda.is_current_stream_capturing():
             return function(*inputs)
-        self.recorded.move_to_end(key)
-        recorded = self.recorded[key] or self._record(function, inputs)
-        self.recorded[key] = recorded
-        for place, x in zip(recorded.inputs, inputs, strict=True):
+        key = (key, *((x.shape, x.dtype, x.device) for x in inputs))
+        if key not in self.kept:
+            self.kept[key] = None
+            if len(self.kept) > self.limit:
+                self.kept.popitem(last=False)
+            return function(*inputs)
+        self.kept.move_to_end(key)
+        kept = self.kept[key] = self.kept[key] or self._record(function, inputs)
+        for place, x in zip(kept.inputs, inputs, strict=True):
             place.copy_(x)
-        recorded.graph.replay()
-        return tuple(result.clone() for result in recorded.results)
+        kept.recording.replay()
+        return tuple(result.clone() for result in kept.recording.result)
 
-    def _record(self, function: Callable[..., Results], inputs: Sequence[Tensor]) -> _Recorded:
+    def _record(self, function: Callable[..., Results], inputs: Sequence[Tensor]) -> _Kept:
         held = [x.detach().clone() for x in inputs]
         function(*held)  # compiles what is special to these addresses, which a recording must not
-        graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
-            results = function(*held)
-        return _Recorded(graph, held, results)
+        return _Kept(Recording(lambda: function(*held), inputs[0].device, self.pool), held)

@@ -79,6 +79,10 @@ class TritonExecutor(Executor):
             return f"precision='bf16' needs kernels for every layer and the loss, and {derived!r} has none"
         return None
 
+    def unrecordable(self, program: Program) -> str | None:
+        derived = _derived(program)
+        return derived if derived is None else f"{derived}: a function of PyTorch's or the user's that may read values"
+
     def explain(self, program: Program, x: Tensor) -> list[str]:
         return [f"{note} ({self.precision})" for note in self._lowered(program, x).notes]
 
