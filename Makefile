@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 # Where there is a compiler, an extension that does not build is an error.
 export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
-CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 # What AddressSanitizer sees by itself needs no second check.
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow -fno-sanitize-recover=all

@@ -1,4 +1,4 @@
-// The kernels. Built by nvcc alone, for the devices that setup.py names.
+// The kernels. Built by nvcc alone, for the devices that build_cuda.py names.
 #include <cuda_runtime.h>
 
 #include <stdexcept>

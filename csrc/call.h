@@ -1,0 +1,234 @@
+// One call of the native executor: from tensors to a Job, and how its tasks are spread over threads.
+#pragma once
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <optional>
+
+#include "core/plan.h"
+#include "cpu/arena.h"
+#include "cpu/isa.h"
+#include "cpu/recording.h"
+#include "tensors.h"
+
+namespace metafast {
+
+// A Job and what it points to.
+template <class T>
+class Call {
+ public:
+  Call(Goal goal, const Tensor& description, const std::string& isa, int64_t team_from, const Tensor& constants,
+       int64_t tasks)
+      : isa(find_isa<T>(isa.c_str())), team_from_(team_from) {
+    if (!this->isa) fail("there is no build \"" + isa + "\" for this processor");
+    plan = find_plan(numbers(description), this->isa->layout, sizeof(T));
+    constants_ = plan->template constants<T>(data<const T>(constants));
+    job.goal = goal;
+    job.program = &plan->program();
+    job.inner = plan->inner().data();
+    job.n_params = static_cast<int64_t>(plan->inner().size());
+    job.tasks = tasks;
+    job.constants = constants_.data();
+  }
+
+  void params(const Tensor& t) {
+    expect<T>(t, t.dim() == 1 ? job.n_params : job.tasks * job.n_params, "params");
+    job.params_per_task = t.dim() == 2;
+    job.params = data<T>(t);
+    if (job.params_per_task) return;
+    inner_params.assign(job.program->size, T(0));
+    for (int64_t i = 0; i < job.n_params; ++i) inner_params[job.inner[i]] = job.params[i];
+    job.params = inner_params.data();
+  }
+
+  void direction(const Tensor& u) {
+    expect<T>(u, job.tasks * job.n_params, "u");
+    job.v = data<T>(u);
+  }
+
+  void rates(const Tensor& lr, int64_t steps) {
+    const auto sizes = lr.sizes();
+    const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
+    expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
+    job.steps = static_cast<int32_t>(steps), job.lr_rows = static_cast<int32_t>(rows);
+    alpha.assign(rows * size, T(0));
+    const T* given = data<T>(lr);
+    for (int64_t r = 0; r < rows; ++r, given += width) {
+      T* const row = alpha.data() + r * size;
+      if (width == 1) {
+        const uint8_t* const moved = plan->moved().data();
+        for (int64_t i = 0; i < size; ++i) row[i] = moved[i] ? given[0] : T(0);
+      } else {
+        for (int64_t i = 0; i < job.n_params; ++i) row[job.inner[i]] = plan->adapted()[i] ? given[i] : T(0);
+      }
+    }
+    job.alpha = alpha.data();
+  }
+
+  // `sizes` [T] or empty: the samples of each task.
+  Samples<T> samples(const Tensor& x, const Tensor& sizes) const {
+    const Program& p = *job.program;
+    const int32_t n = static_cast<int32_t>(x.sizes()[1]);
+    const int h = p.input.h - 2 * p.border_y, w = p.input.w - 2 * p.border_x;
+    expect<T>(x, job.tasks * n * p.input.c * h * w, "x");
+    Samples<T> s{};
+    s.n = n, s.x = data<T>(x), s.counts = counts(sizes, n);
+    return s;
+  }
+
+  Samples<T> samples(const Tensor& x, const Tensor& y, const Tensor& sizes) const {
+    Samples<T> s = samples(x, sizes);
+    if (job.program->loss == LossKind::cross_entropy) {
+      s.labels = labels(y, s);
+    } else {
+      s.targets = targets(y, s);
+    }
+    return s;
+  }
+
+  const T* targets(const Tensor& y, const Samples<T>& s) const {
+    const Grid& out = job.program->out;
+    expect<T>(y, job.tasks * s.n * out.c * out.h * out.w, "targets");
+    return data<T>(y);
+  }
+
+  TaskPasses passes(const Samples<T>& s, PassKind kind) {
+    auto& of = passes_[kind == PassKind::taped];
+    TaskPasses all{};
+    for (int64_t t = 0; t < job.tasks; ++t) {
+      const int n = static_cast<int>(s.counts ? s.counts[t] : s.n);
+      of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass(n, kind));
+      all.tape = std::max(all.tape, of.back()->tape), all.scratch = std::max(all.scratch, of.back()->scratch);
+    }
+    all.of = of.data();
+    return all;
+  }
+
+  // Runs all tasks. Chunks of them are summed apart and then in order, so it does not matter to the sums who ran them.
+  void run(bool sums, bool lr_sums, int64_t budget) {
+    const int64_t chunk = (job.tasks + 63) / 64, chunks = (job.tasks + chunk - 1) / chunk;
+    const int64_t size = job.program->size;
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
+    const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = lr_sums ? chunks * job.lr_rows * size : 0;
+    if (sums || lr_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
+    if (sums) job.sums = static_cast<T*>(partial->data());
+    if (lr_sums) job.lr_sums = static_cast<T*>(partial->data()) + in_sums;
+    job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
+               job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
+    const int64_t workspace = job.tasks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
+    workspace > 0 ? run_in_teams(workspace) : run_alone(threads, chunk);
+    total(job.sums, chunks, size);
+    total(job.lr_sums, chunks, job.lr_rows * size);
+  }
+
+  Tensor grad(const Tensor& like, T scale) const {
+    const int64_t sizes[] = {job.n_params};
+    Tensor out = torch::stable::new_empty(like, {sizes, 1});
+    T* to = data<T>(out);
+    for (int64_t i = 0; i < job.n_params; ++i) to[i] = job.sums[job.inner[i]] * scale;
+    return out;
+  }
+
+  // Of the shape of lr.
+  Tensor lr_grad(const Tensor& lr, T scale) const {
+    const int64_t rows = lr.sizes()[0], width = lr.sizes()[1], size = job.program->size;
+    const int64_t sizes[] = {job.needs_lr ? rows : 0, width};
+    Tensor out = torch::stable::new_empty(lr, {sizes, 2});
+    for (int64_t r = 0; r < sizes[0]; ++r) {
+      T* to = data<T>(out) + r * width;
+      double sum = 0;
+      for (int64_t i = 0; i < job.n_params; ++i) {
+        const T value = plan->adapted()[i] ? job.lr_sums[r * size + job.inner[i]] * scale : T(0);
+        width == 1 ? sum += value : to[i] = value;
+      }
+      if (width == 1) to[0] = static_cast<T>(sum);
+    }
+    return out;
+  }
+
+  // [T, n, c, h, w]; Python gives it the shape of the model's outputs.
+  Tensor outputs(const Tensor& like, int64_t n) {
+    const Grid& g = job.program->out;
+    Tensor out = empty(like, {job.tasks, n, g.c, g.h, g.w});
+    job.outputs = data<T>(out);
+    return out;
+  }
+
+  const Isa<T>* isa;
+  std::shared_ptr<Plan> plan;
+  Job<T> job{};
+
+ private:
+  // Each thread takes chunk after chunk, so that none waits for one that began late.
+  void run_alone(int64_t threads, int64_t chunk) {
+    const int64_t memory = isa->memory(job) * sizeof(T);
+    int64_t next = 0;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+      const Arena arena(memory, thread);
+      Recording recording(*job.program, job.steps, job.tasks);
+      isa->run(job, chunk, &next, static_cast<T*>(arena.data()), recording.trace());
+    });
+  }
+
+  // A team for each task. A pool may give fewer threads than there are members: then one thread stands for several, and
+  // finds the teams closed that it would join a second time.
+  void run_in_teams(int64_t workspace) {
+    const int64_t tasks = job.tasks, threads = torch::stable::get_num_threads();
+    std::deque<Team> teams;
+    std::deque<Arena> memories;
+    for (int64_t t = 0; t < tasks; ++t) {
+      teams.emplace_back(static_cast<int>(threads / tasks + (t < threads % tasks)));
+      memories.emplace_back(isa->memory(job) * sizeof(T), t);
+    }
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
+      const Arena own(workspace * sizeof(T), tasks + first);
+      for (int64_t k = first; k < end; ++k) {
+        Recording recording(*job.program, job.steps, 1);
+        Team& team = teams[k % tasks];
+        const int rank = team.join();
+        if (rank < 0) continue;
+        isa->run_together(job, k % tasks, static_cast<T*>(memories[k % tasks].data()), static_cast<T*>(own.data()),
+                          {&team, rank, team.size()}, rank == 0 ? recording.trace() : nullptr);
+      }
+    });
+  }
+
+  const int64_t* counts(const Tensor& sizes, int64_t n) const {
+    if (!sizes.numel()) return nullptr;
+    if (sizes.scalar_type() != ScalarType::Long || sizes.numel() != job.tasks) fail("sizes must be int64 of shape [T]");
+    const int64_t* counts = data<int64_t>(sizes);
+    for (int64_t t = 0; t < job.tasks; ++t) {
+      if (counts[t] < 1 || counts[t] > n) fail("a task has between 1 and " + std::to_string(n) + " samples");
+    }
+    return counts;
+  }
+
+  const int64_t* labels(const Tensor& y, const Samples<T>& s) const {
+    if (y.scalar_type() != ScalarType::Long || y.numel() != job.tasks * s.n) {
+      fail("labels must be int64 of shape [T, n]");
+    }
+    const int64_t* labels = data<int64_t>(y);
+    const int classes = job.program->out.c;
+    for (int64_t i = 0; i < job.tasks * s.n; ++i) {
+      if (labels[i] < 0 || labels[i] >= classes) {
+        fail("label " + std::to_string(labels[i]) + " of task " + std::to_string(i / s.n) + " is outside 0.." +
+             std::to_string(classes - 1) + ": the model has " + std::to_string(classes) + " outputs");
+      }
+    }
+    return labels;
+  }
+
+  static void total(T* sum, int64_t count, int64_t size) {
+    for (int64_t k = 1; k < count && sum; ++k) {
+      const T* const part = sum + k * size;
+      for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
+    }
+  }
+
+  std::vector<T> constants_, inner_params, alpha;
+  const int64_t team_from_;
+  std::optional<Arena> partial;  // the sums of each chunk
+  std::vector<const Pass*> passes_[2];
+};
+
+}  // namespace metafast
