@@ -282,9 +282,8 @@ int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query
   if (!reason.empty()) fail(reason);
   const Passes passes(*plan, support, query, false);
   const int size = in_double ? 8 : 4;
-  return size * block_memory({Goal::meta_gradient, &plan->program(), passes.taped, passes.plain, 1, false, needs_lr},
-                             false, size)
-                    .size;
+  const BlockWork work{Goal::meta_gradient, &plan->program(), passes.taped, passes.plain, 1, false, needs_lr};
+  return int64_t{size} * block_memory(work, false, size).size;
 }
 
 bool built() { return has_cuda; }

@@ -15,8 +15,10 @@ from torch import nn
 
 import metafast as mf
 from metafast import executors
+from metafast.capture import capture
 from metafast.executors import ReferenceExecutor
 from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+from metafast.losses import as_loss
 
 pytest.importorskip("metafast._C")
 
@@ -154,10 +156,18 @@ def test_a_task_that_does_not_fit_is_refused_with_its_size():
     learner, tasks = make_learner(OWN[0]), make_tasks(OWN[0]).to(torch.float64)
     executor = NativeCudaExecutor(BlockMachine(100_000, 132))
     reason = executor.refuses(learner.program, tasks.support_x)
-    assert reason == "a task takes 127 KiB of shared memory and a block has 98 KiB"
-    with pytest.raises(ValueError, match="takes 129920 bytes of shared memory and a block has 100000"):
+    assert reason == "a task takes 110 KiB of shared memory and a block has 98 KiB"
+    with pytest.raises(ValueError, match="takes 112000 bytes of shared memory and a block has 100000"):
         parts(executor, learner, tasks)
-    assert "127 KiB" in executor.explain(learner.program, tasks.support_x)[0]
+    assert "110 KiB" in executor.explain(learner.program, tasks.support_x)[0]
+
+
+@pytest.mark.parametrize("inputs", [12_000, 20_000])
+def test_a_layer_of_gigabytes_is_refused(inputs):
+    with torch.device("meta"):
+        model = nn.Linear(inputs, 9000)
+    program = capture(model, as_loss("mse"), bn="task", adapt={"weight", "bias"}, steps=1)
+    assert "memory" in NativeCudaExecutor(BlockMachine(H100, 132)).refuses(program, torch.empty(2, 3, inputs))
 
 
 def test_a_query_set_that_does_not_fit_goes_to_the_next_executor(monkeypatch):
@@ -168,8 +178,8 @@ def test_a_query_set_that_does_not_fit_goes_to_the_next_executor(monkeypatch):
     for queries, chosen in ((4, "native-cuda"), (40, "reference")):
         check_against_oracle(learner, make_tasks(setup, query=queries).to(torch.float64), 1e-9)
         assert learner.explain().startswith(f"executor: {chosen} ")
-    assert "passed over native-cuda: a task takes 41 KiB of shared memory and a block has 29 KiB" in learner.explain()
-    with pytest.raises(RuntimeError, match="41 KiB"):
+    assert "passed over native-cuda: a task takes 38 KiB of shared memory and a block has 29 KiB" in learner.explain()
+    with pytest.raises(RuntimeError, match="38 KiB"):
         make_learner(setup, backend="native-cuda")(make_tasks(setup, query=40).to(torch.float64))
 
 

@@ -59,8 +59,10 @@ cudaStream_t stream(Queue queue) { return reinterpret_cast<cudaStream_t>(queue.s
 
 void cuda_upload(void* to, const void* from, int64_t bytes, Queue queue) {
   const DeviceGuard guard(queue.device);
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream(queue)),
-        "copying " + std::to_string(bytes) + " bytes of tables to device " + std::to_string(queue.device));
+  const std::string what =
+      "copying " + std::to_string(bytes) + " bytes of tables to device " + std::to_string(queue.device);
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream(queue)), what);
+  check(cudaStreamSynchronize(stream(queue)), what);  // later calls may come on other streams
 }
 
 void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) {
@@ -70,9 +72,11 @@ void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) 
                            std::to_string(job.query.n) + " samples, in " + std::to_string(shape.blocks) +
                            " blocks of " + std::to_string(shape.threads) + " threads and " +
                            std::to_string(shape.bytes) + " bytes on device " + std::to_string(queue.device);
-  check(cudaFuncSetAttribute(metafast_inner_loop, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shape.bytes)),
-        what);
+  const auto set = [&](cudaFuncAttribute attribute, int value) {
+    check(cudaFuncSetAttribute(metafast_inner_loop, attribute, value), what);
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.bytes));
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for blocks side by side
   metafast_inner_loop<<<shape.blocks, shape.threads, shape.bytes, stream(queue)>>>(job);
   check(cudaGetLastError(), what);
 }

@@ -5,10 +5,11 @@
 namespace metafast {
 
 // Places in a block's shared memory, in elements from its base; steps are the distances between what belongs to one
-// inner step and the next, zero where only one is there at a time.
+// inner step and the next, zero where only one is there at a time. `u` holds a direction, or a gradient on its way into
+// theta or v: never both.
 struct BlockMemory {
   int32_t partials, support_x, support_y, support_labels, query_x, query_y, query_labels;
-  int32_t tape, theta, g, v, u, product, rest;
+  int32_t tape, theta, g, v, u, rest;
   int32_t tape_step, theta_step, g_step;
   int32_t record_at,
       record;  // what goes to global memory after each inner step and comes back in reverse: its elements

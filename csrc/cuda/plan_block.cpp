@@ -55,9 +55,8 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   m.record = streams ? static_cast<int32_t>(size) - m.record_at : 0;
   const bool gradient = work.goal != Goal::predict;
   m.v = take(gradient && work.goal != Goal::adapt ? p.size : 0);
-  m.u = take(back && !work.first_order ? p.size : 0);
-  m.product = take(gradient ? p.size : 0);
-  if (!work.needs_lr) m.g = m.product;  // never alive together
+  m.u = take(gradient ? p.size : 0);
+  if (!work.needs_lr) m.g = m.u;
   const int64_t scratch = back && !work.first_order ? work.taped->scratch : 0;
   m.rest = take(std::max(scratch, work.plain ? work.plain->tape : 0));
   m.size = static_cast<int32_t>(size);

@@ -91,7 +91,7 @@ class Walk {
     sweep.forward(tape, batch, theta(s), step);
     if (judges && s == job.steps) store_outputs(sweep.outputs(tape, batch));
     if (job.goal == Goal::predict) return 0;
-    T* grad = judges ? at(m.product) : stage == back && !job.needs_lr ? nullptr : gradient(s);
+    T* grad = judges ? at(m.u) : stage == back && !job.needs_lr ? nullptr : gradient(s);
     if (grad) clear(grad);
     // Of the support set only what the loss leaves for its gradient is wanted.
     const double value = judges || program.loss == LossKind::cross_entropy ? sweep.loss(tape, batch) : 0;
@@ -121,35 +121,29 @@ class Walk {
       const T* given = job.v + ((job.v_everywhere ? s : 0) * job.tasks + t) * job.n_params;
       machine.each(job.n_params, [&](long i) { M::put(v + job.tables.inner[i], given[i], true); });
     } else if (passes(judge, s, weight) && job.goal != Goal::predict) {
-      const T* product = at(job.memory.product);
-      add(v, weight, product);
+      const T* grad = at(job.memory.u);
+      machine.each4(program.size, [&](long i) {
+        Quad<T> sum = M::load4(v + i);
+        sum.add(weight, M::load4(grad + i));
+        M::store4(v + i, sum);
+      });
     }
   }
 
-  // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
+  // d alpha_s = -g_s v;  v <- v + H_s u,  u = -alpha_s v: what the rules add goes straight into v.
   METAFAST_DEVICE void reverse(int s) {
     const BlockMemory& m = job.memory;
-    T *v = at(m.v), *u = at(m.u), *product = at(m.product);
+    T *v = at(m.v), *u = at(m.u);
     if (job.needs_lr) add_rate_adjoint(s, gradient(s), v);
     if (job.first_order) return;
     machine.each4(program.size, [&](long i) {
       Quad<T> step = rates(s, i);
       const Quad<T> adjoint = M::load4(v + i);
-      for (int j = 0; j < 4; ++j) step.of[j] *= adjoint.of[j];
+      for (int j = 0; j < 4; ++j) step.of[j] *= -adjoint.of[j];
       M::store4(u + i, step);
-      M::store4(product + i, {});
     });
     Sweep<M>(machine, program, nullptr)
-        .hessian_times({&job.tables.taped, tape_of(s), at(m.rest)}, support, theta(s), u, s, product);
-    add(v, -1, product);
-  }
-
-  METAFAST_DEVICE void add(T* to, T scale, const T* from) const {
-    machine.each4(program.size, [&](long i) {
-      Quad<T> sum = M::load4(to + i);
-      sum.add(scale, M::load4(from + i));
-      M::store4(to + i, sum);
-    });
+        .hessian_times({&job.tables.taped, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
   }
 
   METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {

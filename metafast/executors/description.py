@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -116,9 +116,9 @@ def targets(program: Program, batch: Batch) -> Tensor:
     return batch.y if batch.y.dtype == dtype else batch.y.to(dtype)
 
 
-@lru_cache(maxsize=256)
+@cache
 def in_double(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """As a tensor, made once."""
+    """As a tensor, made once and kept: a CUDA graph may read it at any time."""
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
