@@ -23,39 +23,63 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKLOADS = ("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "mini5w5s-5", "sin25-5", "sin1024-5")
-BENCH = """
-import sys
+# With the executor that is meant for each; -tN: N tasks in place of the workload's own number.
+WORKLOADS = {
+    **dict.fromkeys(("sin25-1", "sin25-5", "sin1024-5", "sin4096-5"), "native-cuda"),
+    **dict.fromkeys(("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "mini5w5s-5"), "triton"),
+    **dict.fromkeys(("mini5w1s-5-t32", "mini5w5s-5-t32"), "triton"),
+}
+PROFILED = ("sin1024-5", "omni5w1s-1", "mini5w1s-5")
+SETTINGS = {"device": "cuda", "budget": 4, "limit": 60, "first_limit": 60}  # of metafast.bench, in seconds
+CHOSEN = """
+import json, sys
+from dataclasses import replace
 from pathlib import Path
-from metafast.bench import Outputs, Settings, main_bench
-settings = Settings(device="cuda", budget=4, limit=20, first_limit=60)
-main_bench([sys.argv[1]], backends=sys.argv[3].split(","), settings=settings, outputs=Outputs(json=Path(sys.argv[2])))
-"""
-PROFILE = """
-import json, sys, torch
-from metafast import MAML
 from metafast.benchmarks.workloads import workload
-found = workload(sys.argv[1])
-tasks = found.draw().to("cuda")
-learner = MAML(found.network().cuda(), loss=found.loss, lr=found.lr, steps=found.steps, backend=sys.argv[3])
+name, _, tasks = sys.argv[1].partition("-t")
+chosen = workload(name)
+if tasks:
+    chosen = replace(chosen, name=sys.argv[1], tasks=int(tasks))
+options = json.loads(sys.argv[3])
+settings, backends = options["settings"], options["backends"].split(",")
+"""
+BENCH = f"""{CHOSEN}
+from metafast.bench import Outputs, Settings, main_bench
+main_bench(
+    [], chosen, backends=backends, chosen_peers=options["peers"], settings=Settings(**settings),
+    outputs=Outputs(json=Path(sys.argv[2])),
+)
+"""
+PROFILE = f"""{CHOSEN}
+from metafast import MAML
+from metafast.profile.gpu import kernels
+tasks, model = chosen.draw().to(settings["device"]), chosen.network().to(settings["device"])
+learner = MAML(model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, backend=backends[0])
 for _ in range(4):
     learner.backward(tasks)
-torch.cuda.synchronize()
-with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-    learner.backward(tasks)
-    torch.cuda.synchronize()
-rows = [{"kernel": e.key[:80], "calls": e.count, "us": e.self_device_time_total} for e in profile.key_averages()]
-json.dump(sorted(rows, key=lambda r: -r["us"])[:40], open(sys.argv[2], "w"))
+Path(sys.argv[2]).write_text(json.dumps(kernels(lambda: learner.backward(tasks), 10)[:40]))
 """
+TRAIN = "from metafast.cli import main; main()"
+SANITIZED = {  # the kernels at small blocks, and the sinusoid network's blocks
+    "memcheck": ("tests/test_triton.py tests/test_gpu.py", "small or (float32 and classifier)"),
+    "racecheck": ("tests/test_gpu.py", "float32 and classifier"),
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where results go, which executors are measured, and when the time is up."""
+    """Where results go, what is measured, when the time is up.
+
+    ``backends``: executors in place of those meant for the workloads. ``peers``: none: all. ``omniglot``: the folder of
+    its two zips.
+    """
 
     out: Path
-    backends: str
     end: float
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    backends: str | None = None
+    peers: tuple[str, ...] = ()
+    omniglot: Path | None = None
 
     @property
     def left(self) -> float:
@@ -95,38 +119,57 @@ def test(job: Job) -> dict[str, Any]:
 
 def bench(job: Job) -> dict[str, Any]:
     """The workloads against every peer that is there, each in a process of its own."""
-
-    def one(name: str, file: Path) -> dict[str, Any]:
-        command = [sys.executable, "-c", BENCH, name, str(file), job.backends]
-        return run(command, min(150, job.left), job.out / f"bench-{name}.log")
-
-    return _each(WORKLOADS, job, "bench", one)
+    return _each(job.workloads, job, "bench", BENCH, 150)
 
 
 def profile(job: Job) -> dict[str, Any]:
-    """Time by kernel of one meta-step."""
-
-    def one(name: str, file: Path) -> dict[str, Any]:
-        command = [sys.executable, "-c", PROFILE, name, str(file), job.backends.split(",")[0]]
-        return run(command, min(90, job.left), job.out / f"profile-{name}.log")
-
-    return _each(("omni5w1s-1", "mini5w1s-5"), job, "profile", one)
+    """Time by kernel of one meta-gradient."""
+    return _each([name for name in PROFILED if name in job.workloads], job, "profile", PROFILE, 90)
 
 
 def sanitize(job: Job) -> dict[str, Any]:
-    """The kernels at small blocks under compute-sanitizer."""
+    """Small cases under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return {"state": "skipped", "end": "compute-sanitizer is not installed"}
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_triton.py", "-k", "small"]
-    command = [tool, "--error-exitcode", "9", *tests]
-    return run(command, min(120, job.left), job.out / "sanitize.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    results = {}
+    for name, (files, chosen) in SANITIZED.items():
+        command = [tool, "--tool", name, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "pytest", "-q", *files.split(), "-k", chosen]
+        log = job.out / f"{name}.log"
+        results[name] = run(command, min(120, job.left), log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return {"state": _common(results), "tools": results}
 
 
-def _each(
-    names: Iterable[str], job: Job, step: str, one: Callable[[str, Path], dict[str, Any]]
-) -> dict[str, Any]:
-    """``one`` for each workload, with what it has written into its file."""
+def sinusoid(job: Job) -> dict[str, Any]:
+    """The paper's run: 70,000 iterations, 25 tasks."""
+    return _train(job, "sinusoid", "native-cuda", 90)
+
+
+def omniglot5(job: Job) -> dict[str, Any]:
+    """The paper's run on random characters, 5-way 1-shot: 60,000 iterations."""
+    return _train(job, "omniglot-5w1s", "triton", 480, "--split", "maml")
+
+
+def omniglot20(job: Job) -> dict[str, Any]:
+    """Likewise, 20-way 1-shot."""
+    return _train(job, "omniglot-20w1s", "triton", 480, "--split", "maml")
+
+
+def _train(job: Job, recipe: str, backend: str, limit: float, *options: str) -> dict[str, Any]:
+    """``metafast train`` from the start, with its summary."""
+    folder = job.out / recipe
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-c", TRAIN, "train", recipe, "--out", str(folder), *options]
+    command += ["--device", SETTINGS["device"], "--backend", job.backends or backend]
+    if job.omniglot is not None and recipe.startswith("omniglot"):
+        command += ["--data", str(job.omniglot.resolve())]
+    found = run(command, min(limit, job.left), job.out / f"{recipe}.log")
+    return {**found, "result": _read(folder / "summary.json")}
+
+
+def _each(names: Iterable[str], job: Job, step: str, code: str, limit: float) -> dict[str, Any]:
+    """``code`` for each workload in a process of its own, with what it has written into its file."""
     results: dict[str, Any] = {}
     for name in names:
         if job.left < 15:
@@ -134,17 +177,29 @@ def _each(
             continue
         file = job.out / f"{step}-{name}.json"
         file.unlink(missing_ok=True)
-        results[name] = one(name, file)
-        try:
-            results[name]["result"] = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError):
-            results[name]["result"] = None
-    states = {r["state"] for r in results.values()}
-    return {"state": states.pop() if len(states) == 1 else "partly", "workloads": results}
+        options = {"settings": SETTINGS, "backends": job.backends or WORKLOADS[name], "peers": job.peers}
+        command = [sys.executable, "-c", code, name, str(file), json.dumps(options)]
+        results[name] = run(command, min(limit, job.left), job.out / f"{step}-{name}.log")
+        results[name]["result"] = _read(file)
+    return {"state": _common(results), "workloads": results}
+
+
+def _read(file: Path) -> Any:
+    """What a process has left; ``None`` where that is nothing whole."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _common(results: dict[str, Any]) -> str:
+    states = {found["state"] for found in results.values()}
+    return states.pop() if len(states) == 1 else "partly"
 
 
 STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "build": build, "test": test, "bench": bench, "profile": profile, "sanitize": sanitize,
+    "build": build, "test": test, "sinusoid": sinusoid, "profile": profile, "bench": bench, "sanitize": sanitize,
+    "omniglot5": omniglot5, "omniglot20": omniglot20,
 }  # fmt: skip
 
 
@@ -181,16 +236,25 @@ def main() -> int:
     """0 where every step passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.add_argument("--only", default=",".join(STEPS), help=f"steps, of {', '.join(STEPS)}")
-    parser.add_argument("--backends", default="triton", help="executors to measure, with commas between")
+    parser.add_argument("--only", help=f"steps, of {', '.join(STEPS)}; default: all for which there are data")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="to measure; default: %(default)s")
+    parser.add_argument("--backends", help="executors to measure, with commas between; default: each workload's own")
+    parser.add_argument("--peers", help="of them, with commas between; default: all that are there")
+    parser.add_argument("--omniglot", type=Path, help="folder of the two zips of Omniglot")
     parser.add_argument("--seconds", type=float, default=530, help="for everything")
     options = parser.parse_args()
-    steps = options.only.split(",")
-    unknown = [step for step in steps if step not in STEPS]
-    if unknown:
-        parser.error(f"--only: {unknown[0]!r} is unknown; choose from {', '.join(STEPS)}")
+    possible = [step for step in STEPS if options.omniglot is not None or not step.startswith("omniglot")]
+    steps = possible if options.only is None else options.only.split(",")
+    workloads = tuple(options.workloads.split(","))
+    for option, names, known in (("--only", steps, STEPS), ("--workloads", workloads, WORKLOADS)):
+        if unknown := [name for name in names if name not in known]:
+            parser.error(f"{option}: {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+    if missing := [step for step in steps if step in STEPS and step not in possible]:
+        parser.error(f"step {missing[0]} needs --omniglot: the folder of its two zips")
     options.out.mkdir(parents=True, exist_ok=True)
-    job = Job(options.out.resolve(), options.backends, time.monotonic() + options.seconds)
+    end = time.monotonic() + options.seconds
+    peers = tuple(options.peers.split(",")) if options.peers else ()
+    job = Job(options.out.resolve(), end, workloads, options.backends, peers, options.omniglot)
     report = {**describe(), "steps": {}}
     if report["device"] is None:
         print("There is no GPU here: torch.cuda.is_available() is false. Nothing was run.")
