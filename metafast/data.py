@@ -38,7 +38,7 @@ class Sampler(Protocol):
         """All that the episodes depend on, as JSON values."""
 
     def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
-        """The tasks of an outer step; a tensor ``step`` stays on its device."""
+        """The tasks of an outer step, or of several in a row; a tensor ``step`` stays on its device."""
 
 
 @dataclass(frozen=True)

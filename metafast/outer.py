@@ -18,6 +18,8 @@ from metafast.tasks import TaskBatch
 
 # Rows of the window: iterations between two reads of the losses. To read them at every step would stall a GPU.
 WINDOW = 25
+# Bytes of the tasks that are drawn at once: a draw of few bytes costs as much as one of many.
+AHEAD = 1 << 20
 # MAML++ divides its training into this many epochs (Antoniou et al. 2019).
 EPOCHS = 100
 
@@ -48,16 +50,31 @@ class OuterStep:
         self._iteration = torch.zeros((), dtype=torch.int64, device=self.device)
         self._settings: tuple[object, ...] | None = None
         self._replay: Callable[[], None] | None = None
+        self._drawn: TaskBatch | None = None
+        self._first, self._count = 0, 1
 
     def __call__(self, iteration: int) -> None:
         """Runs the iteration of that number, counted from 0."""
         settings = self._set(iteration)
-        if self.recorder is None or settings != self._settings:
+        if self.recorder is None:
+            self._run(self._tasks(iteration))
+        elif settings != self._settings:
             self._settings, self._replay = settings, None
-            self._run()
+            self._draw_and_run()
         else:
-            self._replay = self._replay or self.recorder(self._run, self.device)
+            self._replay = self._replay or self.recorder(self._draw_and_run, self.device)
             self._replay()
+
+    def _tasks(self, iteration: int) -> TaskBatch:
+        """The iteration's tasks, drawn with those of the iterations behind it."""
+        if self._drawn is None or not self._first <= iteration < self._first + self._count:
+            if self._drawn is not None:
+                size = (self._drawn.support_x.nbytes + self._drawn.query_x.nbytes) // self._count
+                self._count = max(1, AHEAD // size)
+            steps = torch.arange(iteration, iteration + self._count, device=self.device)
+            self._first, self._drawn = iteration, self.sampler.batch(steps)
+        tasks, at = len(self._drawn) // self._count, iteration - self._first
+        return self._drawn.tasks(slice(at * tasks, (at + 1) * tasks))
 
     def _set(self, iteration: int) -> tuple[object, ...]:
         """Sets what differs from the last iteration. Returns what a recording holds as it was."""
@@ -68,9 +85,11 @@ class OuterStep:
             self.learner.at_epoch(EPOCHS * iteration // self.recipe.iterations)
         return (self.learner.step_weights, self.learner.first_order) if isinstance(self.learner, MAML) else ()
 
-    def _run(self) -> None:
+    def _draw_and_run(self) -> None:
+        self._run(self.sampler.batch(self._iteration))
+
+    def _run(self, tasks: TaskBatch) -> None:
         """Reads no value of a tensor on the host, as long as the tasks are on a GPU."""
-        tasks = self.sampler.batch(self._iteration)
         self.optimizer.zero_grad()
         out = self.learner.backward(tasks)
         if self.recipe.clip is not None:

@@ -130,7 +130,7 @@ class TestShares:
             local_tasks(8, -1, 0, 1)
 
     def test_step_tensor_of_a_wrong_kind(self):
-        with pytest.raises(ValueError, match=r"shape \(1,\) and torch.float32; it must be 0-dim int64"):
+        with pytest.raises(ValueError, match=r"shape \(1,\) and torch.float32; it must be int64"):
             local_tasks(8, torch.zeros(1), 0, 1)
 
 
@@ -159,6 +159,13 @@ class TestEverySampler:
 
     def test_step_may_be_a_tensor(self, sampler):
         assert same_bits(sampler.batch(torch.tensor(2**33 + 1)), sampler.batch(2**33 + 1))
+
+    def test_step_may_be_a_row_of_them(self, sampler):
+        steps = [3, 2**33 + 1, 0, *range(40, 60)]
+        row = sampler.batch(torch.tensor(steps))
+        assert len(row) == 8 * len(steps)
+        for i, step in enumerate(steps):
+            assert same_bits(row.tasks(slice(8 * i, 8 * i + 8)), sampler.batch(step))
 
     def test_settings_are_plain_and_complete(self, sampler):
         import json

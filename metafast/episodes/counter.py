@@ -65,8 +65,8 @@ class Counter:
         """Random words int64 ``[len(tasks), draws]``: row ``i``, column ``j`` is task ``tasks[i]``, draw
         ``j``.
 
-        ``step`` may be a 0-dim int64 tensor on ``device``: then nothing waits for the host and the call can
-        be captured in a CUDA graph.
+        ``step`` may be an int64 tensor on ``device``: then nothing waits for the host and the call can be
+        captured in a CUDA graph. If it has an axis, the rows of its steps follow one another.
         """
         name = int.from_bytes(hashlib.sha256(self.stream.encode()).digest()[:8], "little")
         stream = _mix_int((_mix_int(self.seed % 2**64) + (name + 1) * _GOLDEN) % 2**64)
@@ -75,8 +75,8 @@ class Counter:
         h = _mix(step * _signed(_GOLDEN) + _signed(stream + _GOLDEN))
         task = torch.arange(tasks.start + 1, tasks.stop + 1, device=device)
         draw = torch.arange(1, draws + 1, device=device)
-        h = _mix(h + task * _signed(_GOLDEN))
-        return _mix(h[:, None] + draw * _signed(_GOLDEN))
+        h = _mix(h[..., None] + task * _signed(_GOLDEN))
+        return _mix(h[..., None] + draw * _signed(_GOLDEN)).flatten(0, -2)
 
     def permutation(self, count: int) -> list[int]:
         """``0 .. count - 1`` in random order: sorted by the words of task 0 of step 0."""
@@ -113,8 +113,10 @@ def local_tasks(tasks: int, step: int | Tensor, rank: int, world: int) -> range:
         ValueError: step is negative, rank is outside [0, world), or world does not divide T.
     """
     if isinstance(step, Tensor):
-        if step.dim() != 0 or step.dtype != torch.int64:
-            raise ValueError(f"step is a tensor of shape {tuple(step.shape)} and {step.dtype}; it must be 0-dim int64")
+        if step.dim() > 1 or step.dtype != torch.int64:
+            raise ValueError(
+                f"step is a tensor of shape {tuple(step.shape)} and {step.dtype}; it must be int64, 0- or 1-dim"
+            )
     elif step < 0:
         raise ValueError(f"step is {step}; steps count from 0")
     if world < 1 or not 0 <= rank < world:

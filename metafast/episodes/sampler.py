@@ -78,7 +78,8 @@ class ClassificationSampler:
         return {"kind": "classification", **numbers, "dataset": self.dataset.fingerprint}
 
     def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
-        """The tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step.
+        """The tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step, or of
+        each of a row of steps, one after another.
 
         Returns:
             ``support_x`` float32 ``[T / world, ways * shots, C, H, W]`` in [0, 1], ``support_y`` int64

@@ -82,7 +82,8 @@ class SinusoidSampler:
         return {"kind": "sinusoid", **numbers}
 
     def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
-        """The tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step.
+        """The tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step, or of
+        each of a row of steps, one after another.
 
         Returns:
             ``support_x``, ``support_y`` float32 ``[T / world, shots, 1]``; ``query_x``, ``query_y`` likewise.
