@@ -68,7 +68,8 @@ def bench(
         Path | None, typer.Option(help="Put the table between the marks of this file.", rich_help_panel=_OUT)
     ] = None,
 ) -> None:
-    """Times one meta-gradient against every peer that is installed, after checking that all agree."""
+    """Times one meta-gradient against every peer that is installed, after checking that all agree; fails where metafast
+    has no time."""
     from metafast import bench as harness
     from metafast.benchmarks.peers import LEARN2LEARN
     from metafast.build import choose_device
@@ -88,7 +89,7 @@ def bench(
         refuse_typed(context, OF_OWN_MODEL, "goes with --model FILE.py:FACTORY; a canonical workload has its own")
     if learn2learn is not None:
         os.environ[LEARN2LEARN] = str(learn2learn)
-    harness.main_bench(
+    result = harness.main_bench(
         names or (),
         own,
         backends=backend or ("auto",),
@@ -104,3 +105,5 @@ def bench(
         outputs=harness.Outputs(json, markdown, chart, report, readme),
         saved=load,
     )
+    if load is None and any(harness.own_failures(result)):
+        raise typer.Exit(1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,17 @@ from torch import Tensor, nn
 from metafast.executors.passes import Pass
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where no file ``path`` can be written, before the work whose result it is to hold."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder; name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: you may not")
 
 
 def check_batch(tasks: TaskBatch) -> None:

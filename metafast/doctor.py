@@ -29,7 +29,7 @@ _LEAST_SPEED_UP = 1.5  # over a torch loop; the slowest executor on a busy machi
 _REMEDIES = {
     "native": "pip install --no-build-isolation -e .",
     "native-cuda": "a machine with an NVIDIA GPU and nvcc: METAFAST_CUDA=1 pip install --no-build-isolation -e .",
-    "triton": "a machine with an NVIDIA GPU: pip install triton",
+    "triton": "a machine with an NVIDIA GPU: pip install 'metafast[triton]'",
 }
 
 
@@ -83,7 +83,7 @@ def _versions() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for module, (extra, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
-            remedy = f'pip install "metafast[{extra}]"'
+            remedy = f"pip install 'metafast[{extra}]'"
             yield Finding("missing", module, f"not installed, so no {purpose}", remedy)
 
 

@@ -35,11 +35,12 @@ def verify(
     from metafast.bench.own import own_workload
     from metafast.build import choose_device
     from metafast.certificate import verify as examine
+    from metafast.checks import check_writable
 
     if dtype not in ("float32", "float64"):
         raise ValueError(f"--dtype {dtype!r}: give float32 or float64")
-    if json is not None and not json.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{json} cannot be written: there is no folder {json.resolve().parent}")
+    if json is not None:
+        check_writable(json)
     own = own_workload(model, input_shape, ways, shots, queries, tasks, steps, lr)
     place, real = choose_device(device), getattr(torch, dtype)
     certificate = examine(

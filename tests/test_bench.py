@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from metafast.agreement import agreement
-from metafast.bench import Outputs, Settings, main_bench, main_compare, own_workload, read_result
+from metafast.bench import Outputs, Settings, main_bench, main_compare, own_failures, read_result
 from metafast.bench import run as bench_run
 from metafast.bench.compare import compare
 from metafast.bench.machine import bare_bytes
@@ -203,9 +203,74 @@ def test_the_table_goes_between_the_marks_of_a_readme(measured: dict[str, Any], 
         main_bench(["sin25-1"], outputs=Outputs(readme=readme))
 
 
-def test_a_folder_that_is_not_there_is_found_before_measuring(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        main_bench(["sin25-1"], outputs=Outputs(json=tmp_path / "no" / "a.json"))
+@pytest.mark.parametrize(
+    ("outputs", "error", "text"),
+    [
+        ({"json": "no/a.json"}, FileNotFoundError, "no folder"),
+        ({"markdown": "."}, IsADirectoryError, "name a file in it"),
+        ({"chart": "a.html"}, ValueError, "a.html: a chart is one of .*png"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_measuring(
+    tmp_path: Path, outputs: dict[str, str], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        main_bench(["sin25-1"], outputs=Outputs(**{kind: tmp_path / name for kind, name in outputs.items()}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"rounds": 0}, "--rounds 0"), ({"threads": 0}, "--threads 0"), ({"first_limit": -1}, "--first-limit -1"),
+        ({"budget": float("nan")}, "--budget nan"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Settings(**settings)
+
+
+def test_ctrl_c_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It comes when metafast has had a turn and the loop has not."""
+
+    def say(text: str) -> None:
+        if "round 1 of" in text and "torch loop" in text:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("metafast.bench._say", say)
+    monkeypatch.setattr("metafast.bench.peers", lambda: [TorchLoop()])
+    saved, readme = tmp_path / "a.json", tmp_path / "README.md"
+    readme.write_text("<!-- metafast bench -->\nold\n<!-- /metafast bench -->\n")
+    with pytest.raises(KeyboardInterrupt):
+        main_bench(
+            own=tiny(), settings=Settings(threads=1, turn=0.2), outputs=Outputs(json=saved, readme=readme),
+            backends=["reference"],
+        )  # fmt: skip
+    found = rows(read_result(saved))
+    assert {name: row["state"] for name, row in found.items()} == {
+        "metafast (reference)": "measured", "torch loop": "interrupted",
+    }  # fmt: skip
+    assert found["metafast (reference)"]["median_s"] > 0
+    assert "old" in readme.read_text()
+    assert "stopped early; measured before: tiny" in capsys.readouterr().err
+
+
+def test_no_oracle_stops_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate at which float64 overflows."""
+    wild = Workload("wild", small, "mse", (1,), ways=0, shots=4, queries=3, tasks=2, steps=4, lr=1e200)
+    with pytest.raises(bench_run.Stopped) as stop:
+        bench_run.measure([tiny(), wild], [], Settings(threads=1), lambda text: None)
+    assert [workload["name"] for workload in stop.value.result["workloads"]] == ["tiny"]
+    assert "wild: losses or gradient are not finite in float64 either" in str(stop.value.reason)
+
+
+def test_an_executor_without_a_time_is_told(measured: dict[str, Any]) -> None:
+    assert own_failures(measured) == []
+    wrong = json.loads(json.dumps(measured))
+    rows(wrong)["metafast"]["state"] = "disagrees"
+    assert own_failures(wrong) == ["metafast on tiny: disagrees"]
 
 
 @pytest.mark.parametrize(("factor", "worse"), [(1.09, False), (1.11, True), (0.5, False)])
@@ -233,43 +298,16 @@ def test_compare_sees_a_lost_agreement_and_another_machine(measured: dict[str, A
 def test_compare_reads_only_results(measured: dict[str, Any], tmp_path: Path) -> None:
     good, other, text = tmp_path / "good.json", tmp_path / "other.json", tmp_path / "text.json"
     good.write_text(json.dumps(measured))
+    certificate = tmp_path / "certificate.json"
     other.write_text('{"format": 0}')
+    certificate.write_text('{"format": 1, "checks": []}')
     text.write_text("not json")
     assert main_compare(good, good).worse == ()
-    for bad in (other, text):
+    for bad in (other, text, certificate):
         with pytest.raises(ValueError, match="no result of metafast bench"):
             main_compare(good, bad)
     with pytest.raises(ValueError, match="no workload in common"):
         compare(measured, {**measured, "workloads": []}, 0.1)
-
-
-def test_agreement_measures_norms() -> None:
-    oracle = np.array([3.0, 4.0]), {"a": np.array([3.0, 0.0]), "b": np.array([0.0, 4.0])}
-    found = agreement((np.array([3.0, 4.5]), {"a": np.array([3.0, 0.3]), "b": np.array([0.0, 4.0])}), oracle)
-    assert found.losses == pytest.approx(0.1)
-    assert found.gradient == pytest.approx(0.06)
-    assert (found.parameter, found.parameter_error) == ("a", pytest.approx(0.1))
-    assert not found.agrees
-    assert agreement(oracle, oracle).agrees
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        (np.ones(2), {"a": np.ones(3)}),
-        (np.ones(2), {"a": np.ones(3), "b": np.full(2, np.nan)}),
-        (np.ones(2), {"a": np.ones(3), "b": np.ones(1)}),
-        (np.ones(2), {"a": np.ones(3), "b": np.ones(2), "c": np.ones(2)}),
-        (np.ones(1), {"a": np.ones(3), "b": np.ones(2)}),
-        (np.full(2, np.nan), {"a": np.ones(3), "b": np.ones(2)}),
-    ],
-    ids=["missing parameter", "nan", "shape", "additional parameter", "losses shape", "nan losses"],
-)
-def test_agreement_is_not_fooled(wrong: Answer) -> None:
-    oracle = np.ones(2), {"a": np.ones(3), "b": np.ones(2)}
-    found = agreement(wrong, oracle)
-    assert not found.agrees
-    json.dumps(found.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
@@ -337,46 +375,6 @@ def test_learn2learn_from_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert LEARN2LEARN in str(Learn2Learn().missing(w, "cpu"))
 
 
-FACTORY = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))\nnumber = 3\n"
-
-
-def test_own_model(tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(FACTORY)
-    w = own_workload(f"{file}:net", "3,2,2", ways=4, shots=2, queries=3, tasks=5, steps=1, lr=0.1)
-    first, second = (dict(w.network().named_parameters()) for _ in range(2))
-    assert torch.equal(first["1.weight"], second["1.weight"])
-    tasks = w.draw()
-    assert tasks.query_x.shape == (5, 12, 3, 2, 2)
-    losses, gradient = Metafast().prepare(w, tasks)()
-    assert losses.shape == (5,)
-    assert gradient["1.weight"].shape == (4, 12)
-    regression = own_workload(f"{file}:net", "3,2,2", ways=0, shots=2, queries=3, tasks=5, steps=1, lr=0.1)
-    assert regression.draw().support_y.shape == (5, 2, 4)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"model": "mine.py"}, "file.py:factory"),
-        ({"model": "{}/none.py:net"}, "no Python file"),
-        ({"model": "{}/mine.py:nothing"}, "no function 'nothing'"),
-        ({"model": "{}/mine.py:number"}, "no function 'number'"),
-        ({"input_shape": "3x2"}, "--input-shape"),
-        ({"shots": 0}, "--shots 0"),
-        ({"ways": 1}, "--ways 1"),
-        ({"ways": 5}, "support_y"),
-    ],
-)
-def test_own_model_errors(change: dict[str, Any], text: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(FACTORY)
-    options = {"model": "{}/mine.py:net", "input_shape": "3,2,2", "ways": 4, "shots": 2, "queries": 3, "tasks": 5,
-               "steps": 1, "lr": 0.1, **change}  # fmt: skip
-    options["model"] = options["model"].format(tmp_path)
-    with pytest.raises(ValueError, match=text):
-        bench_run.measure([own_workload(**options)], [], Settings(threads=1), lambda text: None)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_is_that_of_the_process_alone() -> None:
     """A gigabyte in the parent does not count for its child, as it would in ``ru_maxrss``; one in the child does."""
@@ -393,5 +391,7 @@ def test_unknown_names() -> None:
         workload("sin25")
     with pytest.raises(ValueError, match="torch loop"):
         contenders(["auto"], ["numpy"], [TorchLoop()])
+    with pytest.raises(ValueError, match="backend='quick' is unknown"):
+        contenders(["quick"], [], [TorchLoop()])
     chosen = contenders(["auto", "reference"], ["Torch loop"], [TorchLoop(), TorchVmap()])
     assert [peer.name for peer in chosen] == ["metafast", "metafast (reference)", "torch loop"]

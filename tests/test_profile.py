@@ -253,13 +253,15 @@ def test_the_command_writes_its_files(tmp_path: Path, capsys: Any) -> None:
         (["sin25-1", "--model", "x.py:net"], 2, "give a workload's name"),
         (["sin25"], 2, "workload 'sin25' is unknown"),
         (["sin25-1", "--iterations", 0], 2, "--iterations 0"),
+        (["sin25-1", "--threads", 0], 2, "--threads 0"),
+        (["sin25-1", "--out", __file__], 1, "is a file; name a folder"),
         (["sin25-1", "--backend", "fast"], 2, "backend='fast' is unknown"),
         (["sin25-1", "--backend", "native-cuda"], 1, "cannot run this model"),
         (["sin25-1", "--device", "gpu"], 2, "--device is 'gpu'"),
     ],
 )
 def test_command_errors(tmp_path: Path, capsys: Any, options: list[Any], code: int, text: str) -> None:
-    found, _, err = call(capsys, "profile", *options, "--out", tmp_path / "p", *(["--device", "cpu"][: 2 * (
-        "--device" not in options)]))  # fmt: skip
+    found, _, err = call(capsys, "profile", "--out", tmp_path / "p", *(["--device", "cpu"][: 2 * (
+        "--device" not in options)]), *options)  # fmt: skip
     assert found == code
     assert text in err

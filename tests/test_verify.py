@@ -232,7 +232,7 @@ def test_the_command_fails_on_a_wrong_rule(tmp_path: Any, capsys: Any, monkeypat
         (["{}/mine.py"], 2, "give file.py:factory"),
         (["{}/mine.py:net", "--dtype", "half"], 2, "--dtype 'half'"),
         (["{}/mine.py:net", "--json", "{}/no/c.json"], 1, "there is no folder"),
-        (["{}/mine.py:net", "--input-shape", "2,6,6", "--ways", "4"], 2, "cannot take an input of shape"),
+        (["{}/mine.py:net", "--input-shape", "2,6,6", "--ways", "4"], 2, "--input-shape 2,6,6: the model of net() in"),
         (["{}/mine.py:net", "--input-shape", "1,6,6", "--ways", "4", "--adapt", "hed"], 2, "'hed' is no parameter"),
         (["{}/mine.py:net", "--input-shape", "1,6,6", "--ways", "4", "--backend", "native-cuda"], 1, "cannot run"),
     ],

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from metafast.bench.compare import Comparison, compare
 from metafast.bench.own import own_workload
-from metafast.bench.run import FORMAT, Settings, contenders, measure
+from metafast.bench.run import FORMAT, Settings, Stopped, contenders, measure
 from metafast.benchmarks.peers import peers
 from metafast.benchmarks.workloads import WORKLOADS, Workload, workload
+from metafast.checks import check_writable
 
 __all__ = [
     "WORKLOADS",
@@ -22,6 +23,7 @@ __all__ = [
     "Settings",
     "main_bench",
     "main_compare",
+    "own_failures",
     "own_workload",
     "read_result",
 ]
@@ -65,11 +67,17 @@ def main_bench(
     Raises:
         ValueError: an unknown name, or a model that cannot take its samples.
         OSError: a file cannot be written; found before anything is measured.
+        KeyboardInterrupt, RuntimeError: Ctrl-C, or a workload without an oracle; what was measured before is shown and
+            written.
     """
     outputs = outputs or Outputs()
     for path in (outputs.json, outputs.markdown, outputs.chart, outputs.report):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.resolve().parent}")
+        if path is not None:
+            check_writable(path)
+    if outputs.chart is not None:
+        from metafast.bench.chart import check_kind
+
+        check_kind(outputs.chart)
     if outputs.readme is not None:
         from metafast.bench.table import between_marks
 
@@ -80,11 +88,23 @@ def main_bench(
         workloads = [workload(name) for name in names] + ([own] if own is not None else [])
         workloads = workloads or [workload(name) for name in STANDARD]
         wanted = contenders(backends, chosen_peers, peers())
-        result = measure(workloads, wanted, settings or Settings(), _say)
+        try:
+            result = measure(workloads, wanted, settings or Settings(), _say)
+        except Stopped as stop:
+            _keep(stop.result, outputs)
+            raise stop.reason from None
         _say("")
     _write(result, outputs)
     _show(result)
     return result
+
+
+def own_failures(result: dict[str, Any]) -> list[str]:
+    """The workloads on which an executor of metafast has no time: it disagrees, fails or takes too long."""
+    from metafast.bench.table import is_own, measured
+
+    rows = [(workload["name"], row) for workload in result["workloads"] for row in workload["rows"]]
+    return [f"{row['name']} on {name}: {row['state']}" for name, row in rows if is_own(row) and not measured(row)]
 
 
 def main_compare(old: Path, new: Path, threshold: float = 0.1) -> Comparison:
@@ -111,9 +131,20 @@ def read_result(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no result of metafast bench --json: {error}") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
+    whole = isinstance(result, dict) and {"machine", "tolerances", "workloads"} <= set(result)
+    if not whole or result.get("format") != FORMAT:
         raise ValueError(f"{path} is no result of metafast bench --json in format {FORMAT}; measure again")
     return result
+
+
+def _keep(result: dict[str, Any], outputs: Outputs) -> None:
+    """What was measured until it had to stop; a README keeps its whole table."""
+    _say("")
+    names = [workload["name"] for workload in result["workloads"]]
+    if names:
+        _write(result, replace(outputs, readme=None))
+        _show(result)
+    print(f"stopped early; measured before: {', '.join(names) or 'nothing'}", file=sys.stderr)
 
 
 def _write(result: dict[str, Any], outputs: Outputs) -> None:

@@ -25,6 +25,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def check_kind(path: Path) -> None:
+    """Raises ValueError where no picture can have this name."""
+    kinds = require("matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path}: a chart is one of {', '.join(f'.{kind}' for kind in kinds)}")
+
+
 def _panel(axes: Any, workload: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     medians = [row["median_s"] for row in rows]
     spread = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from metafast.benchmarks.peers import Metafast, Peer, TorchLoop
 from metafast.benchmarks.workloads import Workload
 from metafast.capture import capture
 from metafast.cost import meta_cost
+from metafast.executors import check_backend
 from metafast.losses import as_loss
 
 FORMAT = 1
@@ -35,6 +35,9 @@ class Settings:
         budget: of all turns of a peer together, once it has had three calls.
         limit: for one call; a peer that needs longer is cut off.
         first_limit: for the first call, which may compile.
+
+    Raises:
+        ValueError: one of them is not positive.
     """
 
     device: str = "cpu"
@@ -45,6 +48,22 @@ class Settings:
     limit: float = 30.0
     first_limit: float = 120.0
 
+    def __post_init__(self) -> None:
+        for name in ("threads", "rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+        for name in ("turn", "budget", "limit", "first_limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name):g}: give seconds, more than 0")
+
+
+class Stopped(Exception):
+    """``reason`` is Ctrl-C, or that a workload cannot be measured; ``result`` has what was measured before."""
+
+    def __init__(self, result: dict[str, Any], reason: BaseException) -> None:
+        self.result, self.reason = result, reason
+
 
 @dataclass
 class _Contender:
@@ -54,6 +73,14 @@ class _Contender:
     worker: Worker | None = None
     times: list[float] = field(default_factory=list)
     row: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.row = {"name": self.peer.name, "version": "", "state": "measured", "note": ""}
+
+    @property
+    def timed(self) -> bool:
+        """Has it calls enough for quartiles?"""
+        return len(self.times) >= _FEWEST
 
     def leave(self, state: str, note: str) -> None:
         """It takes no further part."""
@@ -69,29 +96,35 @@ def measure(
     """Everything about ``workloads``, as plain JSON values; ``say`` is told what is going on.
 
     Raises:
-        ValueError: a workload's model cannot take its samples or labels.
-        RuntimeError: the oracle fails.
+        ValueError: a workload's model cannot take its samples or labels; found before anything is measured.
+        Stopped: Ctrl-C came, or there is no oracle for a workload.
     """
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    costs = [_cost(workload) for workload in workloads]  # what is wrong with a model shows before anything is run
+    costs = [_cost(workload) for workload in workloads]
     tolerances = {"losses": LOSSES, "gradient": GRADIENT, "parameter": PARAMETER}
-    bare = bare_bytes()
-    return {
+    result: dict[str, Any] = {
         "format": FORMAT,
         "machine": describe(settings.device, threads),
         "settings": asdict(settings),
         "tolerances": {name: asdict(tolerance) for name, tolerance in tolerances.items()},
-        "bare_torch_bytes": bare,
-        "workloads": [
-            _measure(workload, cost, peers, settings, threads, bare, say)
-            for workload, cost in zip(workloads, costs, strict=True)
-        ],
+        "bare_torch_bytes": bare_bytes(),
+        "workloads": [],
     }
+    try:
+        for workload, cost in zip(workloads, costs, strict=True):
+            found, interrupted = _measure(workload, cost, peers, settings, result, say)
+            result["workloads"].append(found)
+            if interrupted:
+                raise KeyboardInterrupt
+    except (KeyboardInterrupt, RuntimeError) as error:
+        raise Stopped(result, error) from error
+    return result
 
 
 def _cost(workload: Workload) -> dict[str, int]:
-    tasks, model = workload.draw(), workload.network()
+    tasks = workload.draw()
+    model = workload.network().to(tasks.support_x)
     program = capture(model, as_loss(workload.loss), steps=workload.steps)
     with torch.no_grad():
         output = tuple(model(tasks.support_x[0]).shape[1:])
@@ -100,14 +133,17 @@ def _cost(workload: Workload) -> dict[str, int]:
 
 
 def _measure(
-    workload: Workload, cost: dict[str, int], peers: Sequence[Peer], settings: Settings, threads: int, bare: int,
+    workload: Workload, cost: dict[str, int], peers: Sequence[Peer], settings: Settings, result: dict[str, Any],
     say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
+    """What ``result`` gets of ``workload``, and whether Ctrl-C ended it early."""
+    threads, bare = result["machine"]["threads"], result["bare_torch_bytes"]
     machine = rates(settings.device)
     floors = {"flops": cost["flops"] / machine.matrix, "bytes": cost["least_bytes"] / machine.copy}
     say(f"{workload.name}: the oracle")
     oracle = _oracle(workload, settings, threads)
     contenders = [_Contender(peer) for peer in peers]
+    interrupted = False
     try:
         for contender in contenders:
             say(f"{workload.name}: {contender.peer.name}, first call")
@@ -115,9 +151,14 @@ def _measure(
         for turn in range(settings.rounds):
             for contender in contenders:
                 say(f"{workload.name}: round {turn + 1} of {settings.rounds}, {contender.peer.name}")
-                _turn(contender, settings)
+                _turn(contender, settings, bare)
+    except KeyboardInterrupt:
+        interrupted = True
+        if not any(contender.timed for contender in contenders):
+            raise
         for contender in contenders:
-            _peak(contender, bare)
+            if contender.row["state"] == "measured" and not contender.timed:
+                contender.leave("interrupted", f"Ctrl-C came before its call number {_FEWEST}")
     finally:
         for contender in contenders:
             if contender.worker is not None:
@@ -125,7 +166,7 @@ def _measure(
     rows = [_finish(c, workload, cost, machine.matrix, machine.copy, max(floors.values())) for c in contenders]
     _compare(rows)
     sizes = {key: getattr(workload, key) for key in ("loss", "ways", "shots", "queries", "tasks", "steps", "lr")}
-    return {
+    found = {
         "name": workload.name,
         "sizes": {**sizes, "sample": list(workload.sample)},
         "cost": cost,
@@ -133,23 +174,29 @@ def _measure(
         "floors_s": floors,
         "rows": rows,
     }
+    return found, interrupted
 
 
 def _oracle(workload: Workload, settings: Settings, threads: int) -> Answer:
     worker = Worker(TorchLoop(), workload, settings.device, threads, torch.float64)
     try:
-        return worker.first(math.inf if settings.first_limit == math.inf else 10 * settings.first_limit)[1]
+        losses, gradient = worker.first(10 * settings.first_limit)[1]
     except (CutOff, Failed) as error:
         reason = str(error) or f"it takes longer than {10 * settings.first_limit:g} s"
         raise RuntimeError(f"{workload.name}: there is no float64 oracle to check against: {reason}") from error
     finally:
         worker.close()
+    if not all(np.isfinite(values).all() for values in (losses, *gradient.values())):
+        raise RuntimeError(
+            f"{workload.name}: losses or gradient are not finite in float64 either, so there is nothing to check "
+            f"against; give a smaller rate than --lr {workload.lr:g}, or other initial values"
+        )
+    return losses, gradient
 
 
 def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: Settings, threads: int) -> None:
     """The first call: what it gives decides whether it is timed at all."""
     peer = contender.peer
-    contender.row = {"name": peer.name, "version": "", "state": "measured", "note": ""}
     missing = peer.missing(workload, settings.device)
     if missing is not None:
         return contender.leave("missing", missing)
@@ -167,27 +214,18 @@ def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: 
     return None
 
 
-def _turn(contender: _Contender, settings: Settings) -> None:
-    spent = sum(contender.times)
-    if contender.worker is None or (len(contender.times) >= _FEWEST and spent >= settings.budget):
+def _turn(contender: _Contender, settings: Settings, bare: int) -> None:
+    if contender.worker is None or (contender.timed and sum(contender.times) >= settings.budget):
         return
     try:
-        contender.times += contender.worker.turn(settings.turn, settings.limit)
+        times, peak = contender.worker.turn(settings.turn, settings.limit)
     except CutOff:
         contender.leave("cut off", f"one call takes longer than {settings.limit:g} s")
     except Failed as error:
         contender.leave("failed", str(error))
-
-
-def _peak(contender: _Contender, bare: int) -> None:
-    if contender.worker is None:
-        return
-    try:
-        peak = contender.worker.peak()
-    except (CutOff, Failed) as error:
-        contender.leave("failed", str(error) or "its process does not answer")
-        return
-    contender.row["peak_bytes"] = peak.get("device", max(0, peak["host"] - bare))
+    else:
+        contender.times += times
+        contender.row["peak_bytes"] = peak.get("device", max(0, peak["host"] - bare))
 
 
 def _finish(
@@ -225,6 +263,8 @@ def contenders(backends: Sequence[str], chosen: Sequence[str], known: Sequence[P
     Raises:
         ValueError: an unknown name.
     """
+    for backend in backends:
+        check_backend(backend)
     names = {peer.name.lower(): peer for peer in known}
     for name in chosen:
         if name.lower() not in names:

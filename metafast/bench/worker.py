@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,7 +40,8 @@ class Worker:
         self._connection, theirs = context.Pipe()
         arguments = (theirs, peer, workload, device, threads, dtype)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
+        with _deaf_to_ctrl_c():
+            self._process.start()
         theirs.close()
         self.version = ""
 
@@ -47,13 +50,10 @@ class Worker:
         self.version, seconds, answer = self._ask(("first",), limit)
         return seconds, answer
 
-    def turn(self, seconds: float, limit: float) -> list[float]:
-        """Calls for ``seconds``, at least once; the seconds of each call."""
+    def turn(self, seconds: float, limit: float) -> tuple[list[float], dict[str, int]]:
+        """Calls for ``seconds``, at least once: the seconds of each call; and the most bytes that the process has held
+        so far, of the ``host`` and, on a GPU, of the ``device``."""
         return self._ask(("turn", seconds), limit)
-
-    def peak(self) -> dict[str, int]:
-        """``host`` and, on a GPU, ``device``: the most bytes that the process has held so far."""
-        return self._ask(("peak",), 10)
 
     def close(self) -> None:
         """Ends the process."""
@@ -74,6 +74,19 @@ class Worker:
         if kind == "error":
             raise Failed(value)
         return value
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started here ignores Ctrl-C, from its first line on: it is for the parent to end it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _serve(
@@ -103,10 +116,8 @@ def _answer(connection: Connection, peer: Peer, workload: Workload, device: str,
                 seconds = time.perf_counter() - began
                 answer = _array(losses), {name: _array(value) for name, value in gradient.items()}
                 connection.send(("done", (peer.version(), seconds, answer)))
-            elif message[0] == "turn":
-                connection.send(("done", _turn(call, message[1])))
             else:
-                connection.send(("done", _peak(device)))
+                connection.send(("done", (_turn(call, message[1]), _peak(device))))
         except Exception as error:
             last = traceback.format_exception_only(error)[-1].strip()
             connection.send(("error", last[:300]))

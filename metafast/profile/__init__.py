@@ -17,6 +17,7 @@ from torch import Tensor
 from metafast.algorithms import MAML
 from metafast.bench.machine import describe, rates
 from metafast.benchmarks.workloads import Workload
+from metafast.checks import check_writable
 from metafast.executors import Choice, Executor, NativeCudaExecutor, NativeExecutor, TritonExecutor
 from metafast.profile import gpu
 from metafast.profile.costs import layer_costs
@@ -45,7 +46,11 @@ def main_profile(workload: Workload, out: Path, arguments: list[str], **options:
         ValueError, RuntimeError: as :func:`profile`.
         OSError: ``out`` cannot be made; found before anything is run.
     """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("profile.json", "trace.json", "roofline.png"):
+        check_writable(out / name)
     found, recording = profile(workload, snapshot=out / "memory.pickle", **options)
     if found.machine["device"] != "cpu":
         found = replace(found, commands=gpu.commands(arguments, out))
@@ -79,8 +84,9 @@ def profile(
         ValueError: an option that cannot be; the text names it.
         RuntimeError: ``backend`` cannot run the workload.
     """
-    if iterations is not None and iterations < 1:
-        raise ValueError(f"--iterations {iterations}: must be at least 1")
+    for option, value in (("iterations", iterations), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} {value}: must be at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
     run = _Run(workload, backend, torch.device(device))
@@ -120,7 +126,7 @@ class _Run:
 
     def __init__(self, workload: Workload, backend: str, device: torch.device) -> None:
         self.workload, self.device = workload, device
-        model = workload.network().to(device)
+        model = workload.network().to(device, torch.float32)
         self.learner = _Watched(model, loss=workload.loss, lr=workload.lr, steps=workload.steps, backend=backend)
         self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=1e-5)
         self.host: list[Span] | None = None
