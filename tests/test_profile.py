@@ -130,27 +130,89 @@ def test_most_of_the_time_is_accounted_for() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_trace_is_one_that_viewers_open(profiles: Any, backend: str, tmp_path: Path) -> None:
-    """Complete events with finite times in whole nanoseconds, each row's events nested or apart, rows named."""
     _, recording = profiles[backend]
-    write_trace(recording, "test", tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    labels = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert labels == {0: "python", 1: "executor thread 0"}
-    complete = [event for event in events if event["ph"] == "X"]
-    assert len(complete) + len(labels) + 1 == len(events)
+    labels, complete = opened(recording, tmp_path)
+    assert labels == {1: "python", 2: "executor thread 0"}
     assert {"sample", "query", "4.tangent_backward", "loss.forward"} <= {event["name"] for event in complete}
-    for row in labels:
-        open_until: list[int] = []
-        last = 0
-        for event in (e for e in complete if e["tid"] == row):
-            begin, length = round(event["ts"] * 1000), round(event["dur"] * 1000)
-            assert begin >= last
-            assert length >= 0
-            last = begin
-            while open_until and open_until[-1] <= begin:
-                open_until.pop()
-            assert not open_until or begin + length <= open_until[-1]
-            open_until.append(begin + length)
+    spans = (*recording.host, *recording.phases, *recording.rules)
+    began = max(span.begin for span in recording.host if span.name == "sample")
+    wanted = sorted(span.seconds for span in spans if span.begin >= began)
+    assert sorted(1e-6 * event["dur"] for event in complete) == pytest.approx(wanted, abs=2e-9)
+
+
+def opened(recording: Recording, folder: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
+    write_trace(recording, "test", folder / "trace.json")
+    return check_trace((folder / "trace.json").read_text())
+
+
+def check_trace(text: str) -> tuple[dict[int, str], list[dict[str, Any]]]:
+    """What importers of Chrome's trace events ask for: finite times in microseconds of whole nanoseconds, named rows,
+    and each row's complete events in order, nested or apart. The names of the rows and those events."""
+    trace = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    names: dict[str, dict[int, str]] = {"process_name": {}, "thread_name": {}}
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for event in trace["traceEvents"]:
+        assert event["ph"] in ("X", "M")
+        assert type(event["pid"]) is type(event["tid"]) is int
+        assert event["pid"] > 0
+        assert event["tid"] > 0
+        assert type(event["name"]) is str
+        assert event["name"]
+        if event["ph"] == "M":
+            assert event["tid"] not in names[event["name"]]
+            assert type(event["args"]["name"]) is str
+            names[event["name"]][event["tid"]] = event["args"]["name"]
+        else:
+            assert all(type(event[key]) in (int, float) and event[key] >= 0 for key in ("ts", "dur"))
+            assert type(event["cat"]) is str
+            rows.setdefault(event["tid"], []).append(event)
+    assert len({event["pid"] for event in trace["traceEvents"]}) == len(names["process_name"]) == 1
+    assert set(rows) == set(names["thread_name"])
+    for events in rows.values():
+        check_nested([(round(1000 * event["ts"]), round(1000 * event["dur"])) for event in events])
+    return names["thread_name"], [event for events in rows.values() for event in events]
+
+
+def check_nested(spans: list[tuple[int, int]]) -> None:
+    """Begin and length, in nanoseconds."""
+    assert [begin for begin, _ in spans] == sorted(begin for begin, _ in spans)
+    open_until: list[int] = []
+    for begin, length in spans:
+        while open_until and open_until[-1] <= begin:
+            open_until.pop()
+        assert not open_until or begin + length <= open_until[-1]
+        open_until.append(begin + length)
+
+
+def trace_of(*phases: Span) -> Recording:
+    return Recording(1, 1.0, (Span("sample", 0.0, 1.0),), phases, (), 1)
+
+
+@pytest.mark.parametrize(
+    "recording",
+    [
+        trace_of(Span("query", 0.1, 0.5, 0), Span("wait", 0.4, 0.6, 0)),
+        trace_of(Span("query", 0.1, float("nan"), 0)),
+        trace_of(Span("query", 0.5, 0.1, 0)),
+        trace_of(Span("", 0.1, 0.2, 0)),
+        trace_of(Span("query", 0.1, 0.2, -3)),
+    ],
+    ids=["overlap", "nan", "ends before it begins", "no name", "row below 1"],
+)
+def test_a_bad_trace_does_not_pass(recording: Recording, tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        opened(recording, tmp_path)
+
+
+def test_spans_that_touch_or_last_no_time_are_a_good_trace(tmp_path: Path) -> None:
+    third = 1 / 3  # no multiple of a nanosecond
+    recording = trace_of(
+        Span("query", 0.1, third, 0), Span("wait", third, 0.9, 0), Span("load", third, third, 1),
+    )  # fmt: skip
+    labels, complete = opened(recording, tmp_path)
+    assert labels == {1: "python", 2: "executor thread 0", 3: "executor thread 1"}
+    assert [(e["ts"], e["dur"]) for e in complete if e["name"] == "wait"] == [(333333.333, 566666.667)]
 
 
 def test_timed_layers_change_no_bit_and_tell_nothing_unasked() -> None:

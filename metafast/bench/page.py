@@ -48,6 +48,7 @@ th { color: var(--soft); font-weight: 500; } th, td { text-align: right; padding
 th:first-child, td:first-child { text-align: left; } tr.own td { color: var(--own); font-weight: 600; }
 td.absent { color: var(--warn); text-align: left; }
 .warn { color: var(--warn); font-size: .87rem; } .key { color: var(--floor); }
+@media (max-width: 32rem) { section { padding: 1rem; } .bar { grid-template-columns: 7.6rem 1fr; } }
 """
 
 

@@ -16,7 +16,7 @@ def write_trace(recording: Recording, title: str, path: Path) -> None:
     began = max(span.begin for span in recording.host if span.name == "sample")
     spans = [span for span in (*recording.host, *recording.phases, *recording.rules) if span.begin >= began]
     threads = sorted({span.thread for span in spans})
-    events: list[dict[str, Any]] = [_label("process_name", 0, f"metafast: {title}")]
+    events: list[dict[str, Any]] = [_label("process_name", _row(HOST), f"metafast: {title}")]
     events += [_label("thread_name", _row(thread), _name(thread)) for thread in threads]
     events += [_event(span, began) for span in sorted(spans, key=lambda span: (span.thread, span.begin, -span.end))]
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
@@ -37,7 +37,8 @@ def _label(kind: str, row: int, name: str) -> dict[str, Any]:
 
 
 def _row(thread: int) -> int:
-    return thread - HOST
+    """From 1 on, Python's being the process's main one: importers take row 0 for the idle thread."""
+    return thread - HOST + _PROCESS
 
 
 def _name(thread: int) -> str:
