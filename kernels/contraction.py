@@ -125,9 +125,10 @@ def metafast_gather_product(
         acc += tl.load(bias + task.to(tl.int64) * bias_stride + column, o < S.outputs, 0.0)[None, :]
     width: tl.constexpr = S.outputs * S.groups
     pixel = (sample * S.rows_h + h) * S.rows_w + w
-    y_at = task.to(tl.int64) * n * (S.rows_h * S.rows_w * width) + pixel[:, None] * width + column[None, :]
+    base = task.to(tl.int64) * n * (S.rows_h * S.rows_w * width)
+    y_at = pixel[:, None] * width + column[None, :]  # apart from the base: 64 bits for each element would spill
     y_in = (m < rows)[:, None] & (o < S.outputs)[None, :]
-    tl.store(y + y_at, acc, y_in)
+    tl.store(y + base + y_at, acc, y_in)
     if parts is not None:
         if z is None:
             count = tl.minimum(BM, rows - row_tile * BM)
@@ -135,13 +136,13 @@ def metafast_gather_product(
             centred = tl.where(y_in, acc - first[None, :], 0.0)
             second = tl.sum(centred * centred, 0)
         else:
-            stat += task * 2 * width + column
+            stat += task.to(tl.int64) * 2 * width + column
             mean, r = tl.load(stat, o < S.outputs, 0.0), tl.load(stat + width, o < S.outputs, 0.0)
-            zh = (tl.load(z + y_at, y_in, 0.0).to(tl.float32) - mean[None, :]) * r[None, :]
+            zh = (tl.load(z + base + y_at, y_in, 0.0).to(tl.float32) - mean[None, :]) * r[None, :]
             acc = tl.where(y_in, acc, 0.0)
             first, second = tl.sum(acc, 0), tl.sum(acc * zh, 0)
         tiles = tl.num_programs(0) // column_tiles
-        parts += (task * tiles + row_tile) * 2 * width + column
+        parts += (task.to(tl.int64) * tiles + row_tile) * 2 * width + column
         tl.store(parts, first, o < S.outputs)
         tl.store(parts + width, second, o < S.outputs)
 

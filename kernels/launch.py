@@ -23,6 +23,7 @@ class Tiles:
 
 
 TILES = Tiles()
+REACH = 2**31 - 1  # offsets within a task are 32-bit
 CAPPED = 90  # the architecture from which operands of products need not pass through registers
 
 
@@ -63,8 +64,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def within_reach(x: Tensor) -> None:
+    """Raises ValueError where a task of ``x [T, ...]`` has more values than kernels count."""
+    if x[0].numel() > REACH:
+        raise ValueError(f"a task has {x[0].numel():,} values here, and kernels count {REACH:,}: give it fewer samples")
+
+
 def channels_last(x: Tensor) -> Tensor:
     """``[T,n,C,...]`` -> ``[T,n,...,C]``, contiguous; free where the memory has that order already."""
+    within_reach(x)
     return x.movedim(2, -1).contiguous()
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from .contraction import metafast_add_slices, metafast_gather_product, metafast_weight_gradient
-from .launch import TILES, block, by_task, cdiv, empty, launch
+from .launch import REACH, TILES, block, by_task, cdiv, empty, launch, within_reach
 
 Term = tuple[Tensor, Tensor]
 _PROGRAMS = 528  # four blocks for each of 132 multiprocessors
-_REACH = 2**31 - 1  # of the kernels' offsets within a task
 _REGISTERS = 128  # of a thread, so that two blocks of 256 threads share a multiprocessor
 
 
@@ -121,6 +120,7 @@ def gather_product(
     bias, bias_stride = (None, 0) if bias is None else by_task(bias)
     width = s.outputs * s.groups
     y = empty(source, tasks, n, s.rows_h, s.rows_w, width)
+    within_reach(y)
     if not (statistics or w0_stride or w1_stride or bias_stride):
         together = _together(tasks, max(source[0].numel(), y[0].numel()))
         tasks, n = tasks // together, n * together
@@ -166,7 +166,7 @@ def weight_gradient(terms: Sequence[Term], gather: Gather, precision: str) -> Te
 
 def _together(tasks: int, elements: int) -> int:
     """How many tasks of so many elements run as one: the most that 32 bits reach."""
-    most = min(tasks, max(1, _REACH // elements))
+    most = min(tasks, max(1, REACH // elements))
     return next(count for count in range(most, 0, -1) if tasks % count == 0)
 
 

@@ -15,12 +15,12 @@ ROWS = 128  # of a tile
 @triton.jit
 def metafast_row_sums(parts, x, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, MOMENTS: tl.constexpr):
     """Of each tile of rows: the sums, or mean and sum of squared deviations. Grid (row tile x column tile, task)."""
-    tile, task = tl.program_id(0), tl.program_id(1)
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns: tl.constexpr = (C + BC - 1) // BC
     row = tile // columns * BR + tl.arange(0, BR)
     c = tile % columns * BC + tl.arange(0, BC)
     inside = (row < rows)[:, None] & (c < C)[None, :]
-    at = task.to(tl.int64) * rows * C + row[:, None] * C + c[None, :]
+    at = task * rows * C + row[:, None] * C + c[None, :]
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
     total = tl.sum(v, 0)
     tiles = tl.num_programs(0) // columns
@@ -37,7 +37,7 @@ def metafast_row_sums(parts, x, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.
 @triton.jit
 def metafast_add_tiles(out, parts, tiles, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """``out[task, c] = sum_tile parts[task, tile, c]``. Grid (column tile, task)."""
-    task = tl.program_id(1)
+    task = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros((BC,), dtype=tl.float32)
     for start in range(0, tiles, BT):
@@ -52,7 +52,7 @@ def metafast_merge_moments(
     stat, parts, tiles, rows, eps, C: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):
     """``stat[task] = (mean, (var + eps)^-1/2)`` from moments of tiles of ``ROWS`` rows. Grid (column tile, task)."""
-    task = tl.program_id(1)
+    task = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     parts += task * tiles * 2 * C + c
     mean = tl.zeros((BC,), dtype=tl.float32)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TILES, block, cdiv, empty, launch
+from .launch import TILES, block, cdiv, empty, launch, within_reach
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,25 @@ def _count(h, w, S: tl.constexpr):
 
 @triton.jit
 def metafast_windows(
-    y, code, x, images, C: tl.constexpr, RULE: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+    y, code, x, n, C: tl.constexpr, RULE: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """``RULE``: "max" writes the winning taps to ``code`` too, "pick" reads them, "mean". Grid (tile,)."""
+    """``RULE``: "max" writes the winning taps to ``code`` too, "pick" reads them, "mean". Grid (tile, task)."""
     columns: tl.constexpr = (C + BC - 1) // BC
-    tile = tl.program_id(0)
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    x += task * n * (S.height * S.width * C)
+    y += task * n * (S.out_h * S.out_w * C)
+    if code is not None:
+        code += task * n * (S.out_h * S.out_w * C)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
-    inside = (row < images * (S.out_h * S.out_w))[:, None] & (c < C)[None, :]
-    image, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h, row % S.out_w
-    at = row.to(tl.int64)[:, None] * C + c[None, :]
-    start = image.to(tl.int64) * (S.height * S.width)
+    inside = (row < n * (S.out_h * S.out_w))[:, None] & (c < C)[None, :]
+    h, w = row // S.out_w % S.out_h, row % S.out_w
+    at = row[:, None] * C + c[None, :]
+    start = row // (S.out_h * S.out_w) * (S.height * S.width)
     if RULE == "pick":
         tap = tl.load(code + at, inside, 0).to(tl.int32)
         ih = h[:, None] * S.stride_h - S.padding_h + tap // S.kernel_w * S.dilation_h
         iw = w[:, None] * S.stride_w - S.padding_w + tap % S.kernel_w * S.dilation_w
-        v = tl.load(x + (start[:, None] + ih * S.width + iw) * C + c[None, :], inside, 0.0)
+        v = tl.load(x + (start[:, None] + ih * S.width + iw) * C + c[None, :], inside & (tap >= 0), 0.0)
         tl.store(y + at, v, inside)
     else:
         best = tl.full((BR, BC), float("-inf") if RULE == "max" else 0.0, tl.float32)
@@ -99,16 +103,18 @@ def metafast_windows(
 
 
 @triton.jit
-def metafast_windows_transpose(
-    g_x, code, g, images, C: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    """Each pixel sums what the windows around it send back: all of them, or (``code``) those it won. Grid (tile,)."""
+def metafast_windows_transpose(g_x, code, g, n, C: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Each pixel sums what the windows around it send back: all, or with ``code`` those it won. Grid (tile, task)."""
     columns: tl.constexpr = (C + BC - 1) // BC
-    tile = tl.program_id(0)
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g_x += task * n * (S.height * S.width * C)
+    g += task * n * (S.out_h * S.out_w * C)
+    if code is not None:
+        code += task * n * (S.out_h * S.out_w * C)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
-    inside = (row < images * (S.height * S.width))[:, None] & (c < C)[None, :]
-    image, h, w = row // (S.height * S.width), row // S.width % S.height, row % S.width
-    start = image.to(tl.int64) * (S.out_h * S.out_w)
+    inside = (row < n * (S.height * S.width))[:, None] & (c < C)[None, :]
+    h, w = row // S.width % S.height, row % S.width
+    start = row // (S.height * S.width) * (S.out_h * S.out_w)
     total = tl.zeros((BR, BC), tl.float32)
     for tap in range(S.taps):
         sh = h + S.padding_h - tap // S.kernel_w * S.dilation_h
@@ -123,19 +129,20 @@ def metafast_windows_transpose(
             total += sent / tl.where(meets, _count(oh, ow, S), 1.0)[:, None]
         else:
             total += tl.where(tl.load(code + at, there, -1).to(tl.int32) == tap, sent, 0.0)
-    tl.store(g_x + row.to(tl.int64)[:, None] * C + c[None, :], total, inside)
+    tl.store(g_x + row[:, None] * C + c[None, :], total, inside)
 
 
 def windows(x: Tensor, sizes: Windows, rule: str, code: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """``[T,n,H,W,C]`` -> ``[T,n,out_h,out_w,C]`` by ``rule``, and the winners' taps where the rule knows them."""
     tasks, n, _, _, channels = x.shape
     y = empty(x, tasks, n, sizes.out_h, sizes.out_w, channels)
+    within_reach(y)
     if rule == "max":
         code = torch.empty_like(y, dtype=torch.int16)
     bc = block(channels, 16, 64)
     br = TILES.elements // bc
-    grid = (cdiv(tasks * n * sizes.out_h * sizes.out_w, br) * cdiv(channels, bc),)
-    launch(metafast_windows, grid, y, code, x, tasks * n, C=channels, RULE=rule, S=sizes, BR=br, BC=bc)
+    grid = (cdiv(n * sizes.out_h * sizes.out_w, br) * cdiv(channels, bc), tasks)
+    launch(metafast_windows, grid, y, code, x, n, C=channels, RULE=rule, S=sizes, BR=br, BC=bc)
     return y, code
 
 
@@ -145,8 +152,8 @@ def windows_transpose(g: Tensor, sizes: Windows, code: Tensor | None = None) -> 
     g_x = empty(g, tasks, n, sizes.height, sizes.width, channels)
     bc = block(channels, 16, 64)
     br = TILES.elements // bc
-    grid = (cdiv(tasks * n * sizes.height * sizes.width, br) * cdiv(channels, bc),)
-    launch(metafast_windows_transpose, grid, g_x, code, g, tasks * n, C=channels, S=sizes, BR=br, BC=bc)
+    grid = (cdiv(n * sizes.height * sizes.width, br) * cdiv(channels, bc), tasks)
+    launch(metafast_windows_transpose, grid, g_x, code, g, n, C=channels, S=sizes, BR=br, BC=bc)
     return g_x
 
 

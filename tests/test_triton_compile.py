@@ -25,6 +25,14 @@ def kernels_of_the_package():
     return sorted(name for found in names for name in found)
 
 
+def modules_that_launch():
+    from metafast.executors import lowering
+
+    layers = {sys.modules[kind.__module__] for kind in vars(lowering).values() if hasattr(kind, "__module__")}
+    shared = [sys.modules[f"metafast.kernels.{name}"] for name in ("products", "sums", "windows")]
+    return [module for module in (*layers, *shared) if hasattr(module, "launch")]
+
+
 def compiled(architecture, rows=None):
     """What the assembler says of every kernel; with ``rows`` of a product alone, in blocks of so many."""
     pytest.importorskip("triton")
@@ -61,7 +69,6 @@ def main(architecture, rows=None):
     from torch import nn
 
     from metafast.capture import capture
-    from metafast.executors import lowering
     from metafast.executors.triton import TritonExecutor
     from metafast.kernels import launch as launching
     from metafast.losses import as_loss
@@ -90,10 +97,8 @@ def main(architecture, rows=None):
 
     if rows is not None:
         launching.TILES.rows = rows
-    layers = {sys.modules[kind.__module__] for kind in vars(lowering).values() if hasattr(kind, "__module__")}
-    for module in (*layers, *(sys.modules[f"metafast.kernels.{name}"] for name in ("products", "sums", "windows"))):
-        if hasattr(module, "launch"):
-            module.launch = record
+    for module in modules_that_launch():
+        module.launch = record
     conv4 = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
                           nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
                           nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1),

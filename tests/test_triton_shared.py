@@ -127,7 +127,7 @@ def test_as_many_run_as_one_as_32_bits_reach(monkeypatch):
     assert products._together(4096, 5 * 84 * 84 * 64) == 512  # 951 would fit and do not divide
     assert products._together(6, 2**40) == 1
     case = CASES[1]
-    monkeypatch.setattr(products, "_REACH", 3 * 5 * 4 * 9)  # of three tasks' results
+    monkeypatch.setattr(products, "REACH", 3 * 5 * 4 * 9)  # of three tasks' results
     at = of_one_task(point(case, tasks=TASKS), (0, 1))
     assert_close(run(case.layer, at, (0, 1)), truth(case.function, at), 1e-5)
 

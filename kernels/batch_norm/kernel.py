@@ -65,7 +65,7 @@ def _channel(p, task, stride, c, C: tl.constexpr, absent: tl.constexpr):
     if p is None:
         return tl.full((1, c.shape[0]), absent, tl.float32)
     else:
-        return tl.load(p + task.to(tl.int64) * stride + c, c < C, 0.0)[None, :]
+        return tl.load(p + task * stride + c, c < C, 0.0)[None, :]
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _pair(p, task, c, C: tl.constexpr):
 def _winners(code, n, row, c, S: tl.constexpr, task):
     """The values of the result's rows, which pixel of its window each is, and which of them ReLU let through."""
     rows = n * (S.out_h * S.out_w)
-    at = task.to(tl.int64) * rows * S.channels + row[:, None] * S.channels + c[None, :]
+    at = task * rows * S.channels + row[:, None] * S.channels + c[None, :]
     alive = (row < rows)[:, None] & (c < S.channels)[None, :]
     won = tl.zeros(at.shape, tl.int32)
     if S.coded:
@@ -109,7 +109,7 @@ def metafast_norm_forward(
 ):  # fmt: skip
     """``y``, the codes and the winners' ``xh``. Grid (row tile x column tile, task), as of all kernels here."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
-    tile, task = tl.program_id(0), tl.program_id(1)
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
     rows = n * (S.out_h * S.out_w)
     inside = (row < rows)[:, None] & (c < S.channels)[None, :]
@@ -118,7 +118,7 @@ def metafast_norm_forward(
     shift = _channel(beta, task, beta_stride, c, S.channels, 0.0)
     sample, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h * S.window_h, row % S.out_w * S.window_w
     corner = ((sample * S.height + h) * S.width + w)[:, None] * S.channels + c[None, :]
-    x += task.to(tl.int64) * n * (S.height * S.width * S.channels)
+    x += task * n * (S.height * S.width * S.channels)
     best = tl.zeros((BR, BC), tl.float32)
     best_xh = best
     won = tl.zeros((BR, BC), tl.int32)
@@ -133,7 +133,7 @@ def metafast_norm_forward(
             better = (v > best) | (v != v)
             best, best_xh = tl.where(better, v, best), tl.where(better, xh, best_xh)
             won = tl.where(better, i, won)
-    at = task.to(tl.int64) * rows * S.channels + row[:, None] * S.channels + c[None, :]
+    at = task * rows * S.channels + row[:, None] * S.channels + c[None, :]
     if S.relu:
         won = tl.where(best > 0, won, S.window)
         best = tl.where(best <= 0, 0.0, best)
@@ -153,7 +153,7 @@ def metafast_norm_sums(
     Where windows have more than one pixel, ``x`` and ``xd`` are the winners' ``xh`` and ``xhd``.
     """
     columns: tl.constexpr = (S.channels + BC - 1) // BC
-    tile, task = tl.program_id(0), tl.program_id(1)
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
     at, _won, alive = _winners(code, n, row, c, S, task)
     mean, r = _pair(stat, task, c, S.channels)
@@ -183,15 +183,15 @@ def metafast_norm_backward(
 ):  # fmt: skip
     """``g_x``, or with ``gd`` its tangent."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
-    tile, task = tl.program_id(0), tl.program_id(1)
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
     rows = n * (S.height * S.width)
     inside = (row < rows)[:, None] & (c < S.channels)[None, :]
-    pixel = task.to(tl.int64) * rows * S.channels + row[:, None] * S.channels + c[None, :]
+    pixel = task * rows * S.channels + row[:, None] * S.channels + c[None, :]
     sample, h, w = row // (S.height * S.width), row // S.width % S.height, row % S.width
     oh, ow = h // S.window_h, w // S.window_w
     at = ((sample * S.out_h + oh) * S.out_w + ow)[:, None] * S.channels + c[None, :]
-    at += task.to(tl.int64) * n * (S.out_h * S.out_w * S.channels)
+    at += task * n * (S.out_h * S.out_w * S.channels)
     alive = inside & ((oh < S.out_h) & (ow < S.out_w))[:, None]
     if S.coded:
         place = h % S.window_h * S.window_w + w % S.window_w
@@ -223,7 +223,7 @@ def metafast_norm_tangent(
 ):  # fmt: skip
     """``yd`` and the winners' ``xhd``. Where windows have more than one pixel, ``x`` is the winners' ``xh``."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
-    tile, task = tl.program_id(0), tl.program_id(1)
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
     at, won, alive = _winners(code, n, row, c, S, task)
     inside = (row < n * (S.out_h * S.out_w))[:, None] & (c < S.channels)[None, :]
@@ -235,7 +235,7 @@ def metafast_norm_tangent(
         level, slope = _pair(xd_mean, task, c, S.channels)
         sample, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h * S.window_h, row % S.out_w * S.window_w
         pixel = ((sample * S.height + h) * S.width + w)[:, None] + won // S.window_w * S.width + won % S.window_w
-        xd += task.to(tl.int64) * n * (S.height * S.width * S.channels)
+        xd += task * n * (S.height * S.width * S.channels)
         xhd = r * (tl.load(xd + pixel * S.channels + c[None, :], alive, 0.0).to(tl.float32) - level - xh * slope)
         value += _channel(gamma, task, gamma_stride, c, S.channels, 1.0) * xhd
         if S.window > 1:

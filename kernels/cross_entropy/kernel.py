@@ -19,13 +19,13 @@ from .reference import CrossEntropy
 def metafast_cross_entropy(loss, p, g, z, y, w, n, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
     """``loss [T]``, ``p`` and ``g`` ``[T,n,K]``; NaN for a task with a label outside. Grid (1, task): the samples of a
     task one block after another."""
-    task = tl.program_id(1)
+    task = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BK)
     total = tl.zeros((BR,), tl.float32)
     for start in range(0, n, BR):
         row = start + tl.arange(0, BR)
         inside = (row < n)[:, None] & (k < K)[None, :]
-        at = (task.to(tl.int64) * n + row)[:, None] * K + k[None, :]
+        at = (task * n + row)[:, None] * K + k[None, :]
         v = tl.load(z + at, inside, float("-inf")).to(tl.float32)
         top = tl.where(row < n, tl.max(v, 1), 0.0)
         e = tl.where(inside, tl.exp(v - top[:, None]), 0.0)

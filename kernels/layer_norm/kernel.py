@@ -21,7 +21,7 @@ def _feature(p, task, stride, d, D, absent: tl.constexpr):
     if p is None:
         return tl.full((1, d.shape[0]), absent, tl.float32)
     else:
-        return tl.load(p + task.to(tl.int64) * stride + d, d < D, 0.0)[None, :]
+        return tl.load(p + task * stride + d, d < D, 0.0)[None, :]
 
 
 @triton.jit
@@ -36,8 +36,8 @@ def metafast_layer_norm(
     y, stat, x, gamma, beta, gamma_stride, beta_stride, rows, eps, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
     """``y`` and ``stat [T, rows, 2]``: mean and ``(var + eps)^-1/2``. Grid (row tile, task), as of all kernels here."""
-    task, row = tl.program_id(1), tl.program_id(0) * BR + tl.arange(0, BR)
-    base = (task.to(tl.int64) * rows + row)[:, None] * D
+    task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
+    base = (task * rows + row)[:, None] * D
     mean = tl.zeros((BR, 1), tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
@@ -68,8 +68,8 @@ def metafast_layer_norm_tangent(
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """``yd`` and ``xd_mean [T, rows, 2]``: the means of ``xd`` and ``xd xh``."""
-    task, row = tl.program_id(1), tl.program_id(0) * BR + tl.arange(0, BR)
-    base = (task.to(tl.int64) * rows + row)[:, None] * D
+    task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
+    base = (task * rows + row)[:, None] * D
     mean, r = _rows(stat, task, row, rows)
     level = tl.zeros((BR, 1), tl.float32)
     slope = tl.zeros((BR, 1), tl.float32)
@@ -119,8 +119,8 @@ def metafast_layer_norm_backward(
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """``g_x`` or with ``gd`` its tangent, and of each tile the sums for beta and gamma: ``[T, tiles, 2, D]``."""
-    task, row = tl.program_id(1), tl.program_id(0) * BR + tl.arange(0, BR)
-    base = (task.to(tl.int64) * rows + row)[:, None] * D
+    task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
+    base = (task * rows + row)[:, None] * D
     mean, r = _rows(stat, task, row, rows)
     xd_level, xd_slope = mean * 0.0, mean * 0.0
     if xd is not None:

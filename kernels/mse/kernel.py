@@ -18,8 +18,8 @@ from .reference import MSE
 @triton.jit
 def metafast_mse(loss, g, z, y, w, n, K: tl.constexpr, B: tl.constexpr):
     """``loss [T]``, ``g = 2 w (z - y) / K`` for samples of ``K`` elements. Grid (1, task)."""
-    task = tl.program_id(1)
-    base = task.to(tl.int64) * n * K
+    task = tl.program_id(1).to(tl.int64)
+    base = task * n * K
     total = tl.zeros((B,), tl.float32)
     for start in range(0, n * K, B):
         i = start + tl.arange(0, B)
