@@ -83,7 +83,7 @@ def _versions() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for module, (extra, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
-            remedy = f"pip install 'metafast[{extra}]'"
+            remedy = f'pip install "metafast[{extra}]"'
             yield Finding("missing", module, f"not installed, so no {purpose}", remedy)
 
 

@@ -393,5 +393,7 @@ def test_unknown_names() -> None:
         contenders(["auto"], ["numpy"], [TorchLoop()])
     with pytest.raises(ValueError, match="backend='quick' is unknown"):
         contenders(["quick"], [], [TorchLoop()])
-    chosen = contenders(["auto", "reference"], ["Torch loop"], [TorchLoop(), TorchVmap()])
+    with pytest.raises(ValueError, match=r"'torch' is unknown; choose from torch loop, torch.func vmap"):
+        contenders(["auto"], ["torch"], [TorchLoop(), TorchVmap()])
+    chosen = contenders(["auto", "reference"], ["Torch l", "torch loop"], [TorchLoop(), TorchVmap()])
     assert [peer.name for peer in chosen] == ["metafast", "metafast (reference)", "torch loop"]

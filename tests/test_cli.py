@@ -94,6 +94,9 @@ def test_doctor_is_healthy_here(capsys):
     report = json.loads(out)
     assert code == 0
     assert report["healthy"]
+    assert all(f["remedy"] for f in report["findings"] if f["state"] != "ok")
+    triton = [f for f in report["findings"] if f["subject"] == "executor triton" and f["state"] == "missing"]
+    assert all("pip install 'metafast[triton]'" in f["remedy"] for f in triton)
     gradients = [f for f in report["findings"] if f["subject"].startswith("executor ")]
     assert any(f["state"] == "ok" and "differs from autograd's by" in f["text"] for f in gradients)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from metafast.bench import WORKLOADS
+from metafast.bench.run import contenders
+from metafast.benchmarks.peers import peers
 from metafast.commands import app
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +30,10 @@ def commands() -> list[tuple[str, str]]:
 def test_commands_have_the_options_that_are_shown(page: str, line: str) -> None:
     name, *arguments = shlex.split(line, comments=True)[1:]
     command = get_command(app).commands[name]
-    command.make_context(name, arguments).close()
+    with command.make_context(name, arguments) as context:
+        if name == "bench":
+            contenders(context.params["backend"] or [], context.params["peer"] or [], peers())
+            assert set(context.params["names"] or []) <= set(WORKLOADS)
 
 
 def test_there_are_commands_of_every_kind() -> None:

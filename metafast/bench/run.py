@@ -258,16 +258,20 @@ def _compare(rows: list[dict[str, Any]]) -> None:
 
 
 def contenders(backends: Sequence[str], chosen: Sequence[str], known: Sequence[Peer]) -> list[Peer]:
-    """metafast with each of ``backends``, then the ``known`` peers whose names are ``chosen`` (none: all of them).
+    """metafast with each of ``backends``, then the ``known`` peers whose names begin with one that is ``chosen`` (none:
+    all of them).
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name that no peer has, or more than one.
     """
     for backend in backends:
         check_backend(backend)
-    names = {peer.name.lower(): peer for peer in known}
+    wanted: dict[str, Peer] = {} if chosen else {peer.name: peer for peer in known}
     for name in chosen:
-        if name.lower() not in names:
-            raise ValueError(f"--peer {name!r} is unknown; choose from {', '.join(peer.name for peer in known)}")
-    wanted = [names[name.lower()] for name in chosen] if chosen else list(known)
-    return [*(Metafast(backend) for backend in backends), *wanted]
+        found = [peer for peer in known if peer.name.lower().startswith(name.lower())]
+        if len(found) != 1:
+            raise ValueError(
+                f"--peer {name!r} is unknown; choose from {', '.join(peer.name for peer in found or known)}"
+            )
+        wanted[found[0].name] = found[0]
+    return [*(Metafast(backend) for backend in dict.fromkeys(backends)), *wanted.values()]
