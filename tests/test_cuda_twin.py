@@ -156,10 +156,10 @@ def test_a_task_that_does_not_fit_is_refused_with_its_size():
     learner, tasks = make_learner(OWN[0]), make_tasks(OWN[0]).to(torch.float64)
     executor = NativeCudaExecutor(BlockMachine(100_000, 132))
     reason = executor.refuses(learner.program, tasks.support_x)
-    assert reason == "a task takes 110 KiB of shared memory and a block has 98 KiB"
-    with pytest.raises(ValueError, match="takes 112000 bytes of shared memory and a block has 100000"):
+    assert reason == "a task takes 100 KiB of shared memory and a block has 98 KiB"
+    with pytest.raises(ValueError, match="takes 102400 bytes of shared memory and a block has 100000"):
         parts(executor, learner, tasks)
-    assert "110 KiB" in executor.explain(learner.program, tasks.support_x)[0]
+    assert "100 KiB" in executor.explain(learner.program, tasks.support_x)[0]
 
 
 @pytest.mark.parametrize("inputs", [12_000, 20_000])
@@ -178,8 +178,8 @@ def test_a_query_set_that_does_not_fit_goes_to_the_next_executor(monkeypatch):
     for queries, chosen in ((4, "native-cuda"), (40, "reference")):
         check_against_oracle(learner, make_tasks(setup, query=queries).to(torch.float64), 1e-9)
         assert learner.explain().startswith(f"executor: {chosen} ")
-    assert "passed over native-cuda: a task takes 38 KiB of shared memory and a block has 29 KiB" in learner.explain()
-    with pytest.raises(RuntimeError, match="38 KiB"):
+    assert "passed over native-cuda: a task takes 37 KiB of shared memory and a block has 29 KiB" in learner.explain()
+    with pytest.raises(RuntimeError, match="37 KiB"):
         make_learner(setup, backend="native-cuda")(make_tasks(setup, query=40).to(torch.float64))
 
 

@@ -52,7 +52,8 @@ bool reads_y(Kind k) { return k == Kind::relu || k == Kind::tanh || k == Kind::s
 bool runs_in_place(Kind k) {
   return k == Kind::batch_norm || k == Kind::norm_relu_pool || k == Kind::leaky_relu || k == Kind::gelu;
 }
-bool reads_xd(Kind k) {
+// Its rules for adjoints' tangents read the adjoint of its output and the tangent of its input.
+bool bends(Kind k) {
   return k != Kind::relu && k != Kind::leaky_relu && k != Kind::add && k != Kind::max_pool2d && k != Kind::avg_pool2d;
 }
 
@@ -91,7 +92,8 @@ int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
   }
 }
 
-// Time runs through the forward rules 0 .. L-1, the loss at L, and the backward rules of L-1 .. 0 at L+1 .. 2L.
+// Time runs through the forward rules 0 .. L-1, the loss at L, and the backward rules of L-1 .. 0 at L+1 .. 2L. Tangent
+// rules read of the values what the backward rules read.
 void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
   const int values = static_cast<int>(grids_.size()), L = static_cast<int>(ops_.size()), end = 2 * L + 1;
   for (auto* v : {&out.value, &out.adjoint, &out.tangent, &out.d_adjoint}) v->assign(values, -1);
@@ -107,7 +109,7 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
       if (v < 0) continue;
       first_reader[v] = std::min(first_reader[v], k), last_reader[v] = std::max(last_reader[v], k);
       needed[v] = std::max(needed[v], backward && depends_[op.output] && reads_x(op.kind) ? 2 * L - k : k);
-      if (reads_xd(op.kind)) bent[v] = std::max(bent[v], 2 * L - k);
+      if (bends(op.kind)) bent[v] = std::max(bent[v], 2 * L - k);
       bent[v] = std::max(bent[v], k);
     }
     if (backward && reads_y(op.kind)) needed[op.output] = std::max(needed[op.output], 2 * L - k);
@@ -122,10 +124,11 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
   const bool taped = kind == PassKind::taped;
   std::vector<Interval> tape, scratch;
   std::vector<int> in_place;  // values whose adjoints take their place
-  const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies) {
-    if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, taped ? 0 : born, taped ? end : dies});
+  // `followed`: by tangent rules that read it.
+  const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies, bool followed) {
+    if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, born, taped && followed ? end : dies});
   };
-  for (int k = 0; k < L; ++k) keep(out.saved[k], saved_elements(ops_[k], n, kind), k, backward ? 2 * L - k : k);
+  for (int k = 0; k < L; ++k) keep(out.saved[k], saved_elements(ops_[k], n, kind), k, backward ? 2 * L - k : k, true);
   for (const Op& op : ops_) {
     const int v = op.output;
     const int adjoint_born = 2 * L - last_reader[v], adjoint_dies = 2 * L - made[v];
@@ -133,13 +136,13 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
     const bool over = pulls && !taped && last_reader[v] < L && first_reader[v] == last_reader[v] &&
                       needed[v] == adjoint_born && runs_in_place(ops_[last_reader[v]].kind);
     if (over) in_place.push_back(v);
-    keep(out.value[v], size(v), made[v], over ? adjoint_dies : needed[v]);
-    if (pulls && !over) keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies);
+    keep(out.value[v], size(v), made[v], over ? adjoint_dies : needed[v], needed[v] > L);
+    if (pulls && !over) keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies, bends(op.kind));
     if (taped && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], bent[v]});
     if (taped && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies});
   }
   const Grid& o = program_.out;
-  if (program_.loss == LossKind::cross_entropy) keep(out.saved[L], static_cast<int64_t>(n) * o.ld, L, L);
+  if (program_.loss == LossKind::cross_entropy) keep(out.saved[L], static_cast<int64_t>(n) * o.ld, L, L, true);
   const int64_t height = arrange(tape), scratch_height = arrange(scratch);
   for (int v : in_place) out.adjoint[v] = out.value[v];
   out.pass = {n,      out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
