@@ -199,16 +199,25 @@ def test_losses_in_small_blocks(case, monkeypatch):
     assert_close([[v.cpu() for v in part] for part in found], expected, case.tolerance, ("loss", "gradient", "tangent"))
 
 
-SPREAD = ["conv2d: 3x3, padded", "batch_norm: 2d", "layer_norm: two axes", "max_pool2d: 3x3, o"]
+SPREAD = ["conv2d: 3x3, padded", "linear: odd", "batch_norm: 2d", "layer_norm: two axes", "max_pool2d: 3x3, o",
+          "avg_pool2d: padding", "gelu: image"]  # fmt: skip
 
 
 @pytest.mark.parametrize("stem", SPREAD)
 def test_memory_layout_does_not_matter(stem):
     case = next(c for c in HAND_WRITTEN if str(c).startswith(stem))
-    at = point(case, tasks=2)
+    at = point(case, tasks=2, dtype=torch.float32)  # as the kernels take it, or a cast would close the gaps
     spread = Point(**{k: [_spread(v) for v in x] if isinstance(x, list) else _spread(x) for k, x in vars(at).items()})
     expected = run(triton_layer(case.layer), at, case)
     assert_close(run(triton_layer(case.layer), spread, case), expected, 1e-7)
+
+
+@pytest.mark.parametrize("case", [LOSSES[0], LOSSES[-1]], ids=str)
+def test_memory_layout_does_not_matter_to_losses(case):
+    at = [v.to(DEVICE) for v in loss_point(case, 2)]
+    spread = [torch.stack([v, v + 1], -1)[..., 0] for v in at]
+    found, expected = (loss_rules(triton_loss(case.loss), *values) for values in (spread, at))
+    assert_close(found, expected, 0.0, ("loss", "gradient", "tangent"))
 
 
 @dataclass(frozen=True)
