@@ -195,9 +195,7 @@ class TritonLayerNorm(Layer):
     ) -> tuple[Tangents, Tangents]:
         return self._pull(ctx, params, gd_y.contiguous(), d_params)
 
-    def _pull(
-        self, ctx: Context, params: Tensors, gd: Tensor | None, d_params: Tangents
-    ) -> tuple[Tangents, Tangents]:
+    def _pull(self, ctx: Context, params: Tensors, gd: Tensor | None, d_params: Tangents) -> tuple[Tangents, Tangents]:
         out = torch.empty_like(ctx.x)
         br, _ = self._block(ctx)
         parts = empty(ctx.stat, ctx.x.shape[0], cdiv(ctx.rows, br), 2, ctx.features)
