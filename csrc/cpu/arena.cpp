@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "../core/guard.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -58,6 +60,7 @@ Arena::Arena(size_t bytes, int64_t owner) {
 }
 
 Arena::~Arena() {
+  allow(block_.data, static_cast<int64_t>(block_.size));  // the next owner lays it out anew
   const std::lock_guard<std::mutex> lock(pool().mutex);
   pool().blocks.push_back(block_);
 }
