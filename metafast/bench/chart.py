@@ -48,9 +48,13 @@ def _panel(axes: Any, workload: dict[str, Any], rows: list[dict[str, Any]]) -> N
             fontsize=8,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xlim(floor / 2, 4 * max([floor, *medians]))
+    shortest, longest = floor / 2, 4 * max([floor, *medians])
+    axes.set_xlim(shortest, longest)
+    ticker = require("matplotlib.ticker")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if longest < 300 * shortest else (1,)))
+    axes.xaxis.set_major_formatter(lambda seconds, _: duration(seconds))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.invert_yaxis()
-    axes.set_xlabel("seconds", fontsize=8)
     axes.set_title(workload["name"], loc="left", fontsize=10, fontweight="bold")
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=7, frameon=False, loc="upper right")
