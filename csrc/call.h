@@ -115,8 +115,8 @@ class Call {
     if (lr_sums) job.lr_sums = static_cast<T*>(partial->data()) + in_sums;
     job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
                job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
-    const int64_t workspace = job.tasks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
-    workspace > 0 ? run_in_teams(workspace) : run_alone(threads, chunk);
+    const int64_t workspace = chunks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
+    workspace > 0 ? run_in_teams(chunks, chunk, workspace) : run_alone(threads, chunk);
     total(job.sums, chunks, size);
     total(job.lr_sums, chunks, job.lr_rows * size);
   }
@@ -170,24 +170,25 @@ class Call {
     });
   }
 
-  // A team for each task. A pool may give fewer threads than there are members: then one thread stands for several, and
-  // finds the teams closed that it would join a second time.
-  void run_in_teams(int64_t workspace) {
-    const int64_t tasks = job.tasks, threads = torch::stable::get_num_threads();
+  // A team for each chunk. A pool may give fewer threads than there are members: then one thread stands for several,
+  // and finds the teams closed that it would join a second time.
+  void run_in_teams(int64_t chunks, int64_t chunk, int64_t workspace) {
+    const int64_t threads = torch::stable::get_num_threads();
     std::deque<Team> teams;
     std::deque<Arena> memories;
-    for (int64_t t = 0; t < tasks; ++t) {
-      teams.emplace_back(static_cast<int>(threads / tasks + (t < threads % tasks)));
-      memories.emplace_back(isa->memory(job) * sizeof(T), t);
+    for (int64_t k = 0; k < chunks; ++k) {
+      teams.emplace_back(static_cast<int>(threads / chunks + (k < threads % chunks)));
+      memories.emplace_back(isa->memory(job) * sizeof(T), k);
     }
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
-      const Arena own(workspace * sizeof(T), tasks + first);
-      for (int64_t k = first; k < end; ++k) {
-        Recording recording(*job.program, job.steps, 1);
-        Team& team = teams[k % tasks];
+      const Arena own(workspace * sizeof(T), chunks + first);
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t k = i % chunks;
+        Recording recording(*job.program, job.steps, chunk);
+        Team& team = teams[k];
         const int rank = team.join();
         if (rank < 0) continue;
-        isa->run_together(job, k % tasks, static_cast<T*>(memories[k % tasks].data()), static_cast<T*>(own.data()),
+        isa->run_together(job, chunk, k, static_cast<T*>(memories[k].data()), static_cast<T*>(own.data()),
                           {&team, rank, team.size()}, rank == 0 ? recording.trace() : nullptr);
       }
     });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ def _threads():
 @pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
 def test_every_layer(case):
     program = program_around(case)
-    params = 0.3 * torch.randn(program.size)
-    for tasks, threads in ((1, 2), (2, 5)):
-        made = program, params, case_tasks(case, torch.float32, tasks)
+    for dtype, tasks, threads in ((torch.float32, 1, 2), (torch.float32, 2, 5), (torch.float64, 1, 3)):
+        params = (0.3 * torch.randn(program.size)).to(dtype)
+        made = program, params, case_tasks(case, dtype, tasks)
         assert_same_bits(bits(*made, native=SHARED, threads=threads), bits(*made, native=ALONE, threads=threads))
 
 
@@ -64,6 +65,21 @@ def test_every_function(name, loss):
     torch.set_num_threads(3)
     for found, wanted in zip(run(SHARED), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ragged_tasks(name):
+    program, params, tasks = setup(name, torch.float32, tasks=2)
+    masks = [torch.rand(y.shape) < 0.6 for y in (tasks.support_y, tasks.query_y)]
+    for mask in masks:
+        mask[:, 1:3] = True
+    made = program, params, replace(tasks, support_mask=masks[0], query_mask=masks[1])
+    assert_same_bits(bits(*made, native=SHARED, threads=5), bits(*made, native=ALONE))
+
+
+def test_more_tasks_than_sums_and_more_threads_than_tasks():
+    made = setup("mlp", torch.float32, tasks=70)
+    assert_same_bits(bits(*made, native=SHARED, threads=80), bits(*made, native=ALONE))
 
 
 def test_small_tasks_stay_with_one_core_and_large_ones_do_not():

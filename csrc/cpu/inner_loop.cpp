@@ -10,28 +10,28 @@ int64_t memory(const Job<T>& job) {
   return TaskMemory<T>(job, nullptr).size;
 }
 
+// Chunk k of tasks, one after another.
 template <class T>
-void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace) {
-  const int64_t size = job.program->size;
-  Task<T> task(job, base, nullptr, {}, trace);
-  // Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
-  const auto take = [=] { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); };
-  for (int64_t k = take(); k * chunk < job.tasks; k = take()) {
-    const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks;
-    T* const sums = job.sums ? job.sums + k * size : nullptr;
-    T* const lr_sums = job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr;
-    task.clear_sums(sums, lr_sums);
-    for (int64_t t = k * chunk; t < end; ++t) task.run(t, sums, lr_sums);
-  }
+void run_chunk(Task<T>& task, const Job<T>& job, int64_t chunk, int64_t k) {
+  const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks, size = job.program->size;
+  T* const sums = job.sums ? job.sums + k * size : nullptr;
+  T* const lr_sums = job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr;
+  task.clear_sums(sums, lr_sums);
+  for (int64_t t = k * chunk; t < end; ++t) task.run(t, sums, lr_sums);
 }
 
 template <class T>
-void run_together(const Job<T>& job, int64_t t, T* base, T* own, Member member, Trace* trace) {
+void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace) {
+  Task<T> task(job, base, nullptr, {}, trace);
+  // Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
+  const auto take = [=] { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); };
+  for (int64_t k = take(); k * chunk < job.tasks; k = take()) run_chunk(task, job, chunk, k);
+}
+
+template <class T>
+void run_together(const Job<T>& job, int64_t chunk, int64_t k, T* base, T* own, Member member, Trace* trace) {
   Task<T> task(job, base, own, member, trace);
-  T* const sums = job.sums ? job.sums + t * job.program->size : nullptr;
-  T* const lr_sums = job.lr_sums ? job.lr_sums + t * job.lr_rows * job.program->size : nullptr;
-  task.clear_sums(sums, lr_sums);
-  task.run(t, sums, lr_sums);
+  run_chunk(task, job, chunk, k);
 }
 
 template <class T>

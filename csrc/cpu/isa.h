@@ -18,8 +18,8 @@ struct Isa {
   // Elements of memory that each member of a team but the first needs; 0: with fewer than so many products in each of
   // its contractions a task is too small for a team.
   int64_t (*team_workspace)(const Job<T>&, int64_t products);
-  // Runs one task, a chunk by itself, as a member of a team that shares `memory`.
-  void (*run_together)(const Job<T>&, int64_t task, T* memory, T* own, Member, Trace*);
+  // Runs chunk k as a member of a team that shares `memory`.
+  void (*run_together)(const Job<T>&, int64_t chunk, int64_t k, T* memory, T* own, Member, Trace*);
 };
 
 // Names of the builds that this processor can run, the best one first.
