@@ -8,25 +8,12 @@ from typing import Annotated
 
 import typer
 
-from metafast.options import (
-    OF_OWN_MODEL,
-    Device,
-    InnerRate,
-    InputShape,
-    Model,
-    Queries,
-    Shots,
-    Steps,
-    Tasks,
-    Threads,
-    Ways,
-    refuse_typed,
-)
+from metafast import options
 
 _HOW, _OUT = "How it is measured", "What is written"
 _MEASURING = (
     "names", "backend", "peer", "learn2learn", "device", "threads", "rounds", "budget", "limit", "first_limit",
-    "model", *OF_OWN_MODEL,
+    "model", *options.OF_OWN_MODEL,
 )  # fmt: skip
 _WRITTEN = ("json", "markdown", "chart", "report", "readme", "load")
 
@@ -50,16 +37,16 @@ def bench(
     budget: Annotated[float, typer.Option(help="Seconds a peer and workload.", rich_help_panel=_HOW)] = 6.0,
     limit: Annotated[float, typer.Option(help="Seconds for a call; slower: cut off.", rich_help_panel=_HOW)] = 30,
     first_limit: Annotated[float, typer.Option(help="The same for the first call.", rich_help_panel=_HOW)] = 120,
-    device: Device = "auto",
-    threads: Threads = None,
-    model: Model = None,
-    input_shape: InputShape = "1,28,28",
-    ways: Ways = 5,
-    shots: Shots = 1,
-    queries: Queries = 15,
-    tasks: Tasks = 8,
-    steps: Steps = 5,
-    lr: InnerRate = 0.01,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    model: options.Model = None,
+    input_shape: options.InputShape = "1,28,28",
+    ways: options.Ways = 5,
+    shots: options.Shots = 1,
+    queries: options.Queries = 15,
+    tasks: options.Tasks = 8,
+    steps: options.Steps = 5,
+    lr: options.InnerRate = 0.01,
     json: Annotated[Path | None, typer.Option(help="The whole result.", rich_help_panel=_OUT)] = None,
     markdown: Annotated[Path | None, typer.Option(help="A table.", rich_help_panel=_OUT)] = None,
     chart: Annotated[Path | None, typer.Option(help="A bar chart, .png.", rich_help_panel=_OUT)] = None,
@@ -75,18 +62,18 @@ def bench(
     from metafast.build import choose_device
 
     if compare is not None:
-        refuse_typed(context, (*_MEASURING, *_WRITTEN), "has no use with --compare, which reads two results")
+        options.refuse_typed(context, (*_MEASURING, *_WRITTEN), "has no use with --compare, which reads two results")
         if harness.main_compare(*compare, threshold).worse:
             raise typer.Exit(1)
         return
-    refuse_typed(context, ["threshold"], "goes with --compare A.json B.json")
+    options.refuse_typed(context, ["threshold"], "goes with --compare A.json B.json")
     if load is not None:
-        refuse_typed(context, _MEASURING, "has no use with --load, which measures nothing")
+        options.refuse_typed(context, _MEASURING, "has no use with --load, which measures nothing")
     own = None
     if model is not None:
         own = harness.own_workload(model, input_shape, ways, shots, queries, tasks, steps, lr)
     else:
-        refuse_typed(context, OF_OWN_MODEL, "goes with --model FILE.py:FACTORY; a canonical workload has its own")
+        options.refuse_of_own_model(context)
     if learn2learn is not None:
         os.environ[LEARN2LEARN] = str(learn2learn)
     result = harness.main_bench(

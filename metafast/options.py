@@ -38,3 +38,8 @@ def refuse_typed(context: typer.Context, names: Collection[str], reason: str) ->
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             option = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
             raise ValueError(f"{option} {reason}")
+
+
+def refuse_of_own_model(context: typer.Context) -> None:
+    """Raises ValueError where options of an own model were typed, and the workload is a canonical one."""
+    refuse_typed(context, OF_OWN_MODEL, "goes with --model FILE.py:FACTORY; a canonical workload has its own")

@@ -8,21 +8,7 @@ from typing import Annotated
 
 import typer
 
-from metafast.options import (
-    OF_OWN_MODEL,
-    Backend,
-    Device,
-    InnerRate,
-    InputShape,
-    Model,
-    Queries,
-    Shots,
-    Steps,
-    Tasks,
-    Threads,
-    Ways,
-    refuse_typed,
-)
+from metafast import options
 
 
 def profile(
@@ -30,17 +16,17 @@ def profile(
     name: Annotated[str | None, typer.Argument(metavar="WORKLOAD", help="A canonical workload, or --model.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of profile.json, trace.json and roofline.png.")] = Path("profile"),
     iterations: Annotated[int | None, typer.Option(help="To record. Default: two seconds of them.")] = None,
-    backend: Backend = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    model: Model = None,
-    input_shape: InputShape = "1,28,28",
-    ways: Ways = 5,
-    shots: Shots = 1,
-    queries: Queries = 15,
-    tasks: Tasks = 8,
-    steps: Steps = 5,
-    lr: InnerRate = 0.01,
+    backend: options.Backend = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    model: options.Model = None,
+    input_shape: options.InputShape = "1,28,28",
+    ways: options.Ways = 5,
+    shots: options.Shots = 1,
+    queries: options.Queries = 15,
+    tasks: options.Tasks = 8,
+    steps: options.Steps = 5,
+    lr: options.InnerRate = 0.01,
 ) -> None:
     """Shows where the time of meta-training goes: by phase, by layer and rule, against the roofline; with a trace."""
     from metafast.bench.own import own_workload
@@ -52,7 +38,7 @@ def profile(
     if (name is None) == (model is None):
         raise ValueError("give a workload's name, such as omni5w1s-1, or --model FILE.py:FACTORY")
     if name is not None:
-        refuse_typed(context, OF_OWN_MODEL, "goes with --model FILE.py:FACTORY; a canonical workload has its own")
+        options.refuse_of_own_model(context)
     check_backend(backend)
     chosen = workload(name) if name else own_workload(
         str(model), input_shape, ways, shots, queries, tasks, steps, lr

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from metafast.options import Backend, Device, InnerRate, InputShape, Queries, Shots, Steps, Tasks, Ways
+from metafast import options
 
 
 def verify(
@@ -21,15 +21,15 @@ def verify(
     bn: Annotated[str, typer.Option(help="Batch norm: task, per_step, frozen or running.")] = "task",
     json: Annotated[Path | None, typer.Option(help="Write the certificate to this file.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    device: Device = "auto",
-    backend: Backend = "auto",
-    input_shape: InputShape = "1,28,28",
-    ways: Ways = 5,
-    shots: Shots = 1,
-    queries: Queries = 3,
-    tasks: Tasks = 2,
-    steps: Steps = 2,
-    lr: InnerRate = 0.01,
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    input_shape: options.InputShape = "1,28,28",
+    ways: options.Ways = 5,
+    shots: options.Shots = 1,
+    queries: options.Queries = 3,
+    tasks: options.Tasks = 2,
+    steps: options.Steps = 2,
+    lr: options.InnerRate = 0.01,
 ) -> None:
     """Holds the gradients of your own model against plain autograd in float64; fails where they disagree."""
     from metafast.bench.own import own_workload

@@ -16,7 +16,7 @@ KERNELS = {"metafast_inner_loop", "metafast_sum_blocks"}
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 
 
-@pytest.fixture(scope="module", params=["80", "90"])
+@pytest.fixture(scope="module", params=["80", "90", "100"])
 def report(request, tmp_path_factory):
     """ptxas' words by kernel."""
     target = tmp_path_factory.mktemp("cubin") / "inner_loop.cubin"

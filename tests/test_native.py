@@ -251,6 +251,14 @@ def test_the_four_functions_make_the_fused_one(name):
             close(found[1], expected[1], 1e-9)
 
 
+def compare_network(model, sample, samples):
+    program = capture(model.double(), MSE())
+    x = [torch.randn(2, n, *sample, dtype=torch.float64) for n in samples]
+    y = [torch.randn(*v.shape[:2], 2, dtype=torch.float64) for v in x]
+    params = program.flatten({n: p.detach() for n, p in model.named_parameters()})
+    compare(program, params, TaskBatch(x[0], y[0], x[1], y[1]))
+
+
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_random_vectors(data):
@@ -264,12 +272,7 @@ def test_random_vectors(data):
         layers.append(nn.Linear(inputs, outputs, bias=data.draw(st.booleans())))
         layers += [nn.LayerNorm(outputs)] if outputs > 1 and data.draw(st.booleans()) else []
         layers.append(data.draw(st.sampled_from([nn.ReLU(), nn.Tanh(), nn.GELU()])))
-    model = nn.Sequential(*layers, nn.Linear(widths[-1], 2)).double()
-    program = capture(model, MSE())
-    x = [torch.randn(2, n, widths[0], dtype=torch.float64) for n in (draw(1, 13), draw(1, 13))]
-    y = [torch.randn(*v.shape[:2], 2, dtype=torch.float64) for v in x]
-    params = program.flatten({n: p.detach() for n, p in model.named_parameters()})
-    compare(program, params, TaskBatch(x[0], y[0], x[1], y[1]))
+    compare_network(nn.Sequential(*layers, nn.Linear(widths[-1], 2)), (widths[0],), [draw(1, 13), draw(1, 13)])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -293,12 +296,8 @@ def test_random_networks(data):
             layers.append(data.draw(st.sampled_from([nn.MaxPool2d(2), nn.AvgPool2d(2)])))
             size = [s // 2 for s in size]
         channels = outputs
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size[0] * size[1], 2)).double()
-    program = capture(model, MSE())
-    x = [torch.randn(2, n, *sample, dtype=torch.float64) for n in (draw(1, 4), draw(1, 4))]
-    y = [torch.randn(*v.shape[:2], 2, dtype=torch.float64) for v in x]
-    params = program.flatten({n: p.detach() for n, p in model.named_parameters()})
-    compare(program, params, TaskBatch(x[0], y[0], x[1], y[1]))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size[0] * size[1], 2))
+    compare_network(model, sample, [draw(1, 4), draw(1, 4)])
 
 
 def bits(program, params, tasks, native=None, threads=1, steps=2):

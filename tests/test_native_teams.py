@@ -78,7 +78,9 @@ def test_ragged_tasks(name):
 
 
 def test_more_tasks_than_sums_and_more_threads_than_tasks():
-    made = setup("mlp", torch.float32, tasks=70)
+    made = program, _, tasks = setup("mlp", torch.float32, tasks=70)
+    torch.set_num_threads(80)
+    assert "several cores for each task" in SHARED.explain(program, tasks.support_x)[0]
     assert_same_bits(bits(*made, native=SHARED, threads=80), bits(*made, native=ALONE))
 
 

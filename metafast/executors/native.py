@@ -78,13 +78,13 @@ class NativeExecutor(Executor, python_loss.Passes):
         return None
 
     def explain(self, program: Program, x: Tensor) -> list[str]:
-        shared = len(x) < torch.get_num_threads() and self._memory(program, x, x.shape[1])[3]
+        shared = _chunks(len(x)) < torch.get_num_threads() and self._memory(program, x, x.shape[1])[3]
         where = f"C++ ({self.isa}), {'several cores' if shared else 'a core'} for each task"
         return [where for _ in program.nodes]
 
     def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:
         keep, peak = self.memory(program, support_x, query_x, steps)
-        return str(Plan(min(torch.get_num_threads(), len(support_x)), keep, peak))
+        return str(Plan(min(torch.get_num_threads(), _chunks(len(support_x))), keep, peak))
 
     def memory(self, program: Program, support: Tensor, query: Tensor, steps: int) -> tuple[bool, int]:
         """Are the activations of every inner step kept, and the bytes of working memory that a meta-gradient takes.
@@ -93,7 +93,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         """
         tape, tangents, plain, more = self._memory(program, support, query.shape[1])
         cores = torch.get_num_threads()
-        tasks = min(cores, support.shape[0])
+        tasks = min(cores, _chunks(support.shape[0]))
         keep = program.loss.stem in LOSSES and steps * tape * tasks <= self.budget
         parameters = (2 * steps + 4) * program.size * support.element_size()
         each = (steps if keep else 1) * tape + max(tangents, plain) + parameters
@@ -216,6 +216,11 @@ class NativeExecutor(Executor, python_loss.Passes):
     def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, str, int, Tensor]:
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
         return model.description, self.isa, self.team_from, torch.cat(constants) if constants else _nothing(dtype)
+
+
+def _chunks(tasks: int) -> int:
+    """Into which C++ cuts a batch (csrc/call.h): the most that run side by side."""
+    return -(-tasks // -(-tasks // 64))
 
 
 @lru_cache
