@@ -43,8 +43,9 @@ def test_a_block_of_the_largest_size_has_registers(report):
 
 
 def test_no_contraction_is_compiled_away(tmp_path):
-    """Products and transposed ones, where the four rules call them and in tiles of 1, 2 and 4 rows, and two outer ones
-    are in the PTX."""
+    """A kind of product, or a height of its tiles, that the compiler drops shows in the PTX: of products and transposed
+    ones there are four uses in tiles of 1, 2 and 4 rows, and two outer ones. A single use that is missing from the
+    source shows in the twin's numbers instead."""
     target = tmp_path / "inner_loop.ptx"
     subprocess.run([NVCC, "-ptx", "-O3", "-std=c++17", "-arch=sm_90", SOURCE, "-o", target], check=True)
     text = target.read_text()
