@@ -152,8 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std
 
 // Raises with the reason where the model cannot be run; else elements of memory: of the tape of one step's pass over n
 // samples, of the tangents of that pass, of a pass over m samples that no tangent follows, and of each thread more that
-// shares a task, zero where none does.
-Tensor memory(Tensor description, std::string isa, int64_t team_from, Tensor like, int64_t n, int64_t m) {
+// shares a task, zero where none does. Behind them for a meta-gradient of so many tasks: how many run at once on a core,
+// zero where none do, and the elements that they take there.
+Tensor memory(Tensor description, std::string isa, int64_t team_from, Tensor like, int64_t n, int64_t m, int64_t tasks,
+              int64_t steps, int64_t budget) {
   return by_dtype(like, [&](auto real) {
     using T = decltype(real);
     const Isa<T>* found = find_isa<T>(isa.c_str());
@@ -164,9 +166,16 @@ Tensor memory(Tensor description, std::string isa, int64_t team_from, Tensor lik
     Job<T> job{};
     job.program = &plan->program();
     job.support.n = static_cast<int32_t>(n), job.query.n = static_cast<int32_t>(m);
-    Tensor out = empty(description, {4});
+    const Pass *of_support[] = {&taped}, *of_query[] = {&plain};
+    job.goal = Goal::meta_gradient, job.keep = true, job.tasks = tasks, job.steps = static_cast<int32_t>(steps);
+    job.taped = {of_support, taped.tape, taped.scratch}, job.plain = {of_query, plain.tape, 0};
+    const int64_t team = found->team_workspace(job, team_from), chunk = chunk_of(tasks);
+    const LaneGroups<T> groups(*found, numbers(description), job, chunk, torch::stable::get_num_threads(), budget);
+    const bool some = groups.chunks() > 0;
+    Tensor out = empty(description, {6});
     auto* to = data<double>(out);
-    for (const int64_t elements : {taped.tape, taped.scratch, plain.tape, found->team_workspace(job, team_from)}) {
+    for (const int64_t elements : {taped.tape, taped.scratch, plain.tape, team, some ? groups.lanes : 0,
+                                   some ? found->lanes_memory(groups.job) : 0}) {
       *to++ = static_cast<double>(elements);
     }
     return out;
@@ -205,7 +214,9 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "support_x, "
       "Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y, Tensor query_sizes, "
       "Tensor step_weights, bool first_order, bool needs_lr, int budget) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("memory(Tensor description, str isa, int team_from, Tensor like, int n, int m) -> Tensor");
+  m.def(
+      "memory(Tensor description, str isa, int team_from, Tensor like, int n, int m, int tasks, int steps, int budget) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {

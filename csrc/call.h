@@ -9,9 +9,13 @@
 #include "cpu/arena.h"
 #include "cpu/isa.h"
 #include "cpu/recording.h"
+#include "lane_groups.h"
 #include "tensors.h"
 
 namespace metafast {
+
+// Tasks that are summed together, so many that there are at most 64 sums.
+inline int64_t chunk_of(int64_t tasks) { return (tasks + 63) / 64; }
 
 // A Job and what it points to.
 template <class T>
@@ -19,9 +23,9 @@ class Call {
  public:
   Call(Goal goal, const Tensor& description, const std::string& isa, int64_t team_from, const Tensor& constants,
        int64_t tasks)
-      : isa(find_isa<T>(isa.c_str())), team_from_(team_from) {
+      : isa(find_isa<T>(isa.c_str())), description_(numbers(description)), team_from_(team_from) {
     if (!this->isa) fail("there is no build \"" + isa + "\" for this processor");
-    plan = find_plan(numbers(description), this->isa->layout, sizeof(T));
+    plan = find_plan(description_, this->isa->layout, sizeof(T));
     constants_ = plan->template constants<T>(data<const T>(constants));
     job.goal = goal;
     job.program = &plan->program();
@@ -106,7 +110,7 @@ class Call {
 
   // Runs all tasks. Chunks of them are summed apart and then in order, so it does not matter to the sums who ran them.
   void run(bool sums, bool lr_sums, int64_t budget) {
-    const int64_t chunk = (job.tasks + 63) / 64, chunks = (job.tasks + chunk - 1) / chunk;
+    const int64_t chunk = chunk_of(job.tasks), chunks = (job.tasks + chunk - 1) / chunk;
     const int64_t size = job.program->size;
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
     const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = lr_sums ? chunks * job.lr_rows * size : 0;
@@ -116,7 +120,16 @@ class Call {
     job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
                job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t workspace = chunks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
-    workspace > 0 ? run_in_teams(chunks, chunk, workspace) : run_alone(threads, chunk);
+    if (workspace > 0) {
+      run_in_teams(chunks, chunk, workspace);
+    } else {
+      LaneGroups<T> groups(*isa, description_, job, chunk, threads, budget);
+      run_apart(threads, chunk, groups);
+      if (groups.chunks() > 0) {
+        collect(groups, chunks);
+        return;
+      }
+    }
     total(job.sums, chunks, size);
     total(job.lr_sums, chunks, job.lr_rows * size);
   }
@@ -159,15 +172,34 @@ class Call {
   Job<T> job{};
 
  private:
-  // Each thread takes chunk after chunk, so that none waits for one that began late.
-  void run_alone(int64_t threads, int64_t chunk) {
-    const int64_t memory = isa->memory(job) * sizeof(T);
-    int64_t next = 0;
+  // Each thread takes group after group, then chunk after chunk, so that none waits for one that began late.
+  void run_apart(int64_t threads, int64_t chunk, LaneGroups<T>& groups) {
+    const bool some = groups.chunks() > 0;
+    groups.job.sums = job.sums, groups.job.lr_sums = job.lr_sums;
+    const int64_t memory = std::max(isa->memory(job), some ? isa->lanes_memory(groups.job) : 0) * sizeof(T);
+    int64_t next_group = 0, next = groups.chunks();
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
       const Arena arena(memory, thread);
+      T* const base = static_cast<T*>(arena.data());
       Recording recording(*job.program, job.steps, job.tasks);
-      isa->run(job, chunk, &next, static_cast<T*>(arena.data()), recording.trace());
+      if (some) isa->run_lanes(groups.job, groups.groups(&next_group), base, recording.trace());
+      isa->run(job, chunk, &next, base, recording.trace());
     });
+  }
+
+  // The sums of groups, and on top of them those of the chunks behind.
+  void collect(const LaneGroups<T>& groups, int64_t chunks) {
+    const auto all = [&](T*& sums, int64_t rows, std::vector<T>& total) {
+      if (!sums) return;
+      const int64_t size = rows * job.program->size;
+      groups.collect(sums, rows, job.inner, total);
+      for (int64_t k = groups.chunks(); k < chunks; ++k) {
+        for (int64_t i = 0; i < size; ++i) total[i] += sums[k * size + i];
+      }
+      sums = total.data();
+    };
+    all(job.sums, 1, sums_);
+    all(job.lr_sums, job.lr_rows, lr_sums_);
   }
 
   // A team for each chunk. A pool may give fewer threads than there are members: then one thread stands for several,
@@ -226,7 +258,8 @@ class Call {
     }
   }
 
-  std::vector<T> constants_, inner_params, alpha;
+  const std::vector<double> description_;
+  std::vector<T> constants_, inner_params, alpha, sums_, lr_sums_;
   const int64_t team_from_;
   std::optional<Arena> partial;  // the sums of each chunk
   std::vector<const Pass*> passes_[2];

@@ -15,7 +15,9 @@ std::shared_ptr<Plan> find_plan(const std::vector<double>& description, Layout l
   static std::vector<Entry> entries;
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Entry& e : entries) {
-    const bool same = e.layout.lanes == layout.lanes && e.layout.panel == layout.panel && e.layout.rows == layout.rows;
+    const Layout& l = e.layout;
+    const bool same =
+        l.lanes == layout.lanes && l.panel == layout.panel && l.rows == layout.rows && l.apart == layout.apart;
     if (same && e.element_size == element_size && e.description == description) return e.plan;
   }
   if (entries.size() >= 32) entries.erase(entries.begin());

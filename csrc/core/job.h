@@ -32,10 +32,11 @@ struct Job {
   const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner one
   int64_t n_params, tasks;
   int32_t steps, lr_rows;            // later steps use the last row of learning rates
+  int64_t next;                      // from a task to the next of those that run at once
   int32_t step;                      // of a single pass: the inner step that it belongs to
   bool first_order, needs_lr, keep;  // keep: every step has a tape of its own
   const T* constants;
-  const T* params;  // inner layout: one vector, or (params_per_task) the user's layout [T, P]
+  const T* params;  // one vector as the machine loads it, or (params_per_task) the user's layout [T, P]
   bool params_per_task;
   const T* alpha;         // inner layout [lr_rows, size], zero where a parameter is not adapted
   const double* weights;  // [steps + 1]: of the query loss at each theta_s

@@ -118,7 +118,7 @@ class PlanBuilder {
     }
     if (reads[output]) refuse("the model hands on its input unchanged");
     const bool dense = !plan.layout_.rows && (input.c < lanes || input.h * input.w == 1);
-    input.ld = contractions && dense ? input.c : round_up(input.c, lanes);
+    input.ld = contractions && dense && !plan.layout_.apart ? input.c : padded(input.c);
     Program& p = plan.program_;
     if (contractions && border && py >= 0) {
       p.border_y = py, p.border_x = px;
@@ -211,8 +211,9 @@ class PlanBuilder {
     if (static_cast<int>(n.option[1]) != x.c * x.h * x.w) refuse("a linear layer of another number of features");
     op.kind = Kind::conv2d;
     op.window = {1, 1, 1, 1, 0, 0, 1, 1};
-    op.x = {1, 1, x.h * x.w * x.ld, x.h * x.w * x.ld};
-    op.y = {1, 1, outputs, round_up(outputs, plan.layout_.lanes)};
+    const int inputs = x.h * x.w * x.ld;
+    op.x = {1, 1, plan.layout_.apart ? inputs / plan.layout_.lanes : inputs, inputs};
+    op.y = {1, 1, outputs, padded(outputs)};
     op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, x.ld, columns(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
   }
@@ -224,9 +225,9 @@ class PlanBuilder {
     op.window = {option(2), option(3), option(4), option(5), option(6), option(7), option(8), option(9)};
     Window& w = op.window;
     if (op.input[0] == 0 && plan.program_.border_y + plan.program_.border_x > 0) w.py = w.px = 0;
-    const int outputs = option(0), lanes = plan.layout_.lanes;
+    const int outputs = option(0);
     op.y = {(op.x.h + 2 * w.py - w.dy * (w.kh - 1) - 1) / w.sy + 1,
-            (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, round_up(outputs, lanes)};
+            (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, padded(outputs)};
     if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
       refuse("a convolution whose window is larger than its padded input");
     op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, columns(outputs), 0, 0});
@@ -268,8 +269,15 @@ class PlanBuilder {
     plan.ops_.push_back(op);
   }
 
+  // Elements from pixel to pixel of so many channels.
+  int padded(int channels) const {
+    const Layout& l = plan.layout_;
+    return l.apart ? channels * l.lanes : round_up(channels, l.lanes);
+  }
+
   int columns(int outputs) const {
     const Layout& l = plan.layout_;
+    if (l.apart) return outputs;
     const int packs = round_up(outputs, l.lanes) / l.lanes;
     return (l.rows ? packs | 1 : packs) * l.lanes;
   }
@@ -346,7 +354,8 @@ class PlanBuilder {
     p.n_values = values, p.output = value_of[output];
     p.out = plan.grids_[p.output];
     p.moving = plan.moving_.get(), p.depends = plan.depends_.get();
-    p.size = round_up(static_cast<int>(size), 64);
+    const Layout& l = plan.layout_;
+    p.size = round_up(static_cast<int>(size), l.apart ? l.lanes * l.lanes : 64);
     if (p.loss == LossKind::cross_entropy && (p.out.h * p.out.w > 1 || !flat[output]))
       refuse("cross-entropy of outputs that are not [n, classes]");
   }
@@ -374,9 +383,9 @@ class PlanBuilder {
 
   // The last panel is as wide as what is left of the columns.
   int64_t position(const Placement& p, int row, int c, int pixel) const {
-    const int64_t at = static_cast<int64_t>(pixel) * p.ld + c;
-    if (!p.columns) return row * p.stride + at;
     const Layout& l = plan.layout_;
+    const int64_t at = static_cast<int64_t>(pixel) * p.ld + (l.apart ? c * l.lanes : c);
+    if (!p.columns) return row * p.stride + at;
     const int panel = l.rows ? p.columns : l.panel, begin = row / panel * panel;
     const int64_t depth = static_cast<int64_t>(p.h) * p.w * p.ld;
     return begin * depth + at * std::min(panel, p.columns - begin) + row - begin;

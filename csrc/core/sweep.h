@@ -12,6 +12,7 @@ struct Batch {
   const T* x;
   const int64_t* labels;
   const T *targets, *d_targets;
+  int64_t next_labels = 0;  // to those of the next task that runs at once
 };
 
 // The memory of one pass.
@@ -39,8 +40,8 @@ class Sweep {
     }
   }
 
-  METAFAST_DEVICE double loss(const Tape<T>& tape, const Batch<T>& batch) const {
-    double value = 0;
+  METAFAST_DEVICE typename M::Loss loss(const Tape<T>& tape, const Batch<T>& batch) const {
+    typename M::Loss value{};
     m.begin(What::forward, -1);
     with_loss(program.loss, [&](auto rules) { value = rules.forward(loss_frame(tape, batch)); });
     m.end();
@@ -146,6 +147,7 @@ class Sweep {
             program.out,
             pass.n,
             batch.labels,
+            batch.next_labels,
             batch.targets,
             at(tape.base, pass.saved, program.n_ops),
             value(tape, batch, out),

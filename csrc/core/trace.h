@@ -16,17 +16,18 @@ enum class What : int32_t {
   tangent_backward,
 };
 
-// `index`: the step of a phase; the node of a rule, -1 for the loss. Nanoseconds of the monotonic clock.
+// `index`: the step of a phase; the node of a rule, -1 for the loss. `task`: the first of those that run at once.
+// Nanoseconds of the monotonic clock.
 struct Span {
   int64_t begin, end;
-  int32_t what, index, task, thread;
+  int32_t what, index, task, tasks, thread, unused;
 };
 
 // What one thread notes in one call. Rules lie within phases: at most two spans are open at once.
 struct Trace {
   Span* spans;
   int64_t size, capacity, open[2];
-  int32_t depth, task, thread;
+  int32_t depth, task, tasks, thread;
 };
 
 // Not inline, and apart from the code that is timed: where nobody asks, all that is left of a note is a test.

@@ -18,26 +18,26 @@ class Sums {
   }
 
  public:
-  // From rows `stride` apart; 0 gives all the same.
-  METAFAST_INLINE void start(const T* from, long stride) {
-    each([&](auto i) { sum[i] = S::load(from + i / V * stride + i % V * S::lanes); });
+  // From rows `stride` apart; 0 gives all the same. Packs of a row are `next` apart.
+  METAFAST_INLINE void start(const T* from, long stride, long next = S::lanes) {
+    each([&](auto i) { sum[i] = S::load(from + i / V * stride + i % V * next); });
   }
 
   // sum[i] += a(i, k * a_step) * b[k * b_step] for k < count.
   template <class A>
-  METAFAST_INLINE void multiply(const A& a, long a_step, const T* b, long b_step, long count) {
+  METAFAST_INLINE void multiply(const A& a, long a_step, const T* b, long b_step, long count, long next = S::lanes) {
     Pack local[R * V];
     each([&](auto i) { local[i] = sum[i]; });
     for (long k = 0, at = 0; k < count; ++k, at += a_step, b += b_step) {
       Pack column[V];
-      unrolled([&](auto v) { column[v] = S::load(b + v * S::lanes); }, std::make_index_sequence<V>{});
+      unrolled([&](auto v) { column[v] = S::load(b + v * next); }, std::make_index_sequence<V>{});
       each([&](auto i) { local[i] += column[i % V] * a(i / V, at); });
     }
     each([&](auto i) { sum[i] = local[i]; });
   }
 
-  METAFAST_INLINE void finish(T* out, long stride, bool add) const {
-    each([&](auto i) { S::put(out + i / V * stride + i % V * S::lanes, sum[i], add); });
+  METAFAST_INLINE void finish(T* out, long stride, bool add, long next = S::lanes) const {
+    each([&](auto i) { S::put(out + i / V * stride + i % V * next, sum[i], add); });
   }
 
   METAFAST_INLINE void finish(T* const (&out)[R], bool add) const {

@@ -7,12 +7,15 @@ namespace {
 
 template <class T>
 int64_t memory(const Job<T>& job) {
-  return TaskMemory<T>(job, nullptr).size;
+  return TaskMemory<Core<T>>(job, nullptr).size;
 }
+
+// Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
+int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 // Chunk k of tasks, one after another.
 template <class T>
-void run_chunk(Task<T>& task, const Job<T>& job, int64_t chunk, int64_t k) {
+void run_chunk(Task<Core<T>>& task, const Job<T>& job, int64_t chunk, int64_t k) {
   const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks, size = job.program->size;
   T* const sums = job.sums ? job.sums + k * size : nullptr;
   T* const lr_sums = job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr;
@@ -22,15 +25,60 @@ void run_chunk(Task<T>& task, const Job<T>& job, int64_t chunk, int64_t k) {
 
 template <class T>
 void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace) {
-  Task<T> task(job, base, nullptr, {}, trace);
-  // Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
-  const auto take = [=] { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); };
-  for (int64_t k = take(); k * chunk < job.tasks; k = take()) run_chunk(task, job, chunk, k);
+  Task<Core<T>> task(job, base, nullptr, {}, trace);
+  for (int64_t k = take(next); k * chunk < job.tasks; k = take(next)) run_chunk(task, job, chunk, k);
+}
+
+bool runs_lanes(const Program& program) {
+  bool all = program.loss != LossKind::given;
+  for (int k = 0; k < program.n_ops; ++k) {
+    const Op& op = program.ops[k];
+    bool known = false;
+    with_rules<Lanes<float>>(op.kind, [&](auto) { known = true; });
+    all = all && known && op.x.h * op.x.w * op.y.h * op.y.w == 1 && (op.kind != Kind::conv2d || of_vectors(op));
+  }
+  return all;
+}
+
+// The sums of a group lie behind its memory.
+template <class T>
+int64_t lanes_memory(const Job<T>& job) {
+  const int64_t sums = (job.sums ? 1 : 0) + (job.lr_sums ? job.lr_rows : 0);
+  return TaskMemory<Lanes<T>>(job, nullptr).size + sums * job.program->size;
+}
+
+// Vectors whose elements are packs, as one vector for each lane.
+template <class T>
+void separate(const T* packs, int64_t size, T* out, int64_t apart) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int64_t i = 0; i < size; i += lanes * lanes) {
+    typename Simd<T>::Pack columns[lanes];
+    Simd<T>::transposed([=](int j) { return packs + i + j * lanes; }, columns);
+    for (int j = 0; j < lanes; ++j) Simd<T>::store(out + j * apart + i / lanes, columns[j]);
+  }
+}
+
+template <class T>
+void run_lanes(const Job<T>& job, const Groups& groups, T* base, Trace* trace) {
+  constexpr int lanes = Lanes<T>::tasks;
+  const int64_t size = job.program->size;
+  Task<Lanes<T>> task(job, base, nullptr, {}, trace);
+  T* const behind = base + TaskMemory<Lanes<T>>(job, nullptr).size;
+  T *const sums = job.sums ? behind : nullptr, *const lr_sums = job.lr_sums ? behind + (sums ? size : 0) : nullptr;
+  for (int64_t k = take(groups.next); k < groups.count; k = take(groups.next)) {
+    task.clear_sums(sums, lr_sums);
+    for (int64_t i = 0; i < groups.chunk; ++i) task.run(k * lanes * groups.chunk + i, sums, lr_sums);
+    if (sums) separate(sums, size, job.sums + k * lanes * groups.apart, groups.apart);
+    for (int r = 0; lr_sums && r < job.lr_rows; ++r) {
+      T* const to = job.lr_sums + (k * lanes * job.lr_rows + r) * groups.apart;
+      separate(lr_sums + r * size, size, to, job.lr_rows * groups.apart);
+    }
+  }
 }
 
 template <class T>
 void run_together(const Job<T>& job, int64_t chunk, int64_t k, T* base, T* own, Member member, Trace* trace) {
-  Task<T> task(job, base, own, member, trace);
+  Task<Core<T>> task(job, base, own, member, trace);
   run_chunk(task, job, chunk, k);
 }
 
@@ -50,7 +98,11 @@ int64_t team_workspace(const Job<T>& job, int64_t least) {
 
 template <class T>
 constexpr Isa<T> build() {
-  return {{Simd<T>::lanes, Direct<T>::panel}, memory<T>, run<T>, team_workspace<T>, run_together<T>};
+  constexpr int lanes = Simd<T>::lanes;
+  return {{lanes, Direct<T>::panel}, {lanes, 1, false, true},
+          memory<T>, run<T>,
+          runs_lanes, lanes_memory<T>, run_lanes<T>,
+          team_workspace<T>, run_together<T>};
 }
 
 }  // namespace

@@ -7,14 +7,25 @@
 
 namespace metafast {
 
+// Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; what chunks add up lies
+// `apart`.
+struct Groups {
+  int64_t chunk, count, apart;
+  int64_t* next;
+};
+
 template <class T>
 struct Isa {
-  Layout layout;
+  Layout layout, lanes;
   // Elements of memory that `run` needs, aligned to 64 bytes.
   int64_t (*memory)(const Job<T>&);
   // Takes chunk after chunk, the first of them `next`, until none is left; the tasks of chunk k add to sums[k]. What
   // they do is noted in the trace, if there is one.
   void (*run)(const Job<T>&, int64_t chunk, int64_t* next, T* memory, Trace*);
+  // The same for groups of tasks, on a Program in the layout of lanes; none for a Program that cannot run so.
+  bool (*runs_lanes)(const Program&);
+  int64_t (*lanes_memory)(const Job<T>&);
+  void (*run_lanes)(const Job<T>&, const Groups&, T* memory, Trace*);
   // Elements of memory that each member of a team but the first needs; 0: with fewer than so many products in each of
   // its contractions a task is too small for a team.
   int64_t (*team_workspace)(const Job<T>&, int64_t products);

@@ -21,6 +21,9 @@ class Core : public Simd<T> {
   template <class Rules>
   static constexpr bool runs = true;
 
+  static constexpr int tasks = 1;  // that run at once
+  using Loss = double;
+
   // Workspaces hold workspace_size elements; `shared` is that of the whole team, the first member's own.
   Core(const Program& program, T* own, T* shared, Member member);
 
@@ -122,22 +125,27 @@ class Core : public Simd<T> {
 
   static void set(T& to, T value) { to = value; }
 
-  // f(sample), for what is a few scalars a sample.
+  // f(sample, task), for what is a few scalars a sample.
   template <class F>
   void rows(int n, const F& f) const {
-    each_sample(n, f);
+    each_sample(n, [&](int s) { f(s, 0); });
   }
 
   template <class F>
   double sum_rows(int n, const F& f) const {
     return said([&] {
       double sum = 0;
-      for (int s = 0; s < n; ++s) sum += f(s);
+      for (int s = 0; s < n; ++s) sum += f(s, 0);
       return sum;
     });
   }
 
-  // The sum over all elements of f(i).
+  // The sum over all elements of f(i), in rows of any length.
+  template <class F>
+  T total(long size, int, const F& f) const {
+    return total(size, f);
+  }
+
   template <class F>
   T total(long size, const F& f) const {
     return static_cast<T>(said([&] {
@@ -222,6 +230,16 @@ class Core : public Simd<T> {
 
   static long workspace_size(const Program& program);
 
+  // Parameters that all tasks share, laid out as they are to be.
+  static void load_shared(const T* params, int64_t size, T* to) {
+    std::memcpy(to, params, size * sizeof(T));
+  }
+  static double of_task(double loss, int) { return loss; }
+
+ protected:
+  Core() = default;  // for who brings contractions of its own
+  static constexpr int block_rows = 64;
+
  private:
   void multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias, bool add,
                         T* y) const;
@@ -244,10 +262,9 @@ class Core : public Simd<T> {
     return value;
   }
 
-  static constexpr int block_rows = 64;
   Member member;
-  T *zeros, *scratch;       // this member's
-  T *packed, *transformed;  // the team's
+  T *zeros = nullptr, *scratch = nullptr;       // this member's
+  T *packed = nullptr, *transformed = nullptr;  // the team's
 };
 
 }  // namespace METAFAST_NAMESPACE

@@ -1,17 +1,18 @@
-// What is done with one task, by one thread or a team of them: the inner loop, the query, and the way back.
+// What is done with one task, or as many as a machine runs at once: the inner loop, the query, and the way back.
 #pragma once
 #include "../core/guard.h"
 #include "../core/job.h"
 #include "../core/sweep.h"
 #include "contract.h"
-#include "machine.h"
+#include "lanes.h"
 #include "transfer.h"
 
 namespace METAFAST_NAMESPACE {
 
 // Where a task keeps things in the memory of its thread, or of its team. Made from a null base it gives the size.
-template <class T>
+template <class M>
 struct TaskMemory {
+  using T = typename M::Real;
   T *workspace, *support_x, *support_y, *support_yd, *query_x, *query_y, *theta, *g, *v, *u, *product, *tapes, *rest;
   int64_t size;
 
@@ -26,7 +27,7 @@ struct TaskMemory {
       return at;
     };
     const auto elements = [](const Grid& g, int n) { return static_cast<int64_t>(n) * g.h * g.w * g.ld; };
-    workspace = take(Core<T>::workspace_size(p));
+    workspace = take(M::workspace_size(p));
     support_x = take(elements(p.input, job.support.n));
     support_y = take(job.support.targets ? elements(p.out, job.support.n) : 0);
     support_yd = take(job.support.d_targets ? elements(p.out, job.support.n) : 0);
@@ -43,9 +44,10 @@ struct TaskMemory {
   }
 };
 
-template <class T>
+template <class M>
 class Task {
-  using M = Core<T>;
+  using T = typename M::Real;
+  using Loss = typename M::Loss;
 
  public:
   // `own`: a workspace, of all members but the first.
@@ -71,7 +73,7 @@ class Task {
 
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
-    if (machine.trace) machine.trace->task = static_cast<int32_t>(t);
+    if (machine.trace) machine.trace->task = static_cast<int32_t>(t), machine.trace->tasks = M::tasks;
     taped = job.taped.of ? job.taped.of[t] : nullptr;
     plain = job.plain.of ? job.plain.of[t] : nullptr;
     machine.begin(What::load, 0);
@@ -164,7 +166,7 @@ class Task {
     load_params(job.params, mem.theta);
     inner_loop();
     clear(mem.v);
-    double loss = 0;
+    Loss loss{};
     for (int s = job.steps; s >= 0; --s) {
       if (s == job.steps && job.weights[s] == 1) {
         loss += query_pass(theta(s), s, mem.v, true);
@@ -227,11 +229,11 @@ class Task {
     sweep.backward(tape, support, at, step, g, false);
   }
 
-  double query_pass(const T* at, int step, T* g, bool wants_outputs) {
+  Loss query_pass(const T* at, int step, T* g, bool wants_outputs) {
     machine.begin(What::query, step);
     const Tape<T> tape = plain_tape();
     sweep.forward(tape, query, at, step);
-    const double loss = sweep.loss(tape, query);
+    const Loss loss = sweep.loss(tape, query);
     if (wants_outputs) export_outputs(sweep.outputs(tape, query), job.query, job.outputs);
     sweep.backward(tape, query, at, step, g, true);
     machine.end();
@@ -247,16 +249,18 @@ class Task {
 
   Batch<T> import_batch(const Samples<T>& samples, T* x, T* y, T* yd) const {
     if (!samples.x) return {};
-    const Grid &g = program.input, &out = program.out;
     const int n = static_cast<int>(count(samples));
-    const int h = g.h - 2 * program.border_y, w = g.w - 2 * program.border_x;
-    const int64_t first = t * samples.n, size = static_cast<int64_t>(out.c) * out.h * out.w;
+    const int64_t first = t * samples.n, next = job.next * samples.n;
     if (machine.leads()) {
-      import_images(samples.x + t * samples.n * g.c * h * w, n, g, program.border_y, program.border_x, x);
-      if (samples.targets) import_images(samples.targets + first * size, n, out, 0, 0, y);
-      if (samples.d_targets) import_images(samples.d_targets + first * size, n, out, 0, 0, yd);
+      const auto load = [&](const T* from, const Grid& grid, int border_y, int border_x, T* to) {
+        const int64_t sample = static_cast<int64_t>(grid.c) * (grid.h - 2 * border_y) * (grid.w - 2 * border_x);
+        import_images<M::tasks>(from + first * sample, next * sample, n, grid, border_y, border_x, to);
+      };
+      load(samples.x, program.input, program.border_y, program.border_x, x);
+      if (samples.targets) load(samples.targets, program.out, 0, 0, y);
+      if (samples.d_targets) load(samples.d_targets, program.out, 0, 0, yd);
     }
-    return {x, samples.labels ? samples.labels + first : nullptr, y, yd};
+    return {x, samples.labels ? samples.labels + first : nullptr, y, yd, next};
   }
 
   // Zeros behind the samples of a task that has fewer, and where there is nothing to export.
@@ -265,28 +269,34 @@ class Task {
     const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples) : 0;
     to += t * samples.n * size;
     machine.once([&] {
-      if (n > 0) export_images(from, static_cast<int>(n), out, to);
-      std::memset(to + n * size, 0, (samples.n - n) * size * sizeof(T));
+      if (n > 0) export_images<M::tasks>(from, static_cast<int>(n), out, to, job.next * samples.n * size);
+      for (int j = 0; j < M::tasks; ++j) {
+        T* const mine = to + j * job.next * samples.n * size;
+        std::memset(mine + n * size, 0, (samples.n - n) * size * sizeof(T));
+      }
     });
   }
 
   void load_params(const T* params, T* to) const {
     if (job.params_per_task) return import_user(params, 0, to);
-    machine.once([&] { std::memcpy(to, params, program.size * sizeof(T)); });
+    machine.once([&] { M::load_shared(params, program.size, to); });
   }
 
   void import_user(const T* rows, int s, T* to) const {
     const T* const from = rows + (s * job.tasks + t) * job.n_params;
-    machine.once([&] { import_params(from, job.inner, job.n_params, program.size, to); });
+    const int64_t next = job.next * job.n_params;
+    machine.once([&] { import_params<M::tasks>(from, next, job.inner, job.n_params, program.size, to); });
   }
 
   void export_user(const T* from, T* rows, int s) const {
     if (!machine.leads()) return;
-    export_params(from, job.inner, job.n_params, rows + (s * job.tasks + t) * job.n_params);
+    T* const to = rows + (s * job.tasks + t) * job.n_params;
+    export_params<M::tasks>(from, job.inner, job.n_params, to, job.next * job.n_params);
   }
 
-  void set_loss(double loss) const {
-    if (machine.leads()) job.losses[t] = static_cast<T>(loss);
+  void set_loss(const Loss& loss) const {
+    if (!machine.leads()) return;
+    for (int j = 0; j < M::tasks; ++j) job.losses[t + j * job.next] = static_cast<T>(M::of_task(loss, j));
   }
 
   void clear(T* x) const {
@@ -304,7 +314,7 @@ class Task {
 
   const Job<T>& job;
   const Program& program;
-  TaskMemory<T> mem;
+  TaskMemory<M> mem;
   M machine;
   Sweep<M> sweep;
   Batch<T> support, query;

@@ -33,6 +33,8 @@ class Block {
   using Real = T;
   using Pack = T;
   static constexpr int lanes = 1;
+  static constexpr int tasks = 1;  // that run at once
+  using Loss = double;
   static constexpr int pack = 4;  // features are padded to whole quads
 
   template <class Rules>
@@ -85,7 +87,7 @@ class Block {
 
   template <class F>
   METAFAST_DEVICE void rows(int n, const F& f) const {
-    each(n, [&](long s) { f(static_cast<int>(s)); });
+    each(n, [&](long s) { f(static_cast<int>(s), 0); });
   }
 
   template <class F>
@@ -103,8 +105,13 @@ class Block {
   }
 
   template <class F>
+  METAFAST_DEVICE T total(long size, int, const F& f) const {
+    return total(size, f);
+  }
+
+  template <class F>
   METAFAST_DEVICE T sum_rows(int n, const F& f) const {
-    return total(n, [&](long s) { return f(static_cast<int>(s)); });
+    return total(n, [&](long s) { return f(static_cast<int>(s), 0); });
   }
 
   // out[k][channel] = sum over rows of K quantities.

@@ -1,7 +1,8 @@
 """The native executor: the whole meta-step of a batch of tasks in one C++ call, on the CPU in float32 or float64.
 
 Each task's inner loop and reverse sweep run on one core, tasks are spread over torch's threads; where there are fewer
-tasks than threads, several share a task. The numbers do not depend on how many there are. The extension is built for
+tasks than threads, several share a task. Of small networks a core runs as many tasks at once as a vector has lanes. The
+numbers depend on neither. The extension is built for
 several instruction sets; the best one is used. Of ragged tasks each runs on its own samples alone. A loss without
 rules in C++ makes one call a pass instead.
 """
@@ -78,26 +79,28 @@ class NativeExecutor(Executor, python_loss.Passes):
         return None
 
     def explain(self, program: Program, x: Tensor) -> list[str]:
-        shared = _chunks(len(x)) < torch.get_num_threads() and self._memory(program, x, x.shape[1])[3]
-        where = f"C++ ({self.isa}), {'several cores' if shared else 'a core'} for each task"
-        return [where for _ in program.nodes]
+        *_, more, together, _ = self._memory(program, x, x.shape[1])
+        shared = more and _chunks(len(x)) < torch.get_num_threads()
+        where = f"a core for {together} tasks" if together else f"{'several cores' if shared else 'a core'} for each task"
+        return [f"C++ ({self.isa}), {where}" for _ in program.nodes]
 
     def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:
         keep, peak = self.memory(program, support_x, query_x, steps)
-        return str(Plan(min(torch.get_num_threads(), _chunks(len(support_x))), keep, peak))
+        together = self._memory(program, support_x, query_x.shape[1], steps)[4] or 1
+        return str(Plan(min(torch.get_num_threads() * together, len(support_x)), keep, peak))
 
     def memory(self, program: Program, support: Tensor, query: Tensor, steps: int) -> tuple[bool, int]:
         """Are the activations of every inner step kept, and the bytes of working memory that a meta-gradient takes.
 
         ``support`` and ``query`` are batches ``[T, n, ...]``.
         """
-        tape, tangents, plain, more = self._memory(program, support, query.shape[1])
+        tape, tangents, plain, more, _, in_lanes = self._memory(program, support, query.shape[1], steps)
         cores = torch.get_num_threads()
         tasks = min(cores, _chunks(support.shape[0]))
         keep = program.loss.stem in LOSSES and steps * tape * tasks <= self.budget
         parameters = (2 * steps + 4) * program.size * support.element_size()
         each = (steps if keep else 1) * tape + max(tangents, plain) + parameters
-        return keep, tasks * each + (cores - tasks) * more
+        return keep, tasks * max(each, in_lanes) + (cores - tasks) * more
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.outputs(program, params, Batch(x, x), step)
@@ -208,10 +211,15 @@ class NativeExecutor(Executor, python_loss.Passes):
         )  # fmt: skip
         return losses, grads, order.unpack(model.shaped(outputs))
 
-    def _memory(self, program: Program, x: Tensor, queries: int) -> list[int]:
+    def _memory(self, program: Program, x: Tensor, queries: int, steps: int = 1) -> list[int]:
+        """Bytes of a tape, of its tangents, of a query's tape and of a thread more for a task; how many tasks a core
+        runs at once, and their bytes."""
         model, like = self._models.of(program, x), _nothing(x.dtype)
-        sizes = call(torch.ops.metafast.memory, model.description, self.isa, self.team_from, like, x.shape[1], queries)
-        return [int(v) * x.element_size() for v in sizes.tolist()]
+        *sizes, together, in_lanes = call(
+            torch.ops.metafast.memory, model.description, self.isa, self.team_from, like,
+            x.shape[1], queries, len(x), steps, self.budget,
+        ).tolist()  # fmt: skip
+        return [*(int(v) * x.element_size() for v in sizes), int(together), int(in_lanes) * x.element_size()]
 
     def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, str, int, Tensor]:
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]

@@ -13,7 +13,7 @@ from metafast.program import Program
 
 # As laid out in csrc/core/trace.h.
 _SPAN = np.dtype(
-    [("begin", "<i8"), ("end", "<i8"), ("what", "<i4"), ("index", "<i4"), ("task", "<i4"), ("thread", "<i4")]
+    [("begin", "<i8"), ("end", "<i8"), *((name, "<i4") for name in "what index task tasks thread unused".split())]
 )
 _WHATS = (
     "load", "inner step", "query", "reverse step", "forward", "backward", "tangent_forward", "tangent_backward"
@@ -48,4 +48,4 @@ def _tell(program: Program, notes: np.ndarray, phases: list[Span], rules: list[S
 
 def _span(name: str, note: np.void, phase: str = "", layer: str = "") -> Span:
     begin, end = (int(note[key]) * 1e-9 for key in ("begin", "end"))
-    return Span(name, begin, end, int(note["thread"]), phase, layer, int(note["task"]))
+    return Span(name, begin, end, int(note["thread"]), phase, layer, int(note["task"]), int(note["tasks"]))

@@ -4,27 +4,29 @@
 
 namespace METAFAST_NAMESPACE {
 
+// f(sample, task) with the elements of a class `tasks` apart: a machine may run several tasks at once.
 struct CrossEntropy {
   template <class M>
-  METAFAST_DEVICE static double forward(const LossFrame<M>& f) {
+  METAFAST_DEVICE static typename M::Loss forward(const LossFrame<M>& f) {
     using T = typename M::Real;
-    return f.m.sum_rows(f.n, [&](int s) {
-      const T* y = f.y + s * f.grid.ld;
-      T* p = f.saved + s * f.grid.ld;
+    return f.m.sum_rows(f.n, [&](int s, int task) {
+      const T* y = f.y + s * f.grid.ld + task;
+      T* p = f.saved + s * f.grid.ld + task;
       T top = y[0], sum = 0;
-      for (int k = 1; k < f.grid.c; ++k) top = y[k] > top ? y[k] : top;
-      for (int k = 0; k < f.grid.c; ++k) sum += p[k] = M::exp(y[k] - top);
-      for (int k = 0; k < f.grid.c; ++k) p[k] /= sum;
-      return M::log(sum) + top - y[f.labels[s]];
+      for (int k = 1; k < f.grid.c; ++k) top = y[k * M::tasks] > top ? y[k * M::tasks] : top;
+      for (int k = 0; k < f.grid.c; ++k) sum += p[k * M::tasks] = M::exp(y[k * M::tasks] - top);
+      for (int k = 0; k < f.grid.c; ++k) p[k * M::tasks] /= sum;
+      return M::log(sum) + top - y[f.label(s, task) * M::tasks];
     }) / f.n;
   }
 
   template <class M>
   METAFAST_DEVICE static void backward(const LossFrame<M>& f) {
-    f.m.rows(f.n, [&](int s) {
-      const long row = static_cast<long>(s) * f.grid.ld;
-      for (int k = 0; k < f.grid.ld; ++k) {
-        f.g[row + k] = k < f.grid.c ? (f.saved[row + k] - (k == f.labels[s])) / f.n : 0;
+    f.m.rows(f.n, [&](int s, int task) {
+      const long row = static_cast<long>(s) * f.grid.ld + task;
+      for (int k = 0; k * M::tasks < f.grid.ld; ++k) {
+        const long i = row + k * M::tasks;
+        f.g[i] = k < f.grid.c ? (f.saved[i] - (k == f.label(s, task))) / f.n : 0;
       }
     });
   }
@@ -32,12 +34,17 @@ struct CrossEntropy {
   template <class M>
   METAFAST_DEVICE static void tangent_backward(const LossFrame<M>& f) {
     using T = typename M::Real;
-    f.m.rows(f.n, [&](int s) {
-      const long row = static_cast<long>(s) * f.grid.ld;
+    f.m.rows(f.n, [&](int s, int task) {
+      const long row = static_cast<long>(s) * f.grid.ld + task;
       T mean = 0;
-      for (int k = 0; k < f.grid.c; ++k) mean += f.saved[row + k] * f.yd[row + k];
-      for (int k = 0; k < f.grid.ld; ++k) {
-        f.gd[row + k] = k < f.grid.c ? f.saved[row + k] * (f.yd[row + k] - mean) / f.n : 0;
+      // Products are stored before they are added: rounded, whatever the compiler makes of the loop.
+      for (int k = 0; k < f.grid.c; ++k) {
+        const long i = row + k * M::tasks;
+        mean += f.gd[i] = f.saved[i] * f.yd[i];
+      }
+      for (int k = 0; k * M::tasks < f.grid.ld; ++k) {
+        const long i = row + k * M::tasks;
+        f.gd[i] = k < f.grid.c ? f.saved[i] * (f.yd[i] - mean) / f.n : 0;
       }
     });
   }

@@ -56,7 +56,8 @@ struct LossFrame {
   M& m;
   Grid grid;
   int n;
-  const int64_t* labels;  // cross_entropy: [n]
+  const int64_t* labels;  // cross_entropy: [n], of the first of the tasks that run at once
+  int64_t next_labels;    // from there to those of the next one
   const T* targets;       // mse: as y; given: the gradient of the loss in y
   T* saved;
   const T* y;
@@ -65,6 +66,7 @@ struct LossFrame {
   T* gd;
   const T* d_targets;  // given: the tangent of that gradient
 
+  METAFAST_DEVICE int64_t label(int sample, int task) const { return labels[task * next_labels + sample]; }
   METAFAST_DEVICE long size() const { return static_cast<long>(n) * grid.h * grid.w * grid.ld; }
 };
 

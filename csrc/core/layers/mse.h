@@ -6,9 +6,9 @@ namespace METAFAST_NAMESPACE {
 
 struct MSE {
   template <class M>
-  METAFAST_DEVICE static double forward(const LossFrame<M>& f) {
+  METAFAST_DEVICE static typename M::Loss forward(const LossFrame<M>& f) {
     const auto *y = f.y, *t = f.targets;
-    return f.m.total(f.size(), [=](long i) {
+    return f.m.total(f.size(), f.grid.ld, [=](long i) {
       const auto e = M::load(y + i) - M::load(t + i);
       return e * e;
     }) / elements(f);

@@ -1,0 +1,108 @@
+// Which tasks of a call run at once, one in each lane of a core, and how their Job differs from that of the others.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "core/plan.h"
+#include "cpu/isa.h"
+
+namespace metafast {
+
+// Groups of chunks, as many as the lanes of `isa`, of a Job that is complete but for its sums.
+template <class T>
+class LaneGroups {
+ public:
+  LaneGroups(const Isa<T>& isa, const std::vector<double>& description, const Job<T>& all, int64_t chunk,
+             int64_t threads, int64_t budget)
+      : lanes(isa.lanes.lanes), groups_{chunk, 0, all.program->size, nullptr} {
+    if (!isa.runs_lanes(*all.program) || all.support.counts || all.query.counts) return;
+    const int64_t count = best_count(all.tasks / chunk, (all.tasks + chunk - 1) / chunk, threads);
+    if (count == 0) return;
+    plan_ = find_plan(description, isa.lanes, sizeof(T));
+    job = all;
+    job.program = &plan_->program();
+    job.inner = plan_->inner().data();
+    job.next = chunk;
+    job.taped = passes(all.taped, all.support.n, PassKind::taped, taped_);
+    job.plain = passes(all.plain, all.query.n, all.goal == Goal::predict ? PassKind::predict : PassKind::plain, plain_);
+    const int64_t tape = job.taped.tape * sizeof(T), vectors = 5 * job.program->size * sizeof(T);
+    if (vectors + std::max(tape, static_cast<int64_t>(job.plain.tape * sizeof(T))) > cache) return;
+    if (all.keep && job.steps * tape * threads > budget) return;
+    lay_out(all);
+    groups_.count = count;
+  }
+
+  // What the chunks of the groups have summed, `rows` vectors each, from `sums` into the order of the inner layout `to`
+  // of other tasks.
+  void collect(const T* sums, int64_t rows, const int32_t* inner, std::vector<T>& to) const {
+    const int64_t width = job.program->size / lanes, apart = groups_.apart;
+    std::vector<T> sum(width);
+    to.assign(rows * apart, T(0));
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(sums + r * apart, width, sum.data());
+      for (int64_t k = 1; k < groups_.count * lanes; ++k) {
+        const T* const part = sums + (k * rows + r) * apart;
+        for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
+      }
+      for (int64_t i = 0; i < job.n_params; ++i) to[r * apart + inner[i]] = sum[job.inner[i] / lanes];
+    }
+  }
+
+  // That next() of them have been begun.
+  Groups groups(int64_t* next) const { return {groups_.chunk, groups_.count, groups_.apart, next}; }
+  int64_t chunks() const { return groups_.count * lanes; }
+
+  const int64_t lanes;
+  Job<T> job{};
+
+ private:
+  static constexpr double cost = 0.8;             // of a chunk in a group, beside that of one alone
+  static constexpr int64_t cache = 512 << 10;     // bytes of a core, in which a step and its parameters stay
+
+  // How many groups of `whole` chunks there must be for the slowest thread to end first; what is left runs alone.
+  int64_t best_count(int64_t whole, int64_t chunks, int64_t threads) const {
+    const auto time = [&](int64_t groups) {
+      const double each = cost * static_cast<double>(lanes), left = static_cast<double>(chunks - groups * lanes);
+      const double slowest = static_cast<double>((groups + threads - 1) / threads) * each;
+      return std::max(slowest, (static_cast<double>(groups) * each + left) / static_cast<double>(threads) + 0.5);
+    };
+    int64_t best = 0;
+    for (int64_t groups = 1; groups <= whole / lanes; ++groups) {
+      if (time(groups) < time(best)) best = groups;
+    }
+    return best;
+  }
+
+  TaskPasses passes(const TaskPasses& like, int n, PassKind kind, std::vector<const Pass*>& of) const {
+    if (!like.of) return {};
+    const Pass& pass = plan_->pass(n, kind);
+    of.assign(job.tasks, &pass);
+    return {of.data(), pass.tape, pass.scratch};
+  }
+
+  // Shared parameters without repetition, rates once for each lane.
+  void lay_out(const Job<T>& all) {
+    const int64_t size = job.program->size;
+    if (!all.params_per_task && all.params) {
+      params_.assign(size / lanes, T(0));
+      for (int64_t i = 0; i < all.n_params; ++i) params_[job.inner[i] / lanes] = all.params[all.inner[i]];
+      job.params = params_.data();
+    }
+    if (!all.alpha) return;
+    alpha_.assign(all.lr_rows * size, T(0));
+    for (int64_t r = 0; r < all.lr_rows; ++r) {
+      for (int64_t i = 0; i < all.n_params; ++i) {
+        std::fill_n(alpha_.data() + r * size + job.inner[i], lanes, all.alpha[r * groups_.apart + all.inner[i]]);
+      }
+    }
+    job.alpha = alpha_.data();
+  }
+
+  Groups groups_;
+  std::shared_ptr<Plan> plan_;
+  std::vector<const Pass*> taped_, plain_;
+  std::vector<T> params_, alpha_;
+};
+
+}  // namespace metafast
