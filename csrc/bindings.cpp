@@ -152,8 +152,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std
 
 // Raises with the reason where the model cannot be run; else elements of memory: of the tape of one step's pass over n
 // samples, of the tangents of that pass, of a pass over m samples that no tangent follows, and of each thread more that
-// shares a task, zero where none does. Behind them for a meta-gradient of so many tasks: how many run at once on a core,
-// zero where none do, and the elements that they take there.
+// shares a task, zero where none does. Behind them for a meta-gradient of so many tasks: how many run at once on a
+// core, zero where none do, and the elements that they take there.
 Tensor memory(Tensor description, std::string isa, int64_t team_from, Tensor like, int64_t n, int64_t m, int64_t tasks,
               int64_t steps, int64_t budget) {
   return by_dtype(like, [&](auto real) {

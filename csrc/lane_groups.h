@@ -57,8 +57,8 @@ class LaneGroups {
   Job<T> job{};
 
  private:
-  static constexpr double cost = 0.8;             // of a chunk in a group, beside that of one alone
-  static constexpr int64_t cache = 512 << 10;     // bytes of a core, in which a step and its parameters stay
+  static constexpr double cost = 0.8;          // of a chunk in a group, beside that of one alone
+  static constexpr int64_t cache = 512 << 10;  // bytes of a core, in which a step and its parameters stay
 
   // How many groups of `whole` chunks there must be for the slowest thread to end first; what is left runs alone.
   int64_t best_count(int64_t whole, int64_t chunks, int64_t threads) const {

@@ -10,8 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from test_native import (
-    A_RATE_A_PARAMETER, A_RATE_A_STEP, NATIVE_CASES, ONE_RATE, assert_same_bits, bits, case_tasks, close, compare,
-    program_around, rates,
+    A_RATE_A_PARAMETER,
+    A_RATE_A_STEP,
+    NATIVE_CASES,
+    ONE_RATE,
+    assert_same_bits,
+    bits,
+    case_tasks,
+    close,
+    compare,
+    program_around,
+    rates,
 )  # fmt: skip
 from torch import nn
 
@@ -184,7 +193,7 @@ def test_what_is_not_run_in_lanes():
     program, _, tasks = made("sinusoid", "mse", torch.float32, 25)
     lanes = together(program, tasks)
     assert lanes in (2, 4, 8, 16)
-    assert f"a core for {lanes} tasks" in NativeExecutor().explain(program, tasks.support_x)[0]
+    assert f"a core for {lanes} tasks at once" in NativeExecutor().explain(program, tasks.support_x)[0]
     assert "a core for each task" in NativeExecutor().explain(program, tasks.support_x[: lanes - 1])[0]
     few, many = (NativeExecutor().memory(program, tasks.support_x[:n], tasks.query_x[:n], 5)[1] for n in (1, 25))
     assert many > lanes / 2 * few
@@ -200,7 +209,9 @@ def test_ragged_tasks_run_apart():
     for mask in masks:
         mask[:, 1:3] = True
     ragged = replace(tasks, support_mask=masks[0], query_mask=masks[1])
-    expected = ReferenceExecutor().meta_gradient(program, params, torch.full((1, 1), 0.05, dtype=torch.float64), ragged, 2)
+    expected = ReferenceExecutor().meta_gradient(
+        program, params, torch.full((1, 1), 0.05, dtype=torch.float64), ragged, 2
+    )
     found = bits(program, params, ragged)
     close(found.losses, expected.losses, 1e-12)
     close(found.grad, expected.grad, 1e-12)

@@ -231,9 +231,7 @@ class Core : public Simd<T> {
   static long workspace_size(const Program& program);
 
   // Parameters that all tasks share, laid out as they are to be.
-  static void load_shared(const T* params, int64_t size, T* to) {
-    std::memcpy(to, params, size * sizeof(T));
-  }
+  static void load_shared(const T* params, int64_t size, T* to) { std::memcpy(to, params, size * sizeof(T)); }
   static double of_task(double loss, int) { return loss; }
 
  protected:

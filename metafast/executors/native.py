@@ -80,8 +80,9 @@ class NativeExecutor(Executor, python_loss.Passes):
 
     def explain(self, program: Program, x: Tensor) -> list[str]:
         *_, more, together, _ = self._memory(program, x, x.shape[1])
-        shared = more and _chunks(len(x)) < torch.get_num_threads()
-        where = f"a core for {together} tasks" if together else f"{'several cores' if shared else 'a core'} for each task"
+        several = more and _chunks(len(x)) < torch.get_num_threads()
+        alone = f"{'several cores' if several else 'a core'} for each task"
+        where = f"a core for {together} tasks at once" if together else alone
         return [f"C++ ({self.isa}), {where}" for _ in program.nodes]
 
     def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:

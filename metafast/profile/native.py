@@ -12,9 +12,8 @@ from metafast.profile.spans import LOSS, Span
 from metafast.program import Program
 
 # As laid out in csrc/core/trace.h.
-_SPAN = np.dtype(
-    [("begin", "<i8"), ("end", "<i8"), *((name, "<i4") for name in "what index task tasks thread unused".split())]
-)
+_NUMBERS = ("what", "index", "task", "tasks", "thread", "unused")
+_SPAN = np.dtype([("begin", "<i8"), ("end", "<i8"), *((name, "<i4") for name in _NUMBERS)])
 _WHATS = (
     "load", "inner step", "query", "reverse step", "forward", "backward", "tangent_forward", "tangent_backward"
 )  # fmt: skip
