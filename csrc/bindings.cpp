@@ -7,10 +7,10 @@
 namespace metafast {
 namespace {
 
-Tensor predict(Tensor description, std::string isa, int64_t team_from, Tensor constants, Tensor params, Tensor x,
-               Tensor sizes, int64_t step) {
+Tensor predict(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
+               Tensor x, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
-    Call<decltype(real)> call(Goal::predict, description, isa, team_from, constants, x.sizes()[0]);
+    Call<decltype(real)> call(Goal::predict, description, isa, team_from, rank, constants, x.sizes()[0]);
     call.params(params);
     call.job.query = call.samples(x, sizes);
     call.job.step = static_cast<int32_t>(step);
@@ -21,12 +21,12 @@ Tensor predict(Tensor description, std::string isa, int64_t team_from, Tensor co
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string isa, int64_t team_from,
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, int64_t isa, int64_t team_from, int64_t rank,
                                                  Tensor constants, Tensor params, Tensor x, Tensor y, Tensor sizes,
                                                  int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::loss_and_grad, description, isa, team_from, constants, x.sizes()[0]);
+    Call<T> call(Goal::loss_and_grad, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     job.query = call.samples(x, y, sizes);
@@ -41,11 +41,11 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, std::string
 }
 
 // For a loss that is computed elsewhere: outputs, and their tangent along u [T, P].
-std::tuple<Tensor, Tensor> tangent(Tensor description, std::string isa, int64_t team_from, Tensor constants,
+std::tuple<Tensor, Tensor> tangent(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
                                    Tensor params, Tensor u, Tensor x, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::tangent, description, isa, team_from, constants, x.sizes()[0]);
+    Call<T> call(Goal::tangent, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.direction(u);
@@ -62,12 +62,12 @@ std::tuple<Tensor, Tensor> tangent(Tensor description, std::string isa, int64_t 
 
 // Likewise, with the gradient g of the loss in the outputs and its tangent gd: the gradients of the adapted parameters,
 // and the Hessians times u.
-std::tuple<Tensor, Tensor> hessian_times(Tensor description, std::string isa, int64_t team_from, Tensor constants,
-                                         Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes,
-                                         int64_t step) {
+std::tuple<Tensor, Tensor> hessian_times(Tensor description, int64_t isa, int64_t team_from, int64_t rank,
+                                         Tensor constants, Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd,
+                                         Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::hessian_times, description, isa, team_from, constants, x.sizes()[0]);
+    Call<T> call(Goal::hessian_times, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.direction(u);
@@ -82,11 +82,11 @@ std::tuple<Tensor, Tensor> hessian_times(Tensor description, std::string isa, in
   });
 }
 
-Tensor adapt(Tensor description, std::string isa, int64_t team_from, Tensor constants, Tensor params, Tensor lr,
-             Tensor x, Tensor y, Tensor sizes, int64_t steps) {
+Tensor adapt(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
+             Tensor lr, Tensor x, Tensor y, Tensor sizes, int64_t steps) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::adapt, description, isa, team_from, constants, x.sizes()[0]);
+    Call<T> call(Goal::adapt, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.rates(lr, steps);
@@ -99,12 +99,12 @@ Tensor adapt(Tensor description, std::string isa, int64_t team_from, Tensor cons
   });
 }
 
-std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, int64_t team_from, Tensor constants,
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
                                      Tensor trajectory, Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v,
                                      bool first_order, bool needs_lr) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::adapt_vjp, description, isa, team_from, constants, x.sizes()[0]);
+    Call<T> call(Goal::adapt_vjp, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     const int64_t steps = trajectory.sizes()[0] - 1;
     call.rates(lr, steps);
@@ -124,19 +124,18 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, std::string isa, int64_
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std::string isa, int64_t team_from,
-                                                         Tensor constants, Tensor params, Tensor lr, Tensor support_x,
-                                                         Tensor support_y, Tensor support_sizes, Tensor query_x,
-                                                         Tensor query_y, Tensor query_sizes, Tensor step_weights,
-                                                         bool first_order, bool needs_lr, int64_t budget) {
-  return by_dtype(params, [&](auto real) {
+// The parameters as a module holds them, and their gradients likewise.
+std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
+    Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, std::vector<Tensor> params,
+    Tensor lr, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y,
+    Tensor query_sizes, std::vector<double> step_weights, bool first_order, bool needs_lr, int64_t budget) {
+  return by_dtype(params.at(0), [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::meta_gradient, description, isa, team_from, constants, support_x.sizes()[0]);
+    Call<T> call(Goal::meta_gradient, description, isa, team_from, rank, constants, support_x.sizes()[0]);
     auto& job = call.job;
-    const std::vector<double> weights = numbers(step_weights);
     call.params(params);
-    call.rates(lr, static_cast<int64_t>(weights.size()) - 1);
-    job.weights = weights.data();
+    call.rates(lr, static_cast<int64_t>(step_weights.size()) - 1);
+    job.weights = step_weights.data();
     job.first_order = first_order, job.needs_lr = needs_lr;
     job.support = call.samples(support_x, support_y, support_sizes);
     job.query = call.samples(query_x, query_y, query_sizes);
@@ -146,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std
     job.losses = data<T>(losses);
     call.run(true, needs_lr, budget);
     const T scale = T(1) / job.tasks;
-    return std::make_tuple(losses, outputs, call.grad(params, scale), call.lr_grad(lr, scale));
+    return std::make_tuple(losses, outputs, call.grads(params, scale), call.lr_grad(lr, scale));
   });
 }
 
@@ -154,12 +153,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, std
 // samples, of the tangents of that pass, of a pass over m samples that no tangent follows, and of each thread more that
 // shares a task, zero where none does. Behind them for a meta-gradient of so many tasks: how many run at once on a
 // core, zero where none do, and the elements that they take there.
-Tensor memory(Tensor description, std::string isa, int64_t team_from, Tensor like, int64_t n, int64_t m, int64_t tasks,
+Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, int64_t n, int64_t m, int64_t tasks,
               int64_t steps, int64_t budget) {
   return by_dtype(like, [&](auto real) {
     using T = decltype(real);
-    const Isa<T>* found = find_isa<T>(isa.c_str());
-    if (!found) fail("there is no build \"" + isa + "\" for this processor");
+    const Isa<T>* found = build<T>(isa);
     auto plan = find_plan(numbers(description), found->layout, sizeof(T));
     const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped),
                &plain = plan->pass(static_cast<int>(m), PassKind::plain);
@@ -186,36 +184,43 @@ Tensor memory(Tensor description, std::string isa, int64_t team_from, Tensor lik
 
 STABLE_TORCH_LIBRARY(metafast, m) {
   m.def(
-      "predict(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor x, Tensor sizes, "
+      "predict(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor x, Tensor "
+      "sizes, "
       "int step) -> "
       "Tensor");
   m.def(
-      "loss_and_grad(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor x, Tensor y, "
+      "loss_and_grad(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor x, "
+      "Tensor y, "
       "Tensor sizes, "
       "int step) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "tangent(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor u, Tensor x, Tensor "
+      "tangent(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, Tensor "
+      "x, Tensor "
       "sizes, "
       "int step) -> (Tensor, Tensor)");
   m.def(
-      "hessian_times(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor u, Tensor x, "
+      "hessian_times(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, "
+      "Tensor x, "
       "Tensor g, "
       "Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
   m.def(
-      "adapt(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor lr, Tensor x, Tensor "
+      "adapt(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor lr, Tensor "
+      "x, Tensor "
       "y, "
       "Tensor sizes, int steps) -> Tensor");
   m.def(
-      "adapt_vjp(Tensor description, str isa, int team_from, Tensor constants, Tensor trajectory, Tensor lr, Tensor x, "
+      "adapt_vjp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor trajectory, Tensor lr, "
+      "Tensor x, "
       "Tensor y, "
       "Tensor sizes, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
   m.def(
-      "meta_gradient(Tensor description, str isa, int team_from, Tensor constants, Tensor params, Tensor lr, Tensor "
+      "meta_gradient(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor[] params, Tensor "
+      "lr, Tensor "
       "support_x, "
       "Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y, Tensor query_sizes, "
-      "Tensor step_weights, bool first_order, bool needs_lr, int budget) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float[] step_weights, bool first_order, bool needs_lr, int budget) -> (Tensor, Tensor, Tensor[], Tensor)");
   m.def(
-      "memory(Tensor description, str isa, int team_from, Tensor like, int n, int m, int tasks, int steps, int budget) "
+      "memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, int budget) "
       "-> Tensor");
 }
 

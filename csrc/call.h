@@ -17,14 +17,22 @@ namespace metafast {
 // Tasks that are summed together, so many that there are at most 64 sums.
 inline int64_t chunk_of(int64_t tasks) { return (tasks + 63) / 64; }
 
+// By its place in isa_names().
+template <class T>
+const Isa<T>* build(int64_t isa) {
+  int count = 0;
+  const char* const* names = isa_names(count);
+  if (isa < 0 || isa >= count) fail("there is no build " + std::to_string(isa) + " for this processor");
+  return find_isa<T>(names[isa]);
+}
+
 // A Job and what it points to.
 template <class T>
 class Call {
  public:
-  Call(Goal goal, const Tensor& description, const std::string& isa, int64_t team_from, const Tensor& constants,
+  Call(Goal goal, const Tensor& description, int64_t isa, int64_t team_from, int64_t rank, const Tensor& constants,
        int64_t tasks)
-      : isa(find_isa<T>(isa.c_str())), description_(numbers(description)), team_from_(team_from) {
-    if (!this->isa) fail("there is no build \"" + isa + "\" for this processor");
+      : isa(build<T>(isa)), description_(numbers(description)), team_from_(team_from), rank_(rank) {
     plan = find_plan(description_, this->isa->layout, sizeof(T));
     constants_ = plan->template constants<T>(data<const T>(constants));
     job.goal = goal;
@@ -35,13 +43,27 @@ class Call {
     job.constants = constants_.data();
   }
 
+  // [P], or [T, P].
   void params(const Tensor& t) {
-    expect<T>(t, t.dim() == 1 ? job.n_params : job.tasks * job.n_params, "params");
     job.params_per_task = t.dim() == 2;
+    if (!job.params_per_task) return params(std::vector<Tensor>{t});
+    expect<T>(t, job.tasks * job.n_params, "params");
     job.params = data<T>(t);
-    if (job.params_per_task) return;
+  }
+
+  // [P] in parts, each of any shape.
+  void params(const std::vector<Tensor>& parts) {
+    int64_t count = 0;
+    for (const Tensor& part : parts) count += part.numel();
+    if (count != job.n_params) fail_count("params", count, job.n_params);
     inner_params.assign(job.program->size, T(0));
-    for (int64_t i = 0; i < job.n_params; ++i) inner_params[job.inner[i]] = job.params[i];
+    const int32_t* to = job.inner;
+    for (const Tensor& part : parts) {
+      const Tensor dense = part.is_contiguous() ? part : torch::stable::contiguous(part);
+      expect<T>(dense, dense.numel(), "params");
+      const T* from = data<T>(dense);
+      for (const T* const end = from + dense.numel(); from < end; ++from) inner_params[*to++] = *from;
+    }
     job.params = inner_params.data();
   }
 
@@ -134,20 +156,25 @@ class Call {
     total(job.lr_sums, chunks, job.lr_rows * size);
   }
 
-  Tensor grad(const Tensor& like, T scale) const {
-    const int64_t sizes[] = {job.n_params};
-    Tensor out = torch::stable::new_empty(like, {sizes, 1});
-    T* to = data<T>(out);
-    for (int64_t i = 0; i < job.n_params; ++i) to[i] = job.sums[job.inner[i]] * scale;
+  // Of the parts that params took.
+  std::vector<Tensor> grads(const std::vector<Tensor>& parts, T scale) const {
+    std::vector<Tensor> out;
+    const int32_t* from = job.inner;
+    for (const Tensor& part : parts) {
+      const auto sizes = part.sizes();
+      out.push_back(empty(part, {sizes.begin(), sizes.end()}));
+      T* const to = data<T>(out.back());
+      const int64_t count = part.numel();
+      for (int64_t i = 0; i < count; ++i) to[i] = job.sums[*from++] * scale;
+    }
     return out;
   }
 
   // Of the shape of lr.
   Tensor lr_grad(const Tensor& lr, T scale) const {
     const int64_t rows = lr.sizes()[0], width = lr.sizes()[1], size = job.program->size;
-    const int64_t sizes[] = {job.needs_lr ? rows : 0, width};
-    Tensor out = torch::stable::new_empty(lr, {sizes, 2});
-    for (int64_t r = 0; r < sizes[0]; ++r) {
+    Tensor out = empty(lr, {job.needs_lr ? rows : 0, width});
+    for (int64_t r = 0; r < out.sizes()[0]; ++r) {
       T* to = data<T>(out) + r * width;
       double sum = 0;
       for (int64_t i = 0; i < job.n_params; ++i) {
@@ -159,10 +186,11 @@ class Call {
     return out;
   }
 
-  // [T, n, c, h, w]; Python gives it the shape of the model's outputs.
+  // [T, n, ...], where `rank` axes are the sample's own.
   Tensor outputs(const Tensor& like, int64_t n) {
     const Grid& g = job.program->out;
-    Tensor out = empty(like, {job.tasks, n, g.c, g.h, g.w});
+    const std::vector<int64_t> vectors{job.tasks, n, g.c * g.h * g.w}, images{job.tasks, n, g.c, g.h, g.w};
+    Tensor out = empty(like, rank_ == 1 ? vectors : images);
     job.outputs = data<T>(out);
     return out;
   }
@@ -260,7 +288,7 @@ class Call {
 
   const std::vector<double> description_;
   std::vector<T> constants_, inner_params, alpha, sums_, lr_sums_;
-  const int64_t team_from_;
+  const int64_t team_from_, rank_;
   std::optional<Arena> partial;  // the sums of each chunk
   std::vector<const Pass*> passes_[2];
 };

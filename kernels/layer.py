@@ -72,6 +72,8 @@ class Loss:
     """A loss of outputs ``[T, n, ...]`` and targets, one mean value a task."""
 
     stem: ClassVar[str]
+    reads_targets: ClassVar[bool] = True
+    """Does ``check`` depend on the values of the targets, not on their shape and dtype alone?"""
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         """Raises ValueError or TypeError where ``targets [T, n, ...]``, called ``name``, do not suit outputs whose

@@ -80,6 +80,11 @@ class Rates(nn.Module):
         else:
             self.register_buffer("value", value)
 
+    @property
+    def fixed(self) -> Tensor | None:
+        """What :meth:`forward` gives again and again, until ``value`` is another tensor; ``None`` where it computes."""
+        return self.value if self.index is None else None
+
     def forward(self) -> Tensor:
         """``[1 or S, 1 or P]``."""
         return self.value if self.index is None else self.value[:, self.index]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Samples of T tasks: ``x [T, n, ...]``, ``y [T, n]`` or ``[T, n, ...]``, ``mask [T, n]`` true where one counts."""
 
     x: Tensor

@@ -1,29 +1,36 @@
-"""Notices that a module is no longer the one that was captured, at the cost of a few dictionary look-ups."""
+"""Notices that a module is no longer what it was, at the cost of a few dictionary look-ups."""
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 from torch import nn
 
 
 class Watch:
-    """Parameters, buffers, sub-modules and modes of a module at one moment."""
+    """Parameters, buffers, sub-modules and modes of ``module`` at one moment.
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._registries: list[tuple[dict[str, Any], int]] = []
-        self._entries: list[tuple[dict[str, Any], str, Any]] = []
-        for module in modules:
-            for registry in (module._parameters, module._buffers, module._modules):
-                self._registries.append((registry, len(registry)))
-                self._entries += [(registry, name, item) for name, item in registry.items()]
-        self._modes = [(module, module.training) for module in modules]
+    A module that keeps the watch on itself is its ``owner``. Its own mode is left out: a watch that held its owner
+    would keep both alive.
+    """
+
+    def __init__(self, module: nn.Module, owner: nn.Module | None = None) -> None:
+        modules = list(module.modules())
+        self.parameters = list(module.parameters())
+        self._moded = [m for m in modules if m is not owner]
+        self._modes = [m.training for m in self._moded]
+        self._registries = [r for m in modules for r in (m._parameters, m._buffers, m._modules)]
+        self._sizes = [len(registry) for registry in self._registries]
+        self._homes: list[dict[str, Any]] = [registry for registry in self._registries for _ in registry]
+        self._names = [name for registry in self._registries for name in registry]
+        self._items = [item for registry in self._registries for item in registry.values()]
 
     def changed(self) -> bool:
         """Has anything been replaced, added or taken away, or a mode been switched?"""
-        return (
-            any(registry.get(name) is not item for registry, name, item in self._entries)
-            or any(len(registry) != size for registry, size in self._registries)
-            or any(module.training is not mode for module, mode in self._modes)
+        items = map(dict.get, self._homes, self._names)
+        return not (
+            all(map(is_, items, self._items))
+            and [len(registry) for registry in self._registries] == self._sizes
+            and [m.training for m in self._moded] == self._modes
         )

@@ -16,6 +16,7 @@ class CustomLoss(Loss):
     """``L[t] = function(outputs[t], targets[t])``, a scalar for one task's ``[n, ...]``."""
 
     stem = "custom_loss"
+    reads_targets = False
     function: Callable[[Tensor, Tensor], Tensor]
 
     def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ class MSE(Loss):
     """``L = sum_m w_m (z_m - y_m)^2``, ``w_m = 1/M``: ``g = 2 w (z - y)``, ``gd = 2 w zd``; all ``[T,n,...]``."""
 
     stem = "mse"
+    reads_targets = False
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         if tuple(targets.shape[2:]) != output:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
 
 from metafast.capture import capture
 from metafast.checks import check_batch, check_like, check_padding, resolve_names
@@ -72,6 +73,17 @@ class Adapted:
         return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
 
 
+class _Seen(NamedTuple):
+    """Of a kind of batch: the executor, samples of one batch, the shape of a sample's output, and whether the targets
+    of every batch are looked at."""
+
+    choice: Choice
+    support_x: Tensor
+    query_x: Tensor
+    output: tuple[int, ...]
+    check_each: bool
+
+
 class Learner(nn.Module):
     """A model that learns to adapt. ``parameters()`` are the meta-parameters; torch optimisers do the outer step.
 
@@ -119,10 +131,19 @@ class Learner(nn.Module):
         self.program = self._capture()
         first = next(model.parameters())
         self.rows = self._rows_per_step()
-        self._sources, self._watch = self._parameters_in_order(), Watch(model)
+        self._sources, self._captured = self._parameters_in_order(), Watch(model)
         self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self.program, steps, first)
+        self._fixed_rate, self._watch = self.rate.fixed, Watch(self, owner=self)
         self.tracks = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
-        self._seen: dict[tuple[object, ...], tuple[Choice, Tensor, Tensor, tuple[int, ...]]] = {}
+        self._seen: dict[tuple[object, ...], _Seen] = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any module, without its walk through all modules where none has changed."""
+        if set_to_none and not self._watch.changed():
+            for parameter in self._watch.parameters:
+                parameter.grad = None
+        else:
+            super().zero_grad(set_to_none)
 
     def adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
@@ -145,7 +166,7 @@ class Learner(nn.Module):
         if x is not None:
             choice, query_x = choose(self.program, x, self.backend, precision=self.precision), x
         elif self._seen:
-            choice, x, query_x, _ = next(reversed(self._seen.values()))
+            choice, x, query_x, *_ = next(reversed(self._seen.values()))
         else:
             return "no batch has been seen yet; call explain(support_x)"
         hows = choice.executor.explain(self.program, x)
@@ -183,12 +204,19 @@ class Learner(nn.Module):
             )
         return tuple(y.shape[2:])
 
-    def _recapture(self) -> None:
+    def _refresh(self) -> None:
         """Captures the module again where it was moved (its buffers are other tensors then) or has changed its mode."""
-        if self._watch.changed():
+        if not self._watch.changed():
+            return
+        if self._captured.changed():
             self.program = self._capture()
-            self._sources, self._watch = self._parameters_in_order(), Watch(self.model)
+            self._sources, self._captured = self._parameters_in_order(), Watch(self.model)
             self._seen.clear()
+        self._fixed_rate, self._watch = self.rate.fixed, Watch(self, owner=self)
+
+    def _rates(self) -> Tensor:
+        """``[1 or S, 1 or P]``: of the rule of the inner update."""
+        return self.rate() if self._fixed_rate is None else self._fixed_rate
 
     def _parameters_in_order(self) -> list[Tensor]:
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
@@ -206,30 +234,46 @@ class Learner(nn.Module):
     def _prepare(self, tasks: TaskBatch) -> Choice:
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
         check_batch(tasks)
-        self._recapture()
-        x, masked = tasks.support_x, tasks.support_mask is not None or tasks.query_mask is not None
-        tensors = (x, tasks.query_x, tasks.support_y, tasks.query_y, self._sources[0])
-        key = (x.shape, tasks.query_x.shape[1], masked, *[t.dtype for t in tensors], *[t.device for t in tensors])
-        first = key not in self._seen
-        if first:
-            check_like(tasks, self)
-            if masked:
-                check_padding(self.program, self.flat_parameters().detach(), tasks)
-            output = self._probe(tasks.support_x)
-            self._probe(tasks.query_x)
-            choice = choose(self.program, x, self.backend, masked, self.precision, tasks.query_x.shape[1])
-            self._seen[key] = choice, x, tasks.query_x, output
-        choice, _, _, output = self._seen[key]
-        if first or x.device.type == "cpu":  # reading labels back from a GPU each time would stall it
-            self.program.loss.check(output, tasks.support_y, "support_y")
-            self.program.loss.check(output, tasks.query_y, "query_y")
-        return choice
+        self._refresh()
+        key = self._kind(tasks)
+        seen = self._seen.get(key)
+        if seen is None:
+            seen = self._meet(tasks)
+            self._check_targets(seen, tasks)
+            self._seen[key] = seen
+        elif seen.check_each:
+            self._check_targets(seen, tasks)
+        return seen.choice
 
-    def _add_gradient(self, gradient: Tensor) -> None:
-        """Adds ``[P]`` to the ``.grad`` of the meta-parameters; a fresh ``.grad`` is a view of it."""
-        for parameter, g in zip(self._sources, _unflatten_dense_tensors(gradient, self._sources), strict=True):
+    def _kind(self, tasks: TaskBatch) -> tuple[object, ...]:
+        """What all that holds of a batch depends on, but for the values of its labels."""
+        masked = tasks.support_mask is not None or tasks.query_mask is not None
+        x, y, q, z = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
+        own = self._sources[0]
+        dtypes, devices = (x.dtype, y.dtype, q.dtype, z.dtype, own.dtype), (x.device, q.device, own.device)
+        return x.shape, y.shape, q.shape, z.shape, masked, dtypes, devices
+
+    def _meet(self, tasks: TaskBatch) -> _Seen:
+        check_like(tasks, self)
+        x, q = tasks.support_x, tasks.query_x
+        masked = tasks.support_mask is not None or tasks.query_mask is not None
+        if masked:
+            check_padding(self.program, self.flat_parameters().detach(), tasks)
+        output = self._probe(x)
+        self._probe(q)
+        choice = choose(self.program, x, self.backend, masked, self.precision, q.shape[1])
+        # Reading labels back from a GPU each time would stall it.
+        return _Seen(choice, x, q, output, self.program.loss.reads_targets and x.device.type == "cpu")
+
+    def _check_targets(self, seen: _Seen, tasks: TaskBatch) -> None:
+        self.program.loss.check(seen.output, tasks.support_y, "support_y")
+        self.program.loss.check(seen.output, tasks.query_y, "query_y")
+
+    def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Adds one for each meta-parameter of the model to its ``.grad``."""
+        for parameter, gradient in zip(self._sources, gradients, strict=True):
             if parameter.requires_grad:
-                parameter.grad = g if parameter.grad is None else parameter.grad + g
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.detach() + gradient
 
     def _track(self, tasks: TaskBatch) -> None:
         if self.tracks:

@@ -81,22 +81,21 @@ class MAML(Learner):
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._prepare(tasks)
         self._track(tasks)
-        rate = self.rate()
-        with torch.no_grad():
-            result = choice.executor.meta_gradient(
-                self.program,
-                self.flat_parameters(),
-                rate.detach(),
-                tasks,
-                self.steps,
-                step_weights=self.step_weights,
-                first_order=self.first_order,
-                needs_lr=rate.requires_grad,
-            )
-            self._add_gradient(result.grad)
+        rate = self._rates()
+        losses, outputs, gradients, rate_gradient = choice.executor.gradients(
+            self.program,
+            self._sources,
+            rate,
+            tasks,
+            self.steps,
+            step_weights=self.step_weights,
+            first_order=self.first_order,
+            needs_lr=rate.requires_grad,
+        )
+        self._add_gradients(gradients)
         if rate.requires_grad:
-            rate.backward(result.lr_grad)
-        return LearnerOutput(result.losses, result.outputs)
+            rate.backward(rate_gradient)
+        return LearnerOutput(losses, outputs)
 
 
 class FOMAML(MAML):

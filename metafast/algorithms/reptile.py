@@ -62,7 +62,7 @@ class Reptile(Learner):
         choice = self._prepare(tasks)
         self._track(tasks)
         adapted = self._adapted(choice, tasks.support, self.steps)
-        self._add_gradient(self.flat_parameters() - adapted.mean(0))
+        self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))
         return self._judge(choice, adapted, tasks)
 
     def _judge(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:

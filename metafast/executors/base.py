@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
 
-@dataclass(frozen=True)
-class MetaGradient:
+class MetaGradient(NamedTuple):
     """Of a batch of T tasks: ``losses [T]``, ``outputs [T, m, ...]`` at the last step, and the gradients of the *mean*
     loss: ``grad [P]`` of the parameters, ``lr_grad`` of the shape of ``lr`` (``None`` where it was not wanted)."""
 
@@ -125,6 +126,27 @@ class Executor(ABC):
         )
         assert outputs is not None  # the last step always runs
         return MetaGradient(losses, outputs, grad.sum(0), lr_grad)
+
+    @torch.no_grad()
+    def gradients(
+        self,
+        program: Program,
+        parameters: Sequence[Tensor],
+        lr: Tensor,
+        tasks: TaskBatch,
+        steps: int,
+        *,
+        step_weights: list[float] | None = None,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor], Tensor | None]:
+        """``meta_gradient`` where a module holds the parameters: its losses and outputs, the gradient of each parameter
+        and ``lr_grad``. No graph is kept."""
+        losses, outputs, grad, lr_grad = self.meta_gradient(
+            program, _flatten_dense_tensors(parameters), lr.detach(), tasks, steps,
+            step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
+        )  # fmt: skip
+        return losses, outputs, _unflatten_dense_tensors(grad, parameters), lr_grad
 
 
 def query_weights(step_weights: list[float] | None, steps: int) -> tuple[float, ...]:

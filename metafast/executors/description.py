@@ -17,6 +17,9 @@ try:
     from metafast import _C as extension  # type: ignore[attr-defined]
 
     missing = None
+    # Its parameters may belong to graphs; what it gives does not.
+    _library = torch.library.Library("metafast", "IMPL")
+    _library.impl("meta_gradient", torch.library.fallthrough_kernel, "Autograd")
 except ImportError as error:  # metafast works without it: `metafast doctor` says what that costs
     extension = None
     missing = f"metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."
@@ -42,7 +45,7 @@ class Model:
         self.rank = _ranks(program, len(sample))[program.output]
 
     def shaped(self, outputs: Tensor) -> Tensor:
-        """Outputs ``[T, n, c, h, w]`` in the shape that the model gives them."""
+        """Outputs ``[T, n, c, h, w]`` in the shape that the model gives them, ``rank`` axes behind the samples."""
         return outputs if self.rank == 3 else outputs.flatten(2)
 
 

@@ -9,7 +9,8 @@ rules in C++ makes one call a pass instead.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from metafast.executors.description import (
     call,
     extension,
     foreign,
-    in_double,
     missing,
     ready,
     targets,
@@ -33,6 +33,7 @@ from metafast.executors.memory import Plan
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
+_META_GRADIENT = None if extension is None else torch.ops.metafast.meta_gradient.default
 _BUDGET = 256 << 20
 _TEAM_FROM = 1 << 18  # some ten microseconds of a core, beside which a barrier is short
 
@@ -59,6 +60,10 @@ class NativeExecutor(Executor, python_loss.Passes):
     def isa(self) -> str:
         """The instruction set that runs."""
         return self._isa or self.isas()[0]
+
+    @cached_property
+    def _build(self) -> int:
+        return self.isas().index(self.isa)
 
     def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
         if missing is not None:
@@ -163,22 +168,44 @@ class NativeExecutor(Executor, python_loss.Passes):
                 program, params, lr, tasks, steps,
                 step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
             )  # fmt: skip
-        support, query, model = tasks.support, tasks.query, self._models.of(program, tasks.support_x)
-        front, behind = Order(support.mask), Order(query.mask)
-        losses, outputs, grad, lr_grad = call(
-            torch.ops.metafast.meta_gradient, *self._head(model, params.dtype), ready(params),
-            ready(lr.to(params.dtype)), front.pack(support.x), front.pack(targets(program, support)), front.sizes,
-            behind.pack(query.x), behind.pack(targets(program, query)), behind.sizes,
-            in_double(query_weights(step_weights, steps), support.x.device), first_order, needs_lr, self.budget,
+        losses, outputs, (grad,), lr_grad = self.gradients(
+            program, (params,), lr, tasks, steps,
+            step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
         )  # fmt: skip
-        outputs = behind.unpack(model.shaped(outputs))
-        return MetaGradient(losses, outputs, grad, lr_grad if needs_lr else None)
+        return MetaGradient(losses, outputs, grad, lr_grad)
+
+    def gradients(
+        self,
+        program: Program,
+        parameters: Sequence[Tensor],
+        lr: Tensor,
+        tasks: TaskBatch,
+        steps: int,
+        *,
+        step_weights: list[float] | None = None,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor], Tensor | None]:
+        if program.loss.stem not in LOSSES:
+            return super().gradients(
+                program, parameters, lr, tasks, steps,
+                step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
+            )  # fmt: skip
+        x, dtype = tasks.support_x, parameters[0].dtype
+        model, front, behind = self._models.of(program, x), Order(tasks.support_mask), Order(tasks.query_mask)
+        losses, outputs, grads, lr_grad = call(
+            _META_GRADIENT, *self._head(model, dtype), parameters, ready(lr if lr.dtype == dtype else lr.to(dtype)),
+            front.pack(x), front.pack(targets(program, tasks.support)), front.sizes,
+            behind.pack(tasks.query_x), behind.pack(targets(program, tasks.query)), behind.sizes,
+            query_weights(step_weights, steps), first_order, needs_lr, self.budget,
+        )  # fmt: skip
+        return losses, behind.unpack(outputs), grads, lr_grad if needs_lr else None
 
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
         model, order = self._models.of(program, batch.x), Order(batch.mask)
         head = self._head(model, params.dtype)
         found = call(torch.ops.metafast.predict, *head, ready(params), order.pack(batch.x), order.sizes, step)
-        return order.unpack(model.shaped(found))
+        return order.unpack(found)
 
     def pull(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
         return self._loss_and_grad(program, params, batch, g, step)[1]
@@ -187,7 +214,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         model, order = self._models.of(program, batch.x), Order(batch.mask)
         head = self._head(model, params.dtype)
         found = call(torch.ops.metafast.tangent, *head, ready(params), ready(u), order.pack(batch.x), order.sizes, step)
-        outputs, tangents = (order.unpack(model.shaped(part)) for part in found)
+        outputs, tangents = (order.unpack(part) for part in found)
         return outputs, tangents
 
     def bend(
@@ -210,21 +237,22 @@ class NativeExecutor(Executor, python_loss.Passes):
             torch.ops.metafast.loss_and_grad, *head, ready(params),
             order.pack(batch.x), order.pack(y), order.sizes, step,
         )  # fmt: skip
-        return losses, grads, order.unpack(model.shaped(outputs))
+        return losses, grads, order.unpack(outputs)
 
     def _memory(self, program: Program, x: Tensor, queries: int, steps: int = 1) -> list[int]:
         """Bytes of a tape, of its tangents, of a query's tape and of a thread more for a task; how many tasks a core
         runs at once, and their bytes."""
         model, like = self._models.of(program, x), _nothing(x.dtype)
         *sizes, together, in_lanes = call(
-            torch.ops.metafast.memory, model.description, self.isa, self.team_from, like,
+            torch.ops.metafast.memory, model.description, self._build, self.team_from, like,
             x.shape[1], queries, len(x), steps, self.budget,
         ).tolist()  # fmt: skip
         return [*(int(v) * x.element_size() for v in sizes), int(together), int(in_lanes) * x.element_size()]
 
-    def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, str, int, Tensor]:
+    def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, int, int, int, Tensor]:
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
-        return model.description, self.isa, self.team_from, torch.cat(constants) if constants else _nothing(dtype)
+        numbers = torch.cat(constants) if constants else _nothing(dtype)
+        return model.description, self._build, self.team_from, model.rank, numbers
 
 
 def _chunks(tasks: int) -> int:
