@@ -152,8 +152,8 @@ class Call {
         return;
       }
     }
-    total(job.sums, chunks, size);
-    total(job.lr_sums, chunks, job.lr_rows * size);
+    total(job.sums, 0, chunks, size, job.sums);
+    total(job.lr_sums, 0, chunks, job.lr_rows * size, job.lr_sums);
   }
 
   // Of the parts that params took.
@@ -216,15 +216,12 @@ class Call {
   }
 
   // The sums of groups, and on top of them those of the chunks behind.
-  void collect(const LaneGroups<T>& groups, int64_t chunks) {
-    const auto all = [&](T*& sums, int64_t rows, std::vector<T>& total) {
+  void collect(LaneGroups<T>& groups, int64_t chunks) {
+    const auto all = [&](T*& sums, int64_t rows, std::vector<T>& sum) {
       if (!sums) return;
-      const int64_t size = rows * job.program->size;
-      groups.collect(sums, rows, job.inner, total);
-      for (int64_t k = groups.chunks(); k < chunks; ++k) {
-        for (int64_t i = 0; i < size; ++i) total[i] += sums[k * size + i];
-      }
-      sums = total.data();
+      groups.collect(sums, rows, job.inner, sum);
+      total(sums, groups.chunks(), chunks, rows * job.program->size, sum.data());
+      sums = sum.data();
     };
     all(job.sums, 1, sums_);
     all(job.lr_sums, job.lr_rows, lr_sums_);
@@ -279,10 +276,17 @@ class Call {
     return labels;
   }
 
-  static void total(T* sum, int64_t count, int64_t size) {
-    for (int64_t k = 1; k < count && sum; ++k) {
-      const T* const part = sum + k * size;
-      for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
+  // Adds the sums of chunks to `sum`, which may be the first of them: in blocks of as many as run in lanes, so that it
+  // does not matter whether they did.
+  void total(T* sums, int64_t first, int64_t count, int64_t size, T* sum) const {
+    const auto add = [=](T* to, const T* part) {
+      for (int64_t i = 0; i < size; ++i) to[i] += part[i];
+    };
+    const int64_t block = isa->layout.lanes;
+    for (int64_t k = first; k < count && sums; k += block) {
+      T* const part = sums + k * size;
+      for (int64_t j = 1; j < std::min(block, count - k); ++j) add(part, part + j * size);
+      if (part != sum) add(sum, part);
     }
   }
 

@@ -15,7 +15,7 @@ class LaneGroups {
  public:
   LaneGroups(const Isa<T>& isa, const std::vector<double>& description, const Job<T>& all, int64_t chunk,
              int64_t threads, int64_t budget)
-      : lanes(isa.lanes.lanes), groups_{chunk, 0, all.program->size, nullptr} {
+      : lanes(isa.lanes.lanes), groups_{0, all.program->size, nullptr} {
     if (!isa.runs_lanes(*all.program) || all.support.counts || all.query.counts) return;
     const int64_t count = best_count(all.tasks / chunk, (all.tasks + chunk - 1) / chunk, threads);
     if (count == 0) return;
@@ -33,16 +33,15 @@ class LaneGroups {
     groups_.count = count;
   }
 
-  // What the chunks of the groups have summed, `rows` vectors each, from `sums` into the order of the inner layout `to`
-  // of other tasks.
-  void collect(const T* sums, int64_t rows, const int32_t* inner, std::vector<T>& to) const {
+  // What the groups have summed, `rows` vectors each: one after another into `to`, in the layout `inner` of other
+  // tasks.
+  void collect(T* sums, int64_t rows, const int32_t* inner, std::vector<T>& to) const {
     const int64_t width = job.program->size / lanes, apart = groups_.apart;
-    std::vector<T> sum(width);
     to.assign(rows * apart, T(0));
     for (int64_t r = 0; r < rows; ++r) {
-      std::copy_n(sums + r * apart, width, sum.data());
-      for (int64_t k = 1; k < groups_.count * lanes; ++k) {
-        const T* const part = sums + (k * rows + r) * apart;
+      T* const sum = sums + r * apart;
+      for (int64_t k = 1; k < groups_.count; ++k) {
+        const T* const part = sum + k * rows * apart;
         for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
       }
       for (int64_t i = 0; i < job.n_params; ++i) to[r * apart + inner[i]] = sum[job.inner[i] / lanes];
@@ -50,7 +49,7 @@ class LaneGroups {
   }
 
   // That next() of them have been begun.
-  Groups groups(int64_t* next) const { return {groups_.chunk, groups_.count, groups_.apart, next}; }
+  Groups groups(int64_t* next) const { return {groups_.count, groups_.apart, next}; }
   int64_t chunks() const { return groups_.count * lanes; }
 
   const int64_t lanes;
@@ -81,21 +80,20 @@ class LaneGroups {
     return {of.data(), pass.tape, pass.scratch};
   }
 
-  // Shared parameters without repetition, rates once for each lane.
+  // What all tasks share is there once for all lanes.
   void lay_out(const Job<T>& all) {
-    const int64_t size = job.program->size;
+    const int64_t size = job.program->size / lanes;
+    const auto move = [&](const T* from, T* to) {
+      for (int64_t i = 0; i < all.n_params; ++i) to[job.inner[i] / lanes] = from[all.inner[i]];
+    };
     if (!all.params_per_task && all.params) {
-      params_.assign(size / lanes, T(0));
-      for (int64_t i = 0; i < all.n_params; ++i) params_[job.inner[i] / lanes] = all.params[all.inner[i]];
+      params_.assign(size, T(0));
+      move(all.params, params_.data());
       job.params = params_.data();
     }
     if (!all.alpha) return;
     alpha_.assign(all.lr_rows * size, T(0));
-    for (int64_t r = 0; r < all.lr_rows; ++r) {
-      for (int64_t i = 0; i < all.n_params; ++i) {
-        std::fill_n(alpha_.data() + r * size + job.inner[i], lanes, all.alpha[r * groups_.apart + all.inner[i]]);
-      }
-    }
+    for (int64_t r = 0; r < all.lr_rows; ++r) move(all.alpha + r * groups_.apart, alpha_.data() + r * size);
     job.alpha = alpha_.data();
   }
 

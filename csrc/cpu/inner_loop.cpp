@@ -40,21 +40,27 @@ bool runs_lanes(const Program& program) {
   return all;
 }
 
-// The sums of a group lie behind its memory.
+// The sums of a group lie behind its memory. Of one task alone the adjoint is the sum.
+template <class T>
+bool sums_up(const Job<T>& job) {
+  return job.sums && job.next > 1;
+}
+
 template <class T>
 int64_t lanes_memory(const Job<T>& job) {
-  const int64_t sums = (job.sums ? 1 : 0) + (job.lr_sums ? job.lr_rows : 0);
+  const int64_t sums = (sums_up(job) ? 1 : 0) + (job.lr_sums ? job.lr_rows : 0);
   return TaskMemory<Lanes<T>>(job, nullptr).size + sums * job.program->size;
 }
 
-// Vectors whose elements are packs, as one vector for each lane.
+// out[i] = the sum over the lanes of pack i, in their order.
 template <class T>
-void separate(const T* packs, int64_t size, T* out, int64_t apart) {
+void fold(const T* packs, int64_t size, T* out) {
   constexpr int lanes = Simd<T>::lanes;
   for (int64_t i = 0; i < size; i += lanes * lanes) {
     typename Simd<T>::Pack columns[lanes];
     Simd<T>::transposed([=](int j) { return packs + i + j * lanes; }, columns);
-    for (int j = 0; j < lanes; ++j) Simd<T>::store(out + j * apart + i / lanes, columns[j]);
+    for (int j = 1; j < lanes; ++j) columns[0] += columns[j];
+    Simd<T>::store(out + i / lanes, columns[0]);
   }
 }
 
@@ -64,14 +70,14 @@ void run_lanes(const Job<T>& job, const Groups& groups, T* base, Trace* trace) {
   const int64_t size = job.program->size;
   Task<Lanes<T>> task(job, base, nullptr, {}, trace);
   T* const behind = base + TaskMemory<Lanes<T>>(job, nullptr).size;
-  T *const sums = job.sums ? behind : nullptr, *const lr_sums = job.lr_sums ? behind + (sums ? size : 0) : nullptr;
+  T* const sums = sums_up(job) ? behind : nullptr;
+  T* const lr_sums = job.lr_sums ? behind + (sums ? size : 0) : nullptr;
   for (int64_t k = take(groups.next); k < groups.count; k = take(groups.next)) {
     task.clear_sums(sums, lr_sums);
-    for (int64_t i = 0; i < groups.chunk; ++i) task.run(k * lanes * groups.chunk + i, sums, lr_sums);
-    if (sums) separate(sums, size, job.sums + k * lanes * groups.apart, groups.apart);
+    for (int64_t i = 0; i < job.next; ++i) task.run(k * lanes * job.next + i, sums, lr_sums);
+    if (job.sums) fold(sums ? sums : task.adjoint(), size, job.sums + k * groups.apart);
     for (int r = 0; lr_sums && r < job.lr_rows; ++r) {
-      T* const to = job.lr_sums + (k * lanes * job.lr_rows + r) * groups.apart;
-      separate(lr_sums + r * size, size, to, job.lr_rows * groups.apart);
+      fold(lr_sums + r * size, size, job.lr_sums + (k * job.lr_rows + r) * groups.apart);
     }
   }
 }

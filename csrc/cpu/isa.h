@@ -7,10 +7,10 @@
 
 namespace metafast {
 
-// Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; what chunks add up lies
+// Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; what they sum up lies
 // `apart`.
 struct Groups {
-  int64_t chunk, count, apart;
+  int64_t count, apart;
   int64_t* next;
 };
 

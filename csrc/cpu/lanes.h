@@ -115,9 +115,7 @@ class Lanes : public Core<T> {
     multiply(p, op.y.c, op.x.c);
   }
 
-  static void load_shared(const T* params, int64_t size, T* to) {
-    for (int64_t i = 0; i < size; i += lanes) S::store(to + i, S::broadcast(params[i / lanes]));
-  }
+  static Pack load_shared(const T* p, long i) { return S::broadcast(p[i / lanes]); }
   static double of_task(const Loss& loss, int task) { return loss.of[task]; }
 
  private:

@@ -230,8 +230,8 @@ class Core : public Simd<T> {
 
   static long workspace_size(const Program& program);
 
-  // Parameters that all tasks share, laid out as they are to be.
-  static void load_shared(const T* params, int64_t size, T* to) { std::memcpy(to, params, size * sizeof(T)); }
+  // Of a vector that all tasks share.
+  static Pack load_shared(const T* p, long i) { return Simd<T>::load(p + i); }
   static double of_task(double loss, int) { return loss; }
 
  protected:

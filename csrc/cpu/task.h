@@ -71,6 +71,8 @@ class Task {
     });
   }
 
+  const T* adjoint() const { return mem.v; }  // of theta_0, of the last task
+
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
     if (machine.trace) machine.trace->task = static_cast<int32_t>(t), machine.trace->tasks = M::tasks;
@@ -184,7 +186,7 @@ class Task {
       machine.end();
     }
     set_loss(loss);
-    add(sums, 1, mem.v);
+    if (sums) add(sums, 1, mem.v);
   }
 
   // theta_{s+1} = theta_s - alpha_s g_s
@@ -197,7 +199,7 @@ class Task {
       const T *alpha = rate(s), *from = theta(s);
       T* to = theta(s + 1);
       machine.each(program.size,
-                   [=](long i) { M::store(to + i, M::load(from + i) - M::load(alpha + i) * M::load(g + i)); });
+                   [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
       machine.end();
     }
   }
@@ -212,7 +214,7 @@ class Task {
                    [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
     }
     if (job.first_order) return;
-    machine.each(program.size, [=](long i) { M::store(u + i, -M::load(alpha + i) * M::load(v + i)); });
+    machine.each(program.size, [=](long i) { M::store(u + i, -M::load_shared(alpha, i) * M::load(v + i)); });
     add_hessian_times(tape, at, u, s, v);
   }
 
@@ -279,7 +281,7 @@ class Task {
 
   void load_params(const T* params, T* to) const {
     if (job.params_per_task) return import_user(params, 0, to);
-    machine.once([&] { M::load_shared(params, program.size, to); });
+    machine.each(program.size, [=](long i) { M::store(to + i, M::load_shared(params, i)); });
   }
 
   void import_user(const T* rows, int s, T* to) const {
@@ -307,7 +309,7 @@ class Task {
   }
 
   int row(int s) const { return s < job.lr_rows ? s : job.lr_rows - 1; }
-  const T* rate(int s) const { return job.alpha + row(s) * program.size; }
+  const T* rate(int s) const { return job.alpha + row(s) * program.size / M::tasks; }
   T* theta(int s) const { return mem.theta + s * program.size; }
   T* gradient(int s) const { return mem.g + (job.needs_lr && job.goal == Goal::meta_gradient ? s : 0) * program.size; }
   T* tape(int s) const { return mem.tapes + (job.keep ? s : 0) * job.taped.tape; }
