@@ -36,7 +36,9 @@ class LearnerOutput:
     @cached_property
     def loss(self) -> Tensor:
         """The mean of ``losses``, with their graph wherever it is read first."""
-        with torch.set_grad_enabled(self.losses.requires_grad):
+        if not self.losses.requires_grad:
+            return self.losses.mean()
+        with torch.enable_grad():
             return self.losses.mean()
 
 
