@@ -74,11 +74,12 @@ class Metafast(Peer):
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         model = workload.network().to(tasks.support_x)
         learner = MAML(model, loss=workload.loss, lr=workload.lr, steps=workload.steps, backend=self.backend)
+        parameters = dict(model.named_parameters())
 
         def call() -> Answer:
             learner.zero_grad(set_to_none=True)
             losses = learner.backward(tasks).losses
-            return losses, _gradients(model)
+            return losses, _gradients(parameters)
 
         return call
 
@@ -223,6 +224,7 @@ class TorchCompile(TorchVmap):
 
 def _sequential(model: nn.Module, count: int, task: Callable[[int], Tensor]) -> Callable[[], Answer]:
     """One task after the other, each freed before the next: the leanest that a loop can be."""
+    parameters = dict(model.named_parameters())
 
     def call() -> Answer:
         model.zero_grad(set_to_none=True)
@@ -231,13 +233,13 @@ def _sequential(model: nn.Module, count: int, task: Callable[[int], Tensor]) -> 
             loss = task(t)
             (loss / count).backward()
             losses.append(loss.detach())
-        return torch.stack(losses), _gradients(model)
+        return torch.stack(losses), _gradients(parameters)
 
     return call
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
 
 def _loss(workload: Workload) -> Callable[[Tensor, Tensor], Tensor]:
