@@ -21,6 +21,7 @@ class LaneGroups {
     if (count == 0) return;
     plan_ = find_plan(description, isa.lanes, sizeof(T));
     job = all;
+    while ((lanes >> shift_) > 1) ++shift_;
     job.program = &plan_->program();
     job.inner = plan_->inner().data();
     job.next = chunk;
@@ -44,7 +45,7 @@ class LaneGroups {
         const T* const part = sum + k * rows * apart;
         for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
       }
-      for (int64_t i = 0; i < job.n_params; ++i) to[r * apart + inner[i]] = sum[job.inner[i] / lanes];
+      for (int64_t i = 0; i < job.n_params; ++i) to[r * apart + inner[i]] = sum[element(i)];
     }
   }
 
@@ -73,6 +74,9 @@ class LaneGroups {
     return best;
   }
 
+  // Of a parameter, among those of one lane. Lanes are a power of two: a division would cost more than all the rest.
+  int64_t element(int64_t parameter) const { return job.inner[parameter] >> shift_; }
+
   TaskPasses passes(const TaskPasses& like, int n, PassKind kind, std::vector<const Pass*>& of) const {
     if (!like.of) return {};
     const Pass& pass = plan_->pass(n, kind);
@@ -84,7 +88,7 @@ class LaneGroups {
   void lay_out(const Job<T>& all) {
     const int64_t size = job.program->size / lanes;
     const auto move = [&](const T* from, T* to) {
-      for (int64_t i = 0; i < all.n_params; ++i) to[job.inner[i] / lanes] = from[all.inner[i]];
+      for (int64_t i = 0; i < all.n_params; ++i) to[element(i)] = from[all.inner[i]];
     };
     if (!all.params_per_task && all.params) {
       params_.assign(size, T(0));
@@ -98,6 +102,7 @@ class LaneGroups {
   }
 
   Groups groups_;
+  int shift_ = 0;
   std::shared_ptr<Plan> plan_;
   std::vector<const Pass*> taped_, plain_;
   std::vector<T> params_, alpha_;
