@@ -165,7 +165,7 @@ Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, i
     job.program = &plan->program();
     job.support.n = static_cast<int32_t>(n), job.query.n = static_cast<int32_t>(m);
     const Pass *of_support[] = {&taped}, *of_query[] = {&plain};
-    job.goal = Goal::meta_gradient, job.keep = true, job.tasks = tasks, job.steps = static_cast<int32_t>(steps);
+    job.goal = Goal::meta_gradient, job.tasks = tasks, job.steps = static_cast<int32_t>(steps);
     job.taped = {of_support, taped.tape, taped.scratch}, job.plain = {of_query, plain.tape, 0};
     const int64_t team = found->team_workspace(job, team_from), chunk = chunk_of(tasks);
     const LaneGroups<T> groups(*found, numbers(description), job, chunk, torch::stable::get_num_threads(), budget);

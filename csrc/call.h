@@ -139,8 +139,7 @@ class Call {
     if (sums || lr_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
     if (sums) job.sums = static_cast<T*>(partial->data());
     if (lr_sums) job.lr_sums = static_cast<T*>(partial->data()) + in_sums;
-    job.keep = job.goal == Goal::meta_gradient && !job.first_order &&
-               job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
+    job.keep = needs_tapes(job) && job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t workspace = chunks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
     if (workspace > 0) {
       run_in_teams(chunks, chunk, workspace);

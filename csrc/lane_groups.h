@@ -9,6 +9,12 @@
 
 namespace metafast {
 
+// Does the way back read what the inner loop leaves?
+template <class T>
+bool needs_tapes(const Job<T>& job) {
+  return job.goal == Goal::meta_gradient && !job.first_order;
+}
+
 // Groups of chunks, as many as the lanes of `isa`, of a Job that is complete but for its sums.
 template <class T>
 class LaneGroups {
@@ -21,6 +27,7 @@ class LaneGroups {
     if (count == 0) return;
     plan_ = find_plan(description, isa.lanes, sizeof(T));
     job = all;
+    job.keep = needs_tapes(all);
     while ((lanes >> shift_) > 1) ++shift_;
     job.program = &plan_->program();
     job.inner = plan_->inner().data();
@@ -29,7 +36,7 @@ class LaneGroups {
     job.plain = passes(all.plain, all.query.n, all.goal == Goal::predict ? PassKind::predict : PassKind::plain, plain_);
     const int64_t tape = job.taped.tape * sizeof(T), vectors = 5 * job.program->size * sizeof(T);
     if (vectors + std::max(tape, static_cast<int64_t>(job.plain.tape * sizeof(T))) > cache) return;
-    if (all.keep && job.steps * tape * threads > budget) return;
+    if (needs_tapes(all) && job.steps * tape * threads > budget) return;
     lay_out(all);
     groups_.count = count;
   }

@@ -8,11 +8,16 @@
 
 namespace METAFAST_NAMESPACE {
 
-struct BatchNorm;
-struct LayerNorm;
-struct MaxPool2d;
-struct AvgPool2d;
-struct NormReluPool;
+struct Add;
+struct Conv2d;
+template <class>
+struct Pointwise;
+
+// The rules that take an element for itself, or leave all to a contraction: for them it does not matter whose it is.
+template <class Rules>
+constexpr bool suits_lanes = std::is_same_v<Rules, Add> || std::is_same_v<Rules, Conv2d>;
+template <class Activation>
+constexpr bool suits_lanes<Pointwise<Activation>> = true;
 
 template <class T>
 class Lanes : public Core<T> {
@@ -48,9 +53,7 @@ class Lanes : public Core<T> {
   };
 
   template <class Rules>
-  static constexpr bool runs =
-      !std::is_same_v<Rules, BatchNorm> && !std::is_same_v<Rules, LayerNorm> && !std::is_same_v<Rules, MaxPool2d> &&
-      !std::is_same_v<Rules, AvgPool2d> && !std::is_same_v<Rules, NormReluPool>;
+  static constexpr bool runs = suits_lanes<Rules>;
 
   Lanes(const Program&, T*, T*, Member) {}
   static long workspace_size(const Program&) { return 0; }
