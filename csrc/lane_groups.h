@@ -35,7 +35,8 @@ class LaneGroups {
     job.taped = passes(all.taped, all.support.n, PassKind::taped, taped_);
     job.plain = passes(all.plain, all.query.n, all.goal == Goal::predict ? PassKind::predict : PassKind::plain, plain_);
     const int64_t tape = job.taped.tape * sizeof(T), vectors = 5 * job.program->size * sizeof(T);
-    if (vectors + std::max(tape, static_cast<int64_t>(job.plain.tape * sizeof(T))) > cache) return;
+    const int64_t query = job.plain.tape * sizeof(T), cache = lanes * sizeof(T) * cache_of_a_byte;
+    if (vectors + std::max(tape, query) > cache) return;
     if (needs_tapes(all) && job.steps * tape * threads > budget) return;
     lay_out(all);
     groups_.count = count;
@@ -64,8 +65,9 @@ class LaneGroups {
   Job<T> job{};
 
  private:
-  static constexpr double cost = 0.8;          // of a chunk in a group, beside that of one alone
-  static constexpr int64_t cache = 512 << 10;  // bytes of a core, in which a step and its parameters stay
+  static constexpr double cost = 0.8;  // of a chunk in a group, beside that of one alone
+  // What a step touches must stay in a core's cache, of 512 KiB at least with vectors of 32 bytes and of 1 MiB with 64.
+  static constexpr int64_t cache_of_a_byte = 16 << 10;
 
   // How many groups of `whole` chunks there must be for the slowest thread to end first; what is left runs alone.
   int64_t best_count(int64_t whole, int64_t chunks, int64_t threads) const {
