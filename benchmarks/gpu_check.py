@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # With the executor that is meant for each; -tN: N tasks in place of the workload's own number.
 WORKLOADS = {
     **dict.fromkeys(("sin25-1", "sin25-5", "sin1024-5", "sin4096-5"), "native-cuda"),
+    **dict.fromkeys(("wide5w1s-5", "wide5w1s-5-t1024"), "native-cuda"),  # clusters of eight blocks
     **dict.fromkeys(("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "mini5w5s-5"), "triton"),
     **dict.fromkeys(("mini5w1s-5-t32", "mini5w5s-5-t32"), "triton"),
 }
-PROFILED = ("sin1024-5", "omni5w1s-1", "mini5w1s-5")
+PROFILED = ("sin1024-5", "wide5w1s-5", "omni5w1s-1", "mini5w1s-5")
 SETTINGS = {"device": "cuda", "budget": 4, "limit": 60, "first_limit": 60}  # of metafast.bench, in seconds
 CHOSEN = """
 import json, sys

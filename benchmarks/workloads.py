@@ -91,11 +91,19 @@ def regressor() -> nn.Sequential:
 
     Those of the paper, deviation 0.01, are so small that second derivatives vanish: first order would pass for exact.
     """
-    model = mlp()
+    return _usual(mlp(), 40)
+
+
+def perceptron() -> nn.Sequential:
+    """The MLP 64-256-256-5: its parameters take more than any thread block's memory."""
+    return _usual(mlp(64, 5, (256, 256)), 256)
+
+
+def _usual(model: nn.Sequential, hidden: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            bound = 1 / math.sqrt(parameter.shape[-1] if parameter.dim() > 1 else 40)
+            bound = 1 / math.sqrt(parameter.shape[-1] if parameter.dim() > 1 else hidden)
             parameter.uniform_(-bound, bound, generator=generator)
     return model
 
@@ -144,13 +152,18 @@ WORKLOADS = {
     )
 }
 
+# What a cluster of thread blocks is for.
+WIDE = Workload(
+    "wide5w1s-5", perceptron, "cross_entropy", (64,), ways=5, shots=1, queries=5, tasks=128, steps=5, lr=0.01
+)
+
 
 def workload(name: str) -> Workload:
-    """The canonical workload of that name.
+    """The canonical workload of that name, or ``wide5w1s-5``.
 
     Raises:
         ValueError: there is none.
     """
-    if name not in WORKLOADS:
+    if name not in WORKLOADS and name != WIDE.name:
         raise ValueError(f"workload {name!r} is unknown; choose from {', '.join(WORKLOADS)}")
-    return WORKLOADS[name]
+    return WORKLOADS.get(name, WIDE)

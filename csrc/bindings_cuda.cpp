@@ -18,13 +18,17 @@ void cuda_sum(const Sum<float>&, Queue) { fail("built without CUDA"); }
 
 namespace {
 
-// Where a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), stream].
+// Where a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), blocks of a task,
+// stream].
 struct Machine {
   explicit Machine(const std::vector<int64_t>& numbers)
-      : limits{numbers.at(0), numbers.at(1)}, threads(static_cast<int>(numbers.at(2))), stream(numbers.at(3)) {}
+      : limits{numbers.at(0), numbers.at(1)},
+        threads(static_cast<int>(numbers.at(2))),
+        cluster(static_cast<int>(numbers.at(3))),
+        stream(numbers.at(4)) {}
 
   BlockLimits limits;
-  int threads;
+  int threads, cluster;
   int64_t stream;
 };
 
@@ -53,8 +57,8 @@ struct Passes {
 };
 
 template <class T>
-std::shared_ptr<Plan> block_plan(const Tensor& description) {
-  return find_plan(numbers(description), block_layout, sizeof(T));
+std::shared_ptr<Plan> block_plan(const Tensor& description, int64_t cluster) {
+  return find_plan(numbers(description), block_layout(static_cast<int>(cluster)), sizeof(T));
 }
 
 // One call: a job, and the tensors that it points to.
@@ -63,7 +67,7 @@ class BlockCall {
  public:
   BlockCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& machine,
             const Tensor& like)
-      : plan(block_plan<T>(description)), machine(machine), like(like) {
+      : machine(machine), plan(block_plan<T>(description, this->machine.cluster)), like(like) {
     job.goal = goal;
     job.tables = *static_cast<const BlockTables*>(head.data_ptr());
     job.n_params = static_cast<int64_t>(plan->inner().size());
@@ -124,11 +128,12 @@ class BlockCall {
   void run(bool wants_sums) {
     const Program& p = plan->program();
     const Passes passes(*plan, job.support.n, job.query.n, job.goal == Goal::predict);
-    const BlockWork work{job.goal, &p, passes.taped, passes.plain, job.steps, job.first_order, job.needs_lr};
+    const BlockWork work{job.goal,        &p,           passes.taped,   passes.plain, job.steps,
+                         job.first_order, job.needs_lr, machine.cluster};
     shape = block_shape(work, job.tasks, machine.threads, machine.limits, sizeof(T), job.memory);
     const int64_t blocks = shape.blocks;
     if (wants_sums) job.sums = take(blocks * p.size);
-    if (job.needs_lr) job.lr_sums = take(blocks * job.lr_rows * lr_row());
+    if (job.needs_lr) job.lr_sums = take(blocks * job.lr_rows * (job.lr_width > 1 ? p.size : 1));
     if (job.memory.record) job.history = take(blocks * job.steps * job.memory.record);
     run_anywhere(job, shape, like, machine.stream);
   }
@@ -136,20 +141,22 @@ class BlockCall {
   // Over the tasks, of the parameters.
   Tensor grad(T scale) const {
     Tensor out = empty(like, {job.n_params});
-    const int64_t size = plan->program().size;
-    sum_anywhere<T>({job.sums, shape.blocks, size, 1, size, job.tables.inner, job.n_params, scale, data<T>(out)}, like,
+    const int64_t clusters = shape.blocks / shape.cluster, size = plan->program().size * shape.cluster;
+    sum_anywhere<T>({job.sums, clusters, size, 1, size, job.tables.inner, job.n_params, scale, data<T>(out)}, like,
                     machine.stream);
     return out;
   }
 
   // Likewise, of the shape of lr.
   Tensor lr_grad(T scale) const {
-    const int64_t rows = job.needs_lr ? job.lr_rows : 0, width = lr_row();
+    const bool each = job.lr_width > 1;  // parameter has a rate, summed by clusters; else blocks sum one for all
+    const int64_t rows = job.needs_lr ? job.lr_rows : 0, width = each ? plan->program().size * shape.cluster : 1;
+    const int64_t parts = each ? shape.blocks / shape.cluster : shape.blocks;
     Tensor out = empty(like, {rows, job.lr_width});
-    const int32_t* index = job.lr_width > 1 ? job.tables.inner : nullptr;
+    const int32_t* index = each ? job.tables.inner : nullptr;
     if (rows)
-      sum_anywhere<T>({job.lr_sums, shape.blocks, rows * width, rows, width, index, job.lr_width, scale, data<T>(out)},
-                      like, machine.stream);
+      sum_anywhere<T>({job.lr_sums, parts, rows * width, rows, width, index, job.lr_width, scale, data<T>(out)}, like,
+                      machine.stream);
     return out;
   }
 
@@ -161,10 +168,8 @@ class BlockCall {
     return data<T>(workspace.back());
   }
 
-  int64_t lr_row() const { return job.lr_width > 1 ? plan->program().size : 1; }
-
-  std::shared_ptr<Plan> plan;
   Machine machine;
+  std::shared_ptr<Plan> plan;
   Tensor like;
   BlockShape shape{};
   std::vector<Tensor> workspace;
@@ -254,9 +259,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Ten
 
 // The tables of a model for so many samples, where `like` is, and on the CPU the head that points to them.
 std::tuple<Tensor, Tensor> tables(Tensor description, Tensor like, int64_t support, int64_t query, bool predicts,
-                                  int64_t stream) {
+                                  int64_t cluster, int64_t stream) {
   return by_dtype(like, [&](auto real) {
-    const auto plan = block_plan<decltype(real)>(description);
+    const auto plan = block_plan<decltype(real)>(description, cluster);
     const Passes passes(*plan, support, query, predicts);
     BlockTables head;
     const int64_t size = block_tables(*plan, passes.taped, passes.plain, 0, head).size();
@@ -274,15 +279,19 @@ std::tuple<Tensor, Tensor> tables(Tensor description, Tensor like, int64_t suppo
   });
 }
 
-// Bytes of shared memory that a meta-gradient of one task takes at least. Raises with the reason where a block cannot
-// run the model.
-int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query, bool needs_lr) {
-  const auto plan = in_double ? block_plan<double>(description) : block_plan<float>(description);
+// Bytes of shared memory that a task takes at least, in each of `cluster` blocks: for a meta-gradient; without a query
+// set, for steps and the way back; without a support set, for a gradient or a prediction. Raises with the reason where
+// blocks cannot run the model.
+int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query, bool predicts, int64_t cluster) {
+  const auto plan = in_double ? block_plan<double>(description, cluster) : block_plan<float>(description, cluster);
   const std::string reason = block_refusal(plan->program());
   if (!reason.empty()) fail(reason);
-  const Passes passes(*plan, support, query, false);
+  const Passes passes(*plan, support, query, predicts);
   const int size = in_double ? 8 : 4;
-  const BlockWork work{Goal::meta_gradient, &plan->program(), passes.taped, passes.plain, 1, false, needs_lr};
+  const Goal alone = predicts ? Goal::predict : support ? Goal::adapt_vjp : Goal::loss_and_grad;
+  const Goal goal = support && query ? Goal::meta_gradient : alone;
+  const BlockWork work{goal,        &plan->program(),         passes.taped, passes.plain, 1, false,
+                       support > 0, static_cast<int>(cluster)};
   return int64_t{size} * block_memory(work, false, size).size;
 }
 
@@ -307,9 +316,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metafast, m) {
       "Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, "
       "bool needs_lr) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "block_tables(Tensor description, Tensor like, int support, int query, bool predicts, int stream) -> "
-      "(Tensor, Tensor)");
-  m.def("block_needs(Tensor description, bool in_double, int support, int query, bool needs_lr) -> int");
+      "block_tables(Tensor description, Tensor like, int support, int query, bool predicts, int cluster, int stream) "
+      "-> (Tensor, Tensor)");
+  m.def("block_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster) -> int");
   m.def("block_built() -> bool");
 }
 

@@ -11,7 +11,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "inner_loop.cu"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-KERNELS = {"metafast_inner_loop", "metafast_sum_blocks"}
+LOOPS = ["metafast_inner_loop", "metafast_inner_loop_cluster"]
+KERNELS = {*LOOPS, "metafast_sum_blocks"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 
@@ -37,17 +38,33 @@ def test_nothing_goes_to_local_memory(report, kernel):
     assert (frame, stores, loads) == (0, 0, 0)
 
 
-def test_a_block_of_the_largest_size_has_registers(report):
-    registers = int(re.search(r"Used (\d+) registers", report["metafast_inner_loop"])[1])
+@pytest.mark.parametrize("kernel", LOOPS)
+def test_a_block_of_the_largest_size_has_registers(report, kernel):
+    registers = int(re.search(r"Used (\d+) registers", report[kernel])[1])
     assert registers * 256 <= 65536
 
 
-def test_no_contraction_is_compiled_away(tmp_path):
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    """The code of each kernel."""
+    target = tmp_path_factory.mktemp("ptx") / "inner_loop.ptx"
+    subprocess.run([NVCC, "-ptx", "-O3", "-std=c++17", "-arch=sm_90", SOURCE, "-o", target], check=True)
+    parts = re.split(r"\.visible \.entry (\w+)", target.read_text())
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("kernel", LOOPS)
+def test_no_contraction_is_compiled_away(ptx, kernel):
     """A kind of product, or a height of its tiles, that the compiler drops shows in the PTX: of products and transposed
     ones there are four uses in tiles of 1, 2 and 4 rows, and two outer ones. A single use that is missing from the
     source shows in the twin's numbers instead."""
-    target = tmp_path / "inner_loop.ptx"
-    subprocess.run([NVCC, "-ptx", "-O3", "-std=c++17", "-arch=sm_90", SOURCE, "-o", target], check=True)
-    text = target.read_text()
-    assert text.count("fma.rn.f32") >= 2 * 4 * 16 * (1 + 2 + 4) + 2 * 64
-    assert not re.findall(r"\n(\$L\w+):\s*\n(?=\s*\n|\$L|\})", text), "a branch leads to code that is not there"
+    assert ptx[kernel].count("fma.rn.f32") >= 2 * 4 * 16 * (1 + 2 + 4) + 2 * 64
+    assert not re.findall(r"\n(\$L\w+):\s*\n(?=\s*\n|\$L|\})", ptx[kernel]), "a branch leads to code that is not there"
+
+
+def test_blocks_of_a_cluster_meet_around_all_that_they_exchange(ptx):
+    """Two products fetch their inputs and hand out their columns, two transposed ones add parts, two outer ones fetch:
+    each between two barriers."""
+    for half in ("arrive.release", "wait.acquire"):
+        counts = {kernel: code.count(f"barrier.cluster.{half}.aligned") for kernel, code in ptx.items()}
+        assert counts == {**dict.fromkeys(KERNELS, 0), "metafast_inner_loop_cluster": 2 * (2 * (1 + 1) + 2 + 2)}

@@ -7,20 +7,31 @@ import math
 import pytest
 import torch
 from setups import make_learner, make_tasks
-from test_cuda_twin import RUNS
+from test_cuda_twin import RUNS, WIDE
 from test_meta_gradients import check_against_oracle
 
 import metafast as mf
 from metafast import executors
-from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+from metafast.executors.cuda import NativeCudaExecutor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 SINUSOID = next(s for s in RUNS if s.name == "sinusoid")
 
 
-@pytest.fixture(params=[0, 32, 256], ids="{} threads".format)
+GPUS = {
+    "threads chosen": NativeCudaExecutor(),
+    "32 threads": NativeCudaExecutor(threads=32),
+    "256 threads": NativeCudaExecutor(threads=256),
+    "2 blocks a task": NativeCudaExecutor(clusters=(2,)),
+    "8 blocks a task": NativeCudaExecutor(clusters=(8,)),
+}
+
+
+@pytest.fixture(params=GPUS)
 def gpu(request, monkeypatch):
-    executor = NativeCudaExecutor(threads=request.param)
+    executor = GPUS[request.param]
+    if executor.clusters[0] > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters of blocks need compute capability 9.0")
     monkeypatch.setattr(executors, "_EXECUTORS", [executor])
     return executor
 
@@ -33,6 +44,15 @@ def on_gpu(setup, count=3, **tasks):
 @pytest.mark.parametrize("setup", RUNS, ids=str)
 def test_float32(setup, gpu):
     check_against_oracle(*on_gpu(setup), 1e-4)
+
+
+def test_a_task_that_needs_a_cluster():
+    executor = NativeCudaExecutor()
+    learner, tasks = on_gpu(WIDE, 40)
+    if executor.refuses(learner.program, tasks.support_x):
+        pytest.skip("eight blocks of this GPU are too small, or it has no clusters")
+    assert executor.shared_memory(learner.program, tasks.support_x, 4)[0] > 1
+    check_against_oracle(learner, tasks, 1e-4)
 
 
 def parts(gpu, learner, tasks):
@@ -52,8 +72,7 @@ def test_two_runs_give_the_same_bits(gpu, count):
 def test_the_twin_agrees(gpu, count):
     learner, tasks = on_gpu(SINUSOID, count)
     found = parts(gpu, learner, tasks)
-    machine = gpu._machine(tasks.support_x)
-    twin = NativeCudaExecutor(BlockMachine(machine.shared, machine.processors, gpu.threads))
+    twin = NativeCudaExecutor(gpu._machine(tasks.support_x))
     expected = parts(twin, learner.cpu(), tasks.to("cpu"))
     for a, b in zip(found, expected, strict=True):
         assert float((a.cpu() - b).norm()) <= 1e-5 * float(b.norm())

@@ -215,3 +215,19 @@ def test_ragged_tasks_run_apart():
     found = bits(program, params, ragged)
     close(found.losses, expected.losses, 1e-12)
     close(found.grad, expected.grad, 1e-12)
+
+
+def test_a_parameter_that_nothing_reads():
+    class Idle(Residual):
+        def __init__(self):
+            super().__init__()
+            self.first, self.idle = nn.Linear(3, 7), nn.Parameter(torch.randn(37))
+            self.last = nn.Parameter(torch.randn(5, 3))
+
+    torch.manual_seed(1)
+    model = Idle()
+    program = capture(model, as_loss("mse"))
+    params = program.flatten({n: p.detach() for n, p in model.named_parameters()}).double()
+    _, _, tasks = made("residual", "mse", torch.float64, 20)
+    compare(program, params, tasks, kind=A_RATE_A_PARAMETER)
+    assert_apart_is_the_same(program, params, tasks)

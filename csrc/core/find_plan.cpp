@@ -16,8 +16,8 @@ std::shared_ptr<Plan> find_plan(const std::vector<double>& description, Layout l
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Entry& e : entries) {
     const Layout& l = e.layout;
-    const bool same =
-        l.lanes == layout.lanes && l.panel == layout.panel && l.rows == layout.rows && l.apart == layout.apart;
+    const bool same = l.lanes == layout.lanes && l.panel == layout.panel && l.rows == layout.rows &&
+                      l.apart == layout.apart && l.blocks == layout.blocks;
     if (same && e.element_size == element_size && e.description == description) return e.plan;
   }
   if (entries.size() >= 32) entries.erase(entries.begin());

@@ -75,9 +75,8 @@ int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
   switch (op.kind) {
     case Kind::conv2d: {
       // The transposed weights of a layer of vectors, whose tangents use them again: there they cost as much as a few
-      // samples do. Machines of rows need none.
-      const bool vectors =
-          op.x.h * op.x.w * op.window.kh * op.window.kw == 1 && op.backward && !layout_.rows && !layout_.apart;
+      // samples do. Machines without tables need none.
+      const bool vectors = op.x.h * op.x.w * op.window.kh * op.window.kw == 1 && op.backward;
       return vectors && kind == PassKind::taped ? static_cast<int64_t>(op.y.ld) * op.x.ld : 0;
     }
     case Kind::batch_norm:

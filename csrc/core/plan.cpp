@@ -3,23 +3,11 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "description.h"
+
 namespace metafast {
 
 namespace {
-
-// Kinds as native.py numbers them: those of program.h, and the ones that become others here.
-enum Stem { linear = 100, flatten = 101, adaptive_avg_pool2d = 102 };
-
-struct Parameter {
-  int64_t at, size;
-  bool adapted;
-};
-
-struct Node {
-  int kind, input[2], param[2];
-  int64_t constants;
-  double option[10];
-};
 
 int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
@@ -39,10 +27,11 @@ struct Placement {
 
 class PlanBuilder {
  public:
-  PlanBuilder(Plan& plan, const std::vector<double>& description) : plan(plan), numbers(description) {}
+  PlanBuilder(Plan& plan, const std::vector<double>& numbers) : plan(plan), given(numbers) {
+    plan.program_.loss = given.loss;
+  }
 
   void run() {
-    read();
     find_live();
     choose_input();
     for (size_t k = 0; k < nodes.size(); ++k) {
@@ -53,31 +42,6 @@ class PlanBuilder {
   }
 
  private:
-  int next() { return static_cast<int>(next_real()); }
-  double next_real() {
-    if (cursor >= numbers.size()) refuse("the description of the model ends early");
-    return numbers[cursor++];
-  }
-
-  void read() {
-    plan.program_.loss = static_cast<LossKind>(next());
-    output = next();
-    input = {next(), next(), next(), 0};
-    parameters.resize(next());
-    nodes.resize(next());
-    for (auto& p : parameters) {
-      p.at = next(), p.size = next();
-      p.adapted = next() != 0;
-    }
-    for (auto& n : nodes) {
-      n.kind = next();
-      for (int& v : n.input) v = next();
-      for (int& v : n.param) v = next();
-      n.constants = next();
-      for (double& v : n.option) v = next_real();
-    }
-  }
-
   void find_live() {
     live.assign(nodes.size(), false);
     std::vector<bool> wanted(nodes.size() + 1, false);
@@ -148,25 +112,26 @@ class PlanBuilder {
     op.weight.at = op.bias.at = -1;
     flat[k + 1] = flat[in];
     if (n.kind == linear) {
-      make_linear(n, op, flat[in]);
+      make_linear(k, op, flat[in]);
     } else if (n.kind == adaptive_avg_pool2d) {
       op.kind = Kind::avg_pool2d;
       op.adaptive = true;
       op.y.h = static_cast<int>(n.option[0]), op.y.w = static_cast<int>(n.option[1]);
     } else {
       op.kind = static_cast<Kind>(n.kind);
-      make(n, op, flat[in]);
+      make(k, op, flat[in]);
     }
     if (n.kind == linear || op.kind == Kind::conv2d) flat[k + 1] = n.kind == linear;
     add_op(op, n);
     value_of[k + 1] = op.output;
   }
 
-  void make(const Node& n, Op& op, bool vector) {
+  void make(int k, Op& op, bool vector) {
+    const Node& n = nodes[k];
     const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
     switch (op.kind) {
       case Kind::conv2d:
-        return make_conv(n, op, vector);
+        return make_conv(k, op, vector);
       case Kind::batch_norm:
         if (vector && op.x.h * op.x.w > 1) refuse("batch norm of flattened images");
         op.eps = n.option[0], op.given = option(1) != 0;
@@ -204,7 +169,8 @@ class PlanBuilder {
     }
   }
 
-  void make_linear(const Node& n, Op& op, bool vector) {
+  void make_linear(int k, Op& op, bool vector) {
+    const Node& n = nodes[k];
     if (!vector) refuse("a linear layer on values that are not [n, features]");
     const int outputs = static_cast<int>(n.option[0]);
     const Grid x = op.x;
@@ -212,13 +178,14 @@ class PlanBuilder {
     op.kind = Kind::conv2d;
     op.window = {1, 1, 1, 1, 0, 0, 1, 1};
     const int inputs = x.h * x.w * x.ld;
-    op.x = {1, 1, plan.layout_.apart ? inputs / plan.layout_.lanes : inputs, inputs};
-    op.y = {1, 1, outputs, padded(outputs)};
-    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, x.ld, columns(outputs), 0, 0});
+    if (x.ld >= x.c) op.x = {1, 1, plan.layout_.apart ? inputs / plan.layout_.lanes : inputs, inputs};
+    op.y = {1, 1, outputs, features(k, outputs)};
+    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, whole(x), columns(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
   }
 
-  void make_conv(const Node& n, Op& op, bool vector) {
+  void make_conv(int k, Op& op, bool vector) {
+    const Node& n = nodes[k];
     const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
     if (vector && op.x.h * op.x.w > 1) refuse("a convolution of flattened images");
     if (option(1) != op.x.c) refuse("convolution in groups");
@@ -227,10 +194,10 @@ class PlanBuilder {
     if (op.input[0] == 0 && plan.program_.border_y + plan.program_.border_x > 0) w.py = w.px = 0;
     const int outputs = option(0);
     op.y = {(op.x.h + 2 * w.py - w.dy * (w.kh - 1) - 1) / w.sy + 1,
-            (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, padded(outputs)};
+            (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, features(k, outputs)};
     if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
       refuse("a convolution whose window is larger than its padded input");
-    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, op.x.ld, columns(outputs), 0, 0});
+    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, whole(op.x), columns(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
   }
 
@@ -264,7 +231,8 @@ class PlanBuilder {
     for (int p : n.param) {
       if (p >= 0) depend = true, move |= parameters[p].adapted;
     }
-    if (op.kind == Kind::conv2d) plan.tables_.tabulate(op, depends[op.input[0]]);
+    if (op.kind == Kind::conv2d && !plan.layout_.rows && !plan.layout_.apart)
+      plan.tables_.tabulate(op, depends[op.input[0]]);
     depends.push_back(depend), moves.push_back(move);
     plan.ops_.push_back(op);
   }
@@ -276,11 +244,32 @@ class PlanBuilder {
   }
 
   int columns(int outputs) const {
-    const Layout& l = plan.layout_;
-    if (l.apart) return outputs;
-    const int packs = round_up(outputs, l.lanes) / l.lanes;
-    return (l.rows ? packs | 1 : packs) * l.lanes;
+    if (plan.layout_.apart) return outputs;
+    const int packs = share(outputs) / plan.layout_.lanes;
+    return (plan.layout_.rows ? packs | 1 : packs) * plan.layout_.lanes;
   }
+
+  // Of the columns of a weight those that one block has.
+  int share(int outputs) const {
+    const Layout& l = plan.layout_;
+    return round_up(outputs, l.lanes * l.blocks) / l.blocks;
+  }
+
+  // From sample to sample of what node k makes. A divided value is known by its having more features.
+  int features(int k, int outputs) const {
+    const Layout& l = plan.layout_;
+    const bool divided = divisible[k + 1] && l.blocks > 1 && outputs > l.lanes * (l.blocks - 1);
+    return divided ? share(outputs) : padded(outputs);
+  }
+
+  // The same of all blocks' parts side by side.
+  int whole(const Grid& grid) const { return grid.c > grid.ld ? grid.ld * plan.layout_.blocks : grid.ld; }
+
+  // Does every block have other elements of it?
+  bool spreads(const Placement& p) const { return plan.layout_.blocks > 1 && (p.columns || p.c > p.ld); }
+
+  // Of element i of several: which block has it, and at which of its places.
+  int64_t spread(int i, int each) const { return i / each * plan.program_.size + i % each; }
 
   Slot place(int index, Placement p) {
     if (index < 0) return {-1, 0, 0, 0, false};
@@ -293,8 +282,9 @@ class PlanBuilder {
     if (placed.count(index)) {
       if (!(placed[index].first == p)) refuse("a parameter that two layers share in different layouts");
     } else {
-      placed[index] = {p, size};
-      size += p.size;
+      int64_t& end = spreads(p) ? own : size;
+      placed[index] = {p, end};
+      end += p.size;
     }
     return {placed[index].second, p.size, p.rows, static_cast<int32_t>(p.stride), parameter.adapted};
   }
@@ -354,22 +344,32 @@ class PlanBuilder {
     p.n_values = values, p.output = value_of[output];
     p.out = plan.grids_[p.output];
     p.moving = plan.moving_.get(), p.depends = plan.depends_.get();
-    const Layout& l = plan.layout_;
-    p.size = round_up(static_cast<int>(size), l.apart ? l.lanes * l.lanes : 64);
     if (p.loss == LossKind::cross_entropy && (p.out.h * p.out.w > 1 || !flat[output]))
       refuse("cross-entropy of outputs that are not [n, classes]");
   }
 
   void place_parameters() {
     int64_t count = 0;
-    for (const Parameter& q : parameters) count = std::max(count, q.at + q.size);
+    for (size_t index = 0; index < parameters.size(); ++index) {
+      const Parameter& q = parameters[index];
+      count = std::max(count, q.at + q.size);
+      if (placed.count(static_cast<int>(index))) continue;  // else it is read by nothing that counts
+      const int elements = static_cast<int>(q.size), ld = plan.layout_.apart ? padded(elements) : elements;
+      place(static_cast<int>(index), {1, elements, 1, 1, ld, 0, 0, 0});
+    }
+    const Layout& l = plan.layout_;
+    plan.program_.size = round_up(static_cast<int>(size + own), l.apart ? l.lanes * l.lanes : 64);
+    plan.program_.common = l.blocks > 1 ? size : plan.program_.size;
+    for (auto& [index, slot] : placed) slot.second += spreads(slot.first) ? size : 0;
+    for (Op& op : plan.ops_) {
+      if (op.kind != Kind::conv2d || plan.layout_.blocks == 1) continue;
+      op.weight.at += size;
+      if (op.bias.at >= 0 && op.y.c > op.y.ld) op.bias.at += size;
+    }
     plan.inner_.assign(count, 0);
     plan.adapted_.assign(count, 0);
     for (size_t index = 0; index < parameters.size(); ++index) {
       const Parameter& q = parameters[index];
-      if (!placed.count(static_cast<int>(index))) {  // read by nothing that counts
-        place(static_cast<int>(index), {1, static_cast<int>(q.size), 1, 1, static_cast<int>(q.size), 0, 0, 0});
-      }
       const auto& [p, at] = placed[static_cast<int>(index)];
       std::fill_n(plan.adapted_.begin() + q.at, q.size, q.adapted);
       int32_t* to = plan.inner_.data() + q.at;
@@ -385,6 +385,7 @@ class PlanBuilder {
   int64_t position(const Placement& p, int row, int c, int pixel) const {
     const Layout& l = plan.layout_;
     const int64_t at = static_cast<int64_t>(pixel) * p.ld + (l.apart ? c * l.lanes : c);
+    if (spreads(p)) return p.columns ? at * p.columns + spread(row, share(p.rows)) : spread(c, p.ld);
     if (!p.columns) return row * p.stride + at;
     const int panel = l.rows ? p.columns : l.panel, begin = row / panel * panel;
     const int64_t depth = static_cast<int64_t>(p.h) * p.w * p.ld;
@@ -392,22 +393,22 @@ class PlanBuilder {
   }
 
   Plan& plan;
-  const std::vector<double>& numbers;
-  size_t cursor = 0;
-  int output = 0;
-  Grid input{};
-  std::vector<Parameter> parameters;
-  std::vector<Node> nodes;
+  const Description given;
+  const int output = given.output;
+  Grid input = given.input;
+  const std::vector<Parameter>& parameters = given.parameters;
+  const std::vector<Node>& nodes = given.nodes;
+  const std::vector<bool> divisible = given.divisible();
   std::vector<bool> live, flat, moves, depends;
   std::vector<int> value_of;  // by value of the description
   std::map<int, std::pair<Placement, int64_t>> placed;
-  int64_t size = 0;
+  int64_t size = 0, own = 0;  // of parameters that all blocks have, and of those that they share
 };
 
 Plan::Plan(const std::vector<double>& description, Layout layout, int element_size)
     : layout_(layout), element_size_(element_size) {
   PlanBuilder(*this, description).run();
-  moved_.assign(program_.size, 0);
+  moved_.assign(program_.size * layout_.blocks, 0);
   for (size_t i = 0; i < inner_.size(); ++i) moved_[inner_[i]] = adapted_[i];
 }
 

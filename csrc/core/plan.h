@@ -24,7 +24,8 @@ class Plan {
 
   const Program& program() const { return program_; }
   const Pass& pass(int n, PassKind kind);
-  // [P]: where an element of the user's flat vector lies in the inner one.
+  // [P]: where an element of the user's flat vector lies in the inner one, or where several blocks share the weights in
+  // the row of their inner vectors.
   const std::vector<int32_t>& inner() const { return inner_; }
   const std::vector<uint8_t>& adapted() const { return adapted_; }
   const std::vector<uint8_t>& moved() const { return moved_; }  // the same in the inner layout

@@ -105,9 +105,15 @@ int64_t team_workspace(const Job<T>& job, int64_t least) {
 template <class T>
 constexpr Isa<T> build() {
   constexpr int lanes = Simd<T>::lanes;
-  return {
-      {lanes, Direct<T>::panel}, {lanes, 1, false, true}, memory<T>, run<T>, runs_lanes, lanes_memory<T>, run_lanes<T>,
-      team_workspace<T>,         run_together<T>};
+  return {{lanes, Direct<T>::panel},
+          {lanes, 1, false, 1, true},
+          memory<T>,
+          run<T>,
+          runs_lanes,
+          lanes_memory<T>,
+          run_lanes<T>,
+          team_workspace<T>,
+          run_together<T>};
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // The contractions of a linear layer in register tiles: some rows of a sample matrix times a quad of columns, a quad of
 // the sum at a time. A weight [inputs][outputs] has rows an odd number of quads apart, so neighbouring threads meet no
-// bank conflict along either axis. The order of each sum is that of the indices, whatever the tiles.
+// bank conflict along either axis. The order of each sum is that of the indices, whatever the tiles; of a sum over the
+// columns that the blocks of a cluster share, that of their ranks.
 #pragma once
-#include "machine.cuh"
+#include "exchange.cuh"
 
 namespace METAFAST_NAMESPACE {
 
@@ -10,9 +11,9 @@ template <int R>
 using Rows = std::integral_constant<int, R>;
 
 // f(rows in a tile, first row, column) for all tiles: the fewest rows that keep every thread to a single tile.
-template <class T>
+template <class T, class Team>
 template <class F>
-METAFAST_DEVICE void Block<T>::tiles(int n, int columns, const F& f) const {
+METAFAST_DEVICE void Block<T, Team>::tiles(int n, int columns, const F& f) const {
   const auto run = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     const int count = (n + R - 1) / R * columns;
@@ -25,17 +26,24 @@ METAFAST_DEVICE void Block<T>::tiles(int n, int columns, const F& f) const {
   run(Rows<4>{});
 }
 
-template <class T>
-METAFAST_DEVICE void Block<T>::correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
-  const int depth = op.x.ld, ld = op.y.ld, step = stride(ld);
-  const Term one{near(terms[0].a), near(terms[0].weights)};
-  const Term two{count > 1 ? near(terms[1].a) : one.a, count > 1 ? near(terms[1].weights) : one.weights};
-  tiles(n, ld / pack, [&](auto rows, int row, int column) {
+template <class T, class Team>
+METAFAST_DEVICE void Block<T, Team>::correlate(const Op& op, int n, const Term* terms, int count, const T* bias,
+                                               T* y) const {
+  const int depth = width(op.x), ld = op.y.ld, step = stride(op.y);
+  const Share own = columns(op.y);
+  const bool all = !Team::alone && !divided(op.y);
+  const T *x = terms[0].a, *other = count > 1 ? terms[1].a : x;
+  gather(op.x, n, x, other, count > 1);
+  const Term one{near(x), near(terms[0].weights)};
+  const Term two{near(other), count > 1 ? near(terms[1].weights) : one.weights};
+  if (all) team.barrier();
+  tiles(n, own.count, [&](auto rows, int row, int tile) {
     constexpr int R = decltype(rows)::value;
+    const int column = (own.first + tile) * pack;
     Quad<T> sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = bias ? load4(bias + column * pack) : Quad<T>{};
+    for (int r = 0; r < R; ++r) sum[r] = bias ? load4(bias + column) : Quad<T>{};
     for (int t = 0; t < count; ++t) {
-      const T *a = t ? two.a : one.a, *weights = (t ? two.weights : one.weights) + column * pack;
+      const T *a = t ? two.a : one.a, *weights = (t ? two.weights : one.weights) + tile * pack;
       for (int k = 0; k < depth; k += pack, weights += pack * step) {
         Quad<T> w[pack];
         for (int j = 0; j < pack; ++j) w[j] = load4(weights + j * step);
@@ -46,17 +54,22 @@ METAFAST_DEVICE void Block<T>::correlate(const Op& op, int n, const Term* terms,
       }
     }
     for (int r = 0; r < R; ++r) {
-      if (row + r < n) store4(y + (row + r) * ld + column * pack, sum[r]);
+      T* const to = y + (row + r) * ld + column;
+      if (row + r < n) all ? store4_everywhere(to, sum[r]) : store4(to, sum[r]);
     }
   });
+  if (all) team.barrier();
 }
 
-template <class T>
-METAFAST_DEVICE void Block<T>::correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x,
-                                                    bool add) const {
-  const int depth = op.y.ld, ld = op.x.ld, step = stride(depth), columns = ld / pack;
-  const Term one{near(terms[0].a), near(terms[0].weights)};
-  const Term two{count > 1 ? near(terms[1].a) : one.a, count > 1 ? near(terms[1].weights) : one.weights};
+template <class T, class Team>
+METAFAST_DEVICE void Block<T, Team>::correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x,
+                                                          bool add) const {
+  const int outputs = op.y.ld, ld = width(op.x), step = stride(op.y), columns = ld / pack;
+  const Share own = this->columns(op.y);
+  const int depth = own.count * pack, first = own.first * pack;
+  T* const to = Team::alone ? g_x : common;
+  const Term one{near(terms[0].a) + first, near(terms[0].weights)};
+  const Term two{count > 1 ? near(terms[1].a) + first : one.a, count > 1 ? near(terms[1].weights) : one.weights};
   tiles(n, columns, [&](auto rows, int row, int column) {
     constexpr int R = decltype(rows)::value;
     T sum[R][pack] = {};
@@ -66,24 +79,29 @@ METAFAST_DEVICE void Block<T>::correlate_transposed(const Op& op, int n, const T
         Quad<T> w[pack];  // rows of W a quarter of them apart: neighbours in the block read neighbouring ones
         for (int j = 0; j < pack; ++j) w[j] = load4(weights + j * columns * step + k);
         for (int r = 0; r < R; ++r) {
-          const Quad<T> g = load4(a + (row + r < n ? row + r : row) * depth + k);
+          const Quad<T> g = load4(a + (row + r < n ? row + r : row) * outputs + k);
           for (int j = 0; j < pack; ++j) g.add_dot(sum[r][j], w[j]);
         }
       }
     }
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < pack; ++j) {
-        if (row + r < n) put(g_x + (row + r) * ld + column + j * columns, sum[r][j], add);
+        if (row + r < n) put(to + (row + r) * ld + column + j * columns, sum[r][j], Team::alone && add);
       }
     }
   });
+  if constexpr (!Team::alone) add_parts(op.x, n, g_x, add);
 }
 
-template <class T>
-METAFAST_DEVICE void Block<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
-  const int inputs = op.x.ld, outputs = op.y.ld, step = stride(outputs), columns = outputs / pack;
-  const Pair one{near(pairs[0].x), near(pairs[0].g)};
-  const Pair two{count > 1 ? near(pairs[1].x) : one.x, count > 1 ? near(pairs[1].g) : one.g};
+template <class T, class Team>
+METAFAST_DEVICE void Block<T, Team>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
+  const int inputs = width(op.x), outputs = op.y.ld, step = stride(op.y);
+  const Share own = columns(op.y);
+  const int columns = own.count, first = own.first * pack;
+  const T *x = pairs[0].x, *other = count > 1 ? pairs[1].x : x;
+  gather(op.x, n, x, other, count > 1);
+  const Pair one{near(x), near(pairs[0].g) + first};
+  const Pair two{near(other), count > 1 ? near(pairs[1].g) + first : one.g};
   each(inputs / pack * columns, [&](long tile) {
     const int row = static_cast<int>(tile) / columns * pack, column = static_cast<int>(tile) % columns * pack;
     T* out = g_w + row * step + column;

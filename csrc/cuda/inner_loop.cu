@@ -10,15 +10,27 @@
 #include "walk.cuh"
 
 using metafast::BlockJob;
-using metafast::cuda::Walk;
 using metafast::cuda::ways;
 
-// Blocks go through the tasks in turns, so each sums the same ones on every run.
+template <class Team>
+__device__ void inner_loop(const BlockJob<float>& job) {
+  extern __shared__ float4 memory[];
+  const int threads = static_cast<int>(blockDim.x);
+  metafast::cuda::Walk<float, Team>(job, Team{}, threads, reinterpret_cast<float*>(memory), blockIdx.x).run(gridDim.x);
+}
+
 extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
     metafast_inner_loop(const __grid_constant__ BlockJob<float> job) {
-  extern __shared__ float4 memory[];
-  Walk<float> walk(job, static_cast<int>(blockDim.x), reinterpret_cast<float*>(memory), blockIdx.x);
-  for (int64_t task = blockIdx.x; task < job.tasks; task += gridDim.x) walk.run(task);
+  inner_loop<metafast::cuda::Alone>(job);
+}
+
+extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
+    metafast_inner_loop_cluster(const __grid_constant__ BlockJob<float> job) {
+#if __CUDA_ARCH__ >= 900
+  inner_loop<metafast::cuda::Cluster>(job);
+#else
+  __trap();  // nothing before has clusters, and no launch of them
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(32 * ways)
@@ -67,18 +79,26 @@ void cuda_upload(void* to, const void* from, int64_t bytes, Queue queue) {
 
 void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) {
   const DeviceGuard guard(queue.device);
-  const std::string what = "metafast_inner_loop of " + std::to_string(job.tasks) + " tasks, " +
-                           std::to_string(job.steps) + " steps, " + std::to_string(job.support.n) + " + " +
-                           std::to_string(job.query.n) + " samples, in " + std::to_string(shape.blocks) +
-                           " blocks of " + std::to_string(shape.threads) + " threads and " +
-                           std::to_string(shape.bytes) + " bytes on device " + std::to_string(queue.device);
+  const auto kernel = shape.cluster > 1 ? metafast_inner_loop_cluster : metafast_inner_loop;
+  const std::string what = (shape.cluster > 1 ? "metafast_inner_loop_cluster of " : "metafast_inner_loop of ") +
+                           std::to_string(job.tasks) + " tasks, " + std::to_string(job.steps) + " steps, " +
+                           std::to_string(job.support.n) + " + " + std::to_string(job.query.n) + " samples, in " +
+                           std::to_string(shape.blocks) + " blocks, " + std::to_string(shape.cluster) + " a task, of " +
+                           std::to_string(shape.threads) + " threads and " + std::to_string(shape.bytes) +
+                           " bytes on device " + std::to_string(queue.device);
   const auto set = [&](cudaFuncAttribute attribute, int value) {
-    check(cudaFuncSetAttribute(metafast_inner_loop, attribute, value), what);
+    check(cudaFuncSetAttribute(kernel, attribute, value), what);
   };
   set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.bytes));
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for blocks side by side
-  metafast_inner_loop<<<shape.blocks, shape.threads, shape.bytes, stream(queue)>>>(job);
-  check(cudaGetLastError(), what);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(shape.blocks), launch.blockDim = dim3(shape.threads);
+  launch.dynamicSmemBytes = shape.bytes, launch.stream = stream(queue);
+  launch.attrs = &attribute, launch.numAttrs = shape.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&launch, kernel, job), what);
 }
 
 void cuda_sum(const Sum<float>& sum, Queue queue) {

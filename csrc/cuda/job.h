@@ -6,10 +6,11 @@ namespace metafast {
 
 // Places in a block's shared memory, in elements from its base; steps are the distances between what belongs to one
 // inner step and the next, zero where only one is there at a time. `u` holds a direction, or a gradient on its way into
-// theta or v: never both.
+// theta, v or the adjoint of a rate (then it is `g` too): never both.
 struct BlockMemory {
   int32_t partials, support_x, support_y, support_labels, query_x, query_y, query_labels;
   int32_t tape, theta, g, v, u, rest;
+  int32_t common;  // for what the blocks of a cluster exchange
   int32_t tape_step, theta_step, g_step;
   int32_t record_at,
       record;  // what goes to global memory after each inner step and comes back in reverse: its elements
@@ -20,8 +21,8 @@ struct BlockMemory {
 struct BlockTables {
   Program program;
   Pass taped, plain;
-  const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner one
-  const int32_t* outer;  // the way back: the index of an adapted parameter, else negative
+  const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner ones of a cluster's blocks
+  const int32_t* outer;  // the way back, for each block: the index of an adapted parameter, else negative
 };
 
 template <class T>
@@ -35,11 +36,11 @@ struct BlockJob : Job<T> {
 
 // How a job is spread over the machine.
 struct BlockShape {
-  int32_t threads, blocks;
-  int64_t bytes;  // of shared memory a block
+  int32_t threads, blocks, cluster;  // `cluster` of the blocks run a task together
+  int64_t bytes;                     // of shared memory a block
 };
 
-// What a machine has for a block.
+// What a machine has for blocks.
 struct BlockLimits {
   int64_t shared;      // bytes that one block can have
   int64_t processors;  // that run blocks side by side

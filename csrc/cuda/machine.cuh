@@ -1,11 +1,14 @@
-// The Machine that is a thread block. What the rules touch lies in the block's shared memory; each primitive spreads
-// its elements over the threads and ends with a barrier.
+// The Machine that is a thread block, alone or with others of its cluster. What the rules touch lies in the block's
+// shared memory; each primitive spreads its elements over the threads and ends with a barrier. The blocks of a cluster
+// share the columns of each weight, and the features of those values that are divided (description.h): what of them a
+// product needs besides its own, a block fetches from the others. Undivided values all blocks have, and work out,
+// alike.
 #pragma once
 #include <cmath>
 #include <type_traits>
 
 #include "../core/layers/frame.h"
-#include "block.h"
+#include "cluster.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -27,7 +30,12 @@ struct alignas(4 * sizeof(T)) Quad {
   }
 };
 
-template <class T>
+// Of a row of quads those that a block has.
+struct Share {
+  int first, count;
+};
+
+template <class T, class Team>
 class Block {
  public:
   using Real = T;
@@ -44,14 +52,13 @@ class Block {
   using Term = METAFAST_NAMESPACE::Term<T>;
   using Pair = METAFAST_NAMESPACE::Pair<T>;
 
-  METAFAST_DEVICE Block(int threads, T* partials) : threads(threads, partials) {}
+  // `common`: memory for what the blocks of a cluster exchange.
+  METAFAST_DEVICE Block(const Team& team, int threads, T* partials, T* common)
+      : team(team), threads(threads, partials), common(common) {}
 
   // Traces are of the CPU's time.
   METAFAST_DEVICE void begin(What, int) const {}
   METAFAST_DEVICE void end() const {}
-
-  // From row to row of a weight, as plan.cpp lays them out.
-  static METAFAST_DEVICE int stride(int ld) { return (ld / pack | 1) * pack; }
 
   static METAFAST_DEVICE T load(const T* p) { return *watched(p, 1, false); }
   static METAFAST_DEVICE void store(T* p, T v) { *watched(p, 1, true) = v; }
@@ -127,8 +134,9 @@ class Block {
 
   METAFAST_DEVICE void clear_padding(const Grid& grid, int n, T* y) const {
     if (grid.c == grid.ld) return;
+    const int count = divided(grid) ? grid.c - team.rank() * grid.ld : grid.c;
     each(static_cast<long>(n) * grid.h * grid.w * grid.ld, [&](long i) {
-      if (i % grid.ld >= grid.c) store(y + i, 0);
+      if (i % grid.ld >= count) store(y + i, 0);
     });
   }
 
@@ -140,6 +148,33 @@ class Block {
   METAFAST_DEVICE void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const;
 
  private:
+  static METAFAST_DEVICE bool divided(const Grid& grid) { return !Team::alone && grid.c > grid.ld; }
+
+  // Elements of a row of all blocks.
+  METAFAST_DEVICE int width(const Grid& grid) const { return divided(grid) ? grid.ld * team.size() : grid.ld; }
+
+  // Of so many quads; no block has more than the first.
+  METAFAST_DEVICE int largest_share(int quads) const { return (quads + team.size() - 1) / team.size(); }
+  METAFAST_DEVICE Share share(int quads) const {
+    const int most = largest_share(quads), first = team.rank() * most, left = quads - first;
+    return {first, left < 0 ? 0 : left < most ? left : most};
+  }
+
+  // Of the outputs of a product those that this block makes, in its row of them.
+  METAFAST_DEVICE Share columns(const Grid& y) const { return divided(y) ? Share{0, y.ld / pack} : share(y.ld / pack); }
+
+  // From row to row of a weight, as plan.cpp lays them out.
+  METAFAST_DEVICE int stride(const Grid& y) const { return (largest_share(width(y) / pack) | 1) * pack; }
+
+  // In all blocks of the cluster, where p lies in this one.
+  METAFAST_DEVICE void store4_everywhere(T* p, const Quad<T>& v) const {
+    for (int rank = 0; rank < team.size(); ++rank) store4(team.at(p, rank), v);
+  }
+
+  METAFAST_DEVICE void gather(const Grid& grid, int n, const T*& one, const T*& other, bool two) const;
+  METAFAST_DEVICE const T* fetch(const Grid& grid, int n, const T* from, T* to) const;
+  METAFAST_DEVICE void add_parts(const Grid& grid, int n, T* to, bool add) const;
+
   template <class F>
   METAFAST_DEVICE void tiles(int n, int columns, const F& f) const;
 
@@ -162,7 +197,9 @@ class Block {
     return p;
   }
 
+  Team team;
   Threads<T> threads;
+  T* common;
 };
 
 }  // namespace METAFAST_NAMESPACE

@@ -11,6 +11,33 @@ namespace {
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 int64_t elements(const Grid& g) { return static_cast<int64_t>(g.h) * g.w * g.ld; }
 
+int64_t samples_of(const BlockWork& work) {
+  return std::max(work.taped ? work.taped->n : 0, work.plain ? work.plain->n : 0);
+}
+
+// Elements of the inputs of a product that a block fetches, of two in a tangent pass, or of its part of their adjoint.
+int64_t exchanged(const BlockWork& work) {
+  int64_t most = 0;
+  const int64_t taped = work.taped ? work.taped->n : 0, n = samples_of(work);
+  for (int k = 0; k < work.program->n_ops && work.cluster > 1; ++k) {
+    const Op& op = work.program->ops[k];
+    if (op.kind != Kind::conv2d) continue;
+    const bool divided = op.x.c > op.x.ld;
+    most = std::max(most, divided ? op.x.ld * work.cluster * std::max(2 * taped, n) : op.x.ld * n);
+  }
+  return most;
+}
+
+// Quads of the largest value or adjoint.
+int64_t quads(const BlockWork& work) {
+  int64_t most = 0;
+  for (int k = 0; k < work.program->n_ops; ++k) {
+    const Op& op = work.program->ops[k];
+    most = std::max({most, elements(op.x), elements(op.y)});
+  }
+  return samples_of(work) * most / 4;
+}
+
 }  // namespace
 
 std::string block_refusal(const Program& program) {
@@ -18,7 +45,8 @@ std::string block_refusal(const Program& program) {
     const Op& op = program.ops[k];
     if (op.kind == Kind::batch_norm || op.kind == Kind::norm_relu_pool) return "batch norm";
     if (op.kind == Kind::max_pool2d || op.kind == Kind::avg_pool2d) return "pooling";
-    if (op.kind == Kind::conv2d && op.x.h * op.x.w * op.y.h * op.y.w > 1) return "convolution";
+    const int taps = op.window.kh * op.window.kw;
+    if (op.kind == Kind::conv2d && op.x.h * op.x.w * op.y.h * op.y.w * taps > 1) return "convolution";
   }
   return "";
 }
@@ -50,40 +78,37 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   m.g_step = all && work.needs_lr ? static_cast<int32_t>(p.size) : 0;
   m.tape = take(m.tape_step ? tape * work.steps : tape);
   m.theta = take(m.theta_step ? p.size * (work.steps + 1) : p.size);
-  m.g = take(work.needs_lr ? (m.g_step ? p.size * work.steps : p.size) : 0);
-  m.record_at = work.first_order ? m.theta : m.tape;
-  m.record = streams ? static_cast<int32_t>(size) - m.record_at : 0;
   const bool gradient = work.goal != Goal::predict;
-  m.v = take(gradient && work.goal != Goal::adapt ? p.size : 0);
   m.u = take(gradient ? p.size : 0);
-  if (!work.needs_lr) m.g = m.u;
+  m.g = m.g_step ? take(p.size * work.steps) : m.u;
+  m.record_at = work.first_order ? m.theta : m.tape;
+  m.record = streams ? (work.needs_lr ? static_cast<int32_t>(size) : m.u) - m.record_at : 0;
+  m.v = take(gradient && work.goal != Goal::adapt ? p.size : 0);
   const int64_t scratch = back && !work.first_order ? work.taped->scratch : 0;
   m.rest = take(std::max(scratch, work.plain ? work.plain->tape : 0));
+  m.common = take(exchanged(work));
   m.size = static_cast<int32_t>(size);
   return m;
 }
 
 BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const BlockLimits& limits, int element_size,
                        BlockMemory& memory) {
-  const bool alone = tasks <= limits.processors;
+  const bool alone = tasks * work.cluster <= limits.processors;
   memory = block_memory(work, true, element_size);
   if (!alone || static_cast<int64_t>(memory.size) * element_size > limits.shared)
     memory = block_memory(work, false, element_size);
   const int64_t bytes = static_cast<int64_t>(memory.size) * element_size;
   if (bytes > limits.shared) {
-    throw std::runtime_error("a task takes " + std::to_string(bytes) + " bytes of shared memory and a block has " +
-                             std::to_string(limits.shared));
+    const std::string where = work.cluster > 1 ? " in each of " + std::to_string(work.cluster) + " blocks" : "";
+    throw std::runtime_error("a task takes " + std::to_string(bytes) + " bytes of shared memory" + where +
+                             " and a block has " + std::to_string(limits.shared));
   }
   if (threads == 0) {
-    // Quads of the largest value or adjoint: one a thread where a block has its processor to itself, else two.
-    int64_t quads = 0;
-    const int64_t n = std::max(work.taped ? work.taped->n : 0, work.plain ? work.plain->n : 0);
-    for (int k = 0; k < work.program->n_ops; ++k) {
-      const Op& op = work.program->ops[k];
-      quads = std::max({quads, n * elements(op.x) / 4, n * elements(op.y) / 4});
-    }
-    threads =
-        static_cast<int>(std::clamp<int64_t>(round_up(alone ? quads : quads / 2, 32), 64, alone ? max_threads : 128));
+    // One quad a thread where a block has its processor to itself, else two. Where tasks take several blocks it is the
+    // weights that count, of which there are more.
+    const int64_t wanted = round_up(alone ? quads(work) : quads(work) / 2, 32);
+    threads = static_cast<int>(std::clamp<int64_t>(wanted, 64, alone ? max_threads : 128));
+    if (work.cluster > 1) threads = max_threads;
   }
   if (threads % 32 != 0 || threads < 32 || threads > max_threads) {
     throw std::runtime_error("threads=" + std::to_string(threads) + ": a block has 32, 64, ... or " +
@@ -91,8 +116,9 @@ BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const 
   }
   const int64_t reserved = 1024;  // of shared memory by the system, a block
   const int64_t together = std::clamp<int64_t>((limits.shared + reserved) / (bytes + reserved), 1, 2048 / threads);
-  const int64_t blocks = std::min({tasks, limits.processors * together, int64_t{65535}});
-  return {threads, static_cast<int32_t>(blocks), bytes};
+  const int64_t side_by_side = std::max<int64_t>(limits.processors * together / work.cluster, 1);
+  const int64_t blocks = std::min({tasks, side_by_side, int64_t{65535} / work.cluster}) * work.cluster;
+  return {threads, static_cast<int32_t>(blocks), work.cluster, bytes};
 }
 
 namespace {
@@ -126,9 +152,11 @@ Pass moved(Writer& to, const Pass* pass, const Program& p) {
 }
 
 std::vector<int32_t> outer(const Plan& plan) {
-  std::vector<int32_t> out(plan.program().size, -1);
+  std::vector<int32_t> out(plan.moved().size(), -1);
   for (size_t i = 0; i < plan.inner().size(); ++i) {
-    if (plan.adapted()[i]) out[plan.inner()[i]] = static_cast<int32_t>(i);
+    const int64_t place = plan.inner()[i], size = plan.program().size;
+    const size_t end = place < plan.program().common ? out.size() : place + 1;
+    for (size_t at = place; plan.adapted()[i] && at < end; at += size) out[at] = static_cast<int32_t>(i);
   }
   return out;
 }

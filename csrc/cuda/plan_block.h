@@ -8,8 +8,8 @@
 
 namespace metafast {
 
-// Features in quads, rows of weights as machine.cuh walks them.
-constexpr Layout block_layout{4, 4, true};
+// Features in quads, rows of weights as machine.cuh walks them, their columns shared by the blocks of a cluster.
+constexpr Layout block_layout(int cluster) { return {4, 4, true, cluster}; }
 
 // In words why a block cannot run the Program; empty: it can.
 std::string block_refusal(const Program& program);
@@ -21,6 +21,7 @@ struct BlockWork {
   const Pass *taped, *plain;
   int64_t steps;
   bool first_order, needs_lr;
+  int cluster;  // blocks that run a task
 };
 
 // `resident`: every inner step has its own tape and theta; else one of each is there, and they go through global

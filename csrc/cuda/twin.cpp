@@ -9,17 +9,31 @@
 
 namespace metafast {
 
+namespace {
+
+template <class T, class Team>
+void run_block(const BlockJob<T>& job, const BlockShape& shape, const Team& team, int64_t block,
+               std::vector<twin::Watch*>& cluster) {
+  const int64_t size = shape.bytes / static_cast<int64_t>(sizeof(T));
+  std::vector<twin::Quad<T>> memory((size + 3) / 4);
+  T* base = memory[0].of;
+  std::fill(base, base + size, std::numeric_limits<T>::quiet_NaN());
+  const twin::Watch watch(base, shape.bytes, team.rank(), cluster);
+  twin::Walk<T, Team>(job, team, shape.threads, base, block).run(shape.blocks);
+}
+
+}  // namespace
+
 template <class T>
 void twin_run(const BlockJob<T>& job, const BlockShape& shape) {
-  using twin::Quad;
-  const int64_t size = shape.bytes / static_cast<int64_t>(sizeof(T));
-  std::vector<Quad<T>> memory((size + 3) / 4);
-  T* base = memory[0].of;
-  for (int64_t block = 0; block < shape.blocks; ++block) {
-    std::fill(base, base + size, std::numeric_limits<T>::quiet_NaN());
-    const twin::Watch watch(base, shape.bytes);
-    twin::Walk<T> walk(job, shape.threads, base, block);
-    for (int64_t task = block; task < job.tasks; task += shape.blocks) walk.run(task);
+  std::vector<twin::Watch*> watches(shape.cluster);
+  for (int64_t first = 0; first < shape.blocks; first += shape.cluster) {
+    if (shape.cluster == 1) {
+      run_block(job, shape, twin::Alone{}, first, watches);
+      continue;
+    }
+    twin::Turns turns(shape.cluster);
+    turns.run([&](int rank) { run_block(job, shape, twin::Cluster(turns, rank), first + rank, watches); });
   }
 }
 

@@ -7,25 +7,34 @@
 
 namespace METAFAST_NAMESPACE {
 
-template <class T>
+template <class T, class Team>
 class Walk {
-  using M = Block<T>;
+  using M = Block<T, Team>;
   enum Stage { forth, judge, back };
 
  public:
-  METAFAST_DEVICE Walk(const BlockJob<T>& job, int threads, T* base, int64_t block)
+  METAFAST_DEVICE Walk(const BlockJob<T>& job, const Team& team, int threads, T* base, int64_t block)
       : job(job),
         program(job.tables.program),
+        team(team),
         base(base),
-        machine(threads, base + job.memory.partials),
+        machine(team, threads, base + job.memory.partials, base + job.memory.common),
+        outer(job.tables.outer + team.rank() * program.size),
+        block(block),
         sums(job.sums ? job.sums + block * program.size : nullptr),
-        lr_sums(job.lr_sums ? job.lr_sums + block * job.lr_rows * lr_row() : nullptr),
-        history(job.history ? job.history + block * job.steps * job.memory.record : nullptr) {
+        history(job.history ? job.history + block * job.steps * job.memory.record : nullptr) {}
+
+  // The tasks of this block, in turns: each sums the same ones on every run.
+  METAFAST_DEVICE void run(int64_t blocks) {
     if (sums) machine.each(program.size, [&](long i) { sums[i] = 0; });
-    if (lr_sums) machine.each(job.lr_rows * lr_row(), [&](long i) { lr_sums[i] = 0; });
+    for (int s = 0; job.lr_sums && s < job.lr_rows; ++s) {
+      machine.each(job.lr_width > 1 ? program.size : 1, [&](long i) { rate_sums(s)[i] = 0; });
+    }
+    for (int64_t task = block / team.size(); task < job.tasks; task += blocks / team.size()) run_task(task);
   }
 
-  METAFAST_DEVICE void run(int64_t task) {
+ private:
+  METAFAST_DEVICE void run_task(int64_t task) {
     t = task;
     start();
     const int S = job.steps;
@@ -52,7 +61,6 @@ class Walk {
     finish();
   }
 
- private:
   METAFAST_DEVICE void start() {
     const BlockMemory& m = job.memory;
     support = load_batch(job.support, m.support_x, m.support_y, m.support_labels);
@@ -89,7 +97,7 @@ class Walk {
     const Tape<T> tape{&pass, judges ? at(m.rest) : tape_of(s), nullptr};
     const int step = job.steps > 0 ? s : job.step;
     sweep.forward(tape, batch, theta(s), step);
-    if (judges && s == job.steps) store_outputs(sweep.outputs(tape, batch));
+    if (judges && s == job.steps && team.rank() == 0) store_outputs(sweep.outputs(tape, batch));
     if (job.goal == Goal::predict) return 0;
     T* grad = judges ? at(m.u) : stage == back && !job.needs_lr ? nullptr : gradient(s);
     if (grad) clear(grad);
@@ -119,7 +127,10 @@ class Walk {
     if (job.goal == Goal::adapt_vjp) {
       if (s < job.steps && !job.v_everywhere) return;
       const T* given = job.v + ((job.v_everywhere ? s : 0) * job.tasks + t) * job.n_params;
-      machine.each(job.n_params, [&](long i) { M::put(v + job.tables.inner[i], given[i], true); });
+      machine.each(job.n_params, [&](long i) {
+        const int64_t place = place_of(i);
+        if (place >= 0) M::put(v + place, given[i], true);
+      });
     } else if (passes(judge, s, weight) && job.goal != Goal::predict) {
       const T* grad = at(job.memory.u);
       machine.each4(program.size, [&](long i) {
@@ -147,18 +158,20 @@ class Walk {
   }
 
   METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {
-    T* out = lr_sums + row(s) * lr_row();
+    T* out = rate_sums(s);
     if (job.lr_width > 1) {
       machine.each(program.size, [&](long i) { out[i] -= M::load(g + i) * M::load(v + i); });
       return;
     }
-    const T sum = machine.total(program.size, [&](long i) { return M::load(g + i) * M::load(v + i); });
+    const int64_t first = owned_from();
+    const T sum =
+        machine.total(program.size - first, [&](long i) { return M::load(g + first + i) * M::load(v + first + i); });
     machine.each(1, [&](long) { *out -= sum; });
   }
 
   METAFAST_DEVICE void finish() const {
     const T* v = at(job.memory.v);
-    if (job.losses) machine.each(1, [&](long) { job.losses[t] = loss; });
+    if (job.losses && team.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
     if (job.grads) store_params(v, job.grads + t * job.n_params);
     if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
   }
@@ -221,11 +234,17 @@ class Walk {
 
   METAFAST_DEVICE void load_params(const T* flat, T* to) const {
     clear(to);
-    machine.each(job.n_params, [&](long i) { M::store(to + job.tables.inner[i], flat[i]); });
+    machine.each(job.n_params, [&](long i) {
+      const int64_t place = place_of(i);
+      if (place >= 0) M::store(to + place, flat[i]);
+    });
   }
 
   METAFAST_DEVICE void store_params(const T* from, T* flat) const {
-    machine.each(job.n_params, [&](long i) { flat[i] = M::load(from + job.tables.inner[i]); });
+    machine.each(job.n_params, [&](long i) {
+      const int64_t place = place_of(i);
+      if (place >= owned_from()) flat[i] = M::load(from + place);
+    });
   }
 
   METAFAST_DEVICE void clear(T* x) const {
@@ -234,15 +253,34 @@ class Walk {
 
   // alpha_s, zero where a parameter is not adapted.
   METAFAST_DEVICE Quad<T> rates(int s, long i) const {
-    const auto outer = *reinterpret_cast<const Quad<int32_t>*>(job.tables.outer + i);
+    const auto index = *reinterpret_cast<const Quad<int32_t>*>(outer + i);
     const T* lr = job.lr + row(s) * job.lr_width;
     Quad<T> alpha;
-    for (int j = 0; j < 4; ++j) alpha.of[j] = outer.of[j] < 0 ? T(0) : lr[job.lr_width > 1 ? outer.of[j] : 0];
+    for (int j = 0; j < 4; ++j) alpha.of[j] = index.of[j] < 0 ? T(0) : lr[job.lr_width > 1 ? index.of[j] : 0];
     return alpha;
   }
 
   METAFAST_DEVICE int row(int s) const { return s < job.lr_rows ? s : job.lr_rows - 1; }
-  METAFAST_DEVICE long lr_row() const { return job.lr_width > 1 ? program.size : 1; }
+
+  // Where the adjoints of the rates of step s are summed: a row of the inner vectors of all blocks of the cluster, or
+  // one element for each block.
+  METAFAST_DEVICE T* rate_sums(int s) const {
+    if (job.lr_width == 1) return job.lr_sums + block * job.lr_rows + row(s);
+    const int64_t rows_before = block / team.size() * job.lr_rows + row(s);
+    return job.lr_sums + (rows_before * team.size() + team.rank()) * program.size;
+  }
+
+  // Where in this block an element of the user's vector lies; negative: in another one.
+  METAFAST_DEVICE int64_t place_of(long i) const {
+    const int32_t place = job.tables.inner[i];
+    if (Team::alone || place < program.common) return place;
+    const int64_t here = place - team.rank() * program.size;
+    return here < program.size ? here : -1;
+  }
+
+  // What all blocks have alike counts once, where it is added up or stored.
+  METAFAST_DEVICE int64_t owned_from() const { return team.rank() == 0 ? 0 : program.common; }
+
   METAFAST_DEVICE T* at(int32_t place) const { return base + place; }
   METAFAST_DEVICE T* theta(int s) const { return at(job.memory.theta + s * job.memory.theta_step); }
   METAFAST_DEVICE T* gradient(int s) const { return at(job.memory.g + s * job.memory.g_step); }
@@ -250,9 +288,12 @@ class Walk {
 
   const BlockJob<T>& job;
   const Program& program;
+  Team team;
   T* base;
   M machine;
-  T *sums, *lr_sums, *history;
+  const int32_t* outer;
+  int64_t block;
+  T *sums, *history;
   Batch<T> support, query;
   int64_t t;
   T loss;

@@ -1,5 +1,5 @@
 // What watches the twin's shared memory: every access must lie inside it, and between two barriers no element that one
-// thread writes may be touched by another.
+// thread writes may be touched by another, nor between two barriers of a cluster one that a block writes by another.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -8,12 +8,49 @@
 
 namespace METAFAST_NAMESPACE {
 
+// Who touched what in the phase, between two barriers, that it was touched in last.
+class Ledger {
+ public:
+  explicit Ledger(int64_t elements) : marks(elements) {}
+
+  // What is wrong with it; null: nothing.
+  const char* touch(int64_t i, int who, int64_t phase, bool writes) {
+    Mark& m = marks[i];
+    if (m.written == phase && m.writer != who) return "that another one writes before the next barrier";
+    if (writes) {
+      if (m.read == phase && m.reader != who) return "written that another one reads before the barrier";
+      m.written = phase, m.writer = who;
+    } else {
+      m.reader = m.read == phase && m.reader != who ? many : who;
+      m.read = phase;
+    }
+    return nullptr;
+  }
+
+ private:
+  static constexpr int many = -1;
+
+  struct Mark {
+    int64_t written = 0, read = 0;  // the last phase
+    int writer = 0, reader = 0;     // who then, or `many`
+  };
+
+  std::vector<Mark> marks;
+};
+
+// Of one block, in the thread that runs it. `cluster`: those of all blocks that run a task together, by rank.
 class Watch {
  public:
-  Watch(const void* memory, int64_t bytes) : begin(static_cast<const char*>(memory)), marks(bytes / grain) {
-    now = this;
+  Watch(void* memory, int64_t bytes, int rank, std::vector<Watch*>& cluster)
+      : begin(static_cast<char*>(memory)),
+        bytes(bytes),
+        rank(rank),
+        cluster(cluster),
+        threads(bytes / grain),
+        blocks(cluster.size() > 1 ? bytes / grain : 0) {
+    now = cluster[rank] = this;
   }
-  ~Watch() { now = nullptr; }
+  ~Watch() { now = cluster[rank] = nullptr; }
   Watch(const Watch&) = delete;
 
   static void enter(int thread) {
@@ -22,6 +59,9 @@ class Watch {
   static void barrier() {
     if (now) ++now->phase;
   }
+  static void cluster_barrier() {
+    if (now) ++now->cluster_phase;
+  }
   static void read(const void* p, int64_t bytes) {
     if (now) now->touch(p, bytes, false);
   }
@@ -29,40 +69,47 @@ class Watch {
     if (now) now->touch(p, bytes, true);
   }
 
+  // What lies in the block of that rank where p lies in this one.
+  template <class T>
+  static T* there(T* p, int rank) {
+    const Watch* other = now->cluster.at(rank);
+    const int64_t at = now->place(p);
+    if (!other) now->fail("of a block that has ended", at);
+    return reinterpret_cast<T*>(other->begin + at);
+  }
+
  private:
   static constexpr int64_t grain = 4;
-  static constexpr int many = -1;
 
-  struct Mark {
-    int64_t written = 0, read = 0;  // the last phase
-    int writer = 0, reader = 0;     // the thread then, or `many`
-  };
+  int64_t place(const void* p) const { return static_cast<const char*>(p) - begin; }
+  bool holds(const void* p, int64_t size) const { return place(p) >= 0 && place(p) + size <= bytes; }
 
-  void touch(const void* p, int64_t bytes, bool writes) {
-    const int64_t at = static_cast<const char*>(p) - begin;
-    if (at < 0 || at + bytes > static_cast<int64_t>(marks.size()) * grain) fail("outside of the block's memory", at);
-    for (int64_t i = at / grain; i < (at + bytes) / grain; ++i) {
-      Mark& m = marks[i];
-      if (m.written == phase && m.writer != thread) fail("that another thread writes before the next barrier", at);
-      if (writes) {
-        if (m.read == phase && m.reader != thread) fail("written that another thread reads before the barrier", at);
-        m.written = phase, m.writer = thread;
-      } else {
-        m.reader = m.read == phase && m.reader != thread ? many : thread;
-        m.read = phase;
-      }
+  void touch(const void* p, int64_t size, bool writes) {
+    Watch* owner = holds(p, size) ? this : nullptr;
+    for (Watch* other : cluster) {
+      if (other && !owner && other->holds(p, size)) owner = other;
+    }
+    if (!owner) fail("outside of the block's memory", place(p));
+    for (int64_t at = owner->place(p), end = at + size; at < end; at += grain) {
+      const char* wrong = owner == this ? threads.touch(at / grain, thread, phase, writes) : nullptr;
+      if (!wrong && cluster.size() > 1) wrong = owner->blocks.touch(at / grain, rank, cluster_phase, writes);
+      if (wrong) fail(wrong, at);
     }
   }
 
   [[noreturn]] void fail(const char* what, int64_t at) const {
-    throw std::runtime_error("twin: thread " + std::to_string(thread) + " touches byte " + std::to_string(at) + ", " +
-                             what);
+    const std::string block = cluster.size() > 1 ? " of block " + std::to_string(rank) : "";
+    throw std::runtime_error("twin: thread " + std::to_string(thread) + block + " touches byte " + std::to_string(at) +
+                             ", " + what);
   }
 
   inline static thread_local Watch* now = nullptr;
-  const char* begin;
-  std::vector<Mark> marks;
-  int64_t phase = 1;
+  char* begin;
+  int64_t bytes;
+  int rank;
+  std::vector<Watch*>& cluster;
+  Ledger threads, blocks;
+  int64_t phase = 1, cluster_phase = 1;
   int thread = 0;
 };
 

@@ -1,8 +1,9 @@
 """The native executor on a GPU: one thread block runs a task's whole inner loop and its way back, in a single launch.
 
 Parameters, activations and directions of a task lie in the block's shared memory; theta and the activations of each
-inner step go through global memory where they do not all fit. The same code runs on the CPU, one thread after
-another, as the twin that tests hold against the truth.
+inner step go through global memory where they do not all fit. Where one block is too small, a cluster of 2, 4 or 8 runs
+the task: each has some of the columns of every weight, and all activations. The same code runs on the CPU, one thread
+after another, as the twin that tests hold against the truth.
 """
 
 from __future__ import annotations
@@ -27,22 +28,32 @@ class BlockMachine:
     """What runs blocks: bytes of shared memory that a block can have, and processors that run blocks side by side.
 
     ``threads`` fixes the threads of a block (32 .. 256 in steps of 32); 0 chooses them by the widest layer.
+    ``clusters``: numbers of blocks that may run a task together; the first is taken whose memory is enough.
     """
 
     shared: int
     processors: int
     threads: int = 0
+    clusters: tuple[int, ...] = (1, 2, 4, 8)
 
 
 class NativeCudaExecutor(Executor):
-    """CUDA C++ in float32. ``twin`` stands in for the GPU: its tasks are on the CPU, in float32 or float64."""
+    """CUDA C++ in float32.
+
+    Args:
+        twin: stands in for the GPU: its tasks are on the CPU, in float32 or float64.
+        threads: as of a ``BlockMachine``, on a GPU.
+        clusters: likewise; before compute capability 9.0 a block is always alone.
+    """
 
     name = "native-cuda"
     proven = False
 
-    def __init__(self, twin: BlockMachine | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, twin: BlockMachine | None = None, threads: int = 0, clusters: tuple[int, ...] = (1, 2, 4, 8)
+    ) -> None:
         self.twin = twin
-        self.threads = threads
+        self.threads, self.clusters = threads, clusters
         self._models = Models(_Model)
 
     def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
@@ -59,28 +70,28 @@ class NativeCudaExecutor(Executor):
         if reason is not None:
             return reason
         try:
-            needed = self.shared_memory(program, x, x.shape[1] if queries is None else queries)
-            return self._wrong_size(needed, self._machine(x).shared)
+            cluster, needed = self.shared_memory(program, x, x.shape[1] if queries is None else queries)
         except ValueError as error:
             return f"{error}: blocks run linear layers, activations and layer norm"
+        return _wrong_size(cluster, needed, self._machine(x))
 
     def unrecordable(self, program: Program) -> str | None:
         return None
 
     def explain(self, program: Program, x: Tensor) -> list[str]:
-        needed = self.shared_memory(program, x, x.shape[1]) / 1024
-        where = f"CUDA C++, one block a task, {needed:.0f} KiB of shared memory"
+        cluster, needed = self.shared_memory(program, x, x.shape[1])
+        blocks = "one block a task" if cluster == 1 else f"a cluster of {cluster} blocks for each task"
+        where = f"CUDA C++, {blocks}, {needed / 1024:.0f} KiB of shared memory{' in each' * (cluster > 1)}"
         return [where for _ in program.nodes]
 
-    def shared_memory(self, program: Program, x: Tensor, queries: int) -> int:
-        """Bytes of shared memory that the meta-gradient of one task with samples ``x [T, n, ...]`` takes at least.
+    def shared_memory(self, program: Program, x: Tensor, queries: int) -> tuple[int, int]:
+        """The blocks for each task with samples ``x [T, n, ...]``, and the bytes of shared memory that its
+        meta-gradient takes at least in each of them: more than a block has, where no number of blocks is enough.
 
         Raises:
             ValueError: a block cannot run the model; the text says which layer.
         """
-        description = self._models.of(program, x).description
-        double = x.dtype == torch.float64
-        return int(call(torch.ops.metafast.block_needs, description, double, x.shape[1], queries, True))
+        return self._models.of(program, x).fit(self._machine(x), (x.shape[1], queries, False), x.dtype)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         model = self._models.of(program, x)
@@ -159,41 +170,61 @@ class NativeCudaExecutor(Executor):
             return f"dtype {x.dtype}: it runs float32"
         return None
 
-    @staticmethod
-    def _wrong_size(needed: int, given: int) -> str | None:
-        if needed <= given:
-            return None
-        return f"a task takes {needed / 1024:.0f} KiB of shared memory and a block has {given / 1024:.0f} KiB"
-
     def _machine(self, x: Tensor) -> BlockMachine:
-        return self.twin if self.twin is not None else _gpu(x.device.index, self.threads)
+        return self.twin if self.twin is not None else _gpu(x.device.index, self.threads, self.clusters)
 
     def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
         machine = self._machine(x)
         stream = 0 if self.twin is not None else torch.cuda.current_stream(x.device).cuda_stream
-        key = (support, query, predicts, x.dtype, x.device)
+        samples = (support, query, predicts)
+        cluster, _ = model.fit(machine, samples, x.dtype)
+        key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
             make = torch.ops.metafast.block_tables
-            model.tables[key] = call(make, model.description, x, support, query, predicts, stream)
+            model.tables[key] = call(make, model.description, x, *samples, cluster, stream)
         _, head = model.tables[key]
-        return model.description, head, [machine.shared, machine.processors, machine.threads, stream]
+        return model.description, head, [machine.shared, machine.processors, machine.threads, cluster, stream]
 
 
 class _Model(Model):
-    """And its tables on each device with what points to them, by the numbers of samples."""
+    """And its tables on each device with what points to them, by the numbers of samples and of blocks."""
 
     def __init__(self, program: Program, sample: tuple[int, ...]) -> None:
         super().__init__(program, sample)
         self.tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._fits: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+    def fit(self, machine: BlockMachine, samples: tuple[int, int, bool], dtype: torch.dtype) -> tuple[int, int]:
+        """Blocks for each task of ``samples``: of the support set, of the query set, and whether these are only
+        predicted; with the bytes that each block takes."""
+        key = (machine, samples, dtype)
+        if key not in self._fits:
+            for cluster in machine.clusters:
+                needs = torch.ops.metafast.block_needs
+                needed = int(call(needs, self.description, dtype == torch.float64, *samples, cluster))
+                self._fits[key] = cluster, needed
+                if needed <= machine.shared or needed > machine.shared * machine.clusters[-1]:
+                    break
+        return self._fits[key]
 
 
 def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
     return ready(batch.x), ready(targets(program, batch))
 
 
+def _wrong_size(cluster: int, needed: int, machine: BlockMachine) -> str | None:
+    if needed <= machine.shared:
+        return None
+    where = "" if cluster == 1 else f" in each of {cluster} blocks"
+    only = "" if len(machine.clusters) > 1 else "; clusters of blocks need compute capability 9.0"
+    taken, given = (f"{count / 1024:.0f} KiB" for count in (needed, machine.shared))
+    return f"a task takes {taken} of shared memory{where} and a block has {given}{only}"
+
+
 @lru_cache
-def _gpu(index: int, threads: int) -> BlockMachine:
+def _gpu(index: int, threads: int, clusters: tuple[int, ...]) -> BlockMachine:
     properties = torch.cuda.get_device_properties(index)
     reserved = 1024  # by the system, of what a processor has for its blocks
     shared = properties.shared_memory_per_multiprocessor - reserved
-    return BlockMachine(shared, properties.multi_processor_count, threads)
+    known = clusters if properties.major >= 9 else (1,)
+    return BlockMachine(shared, properties.multi_processor_count, threads, known)
