@@ -30,6 +30,7 @@ WORKLOADS = {
     **dict.fromkeys(("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "mini5w5s-5"), "triton"),
     **dict.fromkeys(("mini5w1s-5-t32", "mini5w5s-5-t32"), "triton"),
 }
+ROUNDED = ("sin4096-5", "wide5w1s-5")
 PROFILED = ("sin1024-5", "wide5w1s-5", "omni5w1s-1", "mini5w1s-5")
 SETTINGS = {"device": "cuda", "budget": 4, "limit": 60, "first_limit": 60}  # of metafast.bench, in seconds
 CHOSEN = """
@@ -59,6 +60,30 @@ learner = MAML(model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, backen
 for _ in range(4):
     learner.backward(tasks)
 Path(sys.argv[2]).write_text(json.dumps(kernels(lambda: learner.backward(tasks), 10)[:40]))
+"""
+PRECISION = f"""{CHOSEN}
+import torch
+from torch.utils.benchmark import Timer
+from metafast import MAML
+from metafast.executors.cuda import PRECISIONS
+device, tasks = settings["device"], chosen.draw().to(settings["device"])
+
+def learner(backend, precision="float32", dtype=torch.float32):
+    model, rules = chosen.network().to(device, dtype), {{"lr": chosen.lr, "steps": chosen.steps}}
+    return MAML(model, loss=chosen.loss, backend=backend, precision=precision, **rules)
+
+def gradient(learner, tasks):
+    learner.backward(tasks)
+    return torch.cat([p.grad.flatten().double() for p in learner.model.parameters()])
+
+truth, found = gradient(learner("reference", dtype=torch.float64), tasks.to(torch.float64)), {{}}
+for precision in PRECISIONS:
+    one = learner(backends[0], precision)
+    error = float((gradient(one, tasks) - truth).norm() / truth.norm())
+    timer = Timer("one.backward(tasks)", globals={{"one": one, "tasks": tasks}})
+    seconds = timer.blocked_autorange(min_run_time=settings["budget"] / 4).median
+    found[precision] = {{"ms": 1000 * seconds, "error": error}}
+    Path(sys.argv[2]).write_text(json.dumps(found))
 """
 TRAIN = "from metafast.cli import main; main()"
 SANITIZED = {  # the kernels at small blocks, and the sinusoid network's blocks
@@ -126,6 +151,11 @@ def bench(job: Job) -> dict[str, Any]:
 def profile(job: Job) -> dict[str, Any]:
     """Time by kernel of one meta-gradient."""
     return _each([name for name in PROFILED if name in job.workloads], job, "profile", PROFILE, 90)
+
+
+def precision(job: Job) -> dict[str, Any]:
+    """Time of a meta-gradient with each precision of products, and its error against float64."""
+    return _each([name for name in ROUNDED if name in job.workloads], job, "precision", PRECISION, 60)
 
 
 def sanitize(job: Job) -> dict[str, Any]:
@@ -199,8 +229,8 @@ def _common(results: dict[str, Any]) -> str:
 
 
 STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "build": build, "test": test, "sinusoid": sinusoid, "profile": profile, "bench": bench, "sanitize": sanitize,
-    "omniglot5": omniglot5, "omniglot20": omniglot20,
+    "build": build, "test": test, "sinusoid": sinusoid, "profile": profile, "bench": bench, "precision": precision,
+    "sanitize": sanitize, "omniglot5": omniglot5, "omniglot20": omniglot20,
 }  # fmt: skip
 
 

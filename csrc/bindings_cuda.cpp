@@ -18,17 +18,19 @@ void cuda_sum(const Sum<float>&, Queue) { fail("built without CUDA"); }
 
 namespace {
 
-// Where a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), blocks of a task,
-// stream].
+// Where and how a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), blocks of a
+// task, Precision, stream].
 struct Machine {
   explicit Machine(const std::vector<int64_t>& numbers)
       : limits{numbers.at(0), numbers.at(1)},
         threads(static_cast<int>(numbers.at(2))),
         cluster(static_cast<int>(numbers.at(3))),
-        stream(numbers.at(4)) {}
+        precision(static_cast<Precision>(numbers.at(4))),
+        stream(numbers.at(5)) {}
 
   BlockLimits limits;
   int threads, cluster;
+  Precision precision;
   int64_t stream;
 };
 
@@ -68,7 +70,8 @@ class BlockCall {
   BlockCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& machine,
             const Tensor& like)
       : machine(machine), plan(block_plan<T>(description, this->machine.cluster)), like(like) {
-    job.goal = goal;
+    job.goal = goal, job.precision = this->machine.precision;
+    if (job.precision != Precision::float32 && sizeof(T) != sizeof(float)) fail("tensor cores take float32");
     job.tables = *static_cast<const BlockTables*>(head.data_ptr());
     job.n_params = static_cast<int64_t>(plan->inner().size());
     job.tasks = like.sizes()[0];

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,22 @@ KERNELS = {*LOOPS, "metafast_sum_blocks"}
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 
 
+@functools.cache
+def compiled(arch):
+    """The PTX, and ptxas' words."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "inner_loop.cubin"
+        command = [NVCC, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas=-v", SOURCE, "-o", target]
+        command += ["--keep", "--keep-dir", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return (Path(folder) / "inner_loop.ptx").read_text(), done.stderr
+
+
 @pytest.fixture(scope="module", params=["80", "90", "100"])
-def report(request, tmp_path_factory):
+def report(request):
     """ptxas' words by kernel."""
-    target = tmp_path_factory.mktemp("cubin") / "inner_loop.cubin"
-    command = [NVCC, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{request.param}", "-Xptxas=-v", SOURCE, "-o", target]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    parts = re.split(r"Compiling entry function '(\w+)'", done.stderr)
+    parts = re.split(r"Compiling entry function '(\w+)'", compiled(request.param)[1])
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -45,11 +55,9 @@ def test_a_block_of_the_largest_size_has_registers(report, kernel):
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory):
+def ptx():
     """The code of each kernel."""
-    target = tmp_path_factory.mktemp("ptx") / "inner_loop.ptx"
-    subprocess.run([NVCC, "-ptx", "-O3", "-std=c++17", "-arch=sm_90", SOURCE, "-o", target], check=True)
-    parts = re.split(r"\.visible \.entry (\w+)", target.read_text())
+    parts = re.split(r"\.visible \.entry (\w+)", compiled("90")[0])
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -60,6 +68,14 @@ def test_no_contraction_is_compiled_away(ptx, kernel):
     source shows in the twin's numbers instead."""
     assert ptx[kernel].count("fma.rn.f32") >= 2 * 4 * 16 * (1 + 2 + 4) + 2 * 64
     assert not re.findall(r"\n(\$L\w+):\s*\n(?=\s*\n|\$L|\})", ptx[kernel]), "a branch leads to code that is not there"
+
+
+@pytest.mark.parametrize("kernel", LOOPS)
+def test_products_come_with_tensor_cores(ptx, kernel):
+    """Six uses of a contraction: three products of TF32, of which plain TF32 takes the last one, and one of bfloat16.
+    Loops that are unrolled have more."""
+    assert ptx[kernel].count("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32") >= 6 * 3
+    assert ptx[kernel].count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") >= 6
 
 
 def test_blocks_of_a_cluster_meet_around_all_that_they_exchange(ptx):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from setups import make_learner, make_tasks
+from test_cuda_precision import BITS, FILLED, check_rounding
 from test_cuda_twin import RUNS, WIDE
 from test_meta_gradients import check_against_oracle
 
@@ -59,6 +61,20 @@ def parts(gpu, learner, tasks):
     program, params = learner.program, learner.flat_parameters().detach()
     found = gpu.meta_gradient(program, params, learner.rate().detach(), tasks, learner.steps)
     return found.losses, found.outputs, found.grad, found.lr_grad
+
+
+@pytest.mark.parametrize("clusters", [(1,), (2,)], ids=str)
+@pytest.mark.parametrize("precision", BITS)
+def test_operands_are_rounded(precision, clusters):
+    if clusters > (1,) and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters of blocks need compute capability 9.0")
+    check_rounding(NativeCudaExecutor(clusters=clusters), precision, "cuda")
+
+
+@pytest.mark.parametrize("setup", FILLED, ids=str)
+def test_three_products_are_as_exact_as_float32(setup):
+    setup = replace(setup, options={**setup.options, "precision": "tf32x3"})
+    check_against_oracle(*on_gpu(setup, query=12), 1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 25, 1024, 4096])

@@ -9,10 +9,12 @@ import time
 
 import pytest
 
+import metafast.executors
 from metafast import bench
 from metafast.benchmarks import gpu_check
 from metafast.benchmarks.workloads import workload
-from metafast.executors import executors
+from metafast.executors import ReferenceExecutor, executors
+from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
 
 
 @pytest.fixture
@@ -116,6 +118,18 @@ def test_a_measurement_is_what_was_asked_for(monkeypatch, tmp_path):
     assert given["outputs"].json == tmp_path / "out.json"
 
 
+def test_each_precision_is_timed_and_held_to_the_truth(monkeypatch, tmp_path):
+    twin = NativeCudaExecutor(BlockMachine(232448, 132))
+    monkeypatch.setattr(metafast.executors, "_EXECUTORS", [twin, ReferenceExecutor()])
+    options = {"settings": {"device": "cpu", "budget": 0.1}, "backends": "native-cuda", "peers": []}
+    monkeypatch.setattr(sys, "argv", ["-c", "sin25-1-t2", str(tmp_path / "out.json"), json.dumps(options)])
+    exec(gpu_check.PRECISION, {})
+    found = json.loads((tmp_path / "out.json").read_text())
+    errors = [found[precision]["error"] for precision in ("float32", "tf32x3", "tf32", "bf16")]
+    assert max(errors[:2]) < 1e-5 < errors[2] < errors[3]
+    assert all(entry["ms"] > 0 for entry in found.values())
+
+
 def test_training_leaves_its_summary(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "SETTINGS", {"device": "cpu"})
     job = gpu_check.Job(tmp_path, time.monotonic() + 300, backends="reference")
@@ -136,4 +150,4 @@ def test_workloads_have_an_executor_of_their_own(name):
 
 def test_code_that_only_a_gpu_can_run_is_at_least_python():
     compile(gpu_check.PROFILE, "profile", "exec")
-    assert set(gpu_check.PROFILED) <= set(gpu_check.WORKLOADS)
+    assert {*gpu_check.PROFILED, *gpu_check.ROUNDED} <= set(gpu_check.WORKLOADS)

@@ -4,6 +4,7 @@
 // columns that the blocks of a cluster share, that of their ranks.
 #pragma once
 #include "exchange.cuh"
+#include "multiply.cuh"
 
 namespace METAFAST_NAMESPACE {
 
@@ -36,28 +37,38 @@ METAFAST_DEVICE void Block<T, Team>::correlate(const Op& op, int n, const Term* 
   gather(op.x, n, x, other, count > 1);
   const Term one{near(x), near(terms[0].weights)};
   const Term two{near(other), count > 1 ? near(terms[1].weights) : one.weights};
+  const int first = own.first * pack;
+  const auto start = [&](int, int j) { return bias ? load(bias + first + j) : T(0); };
+  const auto finish = [&](int i, int j, T v) {
+    T* const to = y + i * ld + first + j;
+    all ? store_everywhere(to, v) : store(to, v);
+  };
   if (all) team.barrier();
-  tiles(n, own.count, [&](auto rows, int row, int tile) {
-    constexpr int R = decltype(rows)::value;
-    const int column = (own.first + tile) * pack;
-    Quad<T> sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = bias ? load4(bias + column) : Quad<T>{};
-    for (int t = 0; t < count; ++t) {
-      const T *a = t ? two.a : one.a, *weights = (t ? two.weights : one.weights) + tile * pack;
-      for (int k = 0; k < depth; k += pack, weights += pack * step) {
-        Quad<T> w[pack];
-        for (int j = 0; j < pack; ++j) w[j] = load4(weights + j * step);
-        for (int r = 0; r < R; ++r) {
-          const Quad<T> x = load4(a + (row + r < n ? row + r : row) * depth + k);
-          for (int j = 0; j < pack; ++j) sum[r].add(x.of[j], w[j]);
+  const Factors<T> factors{n,     own.count * pack, depth, {depth, 1}, {step, 1}, count,
+                           one.a, one.weights,      two.a, two.weights};
+  if (!on_tensor_cores(factors, start, finish)) {
+    tiles(n, own.count, [&](auto rows, int row, int tile) {
+      constexpr int R = decltype(rows)::value;
+      const int column = (own.first + tile) * pack;
+      Quad<T> sum[R];
+      for (int r = 0; r < R; ++r) sum[r] = bias ? load4(bias + column) : Quad<T>{};
+      for (int t = 0; t < count; ++t) {
+        const T *a = t ? two.a : one.a, *weights = (t ? two.weights : one.weights) + tile * pack;
+        for (int k = 0; k < depth; k += pack, weights += pack * step) {
+          Quad<T> w[pack];
+          for (int j = 0; j < pack; ++j) w[j] = load4(weights + j * step);
+          for (int r = 0; r < R; ++r) {
+            const Quad<T> x = load4(a + (row + r < n ? row + r : row) * depth + k);
+            for (int j = 0; j < pack; ++j) sum[r].add(x.of[j], w[j]);
+          }
         }
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      T* const to = y + (row + r) * ld + column;
-      if (row + r < n) all ? store4_everywhere(to, sum[r]) : store4(to, sum[r]);
-    }
-  });
+      for (int r = 0; r < R; ++r) {
+        T* const to = y + (row + r) * ld + column;
+        if (row + r < n) all ? store4_everywhere(to, sum[r]) : store4(to, sum[r]);
+      }
+    });
+  }
   if (all) team.barrier();
 }
 
@@ -70,26 +81,31 @@ METAFAST_DEVICE void Block<T, Team>::correlate_transposed(const Op& op, int n, c
   T* const to = Team::alone ? g_x : common;
   const Term one{near(terms[0].a) + first, near(terms[0].weights)};
   const Term two{count > 1 ? near(terms[1].a) + first : one.a, count > 1 ? near(terms[1].weights) : one.weights};
-  tiles(n, columns, [&](auto rows, int row, int column) {
-    constexpr int R = decltype(rows)::value;
-    T sum[R][pack] = {};
-    for (int t = 0; t < count; ++t) {
-      const T *a = t ? two.a : one.a, *weights = (t ? two.weights : one.weights) + column * step;
-      for (int k = 0; k < depth; k += pack) {
-        Quad<T> w[pack];  // rows of W a quarter of them apart: neighbours in the block read neighbouring ones
-        for (int j = 0; j < pack; ++j) w[j] = load4(weights + j * columns * step + k);
-        for (int r = 0; r < R; ++r) {
-          const Quad<T> g = load4(a + (row + r < n ? row + r : row) * outputs + k);
-          for (int j = 0; j < pack; ++j) g.add_dot(sum[r][j], w[j]);
+  const Factors<T> factors{n, ld, depth, {outputs, 1}, {1, step}, count, one.a, one.weights, two.a, two.weights};
+  const auto start = [](int, int) { return T(0); };
+  const auto finish = [&](int i, int j, T v) { put(to + i * ld + j, v, Team::alone && add); };
+  if (!on_tensor_cores(factors, start, finish)) {
+    tiles(n, columns, [&](auto rows, int row, int column) {
+      constexpr int R = decltype(rows)::value;
+      T sum[R][pack] = {};
+      for (int t = 0; t < count; ++t) {
+        const T *a = t ? two.a : one.a, *weights = (t ? two.weights : one.weights) + column * step;
+        for (int k = 0; k < depth; k += pack) {
+          Quad<T> w[pack];  // rows of W a quarter of them apart: neighbours in the block read neighbouring ones
+          for (int j = 0; j < pack; ++j) w[j] = load4(weights + j * columns * step + k);
+          for (int r = 0; r < R; ++r) {
+            const Quad<T> g = load4(a + (row + r < n ? row + r : row) * outputs + k);
+            for (int j = 0; j < pack; ++j) g.add_dot(sum[r][j], w[j]);
+          }
         }
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < pack; ++j) {
-        if (row + r < n) put(to + (row + r) * ld + column + j * columns, sum[r][j], Team::alone && add);
+      for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < pack; ++j) {
+          if (row + r < n) put(to + (row + r) * ld + column + j * columns, sum[r][j], Team::alone && add);
+        }
       }
-    }
-  });
+    });
+  }
   if constexpr (!Team::alone) add_parts(op.x, n, g_x, add);
 }
 
@@ -102,20 +118,25 @@ METAFAST_DEVICE void Block<T, Team>::outer(const Op& op, int n, const Pair* pair
   gather(op.x, n, x, other, count > 1);
   const Pair one{near(x), near(pairs[0].g) + first};
   const Pair two{near(other), count > 1 ? near(pairs[1].g) + first : one.g};
-  each(inputs / pack * columns, [&](long tile) {
-    const int row = static_cast<int>(tile) / columns * pack, column = static_cast<int>(tile) % columns * pack;
-    T* out = g_w + row * step + column;
-    Quad<T> sum[pack];
-    for (int i = 0; i < pack; ++i) sum[i] = load4(out + i * step);
-    for (int t = 0; t < count; ++t) {
-      const T *x = (t ? two.x : one.x) + row, *g = (t ? two.g : one.g) + column;
-      for (int s = 0; s < n; ++s, x += inputs, g += outputs) {
-        const Quad<T> a = load4(x), b = load4(g);
-        for (int i = 0; i < pack; ++i) sum[i].add(a.of[i], b);
+  const Factors<T> factors{inputs, columns * pack, n, {1, inputs}, {outputs, 1}, count, one.x, one.g, two.x, two.g};
+  const auto start = [&](int i, int j) { return load(g_w + i * step + j); };
+  const auto finish = [&](int i, int j, T v) { store(g_w + i * step + j, v); };
+  if (!on_tensor_cores(factors, start, finish)) {
+    each(inputs / pack * columns, [&](long tile) {
+      const int row = static_cast<int>(tile) / columns * pack, column = static_cast<int>(tile) % columns * pack;
+      T* out = g_w + row * step + column;
+      Quad<T> sum[pack];
+      for (int i = 0; i < pack; ++i) sum[i] = load4(out + i * step);
+      for (int t = 0; t < count; ++t) {
+        const T *x = (t ? two.x : one.x) + row, *g = (t ? two.g : one.g) + column;
+        for (int s = 0; s < n; ++s, x += inputs, g += outputs) {
+          const Quad<T> a = load4(x), b = load4(g);
+          for (int i = 0; i < pack; ++i) sum[i].add(a.of[i], b);
+        }
       }
-    }
-    for (int i = 0; i < pack; ++i) store4(out + i * step, sum[i]);
-  });
+      for (int i = 0; i < pack; ++i) store4(out + i * step, sum[i]);
+    });
+  }
 }
 
 }  // namespace METAFAST_NAMESPACE

@@ -25,8 +25,13 @@ struct BlockTables {
   const int32_t* outer;  // the way back, for each block: the index of an adapted parameter, else negative
 };
 
+// Of products: exact in the type of the job, or on tensor cores of float32 as three products of TF32, as one, or of
+// bfloat16; their sums are float32.
+enum class Precision : int32_t { float32, tf32x3, tf32, bf16 };
+
 template <class T>
 struct BlockJob : Job<T> {
+  Precision precision;
   BlockTables tables;  // in place of the pointers of Job
   const T* lr;         // [lr_rows, lr_width], lr_width either n_params or 1
   int64_t lr_width;

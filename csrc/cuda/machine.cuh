@@ -9,6 +9,7 @@
 
 #include "../core/layers/frame.h"
 #include "cluster.h"
+#include "job.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -29,6 +30,9 @@ struct alignas(4 * sizeof(T)) Quad {
     for (int i = 0; i < 4; ++i) sum += of[i] * b.of[i];
   }
 };
+
+template <class T>
+struct Factors;
 
 // Of a row of quads those that a block has.
 struct Share {
@@ -53,8 +57,8 @@ class Block {
   using Pair = METAFAST_NAMESPACE::Pair<T>;
 
   // `common`: memory for what the blocks of a cluster exchange.
-  METAFAST_DEVICE Block(const Team& team, int threads, T* partials, T* common)
-      : team(team), threads(threads, partials), common(common) {}
+  METAFAST_DEVICE Block(const Team& team, Precision precision, int threads, T* partials, T* common)
+      : team(team), precision(precision), threads(threads, partials), common(common) {}
 
   // Traces are of the CPU's time.
   METAFAST_DEVICE void begin(What, int) const {}
@@ -170,6 +174,9 @@ class Block {
   METAFAST_DEVICE void store4_everywhere(T* p, const Quad<T>& v) const {
     for (int rank = 0; rank < team.size(); ++rank) store4(team.at(p, rank), v);
   }
+  METAFAST_DEVICE void store_everywhere(T* p, T v) const {
+    for (int rank = 0; rank < team.size(); ++rank) store(team.at(p, rank), v);
+  }
 
   METAFAST_DEVICE void gather(const Grid& grid, int n, const T*& one, const T*& other, bool two) const;
   METAFAST_DEVICE const T* fetch(const Grid& grid, int n, const T* from, T* to) const;
@@ -177,6 +184,8 @@ class Block {
 
   template <class F>
   METAFAST_DEVICE void tiles(int n, int columns, const F& f) const;
+  template <class Start, class Finish>
+  METAFAST_DEVICE bool on_tensor_cores(const Factors<T>& f, const Start& start, const Finish& finish) const;
 
   // On a GPU, a pointer that is known to lead into shared memory, so that loops read there without asking each time.
   static METAFAST_DEVICE const T* near(const T* p) {
@@ -198,6 +207,7 @@ class Block {
   }
 
   Team team;
+  Precision precision;
   Threads<T> threads;
   T* common;
 };

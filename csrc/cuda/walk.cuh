@@ -18,7 +18,7 @@ class Walk {
         program(job.tables.program),
         team(team),
         base(base),
-        machine(team, threads, base + job.memory.partials, base + job.memory.common),
+        machine(team, job.precision, threads, base + job.memory.partials, base + job.memory.common),
         outer(job.tables.outer + team.rank() * program.size),
         block(block),
         sums(job.sums ? job.sums + block * program.size : nullptr),

@@ -98,8 +98,8 @@ class Learner(nn.Module):
             requires a gradient.
         bn: where batch norm takes its statistics from: ``"task"``, ``"per_step"``, ``"frozen"`` or ``"running"``.
         backend: the executor, or ``"auto"`` for the fastest that can run the model.
-        precision: ``"float32"``, or where an executor offers them ``"tf32"`` or ``"bf16"``, which are faster and put a
-            meta-gradient of several steps off by several per cent and more.
+        precision: ``"float32"``, or where an executor offers them ``"tf32x3"``, as exact on tensor cores, or ``"tf32"``
+            or ``"bf16"``, which put a meta-gradient of several steps off by several per cent and more.
 
     Raises:
         CaptureError: the model's forward pass cannot become a Program.

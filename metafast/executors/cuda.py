@@ -21,6 +21,13 @@ from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
 _BUILD = "METAFAST_CUDA=1 pip install --no-build-isolation -e ."
+# In the order of csrc/cuda/job.h.
+PRECISIONS = {
+    "float32": "products in float32",
+    "tf32x3": "three TF32 products for each, as exact as float32",
+    "tf32": "operands of products rounded to 11 bits",
+    "bf16": "operands of products rounded to 8 bits",
+}
 
 
 @dataclass(frozen=True)
@@ -44,17 +51,36 @@ class NativeCudaExecutor(Executor):
         twin: stands in for the GPU: its tasks are on the CPU, in float32 or float64.
         threads: as of a ``BlockMachine``, on a GPU.
         clusters: likewise; before compute capability 9.0 a block is always alone.
+        precision: of the operands of products. All but ``float32`` use tensor cores where a layer fills at least half
+            of their tiles; sums are float32 always. TF32 and bf16 put a meta-gradient of several steps off by several
+            per cent and more.
+
+    Raises:
+        ValueError: ``precision`` is unknown.
     """
 
     name = "native-cuda"
     proven = False
 
     def __init__(
-        self, twin: BlockMachine | None = None, threads: int = 0, clusters: tuple[int, ...] = (1, 2, 4, 8)
+        self,
+        twin: BlockMachine | None = None,
+        threads: int = 0,
+        clusters: tuple[int, ...] = (1, 2, 4, 8),
+        precision: str = "float32",
     ) -> None:
-        self.twin = twin
-        self.threads, self.clusters = threads, clusters
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r} is unknown; choose from {list(PRECISIONS)}")
+        self.twin, self.threads, self.clusters, self.precision = twin, threads, clusters, precision
         self._models = Models(_Model)
+        self._others: dict[str, NativeCudaExecutor] = {precision: self}
+
+    def at(self, precision: str) -> NativeCudaExecutor | None:
+        if precision not in PRECISIONS:
+            return None
+        if precision not in self._others:
+            self._others[precision] = NativeCudaExecutor(self.twin, self.threads, self.clusters, precision)
+        return self._others[precision]
 
     def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
         if missing is not None:
@@ -82,6 +108,8 @@ class NativeCudaExecutor(Executor):
         cluster, needed = self.shared_memory(program, x, x.shape[1])
         blocks = "one block a task" if cluster == 1 else f"a cluster of {cluster} blocks for each task"
         where = f"CUDA C++, {blocks}, {needed / 1024:.0f} KiB of shared memory{' in each' * (cluster > 1)}"
+        if self.precision != "float32":
+            where += f"; {PRECISIONS[self.precision]}, on tensor cores where they are filled"
         return [where for _ in program.nodes]
 
     def shared_memory(self, program: Program, x: Tensor, queries: int) -> tuple[int, int]:
@@ -159,6 +187,8 @@ class NativeCudaExecutor(Executor):
         return MetaGradient(losses, model.shaped(outputs), grad, lr_grad if needs_lr else None)
 
     def _wrong_place(self, x: Tensor) -> str | None:
+        if self.precision != "float32" and x.dtype != torch.float32:
+            return f"dtype {x.dtype}: precision={self.precision!r} is of float32"
         if self.twin is not None:
             real = x.dtype in (torch.float32, torch.float64)
             return None if x.device.type == "cpu" and real else f"{x.dtype} on {x.device}: the twin runs on the CPU"
@@ -183,7 +213,9 @@ class NativeCudaExecutor(Executor):
             make = torch.ops.metafast.block_tables
             model.tables[key] = call(make, model.description, x, *samples, cluster, stream)
         _, head = model.tables[key]
-        return model.description, head, [machine.shared, machine.processors, machine.threads, cluster, stream]
+        precision = list(PRECISIONS).index(self.precision)
+        numbers = [machine.shared, machine.processors, machine.threads, cluster, precision, stream]
+        return model.description, head, numbers
 
 
 class _Model(Model):
