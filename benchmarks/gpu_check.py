@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # With the executor that is meant for each; -tN: N tasks in place of the workload's own number.
 WORKLOADS = {
     **dict.fromkeys(("sin25-1", "sin25-5", "sin1024-5", "sin4096-5"), "native-cuda"),
-    **dict.fromkeys(("wide5w1s-5", "wide5w1s-5-t1024"), "native-cuda"),  # clusters of eight blocks
     **dict.fromkeys(("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "mini5w5s-5"), "triton"),
     **dict.fromkeys(("mini5w1s-5-t32", "mini5w5s-5-t32"), "triton"),
+    **dict.fromkeys(("wide5w1s-5", "wide5w1s-5-t1024"), "native-cuda"),  # clusters of eight blocks
 }
 ROUNDED = ("sin4096-5", "wide5w1s-5")
 PROFILED = ("sin1024-5", "wide5w1s-5", "omni5w1s-1", "mini5w1s-5")
@@ -229,8 +229,8 @@ def _common(results: dict[str, Any]) -> str:
 
 
 STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "build": build, "test": test, "sinusoid": sinusoid, "profile": profile, "bench": bench, "precision": precision,
-    "sanitize": sanitize, "omniglot5": omniglot5, "omniglot20": omniglot20,
+    "build": build, "test": test, "sinusoid": sinusoid, "profile": profile, "precision": precision,
+    "bench": bench, "sanitize": sanitize, "omniglot5": omniglot5, "omniglot20": omniglot20,
 }  # fmt: skip
 
 
