@@ -9,6 +9,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from setups import SETUPS, VECTOR, make_learner, make_tasks
+from test_meta_gradients import check_against_oracle
 from test_native import (
     A_RATE_A_PARAMETER,
     A_RATE_A_STEP,
@@ -105,6 +107,29 @@ def test_every_model(name, loss, dtype):
         else:
             assert support == 70
         compare(*work)
+
+
+def in_lanes(setup):
+    if setup.sample != VECTOR or setup.ragged:
+        return False
+    program, tasks = make_learner(setup).program, make_tasks(setup, tasks=19)
+    return NativeExecutor().refuses(program, tasks.support_x) is None and together(program, tasks) > 0
+
+
+LEARNERS = [setup for setup in SETUPS if NativeExecutor.isas() and in_lanes(setup)]
+
+
+@pytest.mark.parametrize("one_call", [False, True])
+@pytest.mark.parametrize("setup", LEARNERS, ids=str)
+def test_learners_against_the_oracle(setup, one_call):
+    tasks = make_tasks(setup, tasks=19)
+    check_against_oracle(make_learner(setup, backend="native"), tasks.to(torch.float64), 1e-9, one_call)
+    check_against_oracle(make_learner(setup, torch.float32, "native"), tasks, 1e-4, one_call)
+
+
+def test_learners_of_every_kind_run_in_lanes():
+    kinds = {setup.learner.__name__ for setup in LEARNERS}
+    assert kinds == {"MAML", "FOMAML", "MetaSGD"}
 
 
 @pytest.mark.parametrize("kind", [ONE_RATE, A_RATE_A_STEP, A_RATE_A_PARAMETER])

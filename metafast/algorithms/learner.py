@@ -14,7 +14,7 @@ from torch._utils import _flatten_dense_tensors
 
 from metafast.capture import capture
 from metafast.checks import check_batch, check_like, check_padding, resolve_names
-from metafast.executors import Choice, check_backend, choose
+from metafast.executors import Choice, check_backend, check_precision, choose
 from metafast.executors.reference import ReferenceExecutor
 from metafast.kernels.batch_norm import MODES
 from metafast.losses import LossLike, as_loss
@@ -126,6 +126,7 @@ class Learner(nn.Module):
         if bn not in MODES:
             raise ValueError(f"bn={bn!r} is unknown; choose from {MODES}")
         check_backend(backend)
+        check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn = as_loss(loss), bn
         trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafast.executors.base import Executor, MetaGradient
-from metafast.executors.cuda import NativeCudaExecutor
+from metafast.executors.cuda import PRECISIONS, NativeCudaExecutor
 from metafast.executors.native import NativeExecutor
 from metafast.executors.reference import ReferenceExecutor
 from metafast.executors.triton import TritonExecutor
@@ -22,6 +22,7 @@ __all__ = [
     "ReferenceExecutor",
     "TritonExecutor",
     "check_backend",
+    "check_precision",
     "choose",
     "executors",
 ]
@@ -47,6 +48,12 @@ def check_backend(backend: str) -> None:
     names = ["auto", *(e.name for e in _EXECUTORS)]
     if backend not in names:
         raise ValueError(f"backend={backend!r} is unknown; choose from {names}")
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError where no executor has ``precision``, on any device."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; choose from {list(PRECISIONS)}")
 
 
 def choose(
@@ -84,5 +91,5 @@ def choose(
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
     raise RuntimeError(
         f"backend={backend!r} cannot run this model ({reasons}). Use backend='auto', or one of "
-        f"{[e.name for e in _EXECUTORS]}"
+        f"{[e.name for e in _EXECUTORS]}" + ("" if precision == "float32" else ", or precision='float32'")
     )
