@@ -43,12 +43,13 @@ class BuildNative(build_ext):
         macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
         macros += [("METAFAST_FLAGS", json.dumps(" ".join(FLAGS)))]
         macros += [("METAFAST_CUDA", None)] if cuda else []
-        jobs = [(source, "bindings", macros, ["-std=c++20"], cpp_extension.include_paths()) for source in BINDINGS]
+        jobs = []
+        for name, (size, flags) in reversed(BUILDS.items()):  # the longest first
+            inner = [("METAFAST_NAMESPACE", f"metafast::{name}"), ("METAFAST_VECTOR_BYTES", str(size))]
+            jobs.append((INNER_LOOP, name, inner, ["-std=c++17", *flags], []))
+        jobs += [(source, "bindings", macros, ["-std=c++20"], cpp_extension.include_paths()) for source in BINDINGS]
         built = [(f"METAFAST_{name.upper()}", None) for name in BUILDS]
         jobs += [(source, "core", built, ["-std=c++17"], []) for source in CORE]
-        for name, (size, flags) in BUILDS.items():
-            macros = [("METAFAST_NAMESPACE", f"metafast::{name}"), ("METAFAST_VECTOR_BYTES", str(size))]
-            jobs.append((INNER_LOOP, name, macros, ["-std=c++17", *flags], []))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [path for paths in pool.map(self._compile, jobs) for path in paths]
         target = self.get_ext_fullpath(ext.name)

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "description.h"
+#include "fusion.h"
 
 namespace metafast {
 
@@ -37,7 +38,7 @@ class PlanBuilder {
     for (size_t k = 0; k < nodes.size(); ++k) {
       if (live[k]) add_node(static_cast<int>(k));
     }
-    fuse();
+    plan.ops_ = fused(plan.ops_, value_of[output]);
     finish();
   }
 
@@ -286,40 +287,8 @@ class PlanBuilder {
       placed[index] = {p, end};
       end += p.size;
     }
+    ++uses;
     return {placed[index].second, p.size, p.rows, static_cast<int32_t>(p.stride), parameter.adapted};
-  }
-
-  // Batch norm, ReLU and 2x2 max-pooling in a row, read by nothing else, become one operation.
-  void fuse() {
-    std::vector<int> readers(plan.grids_.size(), 0);
-    for (const Op& op : plan.ops_) {
-      for (int v : op.input) {
-        if (v >= 0) ++readers[v];
-      }
-    }
-    ++readers[value_of[output]];
-    std::vector<Op> fused;
-    for (size_t k = 0; k < plan.ops_.size(); ++k) {
-      const auto follows = [&](size_t i, Kind kind) {
-        return i < plan.ops_.size() && plan.ops_[i].kind == kind && plan.ops_[i].input[0] == plan.ops_[i - 1].output &&
-               readers[plan.ops_[i - 1].output] == 1;
-      };
-      Op op = plan.ops_[k];
-      if (op.kind == Kind::batch_norm && follows(k + 1, Kind::relu) && follows(k + 2, Kind::max_pool2d)) {
-        const Op& pool = plan.ops_[k + 2];
-        const Window& w = pool.window;
-        const bool halves = w.kh == 2 && w.kw == 2 && w.sy == 2 && w.sx == 2 && w.py + w.px == 0 && w.dy == 1 &&
-                            w.dx == 1 && pool.y.h == op.x.h / 2 && pool.y.w == op.x.w / 2;
-        if (halves) {
-          op.kind = Kind::norm_relu_pool;
-          op.y = pool.y;
-          op.output = pool.output;
-          k += 2;
-        }
-      }
-      fused.push_back(op);
-    }
-    plan.ops_ = std::move(fused);
   }
 
   void finish() {
@@ -350,6 +319,9 @@ class PlanBuilder {
 
   void place_parameters() {
     int64_t count = 0;
+    const auto adapted = [](const Parameter& q) { return q.adapted; };
+    plan.program_.used_once = uses == parameters.size() && placed.size() == parameters.size() &&
+                              std::all_of(parameters.begin(), parameters.end(), adapted);
     for (size_t index = 0; index < parameters.size(); ++index) {
       const Parameter& q = parameters[index];
       count = std::max(count, q.at + q.size);
@@ -403,6 +375,7 @@ class PlanBuilder {
   std::vector<int> value_of;  // by value of the description
   std::map<int, std::pair<Placement, int64_t>> placed;
   int64_t size = 0, own = 0;  // of parameters that all blocks have, and of those that they share
+  size_t uses = 0;            // of parameters, by layers
 };
 
 Plan::Plan(const std::vector<double>& description, Layout layout, int element_size)

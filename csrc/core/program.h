@@ -86,6 +86,7 @@ struct Program {
   Grid input, out;  // input: with its border
   int32_t border_y, border_x;
   int64_t size;         // of the inner flat vector
+  bool used_once;       // each parameter is adapted, and read by one operation
   int64_t common;       // of these, the elements that all blocks have alike; those behind them are of each block's own
   const bool* moving;   // by value: does it depend on an adapted parameter
   const bool* depends;  // by value: on any parameter

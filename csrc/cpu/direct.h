@@ -40,6 +40,12 @@ class Sums {
     each([&](auto i) { S::put(out + i / V * stride + i % V * next, sum[i], add); });
   }
 
+  // out[i] = f(i, sum).
+  template <class F>
+  METAFAST_INLINE void finish(const F& f, T* out, long stride, long next) const {
+    each([&](auto i) { S::store(out + (i / V * stride + i % V * next), f(i / V * stride + i % V * next, sum[i])); });
+  }
+
   METAFAST_INLINE void finish(T* const (&out)[R], bool add) const {
     each([&](auto i) { S::put(out[i / V] + i % V * S::lanes, sum[i], add); });
   }

@@ -31,6 +31,16 @@ class Lanes : public Core<T> {
 
   static constexpr int tasks = lanes;
 
+  // What rules add to the vector `of`, once to each element, goes to another: to = from - rate * it, or to = it. So it
+  // need not be cleared, written and read again, which costs much where the weights of all lanes fill a cache.
+  struct Redirect {
+    const T* of;
+    T* to;
+    const T *from, *rate;
+  };
+  static constexpr bool redirects = true;
+  Redirect redirect{};
+
   struct Loss {
     double of[lanes] = {};
 
@@ -59,6 +69,13 @@ class Lanes : public Core<T> {
   static long workspace_size(const Program&) { return 0; }
 
   void clear_padding(const Grid&, int, T*) const {}
+
+  template <int K, class F>
+  void reduce(long rows, int ld, T* out, bool add, const F& f) const {
+    const Redirect to = at(out);
+    Core<T>::template reduce<K>(rows, ld, to.of ? to.to : out, add && !to.of, f);
+    for (long i = 0; to.from && i < K * ld; i += lanes) S::store(to.to + i, descended(to, i, S::load(to.to + i)));
+  }
 
   template <class F>
   void rows(int n, const F& f) const {
@@ -115,6 +132,8 @@ class Lanes : public Core<T> {
   void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
     Product p{{}, {}, count, lanes, op.y.ld, lanes, op.x.ld, n, g_w, op.x.ld, lanes, nullptr, true, false};
     for (int t = 0; t < count; ++t) p.a[t] = pairs[t].g, p.b[t] = pairs[t].x;
+    p.instead = at(g_w);
+    if (p.instead.of) p.out = p.instead.to, p.continues = false;
     multiply(p, op.y.c, op.x.c);
   }
 
@@ -131,7 +150,20 @@ class Lanes : public Core<T> {
     long out_row, out_column;
     const T* bias;
     bool continues, add;
+    Redirect instead{};
   };
+
+  // The part of it from `out`, an element of the vector.
+  Redirect at(const T* out) const {
+    if (!redirect.of) return {};
+    const long i = out - redirect.of;
+    if (!redirect.from) return {out, redirect.to + i};
+    return {out, redirect.to + i, redirect.from + i, redirect.rate + i / lanes};
+  }
+
+  static Pack descended(const Redirect& to, long i, Pack g) {
+    return S::load(to.from + i) - load_shared(to.rate, i) * g;
+  }
 
   // As many sums as there are registers, with a few for the factors.
   static constexpr int wide = sizeof(Pack) == 64 ? 4 : 3, high = sizeof(Pack) == 64 ? 6 : 4;
@@ -171,7 +203,12 @@ class Lanes : public Core<T> {
         sums.multiply([=](int i, long k) { return S::load(a + i * stride + k); }, p.a_step,
                       p.b[t] + column * p.b_column, p.b_step, p.depth, p.b_column);
       }
-      sums.finish(out, p.out_row, p.add, p.out_column);
+      if (p.instead.from) {
+        const auto descent = [&](long i, Pack g) { return descended(p.instead, out - p.out + i, g); };
+        sums.finish(descent, out, p.out_row, p.out_column);
+      } else {
+        sums.finish(out, p.out_row, p.add, p.out_column);
+      }
     }
   }
 };

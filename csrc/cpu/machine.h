@@ -22,6 +22,7 @@ class Core : public Simd<T> {
   static constexpr bool runs = true;
 
   static constexpr int tasks = 1;  // that run at once
+  static constexpr bool redirects = false;
   using Loss = double;
 
   // Workspaces hold workspace_size elements; `shared` is that of the whole team, the first member's own.

@@ -125,8 +125,7 @@ class Task {
   void hessian_times() {
     load_params(job.params, mem.theta);
     import_user(job.v, 0, mem.u);
-    clear(mem.g);
-    support_pass(mem.tapes, mem.theta, job.step, mem.g);
+    from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, job.step, mem.g); });
     clear(mem.product);
     add_hessian_times(mem.tapes, mem.theta, mem.u, job.step, mem.product);
     export_user(mem.g, job.grads, 0);
@@ -135,8 +134,7 @@ class Task {
 
   void loss_and_grad() {
     load_params(job.params, mem.theta);
-    clear(mem.v);
-    set_loss(query_pass(mem.theta, job.step, mem.v, true));
+    from_zero(mem.v, [&] { set_loss(query_pass(mem.theta, job.step, mem.v, true)); });
     export_user(mem.v, job.grads, 0);
   }
 
@@ -152,8 +150,7 @@ class Task {
       machine.begin(What::reverse_step, s);
       import_user(job.trajectory, s, mem.theta);
       if (!job.first_order || job.needs_lr) {
-        clear(mem.g);
-        support_pass(mem.tapes, mem.theta, s, mem.g);
+        from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, s, mem.g); });
       }
       reverse_step(s, mem.tapes, mem.theta, mem.g, lr_sums);
       machine.end();
@@ -167,14 +164,14 @@ class Task {
   void meta_gradient(T* sums, T* lr_sums) {
     load_params(job.params, mem.theta);
     inner_loop();
-    clear(mem.v);
+    const bool whole = job.weights[job.steps] == 1;
+    if (!whole) clear(mem.v);
     Loss loss{};
     for (int s = job.steps; s >= 0; --s) {
-      if (s == job.steps && job.weights[s] == 1) {
-        loss += query_pass(theta(s), s, mem.v, true);
+      if (whole && s == job.steps) {
+        from_zero(mem.v, [&] { loss += query_pass(theta(s), s, mem.v, true); });
       } else if (job.weights[s] != 0 || s == job.steps) {
-        clear(mem.product);
-        loss += job.weights[s] * query_pass(theta(s), s, mem.product, s == job.steps);
+        from_zero(mem.product, [&] { loss += job.weights[s] * query_pass(theta(s), s, mem.product, s == job.steps); });
         add(mem.v, static_cast<T>(job.weights[s]), mem.product);
       }
       if (s == 0) break;
@@ -193,15 +190,39 @@ class Task {
   void inner_loop() {
     for (int s = 0; s < job.steps; ++s) {
       machine.begin(What::inner_step, s);
-      T* g = gradient(s);
-      clear(g);
-      support_pass(tape(s), theta(s), s, g);
+      T *g = gradient(s), *to = theta(s + 1);
       const T *alpha = rate(s), *from = theta(s);
-      T* to = theta(s + 1);
-      machine.each(program.size,
-                   [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
+      const auto pass = [&] { support_pass(tape(s), theta(s), s, g); };
+      if (job.needs_lr || !redirected(pass, g, to, from, alpha)) {
+        from_zero(g, pass);
+        machine.each(program.size,
+                     [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
+      }
       machine.end();
     }
+  }
+
+  // What pass() would add to g, zero before, makes to = from - rate * g instead, or to = g where there is no `from`.
+  // False, and nothing done, where parameters get their gradient in several parts.
+  template <class F>
+  bool redirected(const F& pass, const T* g, T* to, const T* from, const T* rate) {
+    if constexpr (M::redirects) {
+      if (program.used_once) {
+        machine.redirect = {g, to, from, rate};
+        pass();
+        machine.redirect = {};
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // pass() adds a gradient to g.
+  template <class F>
+  void from_zero(T* g, const F& pass) {
+    if (redirected(pass, g, g, nullptr, nullptr)) return;
+    clear(g);
+    pass();
   }
 
   // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
