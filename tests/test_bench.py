@@ -7,14 +7,13 @@ import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from entrants import Absent, Broken, Sleeper, WrongSign, small, tiny
 from torch import nn
 
 from metafast.agreement import agreement
@@ -26,54 +25,7 @@ from metafast.bench.run import contenders
 from metafast.bench.table import cells, markdown
 from metafast.benchmarks.peers import LEARN2LEARN, Answer, Learn2Learn, Metafast, Peer, TorchLoop, TorchVmap
 from metafast.benchmarks.workloads import WORKLOADS, Workload, workload
-from metafast.models import mlp
 from metafast.tasks import TaskBatch
-
-
-class WrongSign(TorchLoop):
-    """The torch loop with one parameter's gradient negated."""
-
-    name = "wrong sign"
-
-    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        right = super().prepare(workload, tasks)
-
-        def call() -> Answer:
-            losses, gradient = right()
-            return losses, {**gradient, "hidden1.bias": -gradient["hidden1.bias"]}
-
-        return call
-
-
-class Sleeper(TorchLoop):
-    name = "sleeper"
-
-    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        time.sleep(600)
-        raise AssertionError("it is ended before this")
-
-
-class Broken(TorchLoop):
-    name = "broken"
-
-    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        raise OverflowError("no such luck")
-
-
-class Absent(TorchLoop):
-    name = "absent"
-
-    def missing(self, workload: Workload, device: str) -> str | None:
-        return "absent is not installed"
-
-
-def small() -> nn.Module:
-    torch.manual_seed(0)
-    return mlp(hidden=(6,)).apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None)
-
-
-def tiny() -> Workload:
-    return Workload("tiny", small, "mse", (1,), ways=0, shots=4, queries=3, tasks=2, steps=2, lr=0.01)
 
 
 @pytest.fixture(scope="module")
