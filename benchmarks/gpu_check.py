@@ -1,8 +1,8 @@
 """Everything that only a GPU can show, in one command: ``python3 benchmarks/gpu_check.py --out DIR``.
 
-It needs the python3 that holds torch and nothing else: no make, no virtual environment, no network. Each step runs in
-processes of its own with a time limit; one that fails or runs long leaves the results of the others alone. All goes
-into ``DIR/gpu_check.json`` after every step: device, versions, commit, and of each step its state and findings.
+It needs nvcc and a python3 with torch, setuptools 77 and pytest: no make, no virtual environment, no network. Each step
+runs in processes of its own with a time limit; one that fails or runs long leaves the results of the others alone. All
+goes into ``DIR/gpu_check.json`` after every step: device, versions, commit, and of each step its state and findings.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -30,9 +32,12 @@ WORKLOADS = {
     **dict.fromkeys(("mini5w1s-5-t32", "mini5w5s-5-t32"), "triton"),
     **dict.fromkeys(("wide5w1s-5", "wide5w1s-5-t1024"), "native-cuda"),  # clusters of eight blocks
 }
+# Of so many tasks one after another takes minutes.
+AT_ONCE = dict.fromkeys(("sin4096-5", "wide5w1s-5-t1024"), ("torch.func", "torch.compile", "JAX"))
 ROUNDED = ("sin4096-5", "wide5w1s-5")
 PROFILED = ("sin1024-5", "wide5w1s-5", "omni5w1s-1", "mini5w1s-5")
 SETTINGS = {"device": "cuda", "budget": 4, "limit": 60, "first_limit": 60}  # of metafast.bench, in seconds
+GRACE = 10  # seconds that a process has to write down what it knows when its time is up
 CHOSEN = """
 import json, sys
 from dataclasses import replace
@@ -86,9 +91,18 @@ for precision in PRECISIONS:
     Path(sys.argv[2]).write_text(json.dumps(found))
 """
 TRAIN = "from metafast.cli import main; main()"
-SANITIZED = {  # the kernels at small blocks, and the sinusoid network's blocks
-    "memcheck": ("tests/test_triton.py tests/test_gpu.py", "small or (float32 and classifier)"),
-    "racecheck": ("tests/test_gpu.py", "float32 and classifier"),
+# Each in a process of its own: after one illegal access all that follows in a process fails.
+TESTS = {
+    "blocks": "tests/test_gpu.py",
+    "training": "tests/test_gpu_train.py tests/test_sampler.py",
+    "triton": "tests/test_triton.py tests/test_triton_shared.py tests/test_triton_executor.py",
+}
+BLOCKS = ("tests/test_gpu.py", "float32 and (classifier or norm)")
+SANITIZED = {  # tool, files, tests: networks of blocks, with sums in warps and without, and kernels with small blocks
+    "memcheck": ("memcheck", *BLOCKS),
+    "racecheck": ("racecheck", *BLOCKS),
+    "synccheck": ("synccheck", *BLOCKS),
+    "memcheck, triton": ("memcheck", "tests/test_triton.py", "small"),
 }
 
 
@@ -114,33 +128,45 @@ class Job:
 
 
 def run(command: list[str], limit: float, log: Path, **environment: str) -> dict[str, Any]:
-    """Runs ``command`` for at most ``limit`` seconds, its output in ``log``."""
+    """Runs ``command`` for at most ``limit`` seconds, its output in ``log``; then it is interrupted, soon killed."""
     began = time.monotonic()
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}  # JAX would take 3/4 of a GPU
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment},
-            start_new_session=True,
-        )  # fmt: skip
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             state = "passed" if process.wait(max(1.0, limit)) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             state = "cut off"
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     seconds = round(time.monotonic() - began, 1)
     return {"state": state, "seconds": seconds, "end": log.read_text(errors="replace")[-1500:]}
 
 
 def build(job: Job) -> dict[str, Any]:
-    """The package, in place."""
+    """The package, in place; without its kernels there is nothing to check."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
-    return run(command, min(150, job.left), job.out / "build.log")
+    return run(command, min(150, job.left), job.out / "build.log", METAFAST_CPU="1", METAFAST_CUDA="1")
 
 
 def test(job: Job) -> dict[str, Any]:
-    """Everything marked ``gpu``."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", "--durations=10"]
-    return run(command, min(180, job.left), job.out / "test.log")
+    """Everything marked ``gpu``. Where tests fail, the first of them runs again, each launch waited for."""
+    results: dict[str, Any] = {}
+    for name, files in TESTS.items():
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-o", "faulthandler_timeout=60", *files.split()]
+        options = ["--maxfail=20", "--durations=10"]
+        results[name] = run([*command, *options], min(120, job.left), job.out / f"test-{name}.log")
+        if results[name]["state"] == "failed":
+            log = job.out / f"test-{name}-again.log"
+            again = run([*command, "--lf", "-x"], min(60, job.left), log, CUDA_LAUNCH_BLOCKING="1")
+            results[name]["again"] = again
+    return _together("files", results)
 
 
 def bench(job: Job) -> dict[str, Any]:
@@ -164,12 +190,12 @@ def sanitize(job: Job) -> dict[str, Any]:
     if not Path(tool).exists():
         return {"state": "skipped", "end": "compute-sanitizer is not installed"}
     results = {}
-    for name, (files, chosen) in SANITIZED.items():
-        command = [tool, "--tool", name, "--error-exitcode", "9"]
-        command += [sys.executable, "-m", "pytest", "-q", *files.split(), "-k", chosen]
-        log = job.out / f"{name}.log"
+    for name, (kind, files, chosen) in SANITIZED.items():
+        command = [tool, "--tool", kind, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "pytest", "-vv", *files.split(), "-k", chosen]
+        log = job.out / f"{name.replace(', ', '-')}.log"
         results[name] = run(command, min(120, job.left), log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return {"state": _common(results), "tools": results}
+    return _together("tools", results)
 
 
 def sinusoid(job: Job) -> dict[str, Any]:
@@ -208,11 +234,12 @@ def _each(names: Iterable[str], job: Job, step: str, code: str, limit: float) ->
             continue
         file = job.out / f"{step}-{name}.json"
         file.unlink(missing_ok=True)
-        options = {"settings": SETTINGS, "backends": job.backends or WORKLOADS[name], "peers": job.peers}
+        peers = job.peers or AT_ONCE.get(name, ())
+        options = {"settings": SETTINGS, "backends": job.backends or WORKLOADS[name], "peers": peers}
         command = [sys.executable, "-c", code, name, str(file), json.dumps(options)]
         results[name] = run(command, min(limit, job.left), job.out / f"{step}-{name}.log")
         results[name]["result"] = _read(file)
-    return {"state": _common(results), "workloads": results}
+    return _together("workloads", results)
 
 
 def _read(file: Path) -> Any:
@@ -223,9 +250,11 @@ def _read(file: Path) -> Any:
         return None
 
 
-def _common(results: dict[str, Any]) -> str:
+def _together(key: str, results: dict[str, Any]) -> dict[str, Any]:
+    """A step of several parts: their common state, and how those ended that did not pass."""
     states = {found["state"] for found in results.values()}
-    return states.pop() if len(states) == 1 else "partly"
+    ends = [f"{name}: {found['end'][-500:]}" for name, found in results.items() if found["state"] != "passed"]
+    return {"state": states.pop() if len(states) == 1 else "partly", key: results, "end": "\n".join(ends)}
 
 
 STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {

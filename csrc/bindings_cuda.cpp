@@ -80,13 +80,13 @@ class BlockCall {
 
   void params(const Tensor& t) {
     job.params_per_task = t.dim() == 2;
-    expect<T>(t, (job.params_per_task ? job.tasks : 1) * job.n_params, "params");
+    expect_here(t, (job.params_per_task ? job.tasks : 1) * job.n_params, "params");
     job.params = data<T>(t);
   }
 
   void rates(const Tensor& lr, int64_t steps, bool needs_lr) {
     const int64_t rows = lr.sizes()[0], width = lr.sizes()[1];
-    expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
+    expect_here(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
     job.lr = data<T>(lr), job.lr_rows = static_cast<int32_t>(rows), job.lr_width = width;
     job.steps = static_cast<int32_t>(steps), job.needs_lr = needs_lr;
   }
@@ -95,17 +95,34 @@ class BlockCall {
     const Program& p = plan->program();
     const int32_t n = static_cast<int32_t>(x.sizes()[1]);
     const int64_t count = job.tasks * n;
-    expect<T>(x, count * p.input.c * p.input.h * p.input.w, "x");
+    expect_here(x, count * p.input.c * p.input.h * p.input.w, "x");
     Samples<T> s{n, data<T>(x), nullptr, nullptr};
     if (!y) return s;
     if (p.loss == LossKind::mse) {
-      expect<T>(*y, count * p.out.c * p.out.h * p.out.w, "targets");
+      expect_here(*y, count * p.out.c * p.out.h * p.out.w, "targets");
       s.targets = data<T>(*y);
     } else {
       if (y->scalar_type() != ScalarType::Long || y->numel() != count) fail("labels must be int64 of shape [T, n]");
+      expect_device(*y, "labels");
       s.labels = data<int64_t>(*y);
     }
     return s;
+  }
+
+  void weights(const Tensor& of_steps) {
+    expect_device(of_steps, "step_weights");
+    job.weights = data<double>(of_steps);
+  }
+
+  void expect_here(const Tensor& t, int64_t elements, const char* name) const {
+    expect<T>(t, elements, name);
+    expect_device(t, name);
+  }
+
+  void expect_device(const Tensor& t, const char* name) const {
+    const bool same =
+        t.is_cuda() == like.is_cuda() && (!t.is_cuda() || t.get_device_index() == like.get_device_index());
+    if (!same) fail(std::string(name) + " is on another device than the tasks");
   }
 
   // [T, n, c, h, w]; Python gives it the shape of the model's outputs.
@@ -229,8 +246,8 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vecto
     job.first_order = first_order;
     job.support = call.samples(x, &y);
     job.v_everywhere = v.dim() == 3;
-    expect<T>(trajectory, (steps + 1) * job.tasks * job.n_params, "trajectory");
-    expect<T>(v, (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params, "v");
+    call.expect_here(trajectory, (steps + 1) * job.tasks * job.n_params, "trajectory");
+    call.expect_here(v, (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params, "v");
     job.trajectory = data<T>(trajectory), job.v = data<T>(v);
     Tensor grads = call.grads();
     call.run(false);
@@ -249,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Ten
     if (params.dim() != 1) fail("a meta-gradient is of parameters [P] that all tasks share");
     call.params(params);
     call.rates(lr, step_weights.numel() - 1, needs_lr);
-    job.weights = data<double>(step_weights);
+    call.weights(step_weights);
     job.first_order = first_order;
     job.support = call.samples(support_x, &support_y);
     job.query = call.samples(query_x, &query_y);

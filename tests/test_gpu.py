@@ -86,6 +86,8 @@ def test_two_runs_give_the_same_bits(gpu, count):
 
 @pytest.mark.parametrize("count", [25, 300])
 def test_the_twin_agrees(gpu, count):
+    if count > 25 and gpu.clusters[0] > 1:
+        pytest.skip("the twin of a cluster is slow")
     learner, tasks = on_gpu(SINUSOID, count)
     found = parts(gpu, learner, tasks)
     twin = NativeCudaExecutor(gpu._machine(tasks.support_x))
@@ -131,6 +133,30 @@ def test_a_meta_gradient_can_be_captured_in_a_graph(gpu):
             p.copy_(old)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_shapes_that_are_new_are_not_captured(gpu):
+    learner, tasks = on_gpu(SINUSOID, 25)
+    with pytest.raises(RuntimeError, match="run them once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        parts(gpu, learner, tasks)
+    assert parts(gpu, learner, tasks)[0].isfinite().all()
+
+
+def test_what_lies_elsewhere_is_named(gpu):
+    learner, tasks = on_gpu(SINUSOID)
+    with pytest.raises(ValueError, match="lr is on another device than the tasks"):
+        gpu.meta_gradient(learner.program, learner.flat_parameters().detach(), torch.ones(1, 1), tasks, learner.steps)
+
+
+def test_a_launch_that_fails_is_named_and_leaves_the_next_alone(monkeypatch):
+    executor = NativeCudaExecutor(clusters=(1,))
+    (wide, many), (learner, tasks) = on_gpu(WIDE), on_gpu(SINUSOID)
+    machine = executor._machine(tasks.support_x)
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "_machine", lambda x: replace(machine, shared=10 * machine.shared))
+        with pytest.raises(RuntimeError, match=r"CUDA: metafast_inner_loop of 3 tasks, .* bytes on device 0"):
+            parts(executor, wide, many)
+    assert parts(executor, learner, tasks)[2].isfinite().all()
 
 
 def test_a_label_outside_makes_its_task_nan_and_no_other(gpu):

@@ -6,12 +6,15 @@ import inspect
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import metafast.executors
 from metafast import bench
+from metafast.bench.run import contenders
 from metafast.benchmarks import gpu_check
+from metafast.benchmarks.peers import peers as known
 from metafast.benchmarks.workloads import workload
 from metafast.executors import ReferenceExecutor, executors
 from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
@@ -63,6 +66,9 @@ def test_commands_are_cut_off_and_their_output_kept(tmp_path):
     assert found["state"] == "cut off"
     assert "began" in found["end"]
     assert found["seconds"] < 30
+    writer = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what was found')"
+    found = gpu_check.run([sys.executable, "-uc", writer], 3, tmp_path / "log")
+    assert (found["state"], found["end"].strip()) == ("cut off", "what was found")
     failed = gpu_check.run([sys.executable, "-c", "raise SystemExit('no luck')"], 60, tmp_path / "log")
     assert (failed["state"], failed["end"].strip()) == ("failed", "no luck")
 
@@ -98,7 +104,8 @@ def test_each_workload_keeps_its_result(tmp_path):
     found = gpu_check._each(("half", "whole", "none"), job, "bench", WRITES, 30)
     assert [found["workloads"][n]["result"] for n in ("half", "whole", "none")] == [None, {"ms": 3}, None]
     late = gpu_check._each(("whole",), gpu_check.Job(tmp_path, time.monotonic() + 5, ("whole",)), "bench", WRITES, 30)
-    assert late == {"state": "skipped", "workloads": {"whole": {"state": "skipped", "end": "no time left"}}}
+    skipped = {"whole": {"state": "skipped", "end": "no time left"}}
+    assert late == {"state": "skipped", "workloads": skipped, "end": "whole: no time left"}
 
 
 def test_a_measurement_is_what_was_asked_for(monkeypatch, tmp_path):
@@ -148,6 +155,30 @@ def test_workloads_have_an_executor_of_their_own(name):
     assert gpu_check.WORKLOADS[name] in [e.name for e in executors()]
 
 
+def test_the_tests_that_it_runs_are_all_that_need_a_gpu():
+    marked = {f.name for f in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in f.read_text()}
+    listed = {Path(file) for files in gpu_check.TESTS.values() for file in files.split()}
+    assert {file.name for file in listed} == marked - {Path(__file__).name}
+    assert all((gpu_check.ROOT / file).exists() for file in listed)
+
+
+def test_tests_that_fail_run_again_launch_by_launch(monkeypatch, tmp_path):
+    seen = []
+
+    def run(command, limit, log, **environment):
+        seen.append((command, environment))
+        return {"state": "failed" if "tests/test_gpu.py" in command and not environment else "passed", "end": "ouch"}
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    found = gpu_check.test(gpu_check.Job(tmp_path, time.monotonic() + 100))
+    assert found["state"] == "partly"
+    assert found["end"] == "blocks: ouch"
+    assert found["files"]["blocks"]["again"]["state"] == "passed"
+    assert [(len(e), "--lf" in c) for c, e in seen] == [(0, False), (1, True), (0, False), (0, False)]
+
+
 def test_code_that_only_a_gpu_can_run_is_at_least_python():
     compile(gpu_check.PROFILE, "profile", "exec")
-    assert {*gpu_check.PROFILED, *gpu_check.ROUNDED} <= set(gpu_check.WORKLOADS)
+    assert {*gpu_check.PROFILED, *gpu_check.ROUNDED, *gpu_check.AT_ONCE} <= set(gpu_check.WORKLOADS)
+    for peers in gpu_check.AT_ONCE.values():
+        assert len(contenders([], peers, known())) == len(peers)

@@ -124,7 +124,8 @@ class Core : public Simd<T> {
     each_sample(n, [&](int s) { f(alone, s); });
   }
 
-  static void set(T& to, T value) { to = value; }
+  static T load_one(const T* p) { return *p; }
+  static void set(T* to, T value) { *to = value; }
 
   // f(sample, task), for what is a few scalars a sample.
   template <class F>

@@ -31,16 +31,19 @@ T sum_lanes(const T* parts) {
 }
 #endif
 
-// One warp as a machine for a single sample.
+// One warp as a machine for a single sample. `index`: its place in the block.
 template <class T>
 struct Warp {
+  int index;
+
   template <class F>
   METAFAST_DEVICE void each(long size, const F& f) const {
 #ifdef __CUDACC__
     for (long i = threadIdx.x % warp_size; i < size; i += warp_size) f(i);
     __syncwarp();
 #else
-    for (long i = 0; i < size; ++i) f(i);
+    for (long i = 0; i < size; ++i) enter(i), f(i);
+    Watch::warp_barrier();
 #endif
   }
 
@@ -52,14 +55,24 @@ struct Warp {
     return sum_lanes(part);
 #else
     T parts[warp_size] = {};
-    for (long i = 0; i < size; ++i) parts[i % warp_size] += f(i);
+    for (long i = 0; i < size; ++i) enter(i), parts[i % warp_size] += f(i);
     return sum_lanes(parts);
 #endif
   }
 
-  METAFAST_DEVICE void set(T& to, T value) const {
-    each(1, [&](long) { to = value; });
+  METAFAST_DEVICE void set(T* to, T value) const {
+    each(1, [&](long) {
+#ifndef __CUDACC__
+      Watch::write(to, sizeof(T));
+#endif
+      *to = value;
+    });
   }
+
+#ifndef __CUDACC__
+ private:
+  void enter(long i) const { Watch::enter(index * warp_size + static_cast<int>(i % warp_size)); }
+#endif
 };
 
 template <class T>
@@ -94,13 +107,11 @@ class Threads {
   METAFAST_DEVICE void run_warps(int samples, const F& f) const {
     const int warps = count() / warp_size;
 #ifdef __CUDACC__
-    for (int s = static_cast<int>(threadIdx.x) / warp_size; s < samples; s += warps) f(Warp<T>{}, s);
+    const int warp = static_cast<int>(threadIdx.x) / warp_size;
+    for (int s = warp; s < samples; s += warps) f(Warp<T>{warp}, s);
     __syncthreads();
 #else
-    for (int s = 0; s < samples; ++s) {
-      Watch::enter(s % warps);
-      f(Warp<T>{}, s);
-    }
+    for (int s = 0; s < samples; ++s) f(Warp<T>{s % warps}, s);
     Watch::barrier();
 #endif
   }

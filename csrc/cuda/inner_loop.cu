@@ -50,19 +50,25 @@ namespace metafast {
 namespace {
 
 void check(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess) throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or it would be taken for the next launch's
+  throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
 }
 
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before), "asking for the current device");
-    check(cudaSetDevice(device), "choosing device " + std::to_string(device));
+    changed = before != device;
+    if (changed) check(cudaSetDevice(device), "choosing device " + std::to_string(device));
   }
-  ~DeviceGuard() { cudaSetDevice(before); }
+  ~DeviceGuard() {
+    if (changed) cudaSetDevice(before);
+  }
 
  private:
   int before = 0;
+  bool changed = false;
 };
 
 cudaStream_t stream(Queue queue) { return reinterpret_cast<cudaStream_t>(queue.stream); }
@@ -89,7 +95,10 @@ void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) 
   const auto set = [&](cudaFuncAttribute attribute, int value) {
     check(cudaFuncSetAttribute(kernel, attribute, value), what);
   };
-  set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.bytes));
+  // The most that there is, not this job's: another thread may be between its setting and its launch.
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device), what);
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for blocks side by side
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

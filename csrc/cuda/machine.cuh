@@ -65,6 +65,7 @@ class Block {
   METAFAST_DEVICE void end() const {}
 
   static METAFAST_DEVICE T load(const T* p) { return *watched(p, 1, false); }
+  static METAFAST_DEVICE T load_one(const T* p) { return load(p); }
   static METAFAST_DEVICE void store(T* p, T v) { *watched(p, 1, true) = v; }
   static METAFAST_DEVICE void put(T* p, T v, bool add) { store(p, add ? load(p) + v : v); }
   static METAFAST_DEVICE Quad<T> load4(const T* p) {

@@ -1,5 +1,6 @@
 // What watches the twin's shared memory: every access must lie inside it, and between two barriers no element that one
 // thread writes may be touched by another, nor between two barriers of a cluster one that a block writes by another.
+// Between threads of one warp a barrier of that warp is enough.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -8,21 +9,33 @@
 
 namespace METAFAST_NAMESPACE {
 
-// Who touched what in the phase, between two barriers, that it was touched in last.
+// Somebody who touches memory, after so many barriers of all and so many of its group.
+struct Toucher {
+  int who, group;
+  int64_t phase, group_phase;
+
+  // Is it known to come after `o`, of the same phase?
+  bool follows(const Toucher& o) const {
+    return who == o.who || (group == o.group && group >= 0 && group_phase > o.group_phase);
+  }
+};
+
+// Who touched what last.
 class Ledger {
  public:
   explicit Ledger(int64_t elements) : marks(elements) {}
 
   // What is wrong with it; null: nothing.
-  const char* touch(int64_t i, int who, int64_t phase, bool writes) {
-    Mark& m = marks[i];
-    if (m.written == phase && m.writer != who) return "that another one writes before the next barrier";
+  const char* touch(int64_t i, const Toucher& t, bool writes) {
+    auto& [writer, reader] = marks[i];
+    if (writer.phase == t.phase && !t.follows(writer)) return "that another one writes before the next barrier";
     if (writes) {
-      if (m.read == phase && m.reader != who) return "written that another one reads before the barrier";
-      m.written = phase, m.writer = who;
+      if (reader.phase == t.phase && !t.follows(reader)) return "written that another one reads before the barrier";
+      writer = t;
+    } else if (reader.phase == t.phase && reader.who != t.who) {
+      reader = {many, reader.group == t.group ? t.group : many, t.phase, t.group_phase};
     } else {
-      m.reader = m.read == phase && m.reader != who ? many : who;
-      m.read = phase;
+      reader = t;
     }
     return nullptr;
   }
@@ -31,8 +44,7 @@ class Ledger {
   static constexpr int many = -1;
 
   struct Mark {
-    int64_t written = 0, read = 0;  // the last phase
-    int writer = 0, reader = 0;     // who then, or `many`
+    Toucher writer{}, reader{};
   };
 
   std::vector<Mark> marks;
@@ -59,6 +71,9 @@ class Watch {
   static void barrier() {
     if (now) ++now->phase;
   }
+  static void warp_barrier() {
+    if (now) ++now->warp_phases[now->thread / warp];
+  }
   static void cluster_barrier() {
     if (now) ++now->cluster_phase;
   }
@@ -80,6 +95,7 @@ class Watch {
 
  private:
   static constexpr int64_t grain = 4;
+  static constexpr int warp = 32, most_warps = 8;
 
   int64_t place(const void* p) const { return static_cast<const char*>(p) - begin; }
   bool holds(const void* p, int64_t size) const { return place(p) >= 0 && place(p) + size <= bytes; }
@@ -91,8 +107,10 @@ class Watch {
     }
     if (!owner) fail("outside of the block's memory", place(p));
     for (int64_t at = owner->place(p), end = at + size; at < end; at += grain) {
-      const char* wrong = owner == this ? threads.touch(at / grain, thread, phase, writes) : nullptr;
-      if (!wrong && cluster.size() > 1) wrong = owner->blocks.touch(at / grain, rank, cluster_phase, writes);
+      const Toucher one{thread, thread / warp, phase, warp_phases[thread / warp]};
+      const char* wrong = owner == this ? threads.touch(at / grain, one, writes) : nullptr;
+      const Toucher block{rank, -1, cluster_phase, 0};
+      if (!wrong && cluster.size() > 1) wrong = owner->blocks.touch(at / grain, block, writes);
       if (wrong) fail(wrong, at);
     }
   }
@@ -109,7 +127,7 @@ class Watch {
   int rank;
   std::vector<Watch*>& cluster;
   Ledger threads, blocks;
-  int64_t phase = 1, cluster_phase = 1;
+  int64_t phase = 1, cluster_phase = 1, warp_phases[most_warps] = {};
   int thread = 0;
 };
 

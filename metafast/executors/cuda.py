@@ -198,6 +198,8 @@ class NativeCudaExecutor(Executor):
             return f"the extension is built without CUDA; with nvcc on PATH: {_BUILD}"
         if x.dtype != torch.float32:
             return f"dtype {x.dtype}: it runs float32"
+        if (capability := torch.cuda.get_device_capability(x.device)) < (8, 0):
+            return f"compute capability {capability[0]}.{capability[1]}: it runs on 8.0 and later"
         return None
 
     def _machine(self, x: Tensor) -> BlockMachine:
@@ -210,6 +212,8 @@ class NativeCudaExecutor(Executor):
         cluster, _ = model.fit(machine, samples, x.dtype)
         key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
+            if self.twin is None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("CUDA: tasks of these shapes are new: run them once before a graph captures them")
             make = torch.ops.metafast.block_tables
             model.tables[key] = call(make, model.description, x, *samples, cluster, stream)
         _, head = model.tables[key]

@@ -18,8 +18,8 @@ struct LayerNorm {
         const auto d = real(f, M::load(x + i) - mu, i);
         return d * d;
       });
-      team.set(at(f, s, mean), mu);
-      team.set(at(f, s, r), M::rsqrt(sum / features(f) + T(f.op.eps)));
+      team.set(place(f, s, mean), mu);
+      team.set(place(f, s, r), M::rsqrt(sum / features(f) + T(f.op.eps)));
       T* y = f.y + s * width(f);
       team.each(width(f), [&](long i) {
         const auto value = value_of(f, f.op.weight, f.theta, i, 1) * standard(f, s, i);
@@ -34,8 +34,8 @@ struct LayerNorm {
     f.m.samples(f.n, [&](const auto& team, int s) {
       const auto* g = f.g_y + s * width(f);
       const auto gh = [&](long i) { return value_of(f, f.op.weight, f.theta, i, 1) * M::load(g + i); };
-      team.set(at(f, s, mean_gh), team.total(width(f), gh) / features(f));
-      team.set(at(f, s, mean_ghxh),
+      team.set(place(f, s, mean_gh), team.total(width(f), gh) / features(f));
+      team.set(place(f, s, mean_ghxh),
                team.total(width(f), [&](long i) { return gh(i) * standard(f, s, i); }) / features(f));
       if (!f.g_x[0]) return;
       auto* g_x = f.g_x[0] + s * width(f);
@@ -49,8 +49,8 @@ struct LayerNorm {
     f.m.samples(f.n, [&](const auto& team, int s) {
       if (f.xd[0]) {
         const auto* xd = f.xd[0] + s * width(f);
-        team.set(at(f, s, mean_xd), team.total(width(f), [=](long i) { return M::load(xd + i); }) / features(f));
-        team.set(at(f, s, c),
+        team.set(place(f, s, mean_xd), team.total(width(f), [=](long i) { return M::load(xd + i); }) / features(f));
+        team.set(place(f, s, c),
                  team.total(width(f), [&](long i) { return M::load(xd + i) * standard(f, s, i); }) / features(f));
       }
       auto* yd = f.yd + s * width(f);
@@ -78,8 +78,8 @@ struct LayerNorm {
         const auto value = value_of(f, f.op.weight, f.theta, i, 1) * M::load(gd + i);
         return g ? value + direction(f, f.op.weight, i) * M::load(g + i) : value;
       };
-      team.set(at(f, s, mean_ghd), team.total(width(f), ghd) / features(f));
-      team.set(at(f, s, bend), team.total(width(f), [&](long i) {
+      team.set(place(f, s, mean_ghd), team.total(width(f), ghd) / features(f));
+      team.set(place(f, s, bend), team.total(width(f), [&](long i) {
         const auto product = ghd(i) * standard(f, s, i);
         return f.xd[0] ? product + gh(i) * tangent(f, s, i) : product;
       }) / features(f));
@@ -107,8 +107,13 @@ struct LayerNorm {
   }
 
   template <class M>
-  METAFAST_DEVICE static typename M::Real& at(const Frame<M>& f, int sample, Saved which) {
-    return f.saved[static_cast<long>(sample) * saved + which];
+  METAFAST_DEVICE static typename M::Real* place(const Frame<M>& f, int sample, Saved which) {
+    return f.saved + static_cast<long>(sample) * saved + which;
+  }
+
+  template <class M>
+  METAFAST_DEVICE static typename M::Real at(const Frame<M>& f, int sample, Saved which) {
+    return M::load_one(place(f, sample, which));
   }
 
   // A pack with its padding channels set to zero.
