@@ -133,8 +133,9 @@ def run(command: list[str], limit: float, log: Path, **environment: str) -> dict
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}  # JAX would take 3/4 of a GPU
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
         try:
             state = "passed" if process.wait(max(1.0, limit)) == 0 else "failed"
         except subprocess.TimeoutExpired:
