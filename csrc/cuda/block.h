@@ -31,18 +31,16 @@ T sum_lanes(const T* parts) {
 }
 #endif
 
-// One warp as a machine for a single sample. `index`: its place in the block.
+// One warp as a machine for a single sample.
 template <class T>
 struct Warp {
-  int index;
-
   template <class F>
   METAFAST_DEVICE void each(long size, const F& f) const {
 #ifdef __CUDACC__
     for (long i = threadIdx.x % warp_size; i < size; i += warp_size) f(i);
     __syncwarp();
 #else
-    for (long i = 0; i < size; ++i) enter(i), f(i);
+    for (long i = 0; i < size; ++i) Watch::enter_lane(i % warp_size), f(i);
     Watch::warp_barrier();
 #endif
   }
@@ -55,7 +53,7 @@ struct Warp {
     return sum_lanes(part);
 #else
     T parts[warp_size] = {};
-    for (long i = 0; i < size; ++i) enter(i), parts[i % warp_size] += f(i);
+    for (long i = 0; i < size; ++i) Watch::enter_lane(i % warp_size), parts[i % warp_size] += f(i);
     return sum_lanes(parts);
 #endif
   }
@@ -68,11 +66,6 @@ struct Warp {
       *to = value;
     });
   }
-
-#ifndef __CUDACC__
- private:
-  void enter(long i) const { Watch::enter(index * warp_size + static_cast<int>(i % warp_size)); }
-#endif
 };
 
 template <class T>
@@ -107,11 +100,13 @@ class Threads {
   METAFAST_DEVICE void run_warps(int samples, const F& f) const {
     const int warps = count() / warp_size;
 #ifdef __CUDACC__
-    const int warp = static_cast<int>(threadIdx.x) / warp_size;
-    for (int s = warp; s < samples; s += warps) f(Warp<T>{warp}, s);
+    for (int s = static_cast<int>(threadIdx.x) / warp_size; s < samples; s += warps) f(Warp<T>{}, s);
     __syncthreads();
 #else
-    for (int s = 0; s < samples; ++s) f(Warp<T>{s % warps}, s);
+    for (int s = 0; s < samples; ++s) {
+      Watch::enter(s % warps * warp_size);
+      f(Warp<T>{}, s);
+    }
     Watch::barrier();
 #endif
   }

@@ -40,7 +40,7 @@ class Lanes {
 #ifdef __CUDACC__
     f(static_cast<int>(threadIdx.x) % warp_size, held);
 #else
-    for (int lane = 0; lane < warp_size; ++lane) f(lane, held[lane]);
+    for (int lane = 0; lane < warp_size; ++lane) Watch::enter_lane(lane), f(lane, held[lane]);
 #endif
   }
 
@@ -85,6 +85,12 @@ METAFAST_DEVICE inline float as_float(uint32_t word) {
 #endif
 }
 
+// The assembler's text must be a literal.
+#define METAFAST_MMA(shape, c, w)                                                                  \
+  asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"((c)[0]), "+f"((c)[1]), "+f"((c)[2]), "+f"((c)[3])                                     \
+      : "r"((w).a[0]), "r"((w).a[1]), "r"((w).a[2]), "r"((w).a[3]), "r"((w).b[0]), "r"((w).b[1]))
+
 // 8 bits of exponent and 11 of significand.
 struct Tf32 {
   static constexpr int k = 8, of_a = 4, of_b = 2;
@@ -111,12 +117,7 @@ struct Tf32 {
 
   static METAFAST_DEVICE void multiply(Lanes<Sums>& sums, const Lanes<Words>& words) {
 #ifdef __CUDACC__
-    float* c = sums.held.c;
-    const Words& w = words.held;
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(w.a[0]), "r"(w.a[1]), "r"(w.a[2]), "r"(w.a[3]), "r"(w.b[0]), "r"(w.b[1]));
+    METAFAST_MMA("m16n8k8.row.col.f32.tf32.tf32.f32", sums.held.c, words.held);
 #else
     twin_m16n8k8(sums.held, words.held);
 #endif
@@ -141,12 +142,7 @@ struct Bf16 {
 
   static METAFAST_DEVICE void multiply(Lanes<Sums>& sums, const Lanes<Words>& words) {
 #ifdef __CUDACC__
-    float* c = sums.held.c;
-    const Words& w = words.held;
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(w.a[0]), "r"(w.a[1]), "r"(w.a[2]), "r"(w.a[3]), "r"(w.b[0]), "r"(w.b[1]));
+    METAFAST_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", sums.held.c, words.held);
 #else
     twin_m16n8k16(sums.held, words.held);
 #endif

@@ -68,6 +68,10 @@ class Watch {
   static void enter(int thread) {
     if (now) now->thread = thread;
   }
+  // Another thread of the same warp.
+  static void enter_lane(int lane) {
+    if (now) now->thread = now->thread / warp * warp + lane;
+  }
   static void barrier() {
     if (now) ++now->phase;
   }
