@@ -74,8 +74,9 @@ def extensions() -> list[Extension]:
     return [Extension("metafast._C", sources, depends=HEADERS, py_limited_api=True, optional=wanted != "1")]
 
 
-packages = [*find_packages(include=["metafast", "metafast.*"]), "metafast.kernels", "metafast.benchmarks"]
-packages += [f"metafast.kernels.{p}" for p in find_packages("kernels")]
+packages = find_packages(include=["metafast", "metafast.*"])
+for folder in ("kernels", "benchmarks"):
+    packages += [f"metafast.{folder}", *(f"metafast.{folder}.{p}" for p in find_packages(folder))]
 
 setup(
     packages=packages,

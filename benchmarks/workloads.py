@@ -114,8 +114,27 @@ def classifier(ways: int, channels: int, image: tuple[int, int, int]) -> nn.Sequ
     A ReLU that falls to the other side in float32 changes the gradient by far more than rounding does: with
     ``0.3 x + 1`` in the place of ``x`` that happens a hundred times less often, at the same arithmetic.
     """
-    model = conv4(ways, channels=channels, image=image, pool=True)
-    for module in model.modules():
+    return _far_from_kinks(conv4(ways, channels=channels, image=image, pool=True))
+
+
+def unpadded() -> nn.Sequential:
+    """Three convolutions 3x3x64 with bias and without padding, each with batch norm, ReLU and 2x2 max-pool, and a linear
+    head, ``[n,1,28,28] -> [n,5]``: the network of torchbench's ``functorch_maml_omniglot``."""
+    layers: list[nn.Module] = []
+    for inputs in (1, 64, 64):
+        norm = nn.BatchNorm2d(64, track_running_stats=False)
+        layers += [nn.Conv2d(inputs, 64, 3), norm, nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5))
+    generator = torch.Generator().manual_seed(0)
+    for module in model:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+    return _far_from_kinks(model)
+
+
+def _far_from_kinks(model: nn.Sequential) -> nn.Sequential:
+    for module in model:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, 0.3)
             nn.init.constant_(module.bias, 1.0)
@@ -149,6 +168,11 @@ WORKLOADS = {
         _pictures("omni20w1s-5", *_OMNIGLOT, ways=20, shots=1, queries=1, tasks=16, steps=5, lr=0.003),
         _pictures("mini5w1s-5", *_MINI, ways=5, shots=1, queries=15, tasks=4, steps=5, lr=0.002),
         _pictures("mini5w5s-5", *_MINI, ways=5, shots=5, queries=15, tasks=4, steps=5, lr=0.002),
+        # The one figure of MAML that PyTorch publishes is of this one with an Adam step behind it, at a rate of 0.1.
+        Workload(
+            "torchbench-maml", unpadded, "cross_entropy", (1, 28, 28), ways=5, shots=5, queries=15, tasks=32, steps=5,
+            lr=0.01,
+        ),
     )
 }
 

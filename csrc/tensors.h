@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace metafast {
 
 using torch::headeronly::ScalarType;
