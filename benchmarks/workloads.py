@@ -118,8 +118,8 @@ def classifier(ways: int, channels: int, image: tuple[int, int, int]) -> nn.Sequ
 
 
 def unpadded() -> nn.Sequential:
-    """Three convolutions 3x3x64 with bias and without padding, each with batch norm, ReLU and 2x2 max-pool, and a linear
-    head, ``[n,1,28,28] -> [n,5]``: the network of torchbench's ``functorch_maml_omniglot``."""
+    """The network of torchbench's ``functorch_maml_omniglot``, ``[n,1,28,28] -> [n,5]``: three 3x3x64 convolutions with
+    bias and without padding, each with batch norm, ReLU and 2x2 max-pool, and a linear head."""
     layers: list[nn.Module] = []
     for inputs in (1, 64, 64):
         norm = nn.BatchNorm2d(64, track_running_stats=False)
