@@ -10,6 +10,12 @@ export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
+# What a GPU machine may have in place of CI's versions; the interpreter of this Triton needs an older NumPy.
+DEVICE := torch==2.11.0 triton==3.6.0 "numpy<2.4"
+DEVICE_VENV := .venv-device
+DEVICE_LIB := build/device/lib
+X86 := $(filter x86_64,$(shell uname -m))
+
 # What AddressSanitizer sees by itself needs no second check.
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow -fno-sanitize-recover=all
 LIBASAN := $(wildcard $(shell g++ -print-file-name=libasan.so 2>/dev/null))
@@ -45,8 +51,20 @@ sanitize: $(SANITIZED)/built
 
 $(SANITIZED)/built: $(STAMP)
 	rm -rf build/sanitize
-	METAFAST_CPU=1 METAFAST_CUDA=0 METAFAST_ISAS=$(if $(filter x86_64,$(shell uname -m)),avx2) METAFAST_CXXFLAGS="$(SANITIZE)" \
+	METAFAST_CPU=1 METAFAST_CUDA=0 METAFAST_ISAS=$(if $(X86),avx2) METAFAST_CXXFLAGS="$(SANITIZE)" \
 	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	touch $@
+
+# An environment with the versions of a GPU machine. The extension for an H100 is built beside it, in $(DEVICE_LIB): the
+# folder metafast/ holds the one of $(VENV).
+$(DEVICE_VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv --clear $(DEVICE_VENV)
+	$(DEVICE_VENV)/bin/python -m pip install --quiet --no-compile $(DEVICE)
+	$(DEVICE_VENV)/bin/python -m pip install --quiet --no-compile "setuptools>=77" wheel ninja
+	METAFAST_CPU=0 $(DEVICE_VENV)/bin/python -m pip install --quiet --no-compile --no-build-isolation -e ".[train,test]"
+	rm -rf build/device
+	METAFAST_CPU=1 METAFAST_CUDA=1 METAFAST_ISAS=$(if $(X86),avx2) METAFAST_ARCHS=90 \
+	$(DEVICE_VENV)/bin/python setup.py --quiet build --build-base build/device --build-lib $(DEVICE_LIB)
 	touch $@
 
 lint: setup
@@ -61,4 +79,4 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out benchmarks/results
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info metafast/*.so
+	rm -rf $(VENV) $(DEVICE_VENV) build dist *.egg-info metafast/*.so

@@ -2,7 +2,8 @@
 
 METAFAST_CPU=0 leaves the extension out and METAFAST_CPU=1 makes a failure to build it an error. By default it is
 built where that is possible, and metafast runs without it elsewhere. METAFAST_CUDA says the same of its CUDA part.
-METAFAST_ISAS="avx2" builds the inner loop for fewer instruction sets, METAFAST_CXXFLAGS adds flags of the compiler.
+METAFAST_ISAS="avx2" builds the inner loop for fewer instruction sets, METAFAST_ARCHS="90" the kernels for fewer
+compute capabilities, METAFAST_CXXFLAGS adds flags of the compiler.
 """
 
 import json
@@ -39,19 +40,22 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         from torch.utils import cpp_extension
 
-        cuda = compile_cuda(os.path.join(self.build_temp, "cuda", "inner_loop.o"))
         macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
         macros += [("METAFAST_FLAGS", json.dumps(" ".join(FLAGS)))]
-        macros += [("METAFAST_CUDA", None)] if cuda else []
         jobs = []
         for name, (size, flags) in reversed(BUILDS.items()):  # the longest first
             inner = [("METAFAST_NAMESPACE", f"metafast::{name}"), ("METAFAST_VECTOR_BYTES", str(size))]
             jobs.append((INNER_LOOP, name, inner, ["-std=c++17", *flags], []))
-        jobs += [(source, "bindings", macros, ["-std=c++20"], cpp_extension.include_paths()) for source in BINDINGS]
         built = [(f"METAFAST_{name.upper()}", None) for name in BUILDS]
         jobs += [(source, "core", built, ["-std=c++17"], []) for source in CORE]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [path for paths in pool.map(self._compile, jobs) for path in paths]
+            kernels = pool.submit(compile_cuda, os.path.join(self.build_temp, "cuda", "inner_loop.o"))
+            compiled = [pool.submit(self._compile, job) for job in jobs]
+            cuda = kernels.result()
+            macros += [("METAFAST_CUDA", None)] if cuda else []
+            jobs = [(source, "bindings", macros, ["-std=c++20"], cpp_extension.include_paths()) for source in BINDINGS]
+            compiled += [pool.submit(self._compile, job) for job in jobs]
+        objects = [path for job in compiled for path in job.result()]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
