@@ -10,6 +10,10 @@ export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
+# Versions of torch whose headers csrc must compile against, beside those of $(VENV): the oldest promised, a GPU machine's.
+OLDER := 2.10.0 2.11.0
+OLDER_HEADERS := $(OLDER:%=build/headers/%)
+TARGET = $(shell sed -n 's/.*"TORCH_TARGET_VERSION", "\(\w*\)".*/-DTORCH_TARGET_VERSION=\1/p' setup.py)
 # What a GPU machine may have in place of CI's versions; the interpreter of this Triton needs an older NumPy.
 DEVICE := torch==2.11.0 triton==3.6.0 "numpy<2.4"
 DEVICE_VENV := .venv-device
@@ -21,7 +25,7 @@ SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,
 LIBASAN := $(wildcard $(shell g++ -print-file-name=libasan.so 2>/dev/null))
 SANITIZED := build/sanitize/lib
 
-.PHONY: setup demo test sanitize lint bench gpu-check clean
+.PHONY: setup demo test test-device-versions sanitize lint bench gpu-check clean
 
 setup: $(STAMP)
 
@@ -67,7 +71,34 @@ $(DEVICE_VENV)/installed: $(SOURCES)
 	$(DEVICE_VENV)/bin/python setup.py --quiet build --build-base build/device --build-lib $(DEVICE_LIB)
 	touch $@
 
-lint: setup
+# The CPU-side tests of the CUDA and Triton code with the versions of a GPU machine: before a release, and whenever csrc/,
+# kernels/ or benchmarks/gpu_check.py change. It takes more than four minutes of two cores, so .ci/run leaves it out. A
+# warning of other versions is no error.
+test-device-versions: $(DEVICE_VENV)/installed
+	$(DEVICE_VENV)/bin/python setup.py --quiet build_py --build-lib $(DEVICE_LIB)
+	METAFAST_CUDA=1 OMP_NUM_THREADS=1 PYTHONPATH=$(DEVICE_LIB) $(DEVICE_VENV)/bin/pytest -n 2 -W default \
+	tests/test_package.py tests/test_cuda_twin.py tests/test_cuda_precision.py tests/test_triton*.py tests/test_outer.py \
+	tests/test_sampler.py
+
+# The smallest wheel of a version is a Mac's; the headers that csrc includes are those of all others.
+build/headers/%/unpacked: $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 311 --platform macosx_11_0_arm64 \
+	--dest $(@D) torch==$*
+	$(BIN)/python -c "import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); \
+	wheel.extractall('$(@D)', [n for n in wheel.namelist() if n.startswith('torch/include/')])" $(@D)/*.whl
+	rm $(@D)/*.whl
+	touch $@
+
+build/headers/checked: $(OLDER_HEADERS:%=%/unpacked) $(SOURCES)
+	for headers in $(OLDER_HEADERS); do for cuda in -UMETAFAST_CUDA -DMETAFAST_CUDA; do \
+	  $(CXX) -fsyntax-only -std=c++20 $(TARGET) -DPy_LIMITED_API=0x030a0000 -DMETAFAST_FLAGS='""' $$cuda \
+	  -I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") -I$$headers/torch/include \
+	  csrc/bindings*.cpp || exit 1; \
+	done; done
+	touch $@
+
+lint: setup $(if $(METAFAST_CPU),build/headers/checked)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
