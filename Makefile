@@ -77,7 +77,7 @@ $(DEVICE_VENV)/installed: $(SOURCES)
 test-device-versions: $(DEVICE_VENV)/installed
 	$(DEVICE_VENV)/bin/python setup.py --quiet build_py --build-lib $(DEVICE_LIB)
 	METAFAST_CUDA=1 OMP_NUM_THREADS=1 PYTHONPATH=$(DEVICE_LIB) $(DEVICE_VENV)/bin/pytest -n 2 -W default \
-	tests/test_package.py tests/test_cuda_twin.py tests/test_cuda_precision.py tests/test_triton*.py tests/test_outer.py \
+	tests/test_build.py tests/test_cuda_twin.py tests/test_cuda_precision.py tests/test_triton*.py tests/test_outer.py \
 	tests/test_sampler.py
 
 # The smallest wheel of a version is a Mac's; the headers that csrc includes are those of all others.
