@@ -71,6 +71,15 @@ def test_no_contraction_is_compiled_away(ptx, kernel):
 
 
 @pytest.mark.parametrize("kernel", LOOPS)
+def test_tables_come_from_the_constant_bank(ptx, kernel):
+    """Some 580 reads of parameters by a computed address are those of tables; from global memory come the user's
+    tensors, the maps of parameters and the records of steps, in some 34 reads."""
+    assert len(re.findall(r"\bld\.param[.\w]* .*\[%rd", ptx[kernel])) >= 400
+    assert len(re.findall(r"\bld\.global", ptx[kernel])) <= 60
+    assert ".local" not in ptx[kernel]
+
+
+@pytest.mark.parametrize("kernel", LOOPS)
 def test_products_come_with_tensor_cores(ptx, kernel):
     """Six uses of a contraction: three products of TF32, of which plain TF32 takes the last one, and one of bfloat16.
     Loops that are unrolled have more."""

@@ -135,6 +135,19 @@ def test_a_window_on_one_pixel_is_a_convolution():
     assert reason == "convolution: blocks run linear layers, activations and layer norm"
 
 
+def test_a_launch_carries_the_tables_of_32_operations(monkeypatch):
+    def deep(operations):
+        layers = [nn.Linear(3, 3) if k % 2 == 0 else nn.Tanh() for k in range(operations)]
+        return Setup("deep", lambda: nn.Sequential(*layers), (3,), 3, options={"steps": 2})
+
+    twin = NativeCudaExecutor(TWINS["all steps in a block's memory"])
+    monkeypatch.setattr(executors, "_EXECUTORS", [twin])
+    tasks = make_tasks(deep(32)).to(torch.float64)
+    check_against_oracle(make_learner(deep(32), backend=twin.name), tasks, 1e-9)
+    reason = twin.refuses(make_learner(deep(33), backend=twin.name).program, tasks.support_x)
+    assert reason == "33 operations: a launch of blocks carries the tables of 32"
+
+
 def parts(executor, learner, tasks, **options):
     program, params = learner.program, learner.flat_parameters().detach()
     found = executor.meta_gradient(program, params, learner.rate().detach(), tasks, learner.steps, **options)

@@ -15,7 +15,7 @@ class Walk {
  public:
   METAFAST_DEVICE Walk(const BlockJob<T>& job, const Team& team, int threads, T* base, int64_t block)
       : job(job),
-        program(job.tables.program),
+        program(program_of(job.tables)),
         team(team),
         base(base),
         machine(team, job.precision, threads, base + job.memory.partials, base + job.memory.common),
@@ -72,11 +72,14 @@ class Walk {
     if (job.goal == Goal::adapt) store_params(theta(0), job.trajectory + t * job.n_params);
   }
 
-  // By value, to stay in registers.
-  static METAFAST_DEVICE Pass choose(bool first, const Pass& a, const Pass& b) {
-    return {first ? a.n : b.n,         first ? a.value : b.value,     first ? a.adjoint : b.adjoint,
-            first ? a.saved : b.saved, first ? a.tangent : b.tangent, first ? a.d_adjoint : b.d_adjoint,
-            first ? a.tape : b.tape,   first ? a.scratch : b.scratch};
+  // Their pointers lead into the job, which a GPU has in its constant bank; by value, to stay in registers.
+  static METAFAST_DEVICE Program program_of(const BlockTables& tables) {
+    Program program = tables.program;
+    program.ops = tables.ops;
+    return program;
+  }
+  static METAFAST_DEVICE Pass pass_of(const PassTables& t) {
+    return {t.n, t.value, t.adjoint, t.saved, t.tangent, t.d_adjoint, t.tape, t.scratch};
   }
 
   METAFAST_DEVICE bool passes(Stage stage, int s, T weight) const {
@@ -93,7 +96,7 @@ class Walk {
     const Batch<T> batch{judges ? query.x : support.x, judges ? query.labels : support.labels,
                          judges ? query.targets : support.targets};
     const Sweep<M> sweep(machine, program, nullptr);
-    const Pass pass = choose(judges, job.tables.plain, job.tables.taped);
+    const Pass pass = pass_of(judges ? job.tables.plain : job.tables.taped);
     const Tape<T> tape{&pass, judges ? at(m.rest) : tape_of(s), nullptr};
     const int step = job.steps > 0 ? s : job.step;
     sweep.forward(tape, batch, theta(s), step);
@@ -153,8 +156,8 @@ class Walk {
       for (int j = 0; j < 4; ++j) step.of[j] *= -adjoint.of[j];
       M::store4(u + i, step);
     });
-    Sweep<M>(machine, program, nullptr)
-        .hessian_times({&job.tables.taped, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
+    const Pass pass = pass_of(job.tables.taped);
+    Sweep<M>(machine, program, nullptr).hessian_times({&pass, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
   }
 
   METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {
@@ -287,7 +290,7 @@ class Walk {
   METAFAST_DEVICE T* tape_of(int s) const { return at(job.memory.tape + s * job.memory.tape_step); }
 
   const BlockJob<T>& job;
-  const Program& program;
+  const Program program;
   Team team;
   T* base;
   M machine;

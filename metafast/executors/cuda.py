@@ -98,7 +98,7 @@ class NativeCudaExecutor(Executor):
         try:
             cluster, needed = self.shared_memory(program, x, x.shape[1] if queries is None else queries)
         except ValueError as error:
-            return f"{error}: blocks run linear layers, activations and layer norm"
+            return str(error)
         return _wrong_size(cluster, needed, self._machine(x))
 
     def unrecordable(self, program: Program) -> str | None:
