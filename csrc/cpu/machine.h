@@ -124,7 +124,15 @@ class Core : public Simd<T> {
     each_sample(n, [&](int s) { f(alone, s); });
   }
 
-  static T load_one(const T* p) { return *p; }
+  // A single element of any type.
+  template <class E>
+  static E load_one(const E* p) {
+    return *p;
+  }
+  template <class E>
+  static void store_one(E* p, E value) {
+    *p = value;
+  }
   static void set(T* to, T value) { *to = value; }
 
   // f(sample, task), for what is a few scalars a sample.

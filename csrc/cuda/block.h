@@ -129,9 +129,15 @@ class Threads {
         Watch::enter(w * warp_size + lane);
         parts[lane] = f(w * warp_size + lane);
       }
-      total += partials[w] = sum_lanes(parts);
+      Watch::enter(w * warp_size);
+      Watch::write(partials + w, sizeof(T));
+      partials[w] = sum_lanes(parts);
     }
     Watch::barrier();
+    run([&](int) {
+      total = 0;
+      for (int w = 0; w < warps; ++w) Watch::read(partials + w, sizeof(T)), total += partials[w];
+    });
 #endif
     return total;
   }

@@ -182,7 +182,7 @@ class Walk {
   METAFAST_DEVICE void keep(int s) const {
     T* to = history + static_cast<int64_t>(s) * job.memory.record;
     const T* from = at(job.memory.record_at);
-    machine.each4(job.memory.record, [&](long i) { *reinterpret_cast<Quad<T>*>(to + i) = M::load4(from + i); });
+    machine.each4(job.memory.record, [&](long i) { *global4(to + i) = M::load4(from + i); });
   }
 
   // theta_s, with its tape and its gradient where they are not here for all steps.
@@ -192,7 +192,7 @@ class Walk {
     } else if (history) {
       const T* from = history + static_cast<int64_t>(s) * job.memory.record;
       T* to = at(job.memory.record_at);
-      machine.each4(job.memory.record, [&](long i) { M::store4(to + i, *reinterpret_cast<const Quad<T>*>(from + i)); });
+      machine.each4(job.memory.record, [&](long i) { M::store4(to + i, *global4(from + i)); });
     }
   }
 
@@ -209,7 +209,7 @@ class Walk {
     const long sample = static_cast<long>(program.input.h) * program.input.w * program.input.ld;
     machine.each(samples.n, [&](long s) {
       const bool known = given[s] >= 0 && given[s] < program.out.c;
-      labels[s] = known ? given[s] : 0;
+      M::store_one(labels + s, known ? given[s] : int64_t{0});
       if (!known) M::store(x + s * sample, NAN);
     });
     return {x, labels, nullptr};
@@ -256,7 +256,7 @@ class Walk {
 
   // alpha_s, zero where a parameter is not adapted.
   METAFAST_DEVICE Quad<T> rates(int s, long i) const {
-    const auto index = *reinterpret_cast<const Quad<int32_t>*>(outer + i);
+    const auto index = *global4(outer + i);
     const T* lr = job.lr + row(s) * job.lr_width;
     Quad<T> alpha;
     for (int j = 0; j < 4; ++j) alpha.of[j] = index.of[j] < 0 ? T(0) : lr[job.lr_width > 1 ? index.of[j] : 0];
