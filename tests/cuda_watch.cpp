@@ -112,10 +112,38 @@ void threads() {
   check("written, read by the same thread", two(false, true, 0));
 }
 
+// Work without barriers between its parts. Threads take elements in turns, so a shift gives each to another thread.
+void parts() {
+  const auto write = [](Piece& piece, int from) {
+    piece.machine.each(32, [&](long i) { M::store(piece.memory + from + i, 1); });
+  };
+  const auto read = [](Piece& piece, int from) {
+    piece.machine.each(32, [&](long i) { M::load(piece.memory + from + i); });
+  };
+  const auto together = [=](int from) {
+    return [=](Piece& piece) {
+      piece.machine.together([&] { write(piece, 16), read(piece, from); });
+      read(piece, 17);
+    };
+  };
+  check("parts that go together", together(64));
+  check("parts of which one reads what the other writes", together(17));
+  const auto ahead = [=](int between) {
+    return [=](Piece& piece) {
+      piece.machine.ahead([&] { write(piece, 16); });
+      for (int i = 0; i < between; ++i) read(piece, 64);
+      read(piece, 17);
+    };
+  };
+  check("written ahead, read behind a barrier", ahead(1));
+  check("written ahead, read", ahead(0));
+}
+
 }  // namespace
 
 int main() {
   overlaps();
   accesses();
   threads();
+  parts();
 }

@@ -27,7 +27,7 @@ def said(tmp_path_factory):
 
 RIGHT = [
     "apart", "partial sums apart", "a quad", "a quad of global memory", "written, read behind a barrier",
-    "written, read by the same thread",
+    "written, read by the same thread", "parts that go together", "written ahead, read behind a barrier",
 ]  # fmt: skip
 WRONG = {
     "saved over y": WRITTEN,
@@ -44,6 +44,8 @@ WRONG = {
     "written, read": f"thread 40 touches byte 0, {WRITTEN}",
     "read, written": f"thread 40 touches byte 0, {READ}",
     "written, read in the same warp": f"thread 1 touches byte 0, {WRITTEN}",
+    "parts of which one reads what the other writes": WRITTEN,
+    "written ahead, read": WRITTEN,
 }
 
 

@@ -64,6 +64,12 @@ class Core : public Simd<T> {
     barrier();
   }
 
+  // f() does several things of which none reads what another one writes.
+  template <class F>
+  void together(const F& f) const {
+    f();
+  }
+
   // f(channel) gives what is done at each pixel. Pixels go in blocks that stay in the first-level cache.
   template <class F>
   void channels(long rows, int ld, const F& f) const {

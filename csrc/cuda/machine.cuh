@@ -108,6 +108,25 @@ class Block {
     });
   }
 
+  // f() does several things of which none reads what another one writes: a barrier behind all of them is enough. What
+  // the blocks of a cluster exchange goes through one piece of memory, so there each has its own.
+  template <class F>
+  METAFAST_DEVICE void together(const F& f) const {
+    if constexpr (Team::alone) {
+      threads.without_barriers(f);
+      threads.barrier();
+    } else {
+      f();
+    }
+  }
+
+  // f() does what nobody waits for: whoever needs what it writes, or writes what it reads, comes behind another
+  // barrier.
+  template <class F>
+  METAFAST_DEVICE void ahead(const F& f) const {
+    threads.without_barriers(f);
+  }
+
   // f(i) for every fourth i: the function takes quads.
   template <class F>
   METAFAST_DEVICE void each4(long size, const F& f) const {

@@ -99,11 +99,12 @@ class Walk {
     const Pass pass = pass_of(judges ? job.tables.plain : job.tables.taped);
     const Tape<T> tape{&pass, judges ? at(m.rest) : tape_of(s), nullptr};
     const int step = job.steps > 0 ? s : job.step;
+    const bool predicts = job.goal == Goal::predict;
+    T* grad = judges ? at(m.u) : stage == back && !job.needs_lr ? nullptr : gradient(s);
+    if (grad && !predicts) machine.ahead([&] { clear(grad); });
     sweep.forward(tape, batch, theta(s), step);
     if (judges && s == job.steps && team.rank() == 0) store_outputs(sweep.outputs(tape, batch));
-    if (job.goal == Goal::predict) return 0;
-    T* grad = judges ? at(m.u) : stage == back && !job.needs_lr ? nullptr : gradient(s);
-    if (grad) clear(grad);
+    if (predicts) return 0;
     // Of the support set only what the loss leaves for its gradient is wanted.
     const double value = judges || program.loss == LossKind::cross_entropy ? sweep.loss(tape, batch) : 0;
     sweep.backward(tape, batch, theta(s), step, grad, judges);
@@ -174,9 +175,11 @@ class Walk {
 
   METAFAST_DEVICE void finish() const {
     const T* v = at(job.memory.v);
-    if (job.losses && team.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
-    if (job.grads) store_params(v, job.grads + t * job.n_params);
-    if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
+    machine.together([&] {
+      if (job.losses && team.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
+      if (job.grads) store_params(v, job.grads + t * job.n_params);
+      if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
+    });
   }
 
   METAFAST_DEVICE void keep(int s) const {
