@@ -315,6 +315,22 @@ int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query
   return int64_t{size} * block_memory(work, false, size).size;
 }
 
+// How a meta-gradient of so many tasks is launched: threads in a block, blocks, bytes of shared memory in each, and
+// bytes that each keeps of an inner step in global memory; zero: none, all steps stay in shared memory.
+std::tuple<int64_t, int64_t, int64_t, int64_t> launch(Tensor description, bool in_double, std::vector<int64_t> machine,
+                                                      int64_t tasks, int64_t support, int64_t query, int64_t steps,
+                                                      bool first_order, bool needs_lr) {
+  const Machine m(machine);
+  const auto plan = in_double ? block_plan<double>(description, m.cluster) : block_plan<float>(description, m.cluster);
+  const Passes passes(*plan, support, query, false);
+  const int size = in_double ? 8 : 4;
+  const BlockWork work{Goal::meta_gradient, &plan->program(), passes.taped, passes.plain, steps,
+                       first_order,         needs_lr,         m.cluster};
+  BlockMemory memory;
+  const BlockShape shape = block_shape(work, tasks, m.threads, m.limits, size, memory);
+  return {shape.threads, shape.blocks, shape.bytes, int64_t{size} * memory.record};
+}
+
 bool built() { return has_cuda; }
 
 }  // namespace
@@ -339,6 +355,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metafast, m) {
       "block_tables(Tensor description, Tensor like, int support, int query, bool predicts, int cluster, int stream) "
       "-> (Tensor, Tensor)");
   m.def("block_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster) -> int");
+  m.def(
+      "block_launch(Tensor description, bool in_double, int[] machine, int tasks, int support, int query, int steps, "
+      "bool first_order, bool needs_lr) -> (int, int, int, int)");
   m.def("block_built() -> bool");
 }
 
@@ -355,6 +374,7 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
   implement(m);
   m.impl("block_needs", TORCH_BOX(&needs));
+  m.impl("block_launch", TORCH_BOX(&launch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CUDA, m) { implement(m); }

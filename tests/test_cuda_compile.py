@@ -48,10 +48,16 @@ def test_nothing_goes_to_local_memory(report, kernel):
     assert (frame, stores, loads) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("kernel", LOOPS)
-def test_a_block_of_the_largest_size_has_registers(report, kernel):
-    registers = int(re.search(r"Used (\d+) registers", report[kernel])[1])
-    assert registers * 256 <= 65536
+def registers(report, kernel):
+    return int(re.search(r"Used (\d+) registers", report[kernel])[1])
+
+
+def test_a_block_of_the_largest_size_has_registers(report):
+    assert registers(report, "metafast_inner_loop_cluster") * 256 <= 65536
+
+
+def test_six_blocks_of_64_threads_have_registers(report):
+    assert registers(report, "metafast_inner_loop") * 64 * 6 <= 65536
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,15 @@ def test_no_contraction_is_compiled_away(ptx, kernel):
     source shows in the twin's numbers instead."""
     assert ptx[kernel].count("fma.rn.f32") >= 2 * 4 * 16 * (1 + 2 + 4) + 2 * 64
     assert not re.findall(r"\n(\$L\w+):\s*\n(?=\s*\n|\$L|\})", ptx[kernel]), "a branch leads to code that is not there"
+
+
+@pytest.mark.parametrize("kernel", LOOPS)
+def test_tables_come_from_the_constant_bank(ptx, kernel):
+    """Some 580 reads of parameters by a computed address are those of tables; from global memory come the user's
+    tensors, the maps of parameters and the records of steps, in some 34 reads."""
+    assert len(re.findall(r"\bld\.param[.\w]* .*\[%rd", ptx[kernel])) >= 400
+    assert len(re.findall(r"\bld\.global", ptx[kernel])) <= 60
+    assert ".local" not in ptx[kernel]
 
 
 @pytest.mark.parametrize("kernel", LOOPS)

@@ -9,6 +9,13 @@ from __future__ import annotations
 import models
 import pytest
 import torch
+from block_checks import (
+    check_a_full_device,
+    check_labels_outside,
+    check_one_launch,
+    check_tasks_that_take_turns,
+    check_the_parts_alone,
+)
 from setups import IMAGE, SETUPS, Setup, make_learner, make_tasks, rate, vectors
 from test_meta_gradients import assert_gradients, check_against_oracle, close, gradients
 from torch import nn
@@ -81,6 +88,10 @@ OWN = [
 RUNS = OWN + [s for s in SETUPS if len(s.sample) == 1 and s.name not in FOREIGN]
 
 
+def named(name):
+    return next(s for s in RUNS if s.name == name)
+
+
 @pytest.fixture(params=TWINS, ids=str)
 def twin(request, monkeypatch):
     executor = NativeCudaExecutor(TWINS[request.param])
@@ -109,6 +120,24 @@ def test_float32(setup, twin):
     check_against_oracle(make_learner(setup, torch.float32, twin.name), make_tasks(setup), 1e-4)
 
 
+@pytest.mark.parametrize("needs_lr", [True, False])
+@pytest.mark.parametrize("setup", RUNS, ids=str)
+def test_one_launch(setup, needs_lr, twin):
+    check_one_launch(twin, setup, "cpu", torch.float64, 1e-9, needs_lr)
+
+
+def test_a_query_loss_before_the_first_step(twin):
+    check_one_launch(twin, named("classifier, multi-step"), "cpu", torch.float64, 1e-9, at_start=0.3)
+
+
+def test_the_parts_alone(twin):
+    check_the_parts_alone(twin, named("classifier"), "cpu", torch.float64, 1e-11)
+
+
+def test_labels_outside(twin):
+    check_labels_outside(twin, named("classifier"), "cpu", torch.float64)
+
+
 @pytest.mark.parametrize("setup", [s for s in SETUPS if s not in RUNS], ids=str)
 def test_what_blocks_do_not_run_is_refused_in_words(setup):
     twin = NativeCudaExecutor(TWINS["all steps in a block's memory"])
@@ -135,6 +164,19 @@ def test_a_window_on_one_pixel_is_a_convolution():
     assert reason == "convolution: blocks run linear layers, activations and layer norm"
 
 
+def test_a_launch_carries_the_tables_of_32_operations(monkeypatch):
+    def deep(operations):
+        layers = [nn.Linear(3, 3) if k % 2 == 0 else nn.Tanh() for k in range(operations)]
+        return Setup("deep", lambda: nn.Sequential(*layers), (3,), 3, options={"steps": 2})
+
+    twin = NativeCudaExecutor(TWINS["all steps in a block's memory"])
+    monkeypatch.setattr(executors, "_EXECUTORS", [twin])
+    tasks = make_tasks(deep(32)).to(torch.float64)
+    check_against_oracle(make_learner(deep(32), backend=twin.name), tasks, 1e-9)
+    reason = twin.refuses(make_learner(deep(33), backend=twin.name).program, tasks.support_x)
+    assert reason == "33 operations: a launch of blocks carries the tables of 32"
+
+
 def parts(executor, learner, tasks, **options):
     program, params = learner.program, learner.flat_parameters().detach()
     found = executor.meta_gradient(program, params, learner.rate().detach(), tasks, learner.steps, **options)
@@ -154,20 +196,6 @@ def test_tasks_that_take_turns_in_few_blocks(machine):
     found = parts(NativeCudaExecutor(machine), learner, tasks)
     for a, b in zip(found, parts(ReferenceExecutor(), learner, tasks), strict=True):
         close(a, b, 1e-12)
-
-
-def test_predict_and_adapt_alone_with_parameters_of_each_task():
-    setup = next(s for s in RUNS if s.name == "classifier")
-    learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
-    twin, reference = NativeCudaExecutor(BlockMachine(A100, 1)), ReferenceExecutor()
-    params = torch.randn(3, learner.program.size, dtype=torch.float64)
-    found, expected = (e.predict(learner.program, params, tasks.query_x) for e in (twin, reference))
-    close(found, expected, 1e-12)
-    rates = torch.rand(2, learner.program.size, dtype=torch.float64) / 10
-    found, expected = (e.adapt(learner.program, params, rates, tasks.support, 4) for e in (twin, reference))
-    close(found, expected, 1e-12)
-    assert torch.equal(found[0], params)
-    assert twin.adapt(learner.program, params, rates, tasks.support, 0).equal(params[None])
 
 
 def test_no_inner_step_is_a_plain_gradient():
@@ -213,6 +241,24 @@ NORMED = [
     Setup("a rate for each parameter", WideNormed, (6,), 5, options={"steps": 3, "lr": rate("parameter")}),
     Setup("head adapted", WideNormed, (6,), 5, options={"steps": 2, "adapt": ["head"]}),
 ]
+
+
+RESIDENT = [named("sinusoid"), named("classifier, multi-step")]
+TURNS = [(s, size) for s in (*RESIDENT, *NORMED[1:]) for size in (1, 2, 8)] + [(WIDE, 8)]
+
+
+@pytest.mark.parametrize("needs_lr", [True, False])
+@pytest.mark.parametrize(("setup", "size"), TURNS, ids=str)
+def test_tasks_that_take_turns(setup, size, needs_lr):
+    twin = NativeCudaExecutor(BlockMachine(H100, size, clusters=(size,)))
+    check_tasks_that_take_turns(twin, setup, "cpu", torch.float32, 1e-4, needs_lr)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("setup", RESIDENT, ids=str)
+def test_a_full_device(setup, size):
+    twin = NativeCudaExecutor(BlockMachine(H100, 6 * size, clusters=(size,)))
+    check_a_full_device(twin, setup, "cpu", torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -271,14 +317,6 @@ def test_a_block_has_whole_warps(threads):
     learner, tasks = make_learner(OWN[1]), make_tasks(OWN[1]).to(torch.float64)
     with pytest.raises(ValueError, match=f"threads={threads}: a block has 32, 64, ... or 256 threads"):
         parts(NativeCudaExecutor(BlockMachine(H100, 1, threads)), learner, tasks)
-
-
-def test_a_label_outside_makes_its_task_nan_and_no_other():
-    learner, tasks = make_learner(OWN[1]), make_tasks(OWN[1]).to(torch.float64)
-    tasks.query_y[1, 0] = 10**12
-    losses, outputs, _, _ = parts(NativeCudaExecutor(BlockMachine(H100, 1)), learner, tasks)
-    assert losses.isnan().tolist() == [False, True, False]
-    assert outputs[[0, 2]].isfinite().all()
 
 
 def test_without_a_gpu_it_says_what_it_needs():

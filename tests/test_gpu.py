@@ -7,9 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from block_checks import (
+    check_a_full_device,
+    check_labels_outside,
+    check_one_launch,
+    check_precisions,
+    check_tasks_that_take_turns,
+    check_the_parts_alone,
+)
 from setups import make_learner, make_tasks
 from test_cuda_precision import BITS, FILLED, check_rounding
-from test_cuda_twin import RUNS, WIDE
+from test_cuda_twin import RESIDENT, RUNS, TURNS, WIDE, named
 from test_meta_gradients import check_against_oracle
 
 import metafast as mf
@@ -17,9 +25,7 @@ from metafast import executors
 from metafast.executors.cuda import NativeCudaExecutor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
-SINUSOID = next(s for s in RUNS if s.name == "sinusoid")
-
-
+SINUSOID = named("sinusoid")
 GPUS = {
     "threads chosen": NativeCudaExecutor(),
     "32 threads": NativeCudaExecutor(threads=32),
@@ -29,11 +35,15 @@ GPUS = {
 }
 
 
+def needs_clusters(size):
+    if size > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters of blocks need compute capability 9.0")
+
+
 @pytest.fixture(params=GPUS)
 def gpu(request, monkeypatch):
     executor = GPUS[request.param]
-    if executor.clusters[0] > 1 and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("clusters of blocks need compute capability 9.0")
+    needs_clusters(executor.clusters[0])
     monkeypatch.setattr(executors, "_EXECUTORS", [executor])
     return executor
 
@@ -46,6 +56,35 @@ def on_gpu(setup, count=3, **tasks):
 @pytest.mark.parametrize("setup", RUNS, ids=str)
 def test_float32(setup, gpu):
     check_against_oracle(*on_gpu(setup), 1e-4)
+
+
+@pytest.mark.parametrize("needs_lr", [True, False])
+@pytest.mark.parametrize("setup", RUNS, ids=str)
+def test_one_launch(setup, needs_lr, gpu):
+    check_one_launch(gpu, setup, "cuda", torch.float32, 1e-4, needs_lr)
+
+
+def test_a_query_loss_before_the_first_step(gpu):
+    check_one_launch(gpu, named("classifier, multi-step"), "cuda", torch.float32, 1e-4, at_start=0.3)
+
+
+@pytest.mark.parametrize("needs_lr", [True, False])
+@pytest.mark.parametrize(("setup", "size"), TURNS, ids=str)
+def test_tasks_that_take_turns(setup, size, needs_lr):
+    needs_clusters(size)
+    executor = NativeCudaExecutor(clusters=(size,))
+    check_tasks_that_take_turns(executor, setup, "cuda", torch.float32, 1e-4, needs_lr)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("setup", RESIDENT, ids=str)
+def test_a_full_device(setup, size):
+    needs_clusters(size)
+    check_a_full_device(NativeCudaExecutor(clusters=(size,)), setup, "cuda", torch.float32, 1e-4)
+
+
+def test_the_parts_alone(gpu):
+    check_the_parts_alone(gpu, named("classifier"), "cuda", torch.float32, 1e-4)
 
 
 def test_a_task_that_needs_a_cluster():
@@ -66,15 +105,15 @@ def parts(gpu, learner, tasks):
 @pytest.mark.parametrize("clusters", [(1,), (2,)], ids=str)
 @pytest.mark.parametrize("precision", BITS)
 def test_operands_are_rounded(precision, clusters):
-    if clusters > (1,) and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("clusters of blocks need compute capability 9.0")
+    needs_clusters(*clusters)
     check_rounding(NativeCudaExecutor(clusters=clusters), precision, "cuda")
 
 
+@pytest.mark.parametrize("clusters", [(1,), (2,), (8,)], ids=str)
 @pytest.mark.parametrize("setup", FILLED, ids=str)
-def test_three_products_are_as_exact_as_float32(setup):
-    setup = replace(setup, options={**setup.options, "precision": "tf32x3"})
-    check_against_oracle(*on_gpu(setup, query=12), 1e-4)
+def test_three_products_are_as_exact_as_float32(setup, clusters):
+    needs_clusters(*clusters)
+    check_precisions(NativeCudaExecutor(clusters=clusters), setup, "cuda", 1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 25, 1024, 4096])
@@ -159,10 +198,5 @@ def test_a_launch_that_fails_is_named_and_leaves_the_next_alone(monkeypatch):
     assert parts(executor, learner, tasks)[2].isfinite().all()
 
 
-def test_a_label_outside_makes_its_task_nan_and_no_other(gpu):
-    setup = next(s for s in RUNS if s.name == "classifier")
-    learner, tasks = on_gpu(setup)
-    tasks.query_y[1, 0] = 10**12
-    losses, outputs, _, _ = parts(gpu, learner, tasks)
-    assert losses.isnan().tolist() == [False, True, False]
-    assert outputs[[0, 2]].isfinite().all()
+def test_labels_outside(gpu):
+    check_labels_outside(gpu, named("classifier"), "cuda", torch.float32)

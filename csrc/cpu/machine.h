@@ -64,6 +64,12 @@ class Core : public Simd<T> {
     barrier();
   }
 
+  // f() does several things of which none reads what another one writes.
+  template <class F>
+  void together(const F& f) const {
+    f();
+  }
+
   // f(channel) gives what is done at each pixel. Pixels go in blocks that stay in the first-level cache.
   template <class F>
   void channels(long rows, int ld, const F& f) const {
@@ -124,7 +130,15 @@ class Core : public Simd<T> {
     each_sample(n, [&](int s) { f(alone, s); });
   }
 
-  static T load_one(const T* p) { return *p; }
+  // A single element of any type.
+  template <class E>
+  static E load_one(const E* p) {
+    return *p;
+  }
+  template <class E>
+  static void store_one(E* p, E value) {
+    *p = value;
+  }
   static void set(T* to, T value) { *to = value; }
 
   // f(sample, task), for what is a few scalars a sample.

@@ -85,14 +85,13 @@ class Threads {
   METAFAST_DEVICE void run(const F& f) const {
 #ifdef __CUDACC__
     f(static_cast<int>(threadIdx.x));
-    __syncthreads();
 #else
     for (int thread = 0; thread < count_; ++thread) {
       Watch::enter(thread);
       f(thread);
     }
-    Watch::barrier();
 #endif
+    barrier();
   }
 
   // f(warp, sample): each warp takes its samples whole.
@@ -100,13 +99,30 @@ class Threads {
   METAFAST_DEVICE void run_warps(int samples, const F& f) const {
     const int warps = count() / warp_size;
 #ifdef __CUDACC__
+    __syncwarp();  // without a barrier, what ran before may have left the lanes apart
     for (int s = static_cast<int>(threadIdx.x) / warp_size; s < samples; s += warps) f(Warp<T>{}, s);
-    __syncthreads();
 #else
     for (int s = 0; s < samples; ++s) {
       Watch::enter(s % warps * warp_size);
       f(Warp<T>{}, s);
     }
+#endif
+    barrier();
+  }
+
+  // f() without barriers behind what it runs.
+  template <class F>
+  METAFAST_DEVICE void without_barriers(const F& f) const {
+    waits = false;
+    f();
+    waits = true;
+  }
+
+  METAFAST_DEVICE void barrier() const {
+    if (!waits) return;
+#ifdef __CUDACC__
+    __syncthreads();
+#else
     Watch::barrier();
 #endif
   }
@@ -129,15 +145,22 @@ class Threads {
         Watch::enter(w * warp_size + lane);
         parts[lane] = f(w * warp_size + lane);
       }
-      total += partials[w] = sum_lanes(parts);
+      Watch::enter(w * warp_size);
+      Watch::write(partials + w, sizeof(T));
+      partials[w] = sum_lanes(parts);
     }
     Watch::barrier();
+    run([&](int) {
+      total = 0;
+      for (int w = 0; w < warps; ++w) Watch::read(partials + w, sizeof(T)), total += partials[w];
+    });
 #endif
     return total;
   }
 
  private:
   T* partials;
+  mutable bool waits = true;  // is each thing that is run followed by a barrier?
 #ifndef __CUDACC__
   int count_;
 #endif

@@ -19,8 +19,8 @@ __device__ void inner_loop(const BlockJob<float>& job) {
   metafast::cuda::Walk<float, Team>(job, Team{}, threads, reinterpret_cast<float*>(memory), blockIdx.x).run(gridDim.x);
 }
 
-extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
-    metafast_inner_loop(const __grid_constant__ BlockJob<float> job) {
+// Registers of a thread: six blocks of 64 threads, or one of the largest, have them on a processor.
+extern "C" __global__ void __maxnreg__(168) metafast_inner_loop(const __grid_constant__ BlockJob<float> job) {
   inner_loop<metafast::cuda::Alone>(job);
 }
 

@@ -17,10 +17,25 @@ struct BlockMemory {
   int32_t size;
 };
 
-// The tables of a model. They lie where the blocks are; what points to them comes with each job, and so is at hand.
+// Of the models whose tables a launch carries. Every launch copies room for so many, so it is not more than blocks'
+// memory has use for.
+constexpr int max_ops = 32, max_values = max_ops + 1;
+
+// A Pass, with the arrays that it points to.
+struct PassTables {
+  int32_t n;
+  int64_t tape, scratch;
+  int64_t value[max_values], adjoint[max_values], tangent[max_values], d_adjoint[max_values];
+  int64_t saved[max_ops + 1];
+};
+
+// The tables of a model. What every phase reads travels with each job: a GPU has it in the constant bank, where a read
+// is one for a whole warp and no barrier of a cluster drops it from a cache. What has an element for each parameter
+// lies where the blocks are.
 struct BlockTables {
-  Program program;
-  Pass taped, plain;
+  Program program;  // its `ops` are those below
+  Op ops[max_ops];
+  PassTables taped, plain;
   const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner ones of a cluster's blocks
   const int32_t* outer;  // the way back, for each block: the index of an adapted parameter, else negative
 };
@@ -38,6 +53,7 @@ struct BlockJob : Job<T> {
   BlockMemory memory;
   T* history;  // [blocks, steps, record]
 };
+static_assert(sizeof(BlockJob<float>) <= 32764, "CUDA: what a kernel can be given");
 
 // How a job is spread over the machine.
 struct BlockShape {

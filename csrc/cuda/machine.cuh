@@ -31,6 +31,16 @@ struct alignas(4 * sizeof(T)) Quad {
   }
 };
 
+// Four neighbours in global memory.
+template <class T>
+METAFAST_DEVICE auto* global4(T* p) {
+  using Quads = std::conditional_t<std::is_const_v<T>, const Quad<std::remove_const_t<T>>, Quad<T>>;
+#ifndef __CUDACC__
+  Watch::expect_aligned(reinterpret_cast<uintptr_t>(p), sizeof(Quads));
+#endif
+  return reinterpret_cast<Quads*>(p);
+}
+
 template <class T>
 struct Factors;
 
@@ -64,9 +74,16 @@ class Block {
   METAFAST_DEVICE void begin(What, int) const {}
   METAFAST_DEVICE void end() const {}
 
-  static METAFAST_DEVICE T load(const T* p) { return *watched(p, 1, false); }
-  static METAFAST_DEVICE T load_one(const T* p) { return load(p); }
-  static METAFAST_DEVICE void store(T* p, T v) { *watched(p, 1, true) = v; }
+  template <class E>
+  static METAFAST_DEVICE E load_one(const E* p) {
+    return *watched(p, 1, false);
+  }
+  template <class E>
+  static METAFAST_DEVICE void store_one(E* p, E v) {
+    *watched(p, 1, true) = v;
+  }
+  static METAFAST_DEVICE T load(const T* p) { return load_one(p); }
+  static METAFAST_DEVICE void store(T* p, T v) { store_one(p, v); }
   static METAFAST_DEVICE void put(T* p, T v, bool add) { store(p, add ? load(p) + v : v); }
   static METAFAST_DEVICE Quad<T> load4(const T* p) {
     return *reinterpret_cast<const Quad<T>*>(watched(p, pack, false));
@@ -89,6 +106,25 @@ class Block {
     threads.run([&](int thread) {
       for (int i = thread; i < static_cast<int>(size); i += threads.count()) f(i);
     });
+  }
+
+  // f() does several things of which none reads what another one writes: a barrier behind all of them is enough. What
+  // the blocks of a cluster exchange goes through one piece of memory, so there each has its own.
+  template <class F>
+  METAFAST_DEVICE void together(const F& f) const {
+    if constexpr (Team::alone) {
+      threads.without_barriers(f);
+      threads.barrier();
+    } else {
+      f();
+    }
+  }
+
+  // f() does what nobody waits for: whoever needs what it writes, or writes what it reads, comes behind another
+  // barrier.
+  template <class F>
+  METAFAST_DEVICE void ahead(const F& f) const {
+    threads.without_barriers(f);
   }
 
   // f(i) for every fourth i: the function takes quads.
@@ -202,7 +238,7 @@ class Block {
   template <class P>
   static METAFAST_DEVICE P* watched(P* p, [[maybe_unused]] int count, [[maybe_unused]] bool writes) {
 #ifndef __CUDACC__
-    writes ? Watch::write(p, count * sizeof(T)) : Watch::read(p, count * sizeof(T));
+    writes ? Watch::write(p, count * sizeof(P)) : Watch::read(p, count * sizeof(P));
 #endif
     return p;
   }

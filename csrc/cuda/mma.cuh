@@ -85,11 +85,12 @@ METAFAST_DEVICE inline float as_float(uint32_t word) {
 #endif
 }
 
-// The assembler's text must be a literal.
-#define METAFAST_MMA(shape, c, w)                                                                  \
-  asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"((c)[0]), "+f"((c)[1]), "+f"((c)[2]), "+f"((c)[3])                                     \
-      : "r"((w).a[0]), "r"((w).a[1]), "r"((w).a[2]), "r"((w).a[3]), "r"((w).b[0]), "r"((w).b[1]))
+// The assembler's text must be a literal. Volatile: all lanes of a warp take part, so it stays on the path that all of
+// them go.
+#define METAFAST_MMA(shape, c, w)                                                                           \
+  asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"((c)[0]), "+f"((c)[1]), "+f"((c)[2]), "+f"((c)[3])                                     \
+               : "r"((w).a[0]), "r"((w).a[1]), "r"((w).a[2]), "r"((w).a[3]), "r"((w).b[0]), "r"((w).b[1]))
 
 // 8 bits of exponent and 11 of significand.
 struct Tf32 {

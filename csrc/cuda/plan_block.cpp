@@ -41,12 +41,17 @@ int64_t quads(const BlockWork& work) {
 }  // namespace
 
 std::string block_refusal(const Program& program) {
+  if (program.n_values > max_values) {
+    return std::to_string(program.n_values - 1) + " operations: a launch of blocks carries the tables of " +
+           std::to_string(max_ops);
+  }
+  const std::string runs = ": blocks run linear layers, activations and layer norm";
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
-    if (op.kind == Kind::batch_norm || op.kind == Kind::norm_relu_pool) return "batch norm";
-    if (op.kind == Kind::max_pool2d || op.kind == Kind::avg_pool2d) return "pooling";
+    if (op.kind == Kind::batch_norm || op.kind == Kind::norm_relu_pool) return "batch norm" + runs;
+    if (op.kind == Kind::max_pool2d || op.kind == Kind::avg_pool2d) return "pooling" + runs;
     const int taps = op.window.kh * op.window.kw;
-    if (op.kind == Kind::conv2d && op.x.h * op.x.w * op.y.h * op.y.w * taps > 1) return "convolution";
+    if (op.kind == Kind::conv2d && op.x.h * op.x.w * op.y.h * op.y.w * taps > 1) return "convolution" + runs;
   }
   return "";
 }
@@ -142,13 +147,14 @@ class Writer {
   uint64_t address;
 };
 
-Pass moved(Writer& to, const Pass* pass, const Program& p) {
-  if (!pass) return {};
-  Pass out = *pass;
-  out.value = to.add(pass->value, p.n_values), out.adjoint = to.add(pass->adjoint, p.n_values);
-  out.tangent = to.add(pass->tangent, p.n_values), out.d_adjoint = to.add(pass->d_adjoint, p.n_values);
-  out.saved = to.add(pass->saved, p.n_ops + 1);
-  return out;
+void copy(const Pass* pass, const Program& p, PassTables& out) {
+  if (!pass) return;
+  out.n = pass->n, out.tape = pass->tape, out.scratch = pass->scratch;
+  std::copy_n(pass->value, p.n_values, out.value);
+  std::copy_n(pass->adjoint, p.n_values, out.adjoint);
+  std::copy_n(pass->tangent, p.n_values, out.tangent);
+  std::copy_n(pass->d_adjoint, p.n_values, out.d_adjoint);
+  std::copy_n(pass->saved, p.n_ops + 1, out.saved);
 }
 
 std::vector<int32_t> outer(const Plan& plan) {
@@ -165,16 +171,18 @@ std::vector<int32_t> outer(const Plan& plan) {
 
 std::vector<char> block_tables(const Plan& plan, const Pass* taped, const Pass* plain, uint64_t address,
                                BlockTables& head) {
+  const Program& p = plan.program();
+  if (const std::string reason = block_refusal(p); !reason.empty()) throw std::runtime_error(reason);
+  head = {};
+  head.program = p;
+  head.program.ops = nullptr, head.program.moving = head.program.depends = nullptr;
+  std::copy_n(p.ops, p.n_ops, head.ops);
+  for (Op& op : head.ops) op.forward = op.backward = nullptr, op.offsets = nullptr;
+  copy(taped, p, head.taped), copy(plain, p, head.plain);
   Writer to(address);
   const std::vector<int32_t> places = outer(plan);
-  head = {
-      plan.program(), {}, {}, to.add(plan.inner().data(), plan.inner().size()), to.add(places.data(), places.size())};
-  Program& p = head.program;
-  std::vector<Op> ops(p.ops, p.ops + p.n_ops);
-  for (Op& op : ops) op.forward = op.backward = nullptr, op.offsets = nullptr;
-  p.ops = to.add(ops.data(), p.n_ops);
-  p.moving = to.add(p.moving, p.n_values), p.depends = to.add(p.depends, p.n_values);
-  head.taped = moved(to, taped, p), head.plain = moved(to, plain, p);
+  head.inner = to.add(plan.inner().data(), plan.inner().size());
+  head.outer = to.add(places.data(), places.size());
   return std::move(to.bytes);
 }
 

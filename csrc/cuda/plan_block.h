@@ -33,8 +33,8 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
 BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const BlockLimits& limits, int element_size,
                        BlockMemory& memory);
 
-// A Program, its passes and its maps as one piece of memory that may lie anywhere: the bytes that belong at `address`,
-// and the head that points to them.
+// A Program and its passes, and its maps as one piece of memory that may lie anywhere: the bytes that belong at
+// `address`, and the head that points to them. Throws std::runtime_error with the reason where a block cannot run it.
 std::vector<char> block_tables(const Plan& plan, const Pass* taped, const Pass* plain, uint64_t address,
                                BlockTables& head);
 

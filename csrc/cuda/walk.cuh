@@ -15,7 +15,7 @@ class Walk {
  public:
   METAFAST_DEVICE Walk(const BlockJob<T>& job, const Team& team, int threads, T* base, int64_t block)
       : job(job),
-        program(job.tables.program),
+        program(program_of(job.tables)),
         team(team),
         base(base),
         machine(team, job.precision, threads, base + job.memory.partials, base + job.memory.common),
@@ -72,11 +72,14 @@ class Walk {
     if (job.goal == Goal::adapt) store_params(theta(0), job.trajectory + t * job.n_params);
   }
 
-  // By value, to stay in registers.
-  static METAFAST_DEVICE Pass choose(bool first, const Pass& a, const Pass& b) {
-    return {first ? a.n : b.n,         first ? a.value : b.value,     first ? a.adjoint : b.adjoint,
-            first ? a.saved : b.saved, first ? a.tangent : b.tangent, first ? a.d_adjoint : b.d_adjoint,
-            first ? a.tape : b.tape,   first ? a.scratch : b.scratch};
+  // Their pointers lead into the job, which a GPU has in its constant bank; by value, to stay in registers.
+  static METAFAST_DEVICE Program program_of(const BlockTables& tables) {
+    Program program = tables.program;
+    program.ops = tables.ops;
+    return program;
+  }
+  static METAFAST_DEVICE Pass pass_of(const PassTables& t) {
+    return {t.n, t.value, t.adjoint, t.saved, t.tangent, t.d_adjoint, t.tape, t.scratch};
   }
 
   METAFAST_DEVICE bool passes(Stage stage, int s, T weight) const {
@@ -93,14 +96,15 @@ class Walk {
     const Batch<T> batch{judges ? query.x : support.x, judges ? query.labels : support.labels,
                          judges ? query.targets : support.targets};
     const Sweep<M> sweep(machine, program, nullptr);
-    const Pass pass = choose(judges, job.tables.plain, job.tables.taped);
+    const Pass pass = pass_of(judges ? job.tables.plain : job.tables.taped);
     const Tape<T> tape{&pass, judges ? at(m.rest) : tape_of(s), nullptr};
     const int step = job.steps > 0 ? s : job.step;
+    const bool predicts = job.goal == Goal::predict;
+    T* grad = judges ? at(m.u) : stage == back && !job.needs_lr ? nullptr : gradient(s);
+    if (grad && !predicts) machine.ahead([&] { clear(grad); });
     sweep.forward(tape, batch, theta(s), step);
     if (judges && s == job.steps && team.rank() == 0) store_outputs(sweep.outputs(tape, batch));
-    if (job.goal == Goal::predict) return 0;
-    T* grad = judges ? at(m.u) : stage == back && !job.needs_lr ? nullptr : gradient(s);
-    if (grad) clear(grad);
+    if (predicts) return 0;
     // Of the support set only what the loss leaves for its gradient is wanted.
     const double value = judges || program.loss == LossKind::cross_entropy ? sweep.loss(tape, batch) : 0;
     sweep.backward(tape, batch, theta(s), step, grad, judges);
@@ -153,8 +157,8 @@ class Walk {
       for (int j = 0; j < 4; ++j) step.of[j] *= -adjoint.of[j];
       M::store4(u + i, step);
     });
-    Sweep<M>(machine, program, nullptr)
-        .hessian_times({&job.tables.taped, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
+    const Pass pass = pass_of(job.tables.taped);
+    Sweep<M>(machine, program, nullptr).hessian_times({&pass, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
   }
 
   METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {
@@ -171,15 +175,17 @@ class Walk {
 
   METAFAST_DEVICE void finish() const {
     const T* v = at(job.memory.v);
-    if (job.losses && team.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
-    if (job.grads) store_params(v, job.grads + t * job.n_params);
-    if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
+    machine.together([&] {
+      if (job.losses && team.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
+      if (job.grads) store_params(v, job.grads + t * job.n_params);
+      if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
+    });
   }
 
   METAFAST_DEVICE void keep(int s) const {
     T* to = history + static_cast<int64_t>(s) * job.memory.record;
     const T* from = at(job.memory.record_at);
-    machine.each4(job.memory.record, [&](long i) { *reinterpret_cast<Quad<T>*>(to + i) = M::load4(from + i); });
+    machine.each4(job.memory.record, [&](long i) { *global4(to + i) = M::load4(from + i); });
   }
 
   // theta_s, with its tape and its gradient where they are not here for all steps.
@@ -189,7 +195,7 @@ class Walk {
     } else if (history) {
       const T* from = history + static_cast<int64_t>(s) * job.memory.record;
       T* to = at(job.memory.record_at);
-      machine.each4(job.memory.record, [&](long i) { M::store4(to + i, *reinterpret_cast<const Quad<T>*>(from + i)); });
+      machine.each4(job.memory.record, [&](long i) { M::store4(to + i, *global4(from + i)); });
     }
   }
 
@@ -206,7 +212,7 @@ class Walk {
     const long sample = static_cast<long>(program.input.h) * program.input.w * program.input.ld;
     machine.each(samples.n, [&](long s) {
       const bool known = given[s] >= 0 && given[s] < program.out.c;
-      labels[s] = known ? given[s] : 0;
+      M::store_one(labels + s, known ? given[s] : int64_t{0});
       if (!known) M::store(x + s * sample, NAN);
     });
     return {x, labels, nullptr};
@@ -253,7 +259,7 @@ class Walk {
 
   // alpha_s, zero where a parameter is not adapted.
   METAFAST_DEVICE Quad<T> rates(int s, long i) const {
-    const auto index = *reinterpret_cast<const Quad<int32_t>*>(outer + i);
+    const auto index = *global4(outer + i);
     const T* lr = job.lr + row(s) * job.lr_width;
     Quad<T> alpha;
     for (int j = 0; j < 4; ++j) alpha.of[j] = index.of[j] < 0 ? T(0) : lr[job.lr_width > 1 ? index.of[j] : 0];
@@ -287,7 +293,7 @@ class Walk {
   METAFAST_DEVICE T* tape_of(int s) const { return at(job.memory.tape + s * job.memory.tape_step); }
 
   const BlockJob<T>& job;
-  const Program& program;
+  const Program program;
   Team team;
   T* base;
   M machine;

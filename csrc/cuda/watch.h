@@ -1,6 +1,6 @@
-// What watches the twin's shared memory: every access must lie inside it, and between two barriers no element that one
-// thread writes may be touched by another, nor between two barriers of a cluster one that a block writes by another.
-// Between threads of one warp a barrier of that warp is enough.
+// What watches the twin's shared memory: every access must lie inside it, at an address that its size divides, and
+// between two barriers no element that one thread writes may be touched by another, nor between two barriers of a
+// cluster one that a block writes by another. Between threads of one warp a barrier of that warp is enough.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -88,6 +88,11 @@ class Watch {
     if (now) now->touch(p, bytes, true);
   }
 
+  // Of an access to any memory.
+  static void expect_aligned(uint64_t address, int64_t size) {
+    if (now && address % size != 0) now->fail(unaligned(size), static_cast<int64_t>(address));
+  }
+
   // What lies in the block of that rank where p lies in this one.
   template <class T>
   static T* there(T* p, int rank) {
@@ -110,6 +115,7 @@ class Watch {
       if (other && !owner && other->holds(p, size)) owner = other;
     }
     if (!owner) fail("outside of the block's memory", place(p));
+    if (owner->place(p) % size != 0) fail(unaligned(size), owner->place(p));
     for (int64_t at = owner->place(p), end = at + size; at < end; at += grain) {
       const Toucher one{thread, thread / warp, phase, warp_phases[thread / warp]};
       const char* wrong = owner == this ? threads.touch(at / grain, one, writes) : nullptr;
@@ -119,7 +125,11 @@ class Watch {
     }
   }
 
-  [[noreturn]] void fail(const char* what, int64_t at) const {
+  static std::string unaligned(int64_t size) {
+    return "where no access of " + std::to_string(size) + " bytes is aligned";
+  }
+
+  [[noreturn]] void fail(const std::string& what, int64_t at) const {
     const std::string block = cluster.size() > 1 ? " of block " + std::to_string(rank) : "";
     throw std::runtime_error("twin: thread " + std::to_string(thread) + block + " touches byte " + std::to_string(at) +
                              ", " + what);

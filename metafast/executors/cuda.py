@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,18 @@ class BlockMachine:
     processors: int
     threads: int = 0
     clusters: tuple[int, ...] = (1, 2, 4, 8)
+
+
+class Launch(NamedTuple):
+    """A meta-gradient of a batch of tasks: ``threads`` in a block, ``blocks``, of which ``cluster`` run a task
+    together, bytes of ``shared`` memory in each, and bytes of a ``record`` that each writes to global memory after an
+    inner step and reads on the way back; zero: all steps stay in shared memory."""
+
+    threads: int
+    blocks: int
+    cluster: int
+    shared: int
+    record: int
 
 
 class NativeCudaExecutor(Executor):
@@ -98,7 +110,7 @@ class NativeCudaExecutor(Executor):
         try:
             cluster, needed = self.shared_memory(program, x, x.shape[1] if queries is None else queries)
         except ValueError as error:
-            return f"{error}: blocks run linear layers, activations and layer norm"
+            return str(error)
         return _wrong_size(cluster, needed, self._machine(x))
 
     def unrecordable(self, program: Program) -> str | None:
@@ -120,6 +132,24 @@ class NativeCudaExecutor(Executor):
             ValueError: a block cannot run the model; the text says which layer.
         """
         return self._models.of(program, x).fit(self._machine(x), (x.shape[1], queries, False), x.dtype)
+
+    def launch(
+        self, program: Program, tasks: TaskBatch, steps: int, *, count: int | None = None, first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> Launch:  # fmt: skip
+        """How the meta-gradient of ``tasks`` is launched, or that of ``count`` tasks like these.
+
+        Raises:
+            ValueError: blocks cannot run it; the text says why.
+        """
+        x, m = tasks.support_x, tasks.query_x.shape[1]
+        model = self._models.of(program, x)
+        numbers = self._numbers(model, x, (x.shape[1], m, False))
+        threads, blocks, shared, record = call(
+            torch.ops.metafast.block_launch, model.description, x.dtype == torch.float64, numbers,
+            len(tasks) if count is None else count, x.shape[1], m, steps, first_order, needs_lr,
+        )  # fmt: skip
+        return Launch(threads, blocks, numbers[3], shared, record)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         model = self._models.of(program, x)
@@ -205,11 +235,18 @@ class NativeCudaExecutor(Executor):
     def _machine(self, x: Tensor) -> BlockMachine:
         return self.twin if self.twin is not None else _gpu(x.device.index, self.threads, self.clusters)
 
-    def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
+    def _numbers(self, model: _Model, x: Tensor, samples: tuple[int, int, bool]) -> list[int]:
+        """Where and how a call runs, as csrc/bindings_cuda.cpp reads it."""
         machine = self._machine(x)
         stream = 0 if self.twin is not None else torch.cuda.current_stream(x.device).cuda_stream
-        samples = (support, query, predicts)
         cluster, _ = model.fit(machine, samples, x.dtype)
+        precision = list(PRECISIONS).index(self.precision)
+        return [machine.shared, machine.processors, machine.threads, cluster, precision, stream]
+
+    def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
+        samples = (support, query, predicts)
+        numbers = self._numbers(model, x, samples)
+        cluster, stream = numbers[3], numbers[5]
         key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
             if self.twin is None and torch.cuda.is_current_stream_capturing():
@@ -217,8 +254,6 @@ class NativeCudaExecutor(Executor):
             make = torch.ops.metafast.block_tables
             model.tables[key] = call(make, model.description, x, *samples, cluster, stream)
         _, head = model.tables[key]
-        precision = list(PRECISIONS).index(self.precision)
-        numbers = [machine.shared, machine.processors, machine.threads, cluster, precision, stream]
         return model.description, head, numbers
 
 

@@ -14,15 +14,17 @@ struct Conv2d {
 
   template <class M>
   METAFAST_DEVICE static void backward(const Frame<M>& f) {
-    if (f.g_x[0]) {
-      const typename M::Term term{f.g_y, f.theta + f.op.weight.at, f.saved};
-      f.m.correlate_transposed(f.op, f.n, &term, 1, f.g_x[0], f.op.add[0]);
-    }
-    if (f.wants(f.op.weight)) {
-      const typename M::Pair pair{f.x[0], f.g_y};
-      f.m.outer(f.op, f.n, &pair, 1, f.grad + f.op.weight.at);
-    }
-    bias_adjoint(f, f.g_y);
+    f.m.together([&] {
+      if (f.g_x[0]) {
+        const typename M::Term term{f.g_y, f.theta + f.op.weight.at, f.saved};
+        f.m.correlate_transposed(f.op, f.n, &term, 1, f.g_x[0], f.op.add[0]);
+      }
+      if (f.wants(f.op.weight)) {
+        const typename M::Pair pair{f.x[0], f.g_y};
+        f.m.outer(f.op, f.n, &pair, 1, f.grad + f.op.weight.at);
+      }
+      bias_adjoint(f, f.g_y);
+    });
   }
 
   template <class M>
@@ -36,18 +38,20 @@ struct Conv2d {
 
   template <class M>
   METAFAST_DEVICE static void tangent_backward(const Frame<M>& f) {
-    if (f.gd_x[0]) {
-      const bool kept = f.saved && f.g_x[0];  // by backward
-      const typename M::Term terms[2] = {{f.gd_y, f.theta + f.op.weight.at, f.saved, kept},
-                                         {f.g_y, f.u + f.op.weight.at}};
-      const int count = f.g_y && f.moves(f.op.weight) ? 2 : 1;
-      f.m.correlate_transposed(f.op, f.n, terms, count, f.gd_x[0], f.op.add[0]);
-    }
-    if (f.wants(f.op.weight)) {
-      const typename M::Pair pairs[2] = {{f.x[0], f.gd_y}, {f.xd[0], f.g_y}};
-      f.m.outer(f.op, f.n, pairs, f.xd[0] ? 2 : 1, f.grad + f.op.weight.at);
-    }
-    bias_adjoint(f, f.gd_y);
+    f.m.together([&] {
+      if (f.gd_x[0]) {
+        const bool kept = f.saved && f.g_x[0];  // by backward
+        const typename M::Term terms[2] = {{f.gd_y, f.theta + f.op.weight.at, f.saved, kept},
+                                           {f.g_y, f.u + f.op.weight.at}};
+        const int count = f.g_y && f.moves(f.op.weight) ? 2 : 1;
+        f.m.correlate_transposed(f.op, f.n, terms, count, f.gd_x[0], f.op.add[0]);
+      }
+      if (f.wants(f.op.weight)) {
+        const typename M::Pair pairs[2] = {{f.x[0], f.gd_y}, {f.xd[0], f.g_y}};
+        f.m.outer(f.op, f.n, pairs, f.xd[0] ? 2 : 1, f.grad + f.op.weight.at);
+      }
+      bias_adjoint(f, f.gd_y);
+    });
   }
 
  private:

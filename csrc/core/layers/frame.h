@@ -66,7 +66,9 @@ struct LossFrame {
   T* gd;
   const T* d_targets;  // given: the tangent of that gradient
 
-  METAFAST_DEVICE int64_t label(int sample, int task) const { return labels[task * next_labels + sample]; }
+  METAFAST_DEVICE int64_t label(int sample, int task) const {
+    return M::load_one(labels + task * next_labels + sample);
+  }
   METAFAST_DEVICE long size() const { return static_cast<long>(n) * grid.h * grid.w * grid.ld; }
 };
 
