@@ -259,13 +259,13 @@ def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: 
     contender.row.update(version=contender.worker.version, first_call_s=seconds, agreement=found.to_json())
     if not found.agrees:
         contender.leave("disagrees", str(found))
-    elif _exact_path(workload) and not found.exact:
+    elif exact_path(workload) and not found.exact:
         worst = max(found.losses, found.gradient)
         contender.row["flag"] = f"off by {worst:.1e} where float32 allows {EXACT.value:g}"
     return None
 
 
-def _exact_path(workload: Workload) -> bool:
+def exact_path(workload: Workload) -> bool:
     """Does nothing in its network amplify rounding?"""
     return all(isinstance(module, _EXACT) for module in workload.network().modules())
 
