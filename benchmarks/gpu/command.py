@@ -28,11 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [options.plan] if options.plan else list(PLANS) if options.rehearse else ["first"]
     plans, only = [PLANS[name] for name in names], [name for name in options.only.split(",") if name]
     pack = options.pack or (ROOT / "gpu-pack" if (ROOT / "gpu-pack").is_dir() else None)
-    try:
-        for plan in plans:
-            plan.chosen(only)
-    except ValueError as error:
-        parser.error(str(error))
+    for name in only:
+        if not any(plan.chosen([name]) for plan in plans):
+            groups = dict.fromkeys(step.group for plan in plans for step in plan.steps)
+            parser.error(f"--only: there is no step {name!r} in this plan; choose from {', '.join(groups)}")
     if options.rehearse:
         return 0 if rehearse(plans, options.out.resolve(), only) else 1
     if pack is not None and (problem := pack_problem(pack)):

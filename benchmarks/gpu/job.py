@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,22 +64,20 @@ class Job:
         return found
 
     def run(
-        self, command: Sequence[str], log: str | None = None, limit: float | None = None, **environment: str
+        self, command: Sequence[str], log: str | None = None, environment: Mapping[str, str] | None = None
     ) -> dict[str, Any]:  # fmt: skip
-        """``command`` within the step's time, or ``limit`` where that is less; output in ``<step>.log``, or ``log``."""
+        """``command`` within the step's time, with more ``environment``; its output in ``<step>.log``, or ``log``."""
         file = self.report.logs / f"{(log or self.step).replace(':', '-')}.log"
-        variables = {"PYTHONUNBUFFERED": "1", **self.environment, **self.results.environment(), **environment}
-        seconds = self.left if limit is None else min(limit, self.left)
-        return run(command, max(seconds, 0.1), file, variables, ROOT, self.report.show)
+        variables = {"PYTHONUNBUFFERED": "1", **self.environment, **self.results.environment(), **(environment or {})}
+        return run(command, max(self.left, 0.1), file, variables, ROOT, self.report.show)
 
-    def worker(self, name: str, *arguments: str, tool: Sequence[str] = (), **environment: str) -> dict[str, Any]:
+    def worker(self, name: str, *arguments: str, tool: Sequence[str] = ()) -> dict[str, Any]:
         """A program of ``workers/``, with what all of them are told; ``tool``: what it runs under."""
         told = ["--device", self.device]
         told += ["--rehearse"] if self.rehearsal else []
         told += ["--oracles", str(self.oracles)] if self.oracles else []
-        if self.rehearsal:
-            environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment}
-        return self.run([*tool, sys.executable, "-m", f"{WORKERS}.{name}", *told, *arguments], **environment)
+        quiet = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if self.rehearsal else {}
+        return self.run([*tool, sys.executable, "-m", f"{WORKERS}.{name}", *told, *arguments], environment=quiet)
 
     def _compiled(self) -> set[tuple[str, str]] | None:
         """The kernels in Triton's cache, folder and name; ``None`` before there is one."""

@@ -18,9 +18,9 @@ from .steps.environment import environment
 from .steps.speed import counters, micro, peers, train
 from .subjects import BLOCKS, TRITON
 
-# Networks of blocks with sums in warps and without, and Triton kernels with small tiles.
-_BLOCKS = {"files": "tests/test_gpu.py", "chosen": "float32 and (classifier or norm)"}
-_TRITON = {"files": "tests/test_triton.py", "chosen": "small"}
+# Files and tests: networks of blocks with sums in warps and without, and Triton kernels with small tiles.
+_BLOCKS = ("tests/test_gpu.py", "float32 and (classifier or norm)")
+_TRITON = ("tests/test_triton.py", "small")
 
 # 12 s where the extension comes with the pack; the limit is a build of it.
 _ENVIRONMENT = Step("env", 12, 80, environment, vital=True)
@@ -52,6 +52,12 @@ def _compared(workload: str, tasks: int, expected: float, limit: float) -> Step:
     return Step(f"peers:{workload}", expected, limit, partial(peers, workload=workload, tasks=tasks))
 
 
+def _watched(name: str, tests: tuple[str, str], expected: float, limit: float) -> Step:
+    """A test of 0.2 s takes seconds under a sanitizer, after 8 s of imports."""
+    tool, (files, chosen) = name.partition(":")[0], tests
+    return Step(name, expected, limit, partial(sanitize, tool=tool, files=files, chosen=chosen))
+
+
 SECOND = Plan(
     "second", 540,
     (
@@ -63,10 +69,10 @@ SECOND = Plan(
         _compared("omni5w1s-1", 32, 38, 60),
         _compared("mini5w1s-5", 4, 38, 60),
         _compared("omni5w1s-5", 8, 42, 65),
-        Step("racecheck", 30, 50, partial(sanitize, tool="racecheck", **_BLOCKS)),
-        Step("memcheck:triton", 22, 40, partial(sanitize, tool="memcheck", **_TRITON)),
-        Step("synccheck", 18, 35, partial(sanitize, tool="synccheck", **_BLOCKS)),
-        Step("memcheck:blocks", 20, 35, partial(sanitize, tool="memcheck", **_BLOCKS)),
+        _watched("racecheck", _BLOCKS, 30, 50),
+        _watched("memcheck:triton", _TRITON, 22, 40),
+        _watched("synccheck", _BLOCKS, 18, 35),
+        _watched("memcheck:blocks", _BLOCKS, 20, 35),
         Step("precision", 15, 30, partial(precision, workloads=("sin4096-5", "wide5w1s-5"))),
         _compared("torchbench-maml", 32, 38, 60),
     ),

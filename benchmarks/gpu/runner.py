@@ -28,6 +28,11 @@ class Step:
     run: Callable[[Job], dict[str, Any]]
     vital: bool = False
 
+    @property
+    def group(self) -> str:
+        """The part of the name before the colon."""
+        return self.name.partition(":")[0]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,20 +48,8 @@ class Plan:
         return sum(step.expected for step in self.steps)
 
     def chosen(self, names: Collection[str]) -> tuple[Step, ...]:
-        """The steps of these names, or of a name's parts: ``peers`` is all of ``peers:...``. None: all steps.
-
-        Raises:
-            ValueError: there is none of a name.
-        """
-        for name in names:
-            if not any(name in _names(step) for step in self.steps):
-                known = dict.fromkeys(step.name.partition(":")[0] for step in self.steps)
-                raise ValueError(f"--only: plan {self.name!r} has no step {name!r}; choose from {', '.join(known)}")
-        return tuple(step for step in self.steps if not names or _names(step) & set(names))
-
-
-def _names(step: Step) -> set[str]:
-    return {step.name, step.name.partition(":")[0]}
+        """The steps of these names or groups: ``peers`` is all of ``peers:...``. No names: all steps."""
+        return tuple(step for step in self.steps if not names or {step.name, step.group} & set(names))
 
 
 class Stopped(BaseException):

@@ -68,13 +68,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption(result) + ".", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def between_marks(text: str, table: str) -> str:
+def between_marks(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
     """``text`` with ``table`` in the place of what stands between its two marks.
 
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
-    begin, end = MARKS
+    begin, end = marks
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"there is no place for the table: put the lines {begin} and {end} where it belongs")
     return f"{text[: text.index(begin)]}{begin}\n{table}{text[text.index(end) :]}"

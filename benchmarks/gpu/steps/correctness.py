@@ -35,7 +35,7 @@ def tests(job: Job) -> dict[str, Any]:
     counts, failures = read_junit(junit)
     job.results.add("pytest", state=found["state"], **counts, failures=failures[:_FIRST_FAILURES])
     if failures:
-        again = job.run([*command, "-vv", failures[0]], "tests-again", CUDA_LAUNCH_BLOCKING="1")
+        again = job.run([*command, "-vv", failures[0]], "tests-again", {"CUDA_LAUNCH_BLOCKING": "1"})
         job.results.add("launch by launch", test=failures[0], state=again["state"], end=again["end"][-600:])
     return {**found, **counts, "failures": failures}
 
@@ -64,7 +64,7 @@ def sanitize(job: Job, tool: str, files: str, chosen: str) -> dict[str, Any]:
     command += _REHEARSED_TESTS if job.rehearsal else (files, "-k", chosen)
     if not (program or job.rehearsal):
         return {"state": "failed", "end": instead}
-    found = job.run([*watched, *command], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    found = job.run([*watched, *command], environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     job.results.add(tool, tests=files, state=found["state"], **({"stand_in": instead} if not program else {}))
     return found
 

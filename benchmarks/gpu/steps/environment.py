@@ -36,11 +36,7 @@ def environment(job: Job) -> dict[str, Any]:
 def _unpack(job: Job, pack: Path) -> None:
     """Triton's kernels into the cache, missing packages onto the path; one line says what came with the pack."""
     about = read_json(pack / "pack.json") or {}
-    archive, kernels = pack / "triton-cache.tar.xz", 0
-    if archive.exists():
-        from ..triton_cache import unpack
-
-        kernels = unpack(archive, Path(job.environment["TRITON_CACHE_DIR"]))
+    kernels = _kernels(pack / "triton-cache.tar.xz", Path(job.environment["TRITON_CACHE_DIR"]))
     wheels = [wheel for wheel in sorted((pack / "wheels").glob("*.whl")) if _wanted(wheel)]
     site = job.report.scratch / "site"
     if wheels:
@@ -51,6 +47,18 @@ def _unpack(job: Job, pack: Path) -> None:
         job.environment["METAFAST_LEARN2LEARN"] = str(pack / "learn2learn")
     names = [wheel.name.split("-")[0] for wheel in wheels]
     job.results.add("pack", commit=about.get("commit"), kernels=kernels, wheels=names)
+
+
+def _kernels(archive: Path, cache: Path) -> int | str:
+    """How many are in the cache now, or why none: then they are compiled here."""
+    if not archive.exists():
+        return f"{archive.name} is not there"
+    from ..triton_cache import unpack
+
+    try:
+        return unpack(archive, cache)
+    except (ValueError, ImportError, OSError) as error:
+        return str(error)
 
 
 def _wanted(wheel: Path) -> bool:
@@ -81,7 +89,7 @@ def _install(job: Job) -> dict[str, Any]:
 
 def _pip(job: Job, *options: str, **variables: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", *options, "-e", "."]
-    return job.run(command, **variables)
+    return job.run(command, environment=variables)
 
 
 def _describe(job: Job, built: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +104,7 @@ def _describe(job: Job, built: dict[str, Any]) -> dict[str, Any]:
 
 def _commit(pack: Path | None) -> str | None:
     """Of the checkout; where git knows none, that of the pack."""
+
     def git(*arguments: str) -> str:
         try:
             return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from ..results import Results
 from ..subjects import executor
 from .setting import parser, setting
 
-SETTINGS = {"rounds": 6, "budget": 2.0, "limit": 10.0, "first_limit": 28.0, "side_by_side": True}
-REHEARSED = {"rounds": 1, "turn": 0.01, "limit": 60.0, "first_limit": 100.0, "side_by_side": True, "threads": 1}
+SETTINGS = Settings(rounds=6, budget=2.0, limit=10.0, first_limit=28.0, side_by_side=True)
+REHEARSED = Settings(rounds=1, turn=0.01, limit=60.0, first_limit=100.0, side_by_side=True, threads=1)
 
 
 def main() -> int:
@@ -25,7 +26,7 @@ def main() -> int:
     options.add_argument("--peers", nargs="+", required=True)
     given = options.parse_args()
     where = setting(given)
-    settings = Settings(device=given.device, oracle=given.oracles, **(REHEARSED if given.rehearse else SETTINGS))
+    settings = replace(REHEARSED if given.rehearse else SETTINGS, device=given.device, oracle=given.oracles)
     backend = "auto" if given.rehearse else executor(given.workload)
     try:
         main_bench(

@@ -27,7 +27,7 @@ BLOCKS = ((128, 64, 32), (64, 64, 32), (64, 32, 32), (32, 32, 64))  # rows, colu
 
 
 @triton.jit
-def _tiny(x, WAITS: tl.constexpr):
+def _tiny(x, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """A node of a graph that does next to nothing, after what comes before it."""
     if WAITS:
         tl.extra.cuda.gdc_wait()

@@ -24,7 +24,7 @@ _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power
 def describe() -> dict[str, Any]:
     """The machine in JSON values."""
     found: dict[str, Any] = {
-        "python": platform.python_version(), "system": platform.platform(), "gpu": None,
+        "python": platform.python_version(), "gpu": None,
         "versions": {name: _version(name) for name in PACKAGES}, "cuda": torch.version.cuda,
         "nvcc": _output("nvcc", "--version")[-1:],
     }  # fmt: skip

@@ -51,11 +51,12 @@ class Setting:
             raise FileNotFoundError("there are no oracles: make gpu-pack writes them, and --pack names its folder")
         return oracles.load(self.oracles, chosen)
 
-    def learner(self, chosen: Workload, **options: str) -> MAML:
+    def learner(self, chosen: Workload, precision: str = "float32") -> MAML:
         """Of the executor that is meant for the workload."""
-        model = chosen.network().to(self.device)
-        options.setdefault("backend", executor(chosen.name))
-        return MAML(model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, **options)
+        model, backend = chosen.network().to(self.device), executor(chosen.name)
+        return MAML(
+            model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, backend=backend, precision=precision
+        )  # fmt: skip
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
