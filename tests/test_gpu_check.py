@@ -248,6 +248,7 @@ def test_a_long_log_keeps_its_beginning_and_its_end(tmp_path):
     assert content.startswith(b"begin")
     assert content.endswith(b"end")
     assert b"1600008 bytes are left out" in content
+    assert len(content) < report.LARGEST + 100
 
 
 # The command line
@@ -387,6 +388,16 @@ def test_the_tests_that_it_runs_are_all_that_need_a_gpu():
     marked = {f.name for f in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in f.read_text()}
     assert {Path(file).name for file in correctness.TESTS} == marked - {Path(__file__).name}
     assert all((ROOT / file).exists() for file in correctness.TESTS)
+
+
+@pytest.mark.parametrize(("tests", "most"), [(plans._BLOCKS, 12), (plans._TRITON, 30)])
+def test_sanitizers_watch_some_tests_and_not_too_many(tests, most):
+    """Of so few there is time for all under a tool that makes them a hundred times slower."""
+    files, chosen = tests
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-n", "0", files, "-k", chosen]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 2 <= listed.count("::") <= most
+    assert {step.name for step in plans.SECOND.steps} >= set(bars.SANITIZERS)
 
 
 def test_the_first_test_that_fails_runs_again_launch_by_launch(make_job, tmp_path):

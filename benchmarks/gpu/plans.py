@@ -18,8 +18,8 @@ from .steps.environment import environment
 from .steps.speed import counters, micro, peers, train
 from .subjects import BLOCKS, TRITON
 
-# Files and tests: networks of blocks with sums in warps and without, and Triton kernels with small tiles.
-_BLOCKS = ("tests/test_gpu.py", "float32 and (classifier or norm)")
+# Files and tests: a network with layer norm, one block a task and eight; Triton kernels with small tiles.
+_BLOCKS = ("tests/test_gpu.py", "(float32 or one_launch) and (chosen or 8) and layer and not only")
 _TRITON = ("tests/test_triton.py", "small")
 
 # 12 s where the extension comes with the pack; the limit is a build of it.
