@@ -230,7 +230,7 @@ def test_a_run_leaves_three_files_however_much_is_logged(make_job, tmp_path, mon
     job = make_job(FakeClock())
     run_plan(Plan("p", 100, (Step("a", 1, 2, step),)), job)
     out = tmp_path / "out"
-    assert {file.name for file in out.iterdir()} == {report.NUMBERS, report.REPORT, report.LOGS} - {report.NUMBERS}
+    assert {file.name for file in out.iterdir()} == {report.NUMBERS, report.REPORT, report.LOGS}
     assert (out / report.LOGS).stat().st_size < 1_100_000
     assert not job.report.scratch.exists()
     monkeypatch.setattr(report, "ALL", 10_000_000)
@@ -329,6 +329,7 @@ def packed(tmp_path, monkeypatch):
     (pack / "wheels" / "setuptools-83.0-py3-none-any.whl").touch()
     (tmp_path / "metafast").mkdir()
     monkeypatch.setattr(environment, "EXTENSION", tmp_path / "metafast" / "_C.abi3.so")
+    monkeypatch.setattr(environment, "_gpu", lambda job: PASSED)
     return pack
 
 
@@ -359,6 +360,16 @@ def test_it_is_built_where_none_imports_and_a_failed_build_fails(make_job, packe
     found = environment.environment(job)
     assert (found["state"], found["end"]) == ("failed", "the package does not install: nvcc fatal")
     assert seen[-1][1] == {"METAFAST_CPU": "1", "METAFAST_CUDA": "1", "METAFAST_ARCHS": "90"}
+
+
+def test_without_a_gpu_nothing_is_built(make_job, monkeypatch, tmp_path):
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    job = make_job()
+    seen = scripted(job, monkeypatch, [{"state": "failed"}])
+    assert not run_plan(plans.FIRST, job)
+    assert [command.rpartition("; ")[2] for command, _ in seen] == ["raise SystemExit(not torch.cuda.is_available())"]
+    assert states(tmp_path) == {"env": "failed"}
+    assert "there is no GPU here" in written(tmp_path)["steps"]["env"]["end"]
 
 
 def test_an_older_setuptools_takes_the_wheel(monkeypatch):

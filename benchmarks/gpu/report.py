@@ -34,6 +34,7 @@ class Report:
         out.mkdir(parents=True, exist_ok=True)
         for name in (NUMBERS, REPORT, LOGS):
             (out / name).unlink(missing_ok=True)
+        (out / NUMBERS).touch()
         self.scratch = Path(tempfile.mkdtemp(prefix="metafast-gpu-check-"))
         self.logs = self.scratch / "logs"
         self.logs.mkdir()

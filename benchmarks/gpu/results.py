@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _FILE, _BEGAN, _STEP = "GPU_CHECK_RESULTS", "GPU_CHECK_BEGAN", "GPU_CHECK_STEP"
-_LONGEST = 90  # characters of a value that is printed; the file has all of it
+_LONGEST, _LINE = 90, 200  # characters of a value and of a line that are printed; the file has all of them
 
 
 class Results:
@@ -59,9 +59,12 @@ def read(file: Path) -> list[dict[str, Any]]:
 def told(line: Mapping[str, Any]) -> str:
     """The line for people: ``[ 12.3 s] smoke:blocks sin25-5: gradient_error 1.2e-07, same_bits True``."""
     values = ", ".join(f"{key} {_short(value)}" for key, value in line.items() if key not in ("elapsed", "step", "of"))
-    return f"[{line['elapsed']:6.1f} s] {line['step']} {line['of']}: {values}"
+    return _cut(f"[{line['elapsed']:6.1f} s] {line['step']} {line['of']}: {values}", _LINE)
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return _cut(f"{value:.3g}" if isinstance(value, float) else str(value), _LONGEST)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -62,7 +62,7 @@ def main() -> str | None:
     found = describe()
     given.file.write_text(json.dumps(found))
     if found["gpu"] is None and not given.rehearse:
-        return "there is no GPU here: torch.cuda.is_available() is false; --rehearse goes without one"
+        return "there is no GPU here: torch.cuda.is_available() is false; --rehearse does without"
     import metafast.executors  # noqa: F401  registers the extension's operators
 
     if not torch.ops.metafast.block_built():
