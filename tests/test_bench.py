@@ -20,7 +20,7 @@ from metafast.agreement import agreement
 from metafast.bench import Outputs, Settings, main_bench, main_compare, own_failures, read_result
 from metafast.bench import run as bench_run
 from metafast.bench.compare import compare
-from metafast.bench.machine import bare_bytes
+from metafast.bench.machine import Rates, bare_bytes
 from metafast.bench.run import contenders
 from metafast.bench.table import best_ratio, cells, markdown
 from metafast.benchmarks import oracles
@@ -117,15 +117,21 @@ def test_networks_that_amplify_rounding_are_told_apart(name: str) -> None:
     assert bench_run.exact_path(workload(name)) == name.startswith(("sin", "wide"))
 
 
-def test_first_calls_side_by_side(tmp_path: Path) -> None:
+def test_first_calls_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two is ready only while the other's first call runs; by default they come one after the other."""
+    monkeypatch.setattr(bench_run, "rates", lambda device: Rates(1e9, 1e9))
+    monkeypatch.setattr(bench_run, "bare_bytes", lambda: 0)
+    kept = tmp_path / "oracles"
+    oracles.save(kept, tiny(), oracles.compute(tiny()))
+    tmp_path /= "meeting"
+    tmp_path.mkdir()
     peers = [Meeting(tmp_path, number) for number in range(2)]
-    together = Settings(threads=1, rounds=1, turn=0.01, first_limit=60, side_by_side=True)
+    together = Settings(threads=1, rounds=1, turn=0.01, first_limit=60, side_by_side=True, oracle=kept)
     found = bench_run.measure([tiny()], peers, together, lambda text: None)
     assert [row["state"] for row in rows(found).values()] == ["measured", "measured"]
     for file in tmp_path.iterdir():
         file.unlink()
-    apart = Settings(threads=1, rounds=1, turn=0.01, first_limit=10)
+    apart = Settings(threads=1, rounds=1, turn=0.01, first_limit=10, oracle=kept)
     found = bench_run.measure([tiny()], peers, apart, lambda text: None)
     assert [row["state"] for row in rows(found).values()] == ["cut off", "measured"]
 
@@ -331,7 +337,7 @@ def test_canonical_sizes(name: str) -> None:
     assert not torch.equal(tasks.support_x, w.draw(1).support_x)
     size = sum(p.numel() for p in w.network().parameters())
     bias = 4 * (64 if "omni" in name else 32)  # convolutions in front of batch norm go without
-    sizes = {"sin": 1761, "omni5": 112261 - bias, "omni20": 113236 - bias, "mini": 32901 - bias}
+    sizes = {"sin": 1761, "omni5": 112261 - bias, "omni20": 113236 - bias, "mini": 32901 - bias, "torchbench": 75205}
     assert size == next(v for k, v in sizes.items() if name.startswith(k))
     ways = max(w.ways, 1)
     assert tasks.support_x.shape == (w.tasks, ways * w.shots, *w.sample)
