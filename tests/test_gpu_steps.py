@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,31 @@ def test_it_is_built_where_none_imports_and_a_failed_build_fails(packed, monkeyp
     found = environment.environment(job)
     assert (found["state"], found["end"]) == ("failed", "the package does not install: nvcc fatal")
     assert seen[-1][1] == {"METAFAST_CPU": "1", "METAFAST_CUDA": "1", "METAFAST_ARCHS": "90"}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(1114, 1114), (ValueError("of Triton 3.9.0"), "ValueError: of Triton 3.9.0")]
+)
+def test_kernels_of_the_pack_go_into_the_cache(packed, monkeypatch, tmp_path, given, told):
+    """They are not taken for kernels that were compiled here, and an archive that does not fit ends nothing."""
+
+    def unpack(archive, cache):
+        if isinstance(given, Exception):
+            raise given
+        (cache / "some").mkdir(parents=True)
+        (cache / "some" / "metafast_mse.cubin").touch()
+        return given
+
+    name = "metafast.benchmarks.gpu.triton_cache"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(unpack=unpack))
+    (packed / "triton-cache.tar.xz").touch()
+    job = make_job(tmp_path, pack=packed)
+    scripted(job, monkeypatch, [{}, {}, {}, {}])
+    assert job.do("env", 10, environment.environment)["state"] == "passed"
+    lines = results.read(job.results.file)
+    assert [line["kernels"] for line in lines if line["of"] == "pack"] == [told]
+    assert not any(line["of"] == "triton" for line in lines)
+    assert job.environment["TRITON_CACHE_DIR"].startswith(str(job.report.scratch))
 
 
 def test_without_a_gpu_nothing_is_built(monkeypatch, tmp_path):

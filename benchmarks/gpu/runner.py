@@ -42,11 +42,6 @@ class Plan:
     limit: float
     steps: tuple[Step, ...]
 
-    @property
-    def expected(self) -> float:
-        """Seconds, where every step takes what is expected."""
-        return sum(step.expected for step in self.steps)
-
     def chosen(self, names: Collection[str]) -> tuple[Step, ...]:
         """The steps of these names or groups: ``peers`` is all of ``peers:...``. No names: all steps."""
         return tuple(step for step in self.steps if not names or {step.name, step.group} & set(names))
