@@ -143,6 +143,7 @@ def test_without_a_build_nothing_else_runs(tmp_path):
     assert plans.SECOND.steps[0].vital
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_report_and_logs(tmp_path, number):
     """The command itself, as a process of its own, stopped in the middle of a step."""
@@ -256,6 +257,7 @@ def test_it_starts_before_anything_is_installed(tmp_path):
     assert not {"torch", "numpy", "metafast", "triton"} & set(run.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_rehearsal_runs_the_steps(tmp_path, capsys):
     """One of each kind: all of them run with ``gpu_check.py --rehearse``."""
     steps = {
