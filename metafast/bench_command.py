@@ -13,7 +13,7 @@ from metafast import options
 _HOW, _OUT = "How it is measured", "What is written"
 _MEASURING = (
     "names", "backend", "peer", "learn2learn", "device", "threads", "rounds", "budget", "limit", "first_limit",
-    "model", *options.OF_OWN_MODEL,
+    "oracle", "model", *options.OF_OWN_MODEL,
 )  # fmt: skip
 _WRITTEN = ("json", "markdown", "chart", "report", "readme", "load")
 
@@ -37,6 +37,9 @@ def bench(
     budget: Annotated[float, typer.Option(help="Seconds a peer and workload.", rich_help_panel=_HOW)] = 6.0,
     limit: Annotated[float, typer.Option(help="Seconds for a call; slower: cut off.", rich_help_panel=_HOW)] = 30,
     first_limit: Annotated[float, typer.Option(help="The same for the first call.", rich_help_panel=_HOW)] = 120,
+    oracle: Annotated[
+        Path | None, typer.Option(help="Folder of float64 oracles, as make gpu-pack writes.", rich_help_panel=_HOW)
+    ] = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     model: options.Model = None,
@@ -88,6 +91,7 @@ def bench(
             budget=budget,
             limit=limit,
             first_limit=first_limit,
+            oracle=oracle,
         ),
         outputs=harness.Outputs(json, markdown, chart, report, readme),
         saved=load,

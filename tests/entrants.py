@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,6 +37,39 @@ class Sleeper(TorchLoop):
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         time.sleep(600)
         raise AssertionError("it is ended before this")
+
+
+@dataclass(frozen=True)
+class Meeting(TorchLoop):
+    """One of two that wait for each other in ``folder``: each can be ready only while the other's first call runs."""
+
+    folder: Path
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"meeting {self.number}"
+
+    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
+        (self.folder / str(self.number)).touch()
+        while not (self.folder / str(1 - self.number)).exists():
+            time.sleep(0.02)
+        return super().prepare(workload, tasks)
+
+
+class Inexact(TorchLoop):
+    """The torch loop with a gradient that is 0.03% too long: close enough for a pooled network, a defect here."""
+
+    name = "inexact"
+
+    def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
+        right = super().prepare(workload, tasks)
+
+        def call() -> Answer:
+            losses, gradient = right()
+            return losses, {name: 1.0003 * value for name, value in gradient.items()}
+
+        return call
 
 
 class Broken(TorchLoop):

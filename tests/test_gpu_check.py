@@ -1,184 +1,280 @@
-"""The GPU check on a machine without one, and what becomes of its steps when one goes wrong."""
+"""The GPU check without a GPU: its rules of time, the files that it leaves, and what its steps ask of processes."""
 
 from __future__ import annotations
 
-import inspect
 import json
+import os
+import signal
+import subprocess
 import sys
+import tarfile
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gpu_runs import PASSED, make_job, states, written
 
-import metafast.executors
-from metafast import bench
-from metafast.bench.run import contenders
-from metafast.benchmarks import gpu_check
-from metafast.benchmarks.peers import peers as known
-from metafast.benchmarks.workloads import workload
-from metafast.executors import ReferenceExecutor, executors
-from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+from metafast.benchmarks.gpu import command, plans, process, report, results
+from metafast.benchmarks.gpu.clock import FakeClock
+from metafast.benchmarks.gpu.job import ROOT
+from metafast.benchmarks.gpu.runner import RESERVE, SPARE, Plan, Step, run_plan
+
+PLANS = plans.PLANS.values()
 
 
-@pytest.fixture
-def report(monkeypatch, tmp_path):
-    def run(device, *options, **steps):
-        monkeypatch.setattr(gpu_check, "describe", lambda: {"device": device})
-        monkeypatch.setattr(gpu_check, "STEPS", steps)
-        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out"), *options])
-        code = gpu_check.main()
-        file = tmp_path / "out" / "gpu_check.json"
-        return code, json.loads(file.read_text()) if file.exists() else None
+@pytest.fixture(autouse=True)
+def _signals():
+    """As they were, for a plan takes them."""
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
-    return run
+
+def without_work(plan):
+    return replace(plan, steps=tuple(replace(step, run=lambda job: PASSED) for step in plan.steps))
+
+
+# Time
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_a_plan_leaves_a_minute(plan, tmp_path):
+    job = make_job(tmp_path, FakeClock())
+    assert run_plan(without_work(plan), job)
+    assert plan.limit - job.clock.elapsed() >= SPARE
+    assert plan.limit == {"first": 260, "second": 540}[plan.name]
+    assert set(states(tmp_path).values()) == {"passed"}
+    assert all(step.expected < step.limit < plan.limit for step in plan.steps)
+    assert len({step.name for step in plan.steps}) == len(plan.steps)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+@pytest.mark.parametrize("factor", [3, 100])
+def test_a_step_that_takes_longer_does_not_push_its_plan_over(plan, factor, tmp_path):
+    """Each in turn, then all: what is left over is skipped, in words."""
+    names = [step.name for step in plan.steps]
+    for slow in ([name] for name in names):
+        job = make_job(tmp_path, FakeClock(dict.fromkeys(slow, factor)))
+        run_plan(without_work(plan), job)
+        assert job.clock.elapsed() <= plan.limit - RESERVE
+    job = make_job(tmp_path, FakeClock(dict.fromkeys(names, factor)))
+    assert not run_plan(without_work(plan), job)
+    assert job.clock.elapsed() <= plan.limit - RESERVE
+    last = written(tmp_path)["steps"][names[-1]]
+    assert last["state"] == "skipped"
+    assert "s are left and it is expected to take" in last["end"]
+
+
+def test_limits_bite_on_processes(tmp_path, capsys):
+    """Real ones on the real clock: the first is cut off at its limit, the second at what is left, the third skipped."""
+
+    def sleep(job):
+        deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+        return job.run([sys.executable, "-c", deaf])
+
+    plan = Plan("short", RESERVE + 6, (Step("a", 1, 3, sleep), Step("b", 2, 30, sleep), Step("c", 2, 5, sleep)))
+    began = time.monotonic()
+    assert not run_plan(plan, make_job(tmp_path))
+    assert time.monotonic() - began < plan.limit
+    assert states(tmp_path) == {"a": "cut off", "b": "cut off", "c": "skipped"}
+    assert "b: at most 3 s, shortened from 30: no more is left" in capsys.readouterr().out
+
+
+def test_a_process_may_write_what_it_knows_and_is_gone_with_all_that_it_started(tmp_path):
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    writer = f"{child}\ntry: print('began'); time.sleep(60)\nexcept KeyboardInterrupt: print('what was found')"
+    log, began, marked = tmp_path / "log", time.monotonic(), {"MARK": str(tmp_path)}
+    log.write_text("before\n")
+    found = process.run([sys.executable, "-c", writer], 6, log, marked, tmp_path)
+    assert (found["state"], found["end"].split()[0]) == ("cut off", "began")
+    assert found["end"].endswith("what was found\n")
+    assert log.read_text().startswith("before\n")
+    assert time.monotonic() - began < 7
+    assert_gone(tmp_path)
+    failed = process.run([sys.executable, "-c", "raise SystemExit('no luck')"], 60, log, {}, tmp_path)
+    assert (failed["state"], failed["end"].strip()) == ("failed", "no luck")
+
+
+def assert_gone(mark):
+    """There is no process whose environment names ``mark``; those that were killed may take a moment."""
+
+    def running():
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.fsencode(mark) in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                    found.append((folder / "cmdline").read_bytes())
+        return found
+
+    until = time.monotonic() + 5
+    while running() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert running() == []
+
+
+# What ends a run, and what does not
 
 
 def broken(job):
     raise OSError("disk full")
 
 
-def fine(job):
-    return {"state": "passed"}
+def refused(job):
+    return {"state": "failed", "end": "no compiler"}
 
 
-def test_without_a_gpu_it_says_so(report, capsys):
-    assert report(None, "--only", "fine", fine=fine) == (2, None)
-    assert "There is no GPU here" in capsys.readouterr().out
+def test_a_step_that_fails_leaves_the_others(tmp_path):
+    plan = Plan("p", 100, (Step("broken", 1, 2, broken), Step("fine", 1, 2, lambda job: PASSED)))
+    assert not run_plan(plan, make_job(tmp_path, FakeClock()))
+    assert states(tmp_path) == {"broken": "failed", "fine": "passed"}
+    assert written(tmp_path)["steps"]["broken"]["end"] == "OSError: disk full"
 
 
-def test_a_step_that_fails_leaves_the_others(report):
-    code, found = report("H200", "--only", "broken,fine", broken=broken, fine=fine)
-    assert code == 1
-    assert found["steps"]["broken"] == {"state": "failed", "end": "OSError: disk full"}
-    assert found["steps"]["fine"] == {"state": "passed"}
-    assert report("H200", "--only", "fine", broken=broken, fine=fine)[0] == 0
+def test_without_a_build_nothing_else_runs(tmp_path):
+    plan = Plan("p", 100, (Step("env", 1, 2, refused, vital=True), Step("fine", 1, 2, lambda job: PASSED)))
+    assert not run_plan(plan, make_job(tmp_path, FakeClock()))
+    assert states(tmp_path) == {"env": "failed"}
+    assert written(tmp_path)["end"] == "ended: without env there is nothing to check"
+    assert plans.FIRST.steps[0].vital
+    assert plans.SECOND.steps[0].vital
 
 
-def test_an_unknown_step_is_named(report, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_report_and_logs(tmp_path, number):
+    """The command itself, as a process of its own, stopped in the middle of a step."""
+    out = tmp_path / "first"
+    arguments = ["--rehearse", "--plan", "first", "--only", "env,smoke", "--out", str(tmp_path)]
+    check = subprocess.Popen([sys.executable, "benchmarks/gpu_check.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 120
+        while not any(line["step"].startswith("smoke") for line in results.read(out / report.NUMBERS)):
+            assert check.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        check.send_signal(number)
+        printed = check.communicate(timeout=30)[0].decode()
+    finally:
+        check.kill()
+    assert check.returncode == 1
+    assert {file.name for file in out.iterdir()} == {report.NUMBERS, report.REPORT, report.LOGS}
+    found = json.loads((out / report.REPORT).read_text())
+    assert found["end"] == f"stopped by {number.name}"
+    assert [step["state"] for step in found["steps"].values()] == ["passed", "stopped"]
+    assert found["results"] == results.read(out / report.NUMBERS)
+    with tarfile.open(out / report.LOGS) as tar:
+        assert {"logs/env.log", "logs/smoke-blocks.log"} <= set(tar.getnames())
+    assert f"stopped by {number.name}" in printed
+    assert_gone(out)
+
+
+# Files
+
+
+def test_numbers_are_in_the_file_when_they_exist(tmp_path, capsys):
+    """Of a process too, while it still runs; half a line is no line."""
+    code = (
+        "import sys, time; sys.path.insert(0, 'benchmarks'); from gpu.results import Results\n"
+        "Results.of_this_process().add('sin25-5', error=1.25e-7, bad=float('nan'))\ntime.sleep(60)"
+    )
+
+    def step(job):
+        found = job.run([sys.executable, "-c", code])
+        with job.results.file.open("a") as file:
+            file.write('{"elapsed": 1, "st')
+        return found
+
+    assert not run_plan(Plan("p", RESERVE + 5, (Step("smoke:a", 1, 4, step),)), make_job(tmp_path))
+    (line,) = written(tmp_path)["results"]
+    assert 0 <= line.pop("elapsed") < 3
+    assert line == {"step": "smoke:a", "of": "sin25-5", "error": 1.25e-7, "bad": None}
+    assert "smoke:a sin25-5: error 1.25e-07, bad None" in capsys.readouterr().out
+
+
+def test_a_run_leaves_three_files_however_much_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ALL", 1_000_000)
+
+    def step(job):
+        (job.report.logs / "long.log").write_bytes(b"begin" + os.urandom(2_000_000) + b"end")
+        for number in range(5):
+            (job.report.logs / f"{number}.bin").write_bytes(os.urandom(190_000))
+        return PASSED
+
+    job = make_job(tmp_path, FakeClock())
+    run_plan(Plan("p", 100, (Step("a", 1, 2, step),)), job)
+    out = tmp_path / "out"
+    assert {file.name for file in out.iterdir()} == {report.NUMBERS, report.REPORT, report.LOGS}
+    assert (out / report.LOGS).stat().st_size < 1_100_000
+    assert not job.report.scratch.exists()
+    monkeypatch.setattr(report, "ALL", 10_000_000)
+    report.pack_logs(tmp_path, tmp_path / "none.tar.gz")
+    with tarfile.open(out / report.LOGS) as tar:
+        assert tar.getnames() == [f"logs/{number}.bin" for number in range(5)]
+
+
+def test_a_long_log_keeps_its_beginning_and_its_end(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "long.log").write_bytes(b"begin" + b"x" * 2_000_000 + b"end")
+    report.pack_logs(tmp_path / "logs", tmp_path / "logs.tar.gz")
+    with tarfile.open(tmp_path / "logs.tar.gz") as tar:
+        content = tar.extractfile("logs/long.log").read()
+    assert content.startswith(b"begin")
+    assert content.endswith(b"end")
+    assert b"1600008 bytes are left out" in content
+    assert len(content) < report.LARGEST + 100
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--only", "smoke,spin"], "there is no step 'spin' in this plan; choose from env, smoke, tests"),
+        (["--plan", "third"], "invalid choice: 'third'"),
+        (["--pack", "/nowhere"], "/nowhere is no pack of make gpu-pack"),
+    ],
+)
+def test_what_is_not_there_is_named(arguments, text, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        report("H200", "--only", "fine,spin", fine=fine)
-    assert "'spin' is unknown; choose from fine" in capsys.readouterr().err
+        command.main(["--out", str(tmp_path), *arguments])
+    assert text in capsys.readouterr().err
 
 
-def test_commands_are_cut_off_and_their_output_kept(tmp_path):
-    sleeper = [sys.executable, "-uc", "import time; print('began'); time.sleep(60)"]
-    found = gpu_check.run(sleeper, 3, tmp_path / "log")
-    assert found["state"] == "cut off"
-    assert "began" in found["end"]
-    assert found["seconds"] < 30
-    writer = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what was found')"
-    found = gpu_check.run([sys.executable, "-uc", writer], 3, tmp_path / "log")
-    assert (found["state"], found["end"].strip()) == ("cut off", "what was found")
-    failed = gpu_check.run([sys.executable, "-c", "raise SystemExit('no luck')"], 60, tmp_path / "log")
-    assert (failed["state"], failed["end"].strip()) == ("failed", "no luck")
+def test_steps_are_chosen_by_name_or_group():
+    chosen = plans.SECOND.chosen(["peers", "memcheck:blocks"])
+    assert [step.name.partition(":")[0] for step in chosen] == ["peers"] * 5 + ["memcheck", "peers"]
 
 
-def test_what_is_not_there_is_asked_for(report, capsys):
-    for options, text in (
-        (["--workloads", "sin25-1,moon"], "--workloads: 'moon' is unknown; choose from sin25-1, sin25-5"),
-        (["--only", "omniglot5"], "step omniglot5 needs --omniglot: the folder of its two zips"),
-    ):
-        with pytest.raises(SystemExit):
-            report("H200", *options, fine=fine, omniglot5=fine)
-        assert text in capsys.readouterr().err
+def test_it_starts_before_anything_is_installed(tmp_path):
+    """By a Python without any other package."""
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import gpu.command; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-ISc", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "metafast", "triton"} & set(run.stdout.split())
 
 
-def test_by_default_all_steps_run_for_which_there_are_data(report, tmp_path):
-    steps = {"fine": fine, "omniglot5": fine}
-    assert list(report("H200", **steps)[1]["steps"]) == ["fine"]
-    assert list(report("H200", "--omniglot", str(tmp_path), **steps)[1]["steps"]) == ["fine", "omniglot5"]
-
-
-WRITES = """
-import sys
-from pathlib import Path
-found = {"half": '{"cut', "whole": '{"ms": 3}'}
-if sys.argv[1] in found:
-    Path(sys.argv[2]).write_text(found[sys.argv[1]])
-"""
-
-
-def test_each_workload_keeps_its_result(tmp_path):
-    job = gpu_check.Job(tmp_path, time.monotonic() + 100, backends="triton")
-    (tmp_path / "bench-none.json").write_text('{"of": "an earlier run"}')
-    found = gpu_check._each(("half", "whole", "none"), job, "bench", WRITES, 30)
-    assert [found["workloads"][n]["result"] for n in ("half", "whole", "none")] == [None, {"ms": 3}, None]
-    late = gpu_check._each(("whole",), gpu_check.Job(tmp_path, time.monotonic() + 5, ("whole",)), "bench", WRITES, 30)
-    skipped = {"whole": {"state": "skipped", "end": "no time left"}}
-    assert late == {"state": "skipped", "workloads": skipped, "end": "whole: no time left"}
-
-
-def test_a_measurement_is_what_was_asked_for(monkeypatch, tmp_path):
-    given, signature = {}, inspect.signature(bench.main_bench)
-
-    def main_bench(*arguments, **options):
-        given.update(signature.bind(*arguments, **options).arguments)
-
-    options = {"settings": gpu_check.SETTINGS, "backends": "triton,reference", "peers": ["torch loop"]}
-    monkeypatch.setattr(sys, "argv", ["-c", "mini5w1s-5-t32", str(tmp_path / "out.json"), json.dumps(options)])
-    with monkeypatch.context() as patch:
-        patch.setattr(bench, "main_bench", main_bench)
-        exec(gpu_check.BENCH, {})
-    assert (given["own"].name, given["own"].tasks, given["own"].steps) == ("mini5w1s-5-t32", 32, 5)
-    assert (given["backends"], given["chosen_peers"]) == (["triton", "reference"], ["torch loop"])
-    assert (given["settings"].device, given["settings"].limit) == ("cuda", 60)
-    assert given["outputs"].json == tmp_path / "out.json"
-
-
-def test_each_precision_is_timed_and_held_to_the_truth(monkeypatch, tmp_path):
-    twin = NativeCudaExecutor(BlockMachine(232448, 132))
-    monkeypatch.setattr(metafast.executors, "_EXECUTORS", [twin, ReferenceExecutor()])
-    options = {"settings": {"device": "cpu", "budget": 0.1}, "backends": "native-cuda", "peers": []}
-    monkeypatch.setattr(sys, "argv", ["-c", "sin25-1-t2", str(tmp_path / "out.json"), json.dumps(options)])
-    exec(gpu_check.PRECISION, {})
-    found = json.loads((tmp_path / "out.json").read_text())
-    errors = [found[precision]["error"] for precision in ("float32", "tf32x3", "tf32", "bf16")]
-    assert max(errors[:2]) < 1e-5 < errors[2] < errors[3]
-    assert all(entry["ms"] > 0 for entry in found.values())
-
-
-def test_training_leaves_its_summary(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "SETTINGS", {"device": "cpu"})
-    job = gpu_check.Job(tmp_path, time.monotonic() + 300, backends="reference")
-    found = gpu_check._train(job, "sinusoid", "native-cuda", 100, "--iterations", "30", "--test-tasks", "2")
-    assert found["state"] == "passed", found
-    assert found["result"]["training"]["iterations"] == 30
-    assert found["result"]["outer_step"] == "kernel by kernel (device cpu has no CUDA graphs)"
-    refused = gpu_check._train(job, "omniglot-5w1s", "triton", 100)
-    assert (refused["state"], refused["result"]) == ("failed", None)
-    assert "needs --data" in refused["end"]
-
-
-@pytest.mark.parametrize("name", [*gpu_check.WORKLOADS])
-def test_workloads_have_an_executor_of_their_own(name):
-    assert workload(name.partition("-t")[0]).steps in (1, 5)
-    assert gpu_check.WORKLOADS[name] in [e.name for e in executors()]
-
-
-def test_the_tests_that_it_runs_are_all_that_need_a_gpu():
-    marked = {f.name for f in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in f.read_text()}
-    listed = {Path(file) for files in gpu_check.TESTS.values() for file in files.split()}
-    assert {file.name for file in listed} == marked - {Path(__file__).name}
-    assert all((gpu_check.ROOT / file).exists() for file in listed)
-
-
-def test_tests_that_fail_run_again_launch_by_launch(monkeypatch, tmp_path):
-    seen = []
-
-    def run(command, limit, log, **environment):
-        seen.append((command, environment))
-        return {"state": "failed" if "tests/test_gpu.py" in command and not environment else "passed", "end": "ouch"}
-
-    monkeypatch.setattr(gpu_check, "run", run)
-    found = gpu_check.test(gpu_check.Job(tmp_path, time.monotonic() + 100))
-    assert found["state"] == "partly"
-    assert found["end"] == "blocks: ouch"
-    assert found["files"]["blocks"]["again"]["state"] == "passed"
-    assert [(len(e), "--lf" in c) for c, e in seen] == [(0, False), (1, True), (0, False), (0, False)]
-
-
-def test_code_that_only_a_gpu_can_run_is_at_least_python():
-    compile(gpu_check.PROFILE, "profile", "exec")
-    assert {*gpu_check.PROFILED, *gpu_check.ROUNDED, *gpu_check.AT_ONCE} <= set(gpu_check.WORKLOADS)
-    for peers in gpu_check.AT_ONCE.values():
-        assert len(contenders([], peers, known())) == len(peers)
+@pytest.mark.slow
+def test_the_rehearsal_runs_the_steps(tmp_path, capsys):
+    """One of each kind: all of them run with ``gpu_check.py --rehearse``."""
+    steps = {
+        "first": ["smoke:blocks", "tests", "sinusoid", "ncu:omni5w1s-5", "micro"],
+        "second": ["peers:sin25-5", "racecheck", "precision"],
+    }
+    arguments = ["--rehearse", "--only", ",".join(["env", *steps["first"], *steps["second"]]), "--out", str(tmp_path)]
+    assert command.main(arguments) == 0, capsys.readouterr().out
+    for name, others in steps.items():
+        only = ["env", *others]
+        found = json.loads((tmp_path / name / report.REPORT).read_text())
+        assert {step: of["state"] for step, of in found["steps"].items()} == dict.fromkeys(only, "passed")
+        assert {bar["verdict"] for bar in found["bars"]} == {"not measured"}
+        assert {line["step"] for line in found["results"]} == set(only)
+        assert found["rehearsal"]
+    printed = capsys.readouterr().out
+    assert len(printed) < 12_000
+    assert "s to spare" in printed
+    numbers = [line for line in found["results"] if line["step"] == "peers:sin25-5"]
+    assert {line.get("contender") for line in numbers} == {"metafast", "torch loop", None}

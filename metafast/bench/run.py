@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from metafast.agreement import GRADIENT, LOSSES, PARAMETER, Answer, agreement
+from metafast.agreement import EXACT, GRADIENT, LOSSES, PARAMETER, Answer, agreement
 from metafast.bench.machine import bare_bytes, describe, rates
 from metafast.bench.worker import CutOff, Failed, Worker
+from metafast.benchmarks import oracles
 from metafast.benchmarks.peers import Metafast, Peer, TorchLoop
 from metafast.benchmarks.workloads import Workload
 from metafast.capture import capture
@@ -21,6 +24,11 @@ from metafast.losses import as_loss
 
 FORMAT = 1
 _FEWEST = 3  # calls, for quartiles to mean something
+# Layers behind which rounding stays rounding; convolutions, batch norms and pooling amplify it.
+_EXACT = (
+    nn.Sequential, nn.Linear, nn.LayerNorm, nn.Flatten, nn.Identity,
+    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Sigmoid, nn.Tanh,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,12 @@ class Settings:
         budget: of all turns of a peer together, once it has had three calls.
         limit: for one call; a peer that needs longer is cut off.
         first_limit: for the first call, which may compile.
+        side_by_side: the first calls of all peers run at once. That saves time on a machine with many cores; the
+            seconds that they take say less.
+        oracle: the folder of float64 oracles, one file a workload; ``None``: they are worked out.
 
     Raises:
-        ValueError: one of them is not positive.
+        ValueError: one of the numbers is not positive.
     """
 
     device: str = "cpu"
@@ -47,6 +58,8 @@ class Settings:
     budget: float = 6.0
     limit: float = 30.0
     first_limit: float = 120.0
+    side_by_side: bool = False
+    oracle: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "rounds"):
@@ -96,17 +109,21 @@ def measure(
     """Everything about ``workloads``, as plain JSON values; ``say`` is told what is going on.
 
     Raises:
-        ValueError: a workload's model cannot take its samples or labels; found before anything is measured.
+        FileNotFoundError, ValueError: the folder of oracles has none for a workload, or one of another; or a workload's
+            model cannot take its samples or labels. All are found before anything is measured.
         Stopped: Ctrl-C came, or there is no oracle for a workload.
     """
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     costs = [_cost(workload) for workload in workloads]
-    tolerances = {"losses": LOSSES, "gradient": GRADIENT, "parameter": PARAMETER}
+    if settings.oracle is not None:
+        for workload in workloads:
+            _kept_oracle(settings.oracle, workload)
+    tolerances = {"losses": LOSSES, "gradient": GRADIENT, "parameter": PARAMETER, "exact": EXACT}
     result: dict[str, Any] = {
         "format": FORMAT,
         "machine": describe(settings.device, threads),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "oracle": settings.oracle and str(settings.oracle)},
         "tolerances": {name: asdict(tolerance) for name, tolerance in tolerances.items()},
         "bare_torch_bytes": bare_bytes(),
         "workloads": [],
@@ -145,9 +162,7 @@ def _measure(
     contenders = [_Contender(peer) for peer in peers]
     interrupted = False
     try:
-        for contender in contenders:
-            say(f"{workload.name}: {contender.peer.name}, first call")
-            _check(contender, workload, oracle, settings, threads)
+        _first_calls(contenders, workload, oracle, settings, threads, say)
         for turn in range(settings.rounds):
             for contender in contenders:
                 say(f"{workload.name}: round {turn + 1} of {settings.rounds}, {contender.peer.name}")
@@ -178,6 +193,8 @@ def _measure(
 
 
 def _oracle(workload: Workload, settings: Settings, threads: int) -> Answer:
+    if settings.oracle is not None:
+        return _kept_oracle(settings.oracle, workload)
     worker = Worker(TorchLoop(), workload, settings.device, threads, torch.float64)
     try:
         losses, gradient = worker.first(10 * settings.first_limit)[1]
@@ -194,13 +211,44 @@ def _oracle(workload: Workload, settings: Settings, threads: int) -> Answer:
     return losses, gradient
 
 
-def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: Settings, threads: int) -> None:
-    """The first call: what it gives decides whether it is timed at all."""
-    peer = contender.peer
-    missing = peer.missing(workload, settings.device)
+def _kept_oracle(folder: Path, workload: Workload) -> Answer:
+    try:
+        return oracles.load(folder, workload)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; make gpu-pack writes those of the canonical workloads, and without --oracle it is worked out"
+        ) from error
+
+
+def _first_calls(
+    contenders: Sequence[_Contender], workload: Workload, oracle: Answer, settings: Settings, threads: int,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    if settings.side_by_side:
+        say(f"{workload.name}: the first calls of all")
+        for contender in contenders:
+            _start(contender, workload, settings, threads)
+    for contender in contenders:
+        say(f"{workload.name}: {contender.peer.name}, first call")
+        if not settings.side_by_side:
+            _start(contender, workload, settings, threads)
+        _check(contender, workload, oracle, settings)
+
+
+def _start(contender: _Contender, workload: Workload, settings: Settings, threads: int) -> None:
+    """Its process, which begins the first call."""
+    missing = contender.peer.missing(workload, settings.device)
     if missing is not None:
         return contender.leave("missing", missing)
-    contender.worker = Worker(peer, workload, settings.device, threads)
+    contender.worker = Worker(contender.peer, workload, settings.device, threads)
+    contender.worker.begin()
+    return None
+
+
+def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: Settings) -> None:
+    """What the first call gives decides whether it is timed at all."""
+    if contender.worker is None:
+        return None
     try:
         seconds, answer = contender.worker.first(settings.first_limit)
     except CutOff:
@@ -211,7 +259,15 @@ def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: 
     contender.row.update(version=contender.worker.version, first_call_s=seconds, agreement=found.to_json())
     if not found.agrees:
         contender.leave("disagrees", str(found))
+    elif exact_path(workload) and not found.exact:
+        worst = max(found.losses, found.gradient)
+        contender.row["flag"] = f"off by {worst:.1e} where float32 allows {EXACT.value:g}"
     return None
+
+
+def exact_path(workload: Workload) -> bool:
+    """Does nothing in its network amplify rounding?"""
+    return all(isinstance(module, _EXACT) for module in workload.network().modules())
 
 
 def _turn(contender: _Contender, settings: Settings, bare: int) -> None:
@@ -250,8 +306,8 @@ def _finish(
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """Speed-ups between rows that were measured; all of those agree with the oracle."""
-    measured = [row for row in rows if row["state"] == "measured"]
+    """Speed-ups between rows that were measured and not flagged; all of those agree with the oracle."""
+    measured = [row for row in rows if row["state"] == "measured" and "flag" not in row]
     for row in measured:
         others = (other for other in measured if other is not row)
         row["speedup_over"] = {other["name"]: other["median_s"] / row["median_s"] for other in others}

@@ -10,9 +10,9 @@ from metafast.bench.terminal import console, print_table
 
 MARKS = ("<!-- metafast bench -->", "<!-- /metafast bench -->")
 HEADINGS = (
-    "median", "quartiles", "tasks/s", "over floor", "matrix share", "memory", "first call", "speed-up over it"
+    "median", "quartiles", "tasks/s", "over floor", "matrix share", "memory", "first call", "error", "speed-up over it"
 )  # fmt: skip
-_SPARE = ("matrix share", "first call", "memory", "quartiles", "tasks/s", "over floor")
+_SPARE = ("matrix share", "first call", "memory", "error", "quartiles", "tasks/s", "over floor")
 _OWN = "bold green"
 
 
@@ -54,26 +54,27 @@ def markdown(result: dict[str, Any]) -> str:
     """All workloads in one Markdown table: times of each contender, and where it comes from."""
     names = list(dict.fromkeys(row["name"] for workload in result["workloads"] for row in workload["rows"]))
     lines = [
-        f"| workload | {' | '.join(names)} | speed-up over the fastest peer | metafast over floor |",
-        f"|---|{'---:|' * (len(names) + 2)}",
+        f"| workload | {' | '.join(names)} | speed-up over the fastest peer | metafast over floor | its error |",
+        f"|---|{'---:|' * (len(names) + 3)}",
     ]
     for workload in result["workloads"]:
         rows = {row["name"]: row for row in workload["rows"]}
         medians = [duration(rows[n]["median_s"]) if measured(rows.get(n)) else _absent(rows.get(n)) for n in names]
         own, ratio = own_row(workload), best_ratio(workload)
-        last = ["–" if ratio is None else f"**{times(ratio)}**", "–" if own is None else times(own["over_floor"])]
+        last = ["–" if ratio is None else f"**{times(ratio)}**"]
+        last += ["–", "–"] if own is None else [times(own["over_floor"]), error(own)]
         lines.append(f"| `{workload['name']}` | {' | '.join([*medians, *last])} |")
     notes = [f"{w['name']}: {remark}" for w in result["workloads"] for remark in remarks(w)]
     return "\n".join([*lines, "", caption(result) + ".", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def between_marks(text: str, table: str) -> str:
+def between_marks(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
     """``text`` with ``table`` in the place of what stands between its two marks.
 
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
-    begin, end = MARKS
+    begin, end = marks
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"there is no place for the table: put the lines {begin} and {end} where it belongs")
     return f"{text[: text.index(begin)]}{begin}\n{table}{text[text.index(end) :]}"
@@ -116,7 +117,7 @@ def cells(row: dict[str, Any], workload: dict[str, Any]) -> list[str]:
     """What stands under ``HEADINGS`` after the name."""
     first = duration(row["first_call_s"]) if "first_call_s" in row else ""
     if not measured(row):
-        return [row["state"], "", "", "", "", "", first, ""]
+        return [row["state"], "", "", "", "", "", first, error(row), ""]
     return [
         duration(row["median_s"]),
         _span(row["q1_s"], row["q3_s"]),
@@ -125,18 +126,28 @@ def cells(row: dict[str, Any], workload: dict[str, Any]) -> list[str]:
         f"{row['matrix_share']:.0%}",
         f"{row['peak_bytes'] / 1e6:,.0f} MB",
         first,
+        error(row),
         _ratio(row, workload),
     ]
 
 
+def error(row: dict[str, Any]) -> str:
+    """How far the gradient is from the oracle's, relative to its norm; marked where that is more than it should be."""
+    found = row.get("agreement", {}).get("gradient")
+    return "" if found is None else f"{found:.0e}{' !' * ('flag' in row)}"
+
+
 def _ratio(row: dict[str, Any], workload: dict[str, Any]) -> str:
     own = own_row(workload)
-    return "" if own is None or row is own else times(own["speedup_over"][row["name"]])
+    ratio = None if own is None else own.get("speedup_over", {}).get(row["name"])
+    return "" if ratio is None else times(ratio)
 
 
 def remarks(workload: dict[str, Any]) -> Iterator[str]:
-    """Why a row has no time."""
+    """Why a row has no time, or no ratio."""
     for row in workload["rows"]:
+        if "flag" in row:
+            yield f"{row['name']}: {row['flag']}; it has no part in speed-ups"
         if row["state"] == "disagrees":
             yield f"{row['name']} gives another result than the oracle, so it is not timed: {row['note']}"
         elif row["state"] != "measured":
@@ -159,12 +170,12 @@ def own_row(workload: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def best_ratio(workload: dict[str, Any]) -> float | None:
-    """How many times faster metafast is than the fastest peer; ``None`` where one of them has no time."""
+    """How many times faster metafast is than the fastest peer; ``None`` where one of them has no time or is flagged."""
     own = own_row(workload)
     if own is None:
         return None
     peers = {row["name"] for row in workload["rows"] if not is_own(row)}
-    return min((ratio for name, ratio in own["speedup_over"].items() if name in peers), default=None)
+    return min((ratio for name, ratio in own.get("speedup_over", {}).items() if name in peers), default=None)
 
 
 def duration(seconds: float) -> str:

@@ -44,16 +44,29 @@ class Worker:
             self._process.start()
         theirs.close()
         self.version = ""
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """Begins the first call and does not wait for it, so that those of others can run beside it."""
+        self._began = time.monotonic()
+        with contextlib.suppress(ConnectionError):  # a process that has died is found by who waits for it
+            self._connection.send(("first",))
 
     def first(self, limit: float) -> tuple[float, Answer]:
         """Prepares and calls once: the seconds that takes, with imports and compilation, and the answer."""
-        self.version, seconds, answer = self._ask(("first",), limit)
+        if self._began is None:
+            self.begin()
+        assert self._began is not None
+        left = limit - (time.monotonic() - self._began)
+        self.version, seconds, answer = self._answer(max(0.0, left))
         return seconds, answer
 
     def turn(self, seconds: float, limit: float) -> tuple[list[float], dict[str, int]]:
         """Calls for ``seconds``, at least once: the seconds of each call; and the most bytes that the process has held
         so far, of the ``host`` and, on a GPU, of the ``device``."""
-        return self._ask(("turn", seconds), limit)
+        with contextlib.suppress(ConnectionError):
+            self._connection.send(("turn", seconds))
+        return self._answer(limit)
 
     def close(self) -> None:
         """Ends the process."""
@@ -61,14 +74,13 @@ class Worker:
         self._process.join()
         self._connection.close()
 
-    def _ask(self, message: tuple[Any, ...], limit: float) -> Any:
+    def _answer(self, limit: float) -> Any:
         try:
-            self._connection.send(message)
             if not self._connection.poll(limit):
                 self.close()
                 raise CutOff
             kind, value = self._connection.recv()
-        except (EOFError, ConnectionError, BrokenPipeError) as error:
+        except (EOFError, ConnectionError) as error:
             self._process.join(5)
             raise Failed(f"its process ended (exit code {self._process.exitcode}); out of memory?") from error
         if kind == "error":

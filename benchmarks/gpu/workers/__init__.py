@@ -1,0 +1,1 @@
+"""Programs that the steps start, each ``python -m`` in a process of its own, with torch and metafast."""

@@ -1,0 +1,24 @@
+"""One meta-gradient of one workload, for a profiler to look at."""
+
+from __future__ import annotations
+
+import torch
+
+from .setting import parser, setting
+
+
+def main() -> None:
+    """Runs it."""
+    options = parser(__doc__)
+    options.add_argument("workload")
+    given = options.parse_args()
+    where = setting(given)
+    chosen = where.workload(given.workload)
+    losses = where.learner(chosen).backward(chosen.draw().to(where.device)).losses
+    if where.device != "cpu":
+        torch.cuda.synchronize()
+    assert losses.isfinite().all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Time and error of a meta-gradient with each precision of products, of the CUDA executor."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from metafast.agreement import agreement
+from metafast.executors.cuda import PRECISIONS
+
+from .setting import parser, setting
+from .smoke import answer, arrays
+from .timing import host_ms
+
+SECONDS = 0.5
+
+
+def main() -> None:
+    """A line of results for each."""
+    options = parser(__doc__)
+    options.add_argument("workloads", nargs="+")
+    given = options.parse_args()
+    where = setting(given)
+    for name in given.workloads:
+        chosen = where.workload(name)
+        truth, tasks = where.oracle(chosen), chosen.draw().to(where.device)
+        for precision in PRECISIONS:
+            learner = where.learner(chosen, precision=precision)
+            error = agreement(arrays(answer(learner, tasks)), truth).gradient
+            taken = host_ms(partial(learner.backward, tasks), where.device, where.seconds(SECONDS))
+            where.results.add(name, precision=precision, gradient_error=error, eager_ms=taken)
+
+
+if __name__ == "__main__":
+    main()

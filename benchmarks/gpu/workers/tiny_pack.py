@@ -1,0 +1,29 @@
+"""A pack for a rehearsal: oracles of the tiny workloads, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from metafast.benchmarks import oracles
+from metafast.benchmarks.workloads import workload
+
+from ..subjects import BLOCKS, TRITON
+from .setting import tiny
+
+
+def main() -> None:
+    """Writes it into the folder that the command line names."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for name in (*BLOCKS, *TRITON):
+        chosen = tiny(workload(name))
+        oracles.save(folder / "oracles", chosen, oracles.compute(chosen))
+    (folder / "pack.json").write_text(json.dumps({"commit": None, "versions": {}, "files": {}}))
+
+
+if __name__ == "__main__":
+    main()
