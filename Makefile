@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 # Where there is a compiler, an extension that does not build is an error.
 export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
 
 # Versions of torch whose headers csrc must compile against, beside those of $(VENV): the oldest promised, a GPU machine's.
 OLDER := 2.10.0 2.11.0
@@ -106,8 +106,9 @@ lint: setup $(if $(METAFAST_CPU),build/headers/checked)
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
+# On a machine with a GPU; needs neither make nor this environment. benchmarks/gpu/plans.py says what it does.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out benchmarks/results
+	$(PYTHON) benchmarks/gpu_check.py --plan first --out build/gpu-check
 
 clean:
 	rm -rf $(VENV) $(DEVICE_VENV) build dist *.egg-info metafast/*.so

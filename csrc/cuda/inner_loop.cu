@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#if CUDART_VERSION < 12040
+#error "metafast's kernels need CUDA 12.4 or later, for __maxnreg__; METAFAST_CUDA=0 builds without them"
+#endif
+
 #define METAFAST_NAMESPACE metafast::cuda
 #include "launch.h"
 #include "sum.cuh"
