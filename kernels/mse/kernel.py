@@ -17,8 +17,8 @@ from .reference import MSE
 
 @triton.jit
 def metafast_mse(loss, g, z, y, w, share, n, K: tl.constexpr, B: tl.constexpr):
-    """``loss [T]``, ``g = 2 w (z - y) / K`` for samples of ``K`` elements; without ``w`` each counts ``share``. Grid
-    (1, task)."""
+    """``loss [T]``, ``g = 2 w (z - y) / K`` for samples of ``K`` elements; without ``w`` each element counts
+    ``share``. Grid (1, task)."""
     task = tl.program_id(1).to(tl.int64)
     base = task * n * K
     total = tl.zeros((B,), tl.float32)
@@ -28,7 +28,7 @@ def metafast_mse(loss, g, z, y, w, share, n, K: tl.constexpr, B: tl.constexpr):
         e = tl.load(z + base + i, inside, 0.0).to(tl.float32)
         if y is not None:
             e -= tl.load(y + base + i, inside, 0.0).to(tl.float32)
-        weight = share / K if w is None else tl.load(w + task * n + i // K, inside, 0.0) / K
+        weight = tl.where(inside, share, 0.0) if w is None else tl.load(w + task * n + i // K, inside, 0.0) / K
         total += tl.where(weight != 0, weight * e * e, 0.0)
         tl.store(g + base + i, 2 * weight * e, inside)
     tl.store(loss + task, tl.sum(total, 0))
@@ -62,5 +62,5 @@ class TritonMSE(Loss):
         size = z[0, 0].numel()
         loss, g = empty(z, tasks), torch.empty_like(z)
         block_size = block(n * size, 16, TILES.elements)
-        launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, 1 / n, n, K=size, B=block_size)
+        launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, 1 / (n * size), n, K=size, B=block_size)
         return loss, g
