@@ -12,10 +12,9 @@ from .launch import block, cdiv, empty, launch
 ROWS = 128  # of a tile
 TILES_AT_ONCE = 32  # that a program adds up
 
-# Where the readers of partial results merge them themselves: the most tiles, each of which lengthens the chain of loads
-# in front of a program's work, and the most bytes that all programs read again, about what L2 delivers in the time that
-# a launch of its own takes.
-MOST_TILES = 64
+# Programs that read partial results merge them themselves while all of them together read no more bytes for that: about
+# what L2 delivers in the time of a launch, which this saves. The way through the tiles one after another is as long in
+# a kernel of its own.
 MOST_BYTES = 8 << 20
 
 
@@ -145,5 +144,4 @@ def moments_for(readers: int, parts: Tensor, tile_rows: int, rows: int) -> tuple
 
 
 def _readable(readers: int, parts: Tensor) -> bool:
-    tiles = parts.shape[1]
-    return tiles == 1 or (tiles <= MOST_TILES and readers * 4 * parts.numel() <= MOST_BYTES)
+    return parts.shape[1] == 1 or readers * 4 * parts.numel() <= MOST_BYTES
