@@ -156,7 +156,7 @@ class Picture(nn.Module):
     def __init__(self, how="plain"):
         super().__init__()
         self.how, self.conv, self.head = how, nn.Conv2d(2, 4, 3, padding=1), nn.Linear(24, 3)
-        self.norm, self.other = nn.LayerNorm([4, 2, 3]), nn.Linear(24, 3)
+        self.norm, self.wide, self.other = nn.LayerNorm([4, 2, 3]), nn.Linear(3, 24), nn.Linear(24, 3)
         if how == "tied":
             self.other.weight = self.head.weight
 
@@ -165,9 +165,9 @@ class Picture(nn.Module):
         x = self.norm(x) if self.how == "layer norm" else x
         features = x.flatten(1)
         y = self.head(features)
-        if self.how in ("tied", "read twice"):
-            y = y + self.other(torch.tanh(features))
-        return y
+        if self.how == "plain":
+            return y
+        return y + self.other(torch.tanh(self.wide(y) if self.how == "tied" else features))
 
 
 PIXELS = Setup("pixels into the head", lambda: nn.Sequential(
