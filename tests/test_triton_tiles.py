@@ -165,7 +165,7 @@ class Picture(nn.Module):
         x = self.norm(x) if self.how == "layer norm" else x
         features = x.flatten(1)
         y = self.head(features)
-        if self.how == "plain":
+        if self.how in ("plain", "layer norm"):
             return y
         return y + self.other(torch.tanh(self.wide(y) if self.how == "tied" else features))
 
