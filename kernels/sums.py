@@ -10,7 +10,7 @@ from torch import Tensor
 from .launch import block, cdiv, empty, launch
 
 ROWS = 128  # of a tile
-TILES_AT_ONCE = 16  # that a program adds up: more cost registers
+TILES_AT_ONCE = 8  # that a program adds up: more cost registers
 
 # Programs that read partial results merge them themselves while all of them together read no more bytes for that: about
 # what L2 delivers in the time of a launch, which this saves. The way through the tiles one after another is as long in
