@@ -1,14 +1,13 @@
 """A convolution and the batch norm behind it as one layer: the norm's sums come out of the convolution's products.
 
-The norm takes away the mean of each channel and with it a bias of the convolution, which is left out: its adjoints are
-zero.
+The norm takes away the mean of each channel and with it a bias of the convolution, which is no parameter of this layer:
+nothing depends on it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .batch_norm.kernel import TritonBatchNorm
@@ -18,12 +17,11 @@ from .layer import Context, Layer, Tangents, Tensors
 
 @dataclass(frozen=True)
 class NormalisedConv(Layer):
-    """``norm(conv(x) + bias)``; ``conv`` has no bias of its own, parameters are its weight, where there is one the
-    ``bias``, then those of ``norm``, which measures its statistics."""
+    """``norm(conv(x))``; ``conv`` has no bias, parameters are its weight, then those of ``norm``, which measures its
+    statistics."""
 
     conv: TritonConv2d
     norm: TritonBatchNorm
-    bias: bool = False
     stem = "conv2d+batch_norm"
 
     def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
@@ -41,7 +39,7 @@ class NormalisedConv(Layer):
         (g_z,), found = self.norm.backward(ctx.norm, of_norm, g_y)
         assert g_z is not None  # always asked for
         into, before = self.conv.backward(ctx.conv, of_conv, g_z)
-        return into, [*before, *self._of_bias(ctx, params), *found]
+        return into, [*before, *found]
 
     def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         (of_conv, of_norm), (d_conv, d_norm) = self._split(params), self._split(d_params)
@@ -64,15 +62,11 @@ class NormalisedConv(Layer):
             into, before = self.conv.tangent_backward(ctx.conv, of_conv, d_conv, gd_z)
         else:  # the convolution's Jacobian is constant along the direction
             into, before = self.conv.backward(ctx.conv, of_conv, gd_z)
-        return into, [*before, *self._of_bias(ctx, params), *found]
+        return into, [*before, *found]
 
-    def _split(self, params: Tangents) -> tuple[list, list]:
-        return [params[0]], list(params[1 + self.bias :])
-
-    def _of_bias(self, ctx: Context, params: Tensors) -> list[Tensor | None]:
-        if not self.bias:
-            return []
-        return [torch.zeros_like(params[1]) if ctx.needs_params[1] else None]
+    @staticmethod
+    def _split(params: Tangents) -> tuple[list, list]:
+        return [params[0]], list(params[1:])
 
     def _ask(self, ctx: Context) -> None:
         of_conv, of_norm = self._split(ctx.needs_params)  # type: ignore[arg-type]

@@ -10,6 +10,12 @@ from torch import Tensor
 from .launch import block, cdiv, empty, launch
 
 ROWS = 128  # of a tile
+TILES_AT_ONCE = 8  # that a program adds up: more cost registers
+
+# Programs that read partial results merge them themselves while all of them together read no more bytes for that: about
+# what L2 delivers in the time of a launch, which this saves. The way through the tiles one after another is as long in
+# a kernel of its own.
+MOST_BYTES = 8 << 20
 
 
 @triton.jit
@@ -35,44 +41,54 @@ def metafast_row_sums(parts, x, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.
 
 
 @triton.jit
+def sum_of_tiles(parts, tiles, inside, STRIDE: tl.constexpr, BT: tl.constexpr):
+    """The sum over tiles at ``parts``, pointers into the first of them; from one tile to the next it is ``STRIDE``."""
+    total = tl.zeros(inside.shape, dtype=tl.float32)
+    for start in range(0, tiles, BT):
+        t = start + tl.arange(0, BT)
+        at = parts[None, :] + t[:, None] * STRIDE
+        total += tl.sum(tl.load(at, (t < tiles)[:, None] & inside[None, :], 0.0), 0)
+    return total
+
+
+@triton.jit
+def moments_of_tiles(parts, tiles, tile_rows, rows, inside, C: tl.constexpr, BT: tl.constexpr):
+    """Mean and sum of squared deviations of all ``rows`` from those of tiles of ``tile_rows``, by Chan's formula:
+    ``sum_i (M2_i + n_i (mean_i - mean)^2)``. ``parts`` are pointers as in ``sum_of_tiles``."""
+    mean = tl.zeros(inside.shape, dtype=tl.float32)
+    for start in range(0, tiles, BT):
+        t = start + tl.arange(0, BT)
+        there = (t < tiles)[:, None] & inside[None, :]
+        share = tl.minimum(tile_rows, rows - t * tile_rows).to(tl.float32)[:, None] / rows
+        mean += tl.sum(tl.load(parts[None, :] + t[:, None] * 2 * C, there, 0.0) * share, 0)
+    squares = tl.zeros(inside.shape, dtype=tl.float32)
+    for start in range(0, tiles, BT):
+        t = start + tl.arange(0, BT)
+        there = (t < tiles)[:, None] & inside[None, :]
+        count = tl.minimum(tile_rows, rows - t * tile_rows).to(tl.float32)[:, None]
+        at = parts[None, :] + t[:, None] * 2 * C
+        apart = tl.load(at, there, 0.0) - mean[None, :]
+        squares += tl.sum(tl.where(there, tl.load(at + C, there, 0.0) + count * apart * apart, 0.0), 0)
+    return mean, squares
+
+
+@triton.jit(do_not_specialize=["tiles"])
 def metafast_add_tiles(out, parts, tiles, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """``out[task, c] = sum_tile parts[task, tile, c]``. Grid (column tile, task)."""
     task = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    total = tl.zeros((BC,), dtype=tl.float32)
-    for start in range(0, tiles, BT):
-        t = start + tl.arange(0, BT)
-        at = (task * tiles + t)[:, None] * C + c[None, :]
-        total += tl.sum(tl.load(parts + at, (t < tiles)[:, None] & (c < C)[None, :], 0.0), 0)
-    tl.store(out + task * C + c, total, c < C)
+    tl.store(out + task * C + c, sum_of_tiles(parts + task * tiles * C + c, tiles, c < C, C, BT), c < C)
 
 
-@triton.jit
-def metafast_merge_moments(
-    stat, parts, tiles, rows, eps, C: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
-):
-    """``stat[task] = (mean, (var + eps)^-1/2)`` from moments of tiles of ``ROWS`` rows. Grid (column tile, task)."""
+@triton.jit(do_not_specialize=["tiles", "tile_rows"])
+def metafast_merge_moments(out, parts, tiles, tile_rows, rows, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """``out[task]``: mean and sum of squared deviations of all tiles of ``parts``. Grid (column tile, task)."""
     task = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    parts += task * tiles * 2 * C + c
-    mean = tl.zeros((BC,), dtype=tl.float32)
-    for start in range(0, tiles, BT):
-        t = start + tl.arange(0, BT)
-        inside = (t < tiles)[:, None] & (c < C)[None, :]
-        count = tl.minimum(ROWS, rows - t * ROWS).to(tl.float32)[:, None]
-        mean += tl.sum(tl.load(parts[None, :] + t[:, None] * 2 * C, inside, 0.0) * count, 0)
-    mean /= rows
-    squares = tl.zeros((BC,), dtype=tl.float32)
-    for start in range(0, tiles, BT):
-        t = start + tl.arange(0, BT)
-        inside = (t < tiles)[:, None] & (c < C)[None, :]
-        count = tl.minimum(ROWS, rows - t * ROWS).to(tl.float32)[:, None]
-        at = parts[None, :] + t[:, None] * 2 * C
-        apart = tl.load(at, inside, 0.0) - mean[None, :]
-        squares += tl.sum(tl.where(inside, tl.load(at + C, inside, 0.0) + count * apart * apart, 0.0), 0)
-    stat += task * 2 * C + c
-    tl.store(stat, mean, c < C)
-    tl.store(stat + C, 1.0 / tl.sqrt(squares / rows + eps), c < C)
+    first = parts + task * tiles * 2 * C + c
+    mean, squares = moments_of_tiles(first, tiles, tile_rows, rows, c < C, C, BT)
+    tl.store(out + task * 2 * C + c, mean, c < C)
+    tl.store(out + task * 2 * C + C + c, squares, c < C)
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -105,16 +121,27 @@ def add_tiles(parts: Tensor) -> Tensor:
     out = empty(parts, tasks, *parts.shape[2:])
     columns = out[0].numel()
     bc = block(columns, 16, 64)
-    launch(metafast_add_tiles, (cdiv(columns, bc), tasks), out, parts, tiles, C=columns, BT=32, BC=bc)
+    launch(metafast_add_tiles, (cdiv(columns, bc), tasks), out, parts, tiles, C=columns, BT=TILES_AT_ONCE, BC=bc)
     return out
 
 
-def merge_moments(parts: Tensor, tile_rows: int, rows: int, eps: float) -> Tensor:
-    """``[T, 2, C]``, mean and ``(var + eps)^-1/2``, from moments of tiles of ``tile_rows`` of ``rows`` rows."""
+def sums_for(readers: int, parts: Tensor) -> Tensor:
+    """What ``readers`` programs of each task add up: ``parts [T, tiles, ...]``, or their sum as a single tile."""
+    return parts if _readable(readers, parts) else add_tiles(parts)[:, None]
+
+
+def moments_for(readers: int, parts: Tensor, tile_rows: int, rows: int) -> tuple[Tensor, int]:
+    """The same of moments, of tiles of ``tile_rows`` of ``rows`` rows: ``[T, tiles, 2, C]`` and the rows of a tile."""
+    if _readable(readers, parts):
+        return parts, tile_rows
     tasks, tiles, _, columns = parts.shape
-    stat, bc = empty(parts, tasks, 2, columns), block(columns, 16, 64)
+    out, bc = empty(parts, tasks, 1, 2, columns), block(columns, 16, 64)
     launch(
-        metafast_merge_moments, (cdiv(columns, bc), tasks), stat, parts, tiles, rows, eps,
-        C=columns, ROWS=tile_rows, BT=32, BC=bc,
+        metafast_merge_moments, (cdiv(columns, bc), tasks), out, parts, tiles, tile_rows, rows,
+        C=columns, BT=TILES_AT_ONCE, BC=bc,
     )  # fmt: skip
-    return stat
+    return out, rows
+
+
+def _readable(readers: int, parts: Tensor) -> bool:
+    return parts.shape[1] == 1 or readers * 4 * parts.numel() <= MOST_BYTES

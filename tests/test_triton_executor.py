@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,8 @@ from test_triton import (  # the fixtures act by being here
     executor,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from metafast.benchmarks.workloads import workload
 from metafast.capture import capture
@@ -30,7 +33,7 @@ from metafast.executors.passes import Pass
 from metafast.executors.triton import TritonExecutor
 from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.losses import as_loss
-from metafast.tasks import Batch
+from metafast.tasks import Batch, TaskBatch
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -161,6 +164,53 @@ def test_activations_are_read_and_written_as_often_as_the_model_says(monkeypatch
     for phase, times in MODEL.items():
         assert found[phase] < 1.5 * times * outputs, phase
     assert 15 * outputs < sum(found.values()) < 21 * outputs
+
+
+MERGING = ("metafast_add_tiles", "metafast_merge_moments")
+
+
+class Operators(TorchDispatchMode):
+    """Counts what launches a kernel on a GPU: operators that write, or whose result is new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.counted = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        fresh = [
+            x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known
+        ]
+        name = func.overloadpacket.__name__
+        if "empty" not in name and (fresh or func._schema.is_mutable):
+            self.counted[name] += 1
+        return result
+
+
+def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
+    merging = Counter()
+    monkeypatch.setattr(
+        sys.modules["metafast.kernels.sums"],
+        "launch",
+        lambda kernel, *args, **options: merging.update([kernel.__name__]),
+    )
+    for name, merges in (("omni5w1s-5", 15), ("mini5w1s-5", 26)):
+        work = workload(name)
+        program, triton = capture(work.network(), as_loss(work.loss)), TritonExecutor(budget=40 << 30)
+        tasks = work.draw()
+        tasks = TaskBatch(*(x.to("meta") for x in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)))
+        theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
+        triton.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)  # finds the plan
+        merging.clear()
+        with Operators() as mode:
+            triton.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)
+        passes, steps = 2 * work.steps + 1, work.steps
+        expected = {"cat": passes, "addcmul": steps, "sub": steps, "mul": steps + 2, "new_zeros": 3, "sum": 1,
+                    "index_copy_": 1, "index_select": 1}  # fmt: skip
+        expected |= {"clone": 2} if name.startswith("mini") else {}  # images with channels, into their memory order
+        assert mode.counted == expected
+        assert sum(merging[kernel] for kernel in MERGING) <= merges
 
 
 def test_refusals():

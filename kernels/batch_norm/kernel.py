@@ -8,7 +8,9 @@ adjoint, zero elsewhere, then read as much as the result is large. With
     yd   = gamma xhd + gammad xh + betad,  xhd = r (xd - mean xd - xh c),  c = mean(xh xd)
     gd_x = r (ghd - mean ghd - xh bd - xhd b) - r c g_x,  ghd = gamma gd + gammad g,  bd = mean(ghd xh + gh xhd)
 
-need of each channel two sums a rule: (g, g xh), (xd, xd xh) and (gd, gd xh + g xhd).
+need of each channel two sums a rule: (g, g xh), (xd, xd xh) and (gd, gd xh + g xhd). They come in tiles, as the
+moments of ``x`` do. The first kernel that reads them adds the tiles up, each program for its own channels and all in
+the same order, and its first program of each channel writes the result for the kernels that come later.
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ from torch import Tensor
 
 from ..launch import TILES, block, by_task, cdiv, channels_first, channels_last, empty, launch
 from ..layer import Context, Layer, Tangents, Tensors
-from ..sums import ROWS, add_tiles, merge_moments, moments
+from ..sums import (
+    ROWS,
+    TILES_AT_ONCE,
+    add_tiles,
+    moments,
+    moments_for,
+    moments_of_tiles,
+    sum_of_tiles,
+    sums_for,
+)
 from .reference import BatchNorm
 
 
@@ -47,6 +58,14 @@ class Image:
     def out_w(self) -> int:
         """Width of the result."""
         return self.width // self.window_w
+
+    def pixels(self, n: int) -> int:
+        """Of ``n`` images."""
+        return n * self.height * self.width
+
+    def values(self, n: int) -> int:
+        """Of a channel in the results of ``n`` images."""
+        return n * self.out_h * self.out_w
 
     @property
     def window(self) -> int:
@@ -80,6 +99,33 @@ def _pair(p, task, c, C: tl.constexpr):
 
 
 @triton.jit
+def _keep(p, a, b, task, c, row_tile, C: tl.constexpr):
+    """The first program of each channel writes both its values to ``[T, 2, C]``."""
+    p += task * 2 * C + c
+    written = c < tl.where(row_tile == 0, C, 0)
+    tl.store(p, a, written)
+    tl.store(p + C, b, written)
+
+
+@triton.jit
+def _means(sums, parts, tiles, task, c, row_tile, n, S: tl.constexpr, BT: tl.constexpr):
+    """The means of both sums of each channel, as rows, and zero where statistics are given; where there are ``parts``
+    the sums are found first."""
+    if parts is None:
+        level, slope = _pair(sums, task, c, S.channels)
+    else:
+        parts += task * tiles * 2 * S.channels + c
+        a = sum_of_tiles(parts, tiles, c < S.channels, 2 * S.channels, BT)
+        b = sum_of_tiles(parts + S.channels, tiles, c < S.channels, 2 * S.channels, BT)
+        _keep(sums, a, b, task, c, row_tile, S.channels)
+        level, slope = a[None, :], b[None, :]
+    if S.given:
+        level, slope = _pair(None, task, c, S.channels)
+    count = n * (S.height * S.width)
+    return level / count, slope / count
+
+
+@triton.jit
 def _winners(code, n, row, c, S: tl.constexpr, task):
     """The values of the result's rows, which pixel of its window each is, and which of them ReLU let through."""
     rows = n * (S.out_h * S.out_w)
@@ -102,18 +148,27 @@ def _standard(x, at, alive, mean, r, S: tl.constexpr):
         return (v - mean) * r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tile_rows"])
 def metafast_norm_forward(
-    y, code, won_xh, x, stat, gamma, beta, gamma_stride, beta_stride, n,
-    S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    y, code, won_xh, x, stat, parts, tiles, tile_rows, eps, gamma, beta, gamma_stride, beta_stride, n,
+    S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """``y``, the codes and the winners' ``xh``. Grid (row tile x column tile, task), as of all kernels here."""
+    """``y``, the codes, the winners' ``xh``, and of ``parts``, moments of tiles of ``x``, ``stat``: mean and
+    ``(var + eps)^-1/2``. Grid (row tile x column tile, task), as of all kernels here."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
     rows = n * (S.out_h * S.out_w)
     inside = (row < rows)[:, None] & (c < S.channels)[None, :]
-    mean, r = _pair(stat, task, c, S.channels)
+    if parts is None:
+        mean, r = _pair(stat, task, c, S.channels)
+    else:
+        parts += task * tiles * 2 * S.channels + c
+        count = n * (S.height * S.width)
+        level, squares = moments_of_tiles(parts, tiles, tile_rows, count, c < S.channels, S.channels, BT)
+        inverse = 1.0 / tl.sqrt(squares / count + eps)
+        _keep(stat, level, inverse, task, c, tile // columns, S.channels)
+        mean, r = level[None, :], inverse[None, :]
     scale = _channel(gamma, task, gamma_stride, c, S.channels, 1.0)
     shift = _channel(beta, task, beta_stride, c, S.channels, 0.0)
     sample, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h * S.window_h, row % S.out_w * S.window_w
@@ -146,8 +201,9 @@ def metafast_norm_forward(
 
 @triton.jit
 def metafast_norm_sums(
-    parts, x, code, g, stat, xd, gd, xd_mean, n, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
+    parts, x, code, g, stat, xd, gd, xd_sums, n,
+    S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
     """Of each tile the sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``: ``[T, tiles, 2, C]``.
 
     Where windows have more than one pixel, ``x`` and ``xd`` are the winners' ``xh`` and ``xhd``.
@@ -165,7 +221,7 @@ def metafast_norm_sums(
         u = tl.load(gd + at, alive, 0.0).to(tl.float32)
         products = u * xh
         if xd is not None:
-            level, slope = _pair(xd_mean, task, c, S.channels)
+            level, slope = _means(xd_sums, None, 0, task, c, 0, n, S, BT)
             xhd = tl.load(xd + at, alive, 0.0).to(tl.float32)
             if S.window == 1:
                 xhd = r * (xhd - level - xh * slope)
@@ -176,12 +232,12 @@ def metafast_norm_sums(
     tl.store(parts + S.channels, tl.sum(products, 0), c < S.channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def metafast_norm_backward(
-    out, x, code, g, stat, gamma, g_mean, xd, gd, gammad, xd_mean, gd_mean, gamma_stride, gammad_stride, n,
-    S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    out, sums, parts, tiles, x, code, g, stat, gamma, xd, gd, gammad, xd_sums, g_sums, gamma_stride, gammad_stride, n,
+    S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """``g_x``, or with ``gd`` its tangent."""
+    """``g_x``, or with ``gd`` its tangent; and ``sums`` of the ``parts`` that belong to the rule."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
@@ -200,28 +256,31 @@ def metafast_norm_backward(
     scale = _channel(gamma, task, gamma_stride, c, S.channels, 1.0)
     xh = (tl.load(x + pixel, inside, 0.0).to(tl.float32) - mean) * r
     gz = tl.load(g + at, alive, 0.0).to(tl.float32)
-    level, slope = _pair(g_mean, task, c, S.channels)
+    level, slope = _means(sums, parts, tiles, task, c, tile // columns, n, S, BT)
+    if gd is not None:
+        leveld, sloped = level, slope
+        level, slope = _means(g_sums, None, 0, task, c, 0, n, S, BT)
     g_x = r * (scale * (gz - level - xh * slope))
     if gd is None:
         tl.store(out + pixel, g_x, inside)
     else:
         scaled = _channel(gammad, task, gammad_stride, c, S.channels, 0.0)
-        leveld, sloped = _pair(gd_mean, task, c, S.channels)
         ghd = scale * tl.load(gd + at, alive, 0.0).to(tl.float32) + scaled * gz
         gd_x = r * (ghd - (scale * leveld + scaled * level) - xh * (scale * sloped + scaled * slope))
         if xd is not None and not S.given:
-            xd_level, xd_slope = _pair(xd_mean, task, c, S.channels)
+            xd_level, xd_slope = _means(xd_sums, None, 0, task, c, 0, n, S, BT)
             xhd = r * (tl.load(xd + pixel, inside, 0.0).to(tl.float32) - xd_level - xh * xd_slope)
             gd_x -= r * (xhd * scale * slope + xd_slope * g_x)
         tl.store(out + pixel, gd_x, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def metafast_norm_tangent(
-    yd, won_xhd, x, code, stat, gamma, xd, xd_mean, gammad, betad, gamma_stride, gammad_stride, betad_stride, n,
-    S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    yd, won_xhd, xd_sums, parts, tiles, x, code, stat, gamma, xd, gammad, betad, gamma_stride, gammad_stride,
+    betad_stride, n, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """``yd`` and the winners' ``xhd``. Where windows have more than one pixel, ``x`` is the winners' ``xh``."""
+    """``yd``, the winners' ``xhd``, and ``xd_sums`` of their ``parts``. Where windows have more than one pixel, ``x``
+    is the winners' ``xh``."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
@@ -232,7 +291,7 @@ def metafast_norm_tangent(
     value = _channel(gammad, task, gammad_stride, c, S.channels, 0.0) * xh
     value += _channel(betad, task, betad_stride, c, S.channels, 0.0)
     if xd is not None:
-        level, slope = _pair(xd_mean, task, c, S.channels)
+        level, slope = _means(xd_sums, parts, tiles, task, c, tile // columns, n, S, BT)
         sample, h, w = row // (S.out_h * S.out_w), row // S.out_w % S.out_h * S.window_h, row % S.out_w * S.window_w
         pixel = ((sample * S.height + h) * S.width + w)[:, None] + won // S.window_w * S.width + won % S.window_w
         xd += task * n * (S.height * S.width * S.channels)
@@ -241,6 +300,11 @@ def metafast_norm_tangent(
         if S.window > 1:
             tl.store(won_xhd + at, xhd, alive)
     tl.store(yd + at, tl.where(alive, value, 0.0), inside)
+
+
+def _count(parts: Tensor | None) -> int:
+    """Tiles of ``[T, tiles, 2, C]``."""
+    return 0 if parts is None else parts.shape[1]
 
 
 @dataclass(frozen=True)
@@ -261,99 +325,101 @@ class TritonBatchNorm(Layer):
         tasks, n, *spatial, channels = x.shape
         height, width = spatial if len(spatial) == 2 else (1, x[0, 0].numel() // channels)
         ctx.s = s = Image(height, width, channels, *self.window, self.relu, self.options.given)
-        ctx.count = n * height * width
         if s.given:
             mean, var = (c.to(x.device, torch.float32) for c in constants)
             ctx.stat = torch.stack([mean, torch.rsqrt(var + self.options.eps)]).expand(tasks, -1, -1).contiguous()
+            parts, tile_rows = None, 0
         else:
-            parts, rows = ctx.__dict__.get("moments") or (moments(x), ROWS)
-            ctx.stat = merge_moments(parts, rows, ctx.count, self.options.eps)
+            ctx.stat = empty(x, tasks, 2, channels, dtype=torch.float32)
+            parts, tile_rows = ctx.__dict__.get("moments") or (moments(x), ROWS)
+            parts, tile_rows = moments_for(self._tiles(ctx, s.values(n)), parts, tile_rows, s.pixels(n))
         size = (s.out_h, s.out_w) if s.window > 1 else tuple(spatial)
         ctx.y_shape = (tasks, n, *size, channels)
         y = empty(x, *ctx.y_shape)
         ctx.code = empty(x, *ctx.y_shape, dtype=torch.int8) if s.coded else None
         ctx.xh = empty(x, *ctx.y_shape) if s.window > 1 else None
         (gamma, gamma_stride), (beta, beta_stride) = self._affine(ctx, params)
-        self._run(metafast_norm_forward, ctx, n * s.out_h * s.out_w, y, ctx.code, ctx.xh, x, ctx.stat, gamma,
-                  beta, gamma_stride, beta_stride, n)  # fmt: skip
+        self._run(metafast_norm_forward, ctx, s.values(n), y, ctx.code, ctx.xh, x, ctx.stat, parts, _count(parts),
+                  tile_rows, self.options.eps, gamma, beta, gamma_stride, beta_stride, n)  # fmt: skip
         return channels_first(y)
 
     def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
-        ctx.g, ctx.g_sums, ctx.g_mean = channels_last(g_y), None, None
-        if any(ctx.needs_params) or (ctx.needs_inputs[0] and not ctx.s.given):
-            ctx.g_sums = self._sums(ctx, None)
-            ctx.g_mean = None if ctx.s.given else ctx.g_sums / ctx.count
-        g_x = self._pull(ctx, params, None, (), None) if ctx.needs_inputs[0] else None
+        ctx.g = channels_last(g_y)
+        g_x, ctx.g_sums = self._pull(ctx, params, None, ())
         return (g_x,), self._adjoints(ctx, params, ctx.g_sums)
 
     def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         s, n = ctx.s, ctx.x.shape[1]
-        ctx.xd, ctx.xd_mean, ctx.xhd = None, None, None
+        ctx.xd, ctx.xd_sums, ctx.xhd, parts = None, None, None, None
         if d_inputs[0] is not None:
             ctx.xd = channels_last(d_inputs[0])
             ctx.xhd = ctx.xd if ctx.xh is None else empty(ctx.x, *ctx.y_shape)
             if not s.given:
                 parts = ctx.__dict__.get("tangent_parts")
-                ctx.xd_mean = (self._tangent_sums(ctx) if parts is None else add_tiles(parts)) / ctx.count
+                parts = self._tangent_parts(ctx) if parts is None else parts
+                parts = sums_for(self._tiles(ctx, s.values(n)), parts)
+                ctx.xd_sums = torch.empty_like(ctx.stat)
         yd = empty(ctx.x, *ctx.y_shape)
         (gamma, gamma_stride), _ = self._affine(ctx, params)
         (gammad, gammad_stride), (betad, betad_stride) = self._affine(ctx, d_params)
         x = ctx.x if ctx.xh is None else ctx.xh
-        self._run(metafast_norm_tangent, ctx, n * s.out_h * s.out_w, yd, ctx.xhd, x, ctx.code, ctx.stat, gamma, ctx.xd,
-                  ctx.xd_mean, gammad, betad, gamma_stride, gammad_stride, betad_stride, n)  # fmt: skip
+        self._run(metafast_norm_tangent, ctx, s.values(n), yd, ctx.xhd, ctx.xd_sums, parts, _count(parts), x, ctx.code,
+                  ctx.stat, gamma, ctx.xd, gammad, betad, gamma_stride, gammad_stride, betad_stride, n)  # fmt: skip
         return channels_first(yd)
 
     def tangent_backward(
         self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
-        gd, sums = channels_last(gd_y), None
-        if any(ctx.needs_params) or (ctx.needs_inputs[0] and not ctx.s.given):
-            sums = self._sums(ctx, gd)
-        gd_x = self._pull(ctx, params, gd, d_params, sums) if ctx.needs_inputs[0] else None
+        gd_x, sums = self._pull(ctx, params, channels_last(gd_y), d_params)
         return (gd_x,), self._adjoints(ctx, params, sums)
 
-    def _sums(self, ctx: Context, gd: Tensor | None) -> Tensor:
-        """``[T, 2, C]``."""
-        s, (tasks, n) = ctx.s, ctx.x.shape[:2]
-        rows = n * s.out_h * s.out_w
-        parts = empty(ctx.stat, tasks, cdiv(rows, self._rows(ctx)), 2, s.channels)
-        x = ctx.x if ctx.xh is None else ctx.xh
-        xd, xd_mean = (None, None) if gd is None else (ctx.xhd, ctx.xd_mean)
-        self._run(metafast_norm_sums, ctx, rows, parts, x, ctx.code, ctx.g, ctx.stat, xd, gd, xd_mean, n)
-        return add_tiles(parts)
-
-    def _tangent_sums(self, ctx: Context) -> Tensor:
-        """Sums of ``(xd, xd xh)``: those of an adjoint that reaches every pixel."""
-        s, (tasks, n) = ctx.s, ctx.x.shape[:2]
-        whole = Image(s.height, s.width, s.channels)
-        rows = n * s.height * s.width
-        parts = empty(ctx.stat, tasks, cdiv(rows, self._rows(ctx)), 2, s.channels)
-        self._run(metafast_norm_sums, ctx, rows, parts, ctx.x, None, ctx.xd, ctx.stat, None, None, None, n, image=whole)
-        return add_tiles(parts)
-
     def _pull(
-        self, ctx: Context, params: Tensors, gd: Tensor | None, d_params: Tangents, sums: Tensor | None
-    ) -> Tensor:
-        out, n = torch.empty_like(ctx.x), ctx.x.shape[1]
+        self, ctx: Context, params: Tensors, gd: Tensor | None, d_params: Tangents
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The adjoint of the input, or with ``gd`` its tangent, and the sums ``[T, 2, C]`` behind it, where wanted."""
+        s, n, through = ctx.s, ctx.x.shape[1], ctx.needs_inputs[0]
+        parts = self._parts(ctx, gd) if any(ctx.needs_params) or (through and not s.given) else None
+        if not through:
+            return None, None if parts is None else add_tiles(parts)
+        parts = None if parts is None else sums_for(self._tiles(ctx, s.pixels(n)), parts)
+        out, sums = torch.empty_like(ctx.x), None if parts is None else torch.empty_like(ctx.stat)
         (gamma, gamma_stride), _ = self._affine(ctx, params)
         (gammad, gammad_stride), _ = ((None, 0), None) if gd is None else self._affine(ctx, d_params)
-        xd, xd_mean = (None, None) if gd is None else (ctx.xd, ctx.xd_mean)
-        gd_mean = None if sums is None or ctx.s.given else sums / ctx.count
-        self._run(metafast_norm_backward, ctx, n * ctx.s.height * ctx.s.width, out, ctx.x, ctx.code, ctx.g, ctx.stat,
-                  gamma, ctx.g_mean, xd, gd, gammad, xd_mean, gd_mean, gamma_stride, gammad_stride, n)  # fmt: skip
-        return channels_first(out)
+        xd, xd_sums, g_sums = (None, None, None) if gd is None else (ctx.xd, ctx.xd_sums, ctx.g_sums)
+        self._run(metafast_norm_backward, ctx, s.pixels(n), out, sums, parts, _count(parts), ctx.x, ctx.code, ctx.g,
+                  ctx.stat, gamma, xd, gd, gammad, xd_sums, g_sums, gamma_stride, gammad_stride, n)  # fmt: skip
+        return channels_first(out), sums
+
+    def _parts(self, ctx: Context, gd: Tensor | None) -> Tensor:
+        """Sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``, of each tile."""
+        n, x = ctx.x.shape[1], ctx.x if ctx.xh is None else ctx.xh
+        xd, xd_sums = (None, None) if gd is None else (ctx.xhd, ctx.xd_sums)
+        return self._sum(ctx, ctx.s, ctx.s.values(n), x, ctx.code, ctx.g, ctx.stat, xd, gd, xd_sums, n)
+
+    def _tangent_parts(self, ctx: Context) -> Tensor:
+        """Sums of ``(xd, xd xh)`` of each tile: those of an adjoint that reaches every pixel."""
+        s, n = ctx.s, ctx.x.shape[1]
+        whole = Image(s.height, s.width, s.channels)
+        return self._sum(ctx, whole, s.pixels(n), ctx.x, None, ctx.xd, ctx.stat, None, None, None, n)
+
+    def _sum(self, ctx: Context, image: Image, rows: int, *args: object) -> Tensor:
+        """``[T, tiles, 2, C]``."""
+        parts = empty(ctx.stat, ctx.x.shape[0], self._tiles(ctx, rows), 2, image.channels)
+        self._run(metafast_norm_sums, ctx, rows, parts, *args, image=image)
+        return parts
 
     def _run(self, kernel: object, ctx: Context, rows: int, *args: object, image: Image | None = None) -> None:
-        s, bc, br = ctx.s, self._columns(ctx), self._rows(ctx)
-        grid = (cdiv(rows, br) * cdiv(s.channels, bc), ctx.x.shape[0])
-        launch(kernel, grid, *args, warps=8, S=image or s, BR=br, BC=bc)
+        s, bc = ctx.s, self._columns(ctx)
+        grid = (self._tiles(ctx, rows) * cdiv(s.channels, bc), ctx.x.shape[0])
+        launch(kernel, grid, *args, warps=8, S=image or s, BR=TILES.elements // bc, BC=bc, BT=TILES_AT_ONCE)
 
     @staticmethod
     def _columns(ctx: Context) -> int:
         return block(ctx.s.channels, 16, 64)
 
-    def _rows(self, ctx: Context) -> int:
-        return TILES.elements // self._columns(ctx)
+    def _tiles(self, ctx: Context, rows: int) -> int:
+        """Programs that go over the rows of a task and of one block of channels."""
+        return cdiv(rows, TILES.elements // self._columns(ctx))
 
     def _affine(self, ctx: Context, params: Tangents) -> list[tuple[Tensor | None, int]]:
         """Scale and shift (or their directions) of the inner step at hand, with the stride from task to task."""

@@ -16,9 +16,9 @@ from .reference import CrossEntropy
 
 
 @triton.jit
-def metafast_cross_entropy(loss, p, g, z, y, w, n, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """``loss [T]``, ``p`` and ``g`` ``[T,n,K]``; NaN for a task with a label outside. Grid (1, task): the samples of a
-    task one block after another."""
+def metafast_cross_entropy(loss, p, g, z, y, w, share, n, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """``loss [T]``, ``p`` and ``g`` ``[T,n,K]``; NaN for a task with a label outside. Without weights ``w`` each sample
+    counts ``share``. Grid (1, task): the samples of a task one block after another."""
     task = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BK)
     total = tl.zeros((BR,), tl.float32)
@@ -31,7 +31,7 @@ def metafast_cross_entropy(loss, p, g, z, y, w, n, K: tl.constexpr, BR: tl.const
         e = tl.where(inside, tl.exp(v - top[:, None]), 0.0)
         s = tl.where(row < n, tl.sum(e, 1), 1.0)
         label = tl.load(y + task * n + row, row < n, 0)
-        weight = tl.load(w + task * n + row, row < n, 0.0)
+        weight = tl.where(row < n, share, 0.0) if w is None else tl.load(w + task * n + row, row < n, 0.0)
         weight = tl.where((weight != 0) & ((label < 0) | (label >= K)), float("nan"), weight)
         hit = k[None, :] == label[:, None]
         of_label = tl.sum(tl.where(hit & inside, v - top[:, None], 0.0), 1)
@@ -43,14 +43,14 @@ def metafast_cross_entropy(loss, p, g, z, y, w, n, K: tl.constexpr, BR: tl.const
 
 
 @triton.jit
-def metafast_cross_entropy_tangent(gd, p, zd, w, rows, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+def metafast_cross_entropy_tangent(gd, p, zd, w, share, rows, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
     """``gd = w p (zd - sum p zd)``. Grid (row tile,)."""
     row, k = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BK)
     inside = (row < rows)[:, None] & (k < K)[None, :]
     at = row.to(tl.int64)[:, None] * K + k[None, :]
     q = tl.load(p + at, inside, 0.0)
     d = tl.load(zd + at, inside, 0.0).to(tl.float32)
-    weight = tl.load(w + row, row < rows, 0.0)[:, None]
+    weight = share if w is None else tl.load(w + row, row < rows, 0.0)[:, None]
     tl.store(gd + at, weight * q * (d - tl.sum(q * d, 1)[:, None]), inside)
 
 
@@ -67,9 +67,9 @@ class TritonCrossEntropy(Loss):
     def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
         z, ctx.dtype = outputs.float().contiguous(), outputs.dtype
         tasks, n, classes = z.shape
-        ctx.w = sample_weights(ctx.mask, z)
+        ctx.w = None if ctx.mask is None else sample_weights(ctx.mask, z)
         loss, ctx.p, ctx.g = empty(z, tasks), torch.empty_like(z), torch.empty_like(z)
-        launch(metafast_cross_entropy, (1, tasks), loss, ctx.p, ctx.g, z, targets.contiguous(), ctx.w, n,
+        launch(metafast_cross_entropy, (1, tasks), loss, ctx.p, ctx.g, z, targets.contiguous(), ctx.w, 1 / n, n,
                K=classes, **self._block(n, classes))  # fmt: skip
         return loss
 
@@ -80,7 +80,7 @@ class TritonCrossEntropy(Loss):
         tasks, n, classes = ctx.p.shape
         gd, sizes = torch.empty_like(ctx.p, dtype=ctx.dtype), self._block(tasks * n, classes)
         grid = (cdiv(tasks * n, sizes["BR"]),)
-        launch(metafast_cross_entropy_tangent, grid, gd, ctx.p, d_outputs.contiguous(), ctx.w, tasks * n,
+        launch(metafast_cross_entropy_tangent, grid, gd, ctx.p, d_outputs.contiguous(), ctx.w, 1 / n, tasks * n,
                K=classes, **sizes)  # fmt: skip
         return gd
 

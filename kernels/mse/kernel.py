@@ -16,8 +16,9 @@ from .reference import MSE
 
 
 @triton.jit
-def metafast_mse(loss, g, z, y, w, n, K: tl.constexpr, B: tl.constexpr):
-    """``loss [T]``, ``g = 2 w (z - y) / K`` for samples of ``K`` elements. Grid (1, task)."""
+def metafast_mse(loss, g, z, y, w, share, n, K: tl.constexpr, B: tl.constexpr):
+    """``loss [T]``, ``g = 2 w (z - y) / K`` for samples of ``K`` elements; without ``w`` each element counts
+    ``share``. Grid (1, task)."""
     task = tl.program_id(1).to(tl.int64)
     base = task * n * K
     total = tl.zeros((B,), tl.float32)
@@ -27,7 +28,7 @@ def metafast_mse(loss, g, z, y, w, n, K: tl.constexpr, B: tl.constexpr):
         e = tl.load(z + base + i, inside, 0.0).to(tl.float32)
         if y is not None:
             e -= tl.load(y + base + i, inside, 0.0).to(tl.float32)
-        weight = tl.load(w + task * n + i // K, inside, 0.0) / K
+        weight = tl.where(inside, share, 0.0) if w is None else tl.load(w + task * n + i // K, inside, 0.0) / K
         total += tl.where(weight != 0, weight * e * e, 0.0)
         tl.store(g + base + i, 2 * weight * e, inside)
     tl.store(loss + task, tl.sum(total, 0))
@@ -45,7 +46,7 @@ class TritonMSE(Loss):
 
     def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
         z, ctx.dtype = outputs.float().contiguous(), outputs.dtype
-        ctx.w = sample_weights(ctx.mask, z)
+        ctx.w = None if ctx.mask is None else sample_weights(ctx.mask, z)
         loss, ctx.g = self._run(ctx, z, targets.contiguous())
         return loss
 
@@ -60,5 +61,6 @@ class TritonMSE(Loss):
         tasks, n = z.shape[:2]
         size = z[0, 0].numel()
         loss, g = empty(z, tasks), torch.empty_like(z)
-        launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, n, K=size, B=block(n * size, 16, TILES.elements))
+        block_size = block(n * size, 16, TILES.elements)
+        launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, 1 / (n * size), n, K=size, B=block_size)
         return loss, g

@@ -1,7 +1,8 @@
 """A Program for Triton: the same model with Triton's layers, chains of layers fused, parameters in memory order.
 
-Convolution weights go from ``[O,C,kh,kw]`` to ``[O,kh,kw,C]`` and every parameter starts at a multiple of 64 bytes, so
-that blocks are read in wide loads. Gaps are parameters that no node uses.
+Convolution weights go from ``[O,C,kh,kw]`` to ``[O,kh,kw,C]``, and so do those of a linear layer that reads flattened
+images: their memory is channels-last, and flattening them copies nothing. Every parameter starts at a multiple of 64
+bytes, so that blocks are read in wide loads. Gaps are parameters that no node uses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
 from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.kernels.cross_entropy.kernel import TritonCrossEntropy
+from metafast.kernels.flatten import Flatten
+from metafast.kernels.flatten.kernel import FlattenPixels
 from metafast.kernels.layer import Layer, Loss
 from metafast.kernels.layer_norm import LayerNorm
 from metafast.kernels.layer_norm.kernel import TritonLayerNorm
@@ -69,9 +73,11 @@ class Lowered:
 @functools.lru_cache(maxsize=64)
 def lower(program: Program, precision: str, device: torch.device) -> Lowered:
     """The lowered Program."""
-    convolved = _convolved(program)
-    memory = _memory_order(program, {program.nodes[i].params[0] for i in convolved})
-    builder = _Builder(program, precision, convolved, memory.place)
+    convolved, flattened = _convolved(program), _flattened(program)
+    channels = {program.nodes[i].params[0]: program.parameters[program.nodes[i].params[0]].shape[1] for i in convolved}
+    channels |= {program.nodes[i + 1].params[0]: count for i, count in flattened.items()}
+    memory = _memory_order(program, channels)
+    builder = _Builder(program, precision, convolved, set(flattened), memory.place)
     for i in range(len(program.nodes)):
         if i not in builder.notes:
             builder.add(i)
@@ -85,13 +91,15 @@ def lower(program: Program, precision: str, device: torch.device) -> Lowered:
 class _Builder:
     """Walks the nodes once; ``value`` maps the old numbers of values to the new ones."""
 
-    def __init__(self, program: Program, precision: str, convolved: set[int], place: list[int]) -> None:
-        self.program, self.precision, self.convolved, self.place = program, precision, convolved, place
+    def __init__(
+        self, program: Program, precision: str, convolved: set[int], flattened: set[int], place: list[int]
+    ) -> None:
+        self.program, self.precision, self.place = program, precision, place
+        self.convolved, self.flattened = convolved, flattened
         self.nodes: list[Node] = []
         self.value = {0: 0}
         self.notes: dict[int, str] = {}
-        self.readers = Counter(v for node in program.nodes for v in node.inputs)
-        self.readers[program.output] += 1
+        self.readers = _readers(program)
 
     def add(self, i: int) -> None:
         """Node ``i`` with what is fused behind it."""
@@ -99,10 +107,13 @@ class _Builder:
         chain = self._chain(i)
         layer = self._layer(chain)
         inputs = tuple(self.value[v] for v in node.inputs)
-        params = tuple(self.place[k] for j in chain for k in self.program.nodes[j].params)
+        read = [self.program.nodes[j].params for j in chain]
+        if isinstance(layer, NormalisedConv):
+            read[0] = read[0][:1]  # a bias has no effect
+        params = tuple(self.place[k] for own in read for k in own)
         self.nodes.append(Node(node.name, layer or node.layer, inputs, params, node.constants))
         self.value[chain[-1] + 1] = len(self.nodes)
-        self.notes[i] = "rules in PyTorch" if layer is None else "Triton kernels"
+        self.notes[i] = "rules in PyTorch" if layer is None or layer == FlattenPixels() else "Triton kernels"
         for j in chain[1:]:
             self.notes[j] = f"fused into {node.name}"
 
@@ -142,7 +153,9 @@ class _Builder:
             if len(chain) == 1:
                 return TritonConv2d(first, self.precision)
             conv = TritonConv2d(replace(first, bias=False), self.precision)
-            return NormalisedConv(conv, _norm(layers[1:]), first.bias)
+            return NormalisedConv(conv, _norm(layers[1:]))
+        if chain[0] in self.flattened:
+            return FlattenPixels()
         return _norm(layers) if isinstance(first, BatchNorm) else triton_layer(first, self.precision)
 
 
@@ -201,6 +214,39 @@ def _convolved(program: Program) -> set[int]:
     return {i for i, n in enumerate(program.nodes) if isinstance(n.layer, Conv2d) and n.params[0] not in others}
 
 
+def _readers(program: Program) -> Counter[int]:
+    """By value, how many read it."""
+    readers = Counter(v for node in program.nodes for v in node.inputs)
+    readers[program.output] += 1
+    return readers
+
+
+def _flattened(program: Program) -> dict[int, int]:
+    """The nodes that flatten images of a convolution for the linear layer behind them, the only one that reads either
+    the features or its weight, and how many channels these images have."""
+    readers, found = _readers(program), {}
+    weights = Counter(k for node in program.nodes for k in node.params)
+    for i, (node, behind) in enumerate(pairwise(program.nodes)):
+        if node.layer != Flatten() or not isinstance(behind.layer, Linear) or behind.inputs != (i + 1,):
+            continue
+        channels = _channels(program, node.inputs[0])
+        if channels and readers[i + 1] == 1 and weights[behind.params[0]] == 1:
+            found[i] = channels
+    return found
+
+
+def _channels(program: Program, value: int) -> int:
+    """Of an image that comes from a convolution by way of layers that leave channels where they are; zero of others."""
+    while value > 0:
+        node = program.nodes[value - 1]
+        if isinstance(node.layer, Conv2d):
+            return program.parameters[node.params[0]].shape[0]
+        if not isinstance(node.layer, (BatchNorm, Pointwise, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d)):
+            return 0
+        value = node.inputs[0]
+    return 0
+
+
 @dataclass
 class _Memory:
     """Parameters with gaps between them; by user's parameter its ``place`` among them, by element its ``order``."""
@@ -210,16 +256,15 @@ class _Memory:
     order: Tensor
 
 
-def _memory_order(program: Program, weights: set[int]) -> _Memory:
-    """``weights`` are the parameters that convolutions read."""
+def _memory_order(program: Program, channels: dict[int, int]) -> _Memory:
+    """``channels`` of those parameters whose axis of channels, the second, goes behind the pixels that they meet."""
     memory = _Memory([], [], torch.empty(program.size, dtype=torch.int64))
     offset = 0
     for k, p in enumerate(program.parameters):
         places, shape = torch.arange(offset, offset + p.size), p.shape
-        if k in weights:
-            outputs, inputs, *kernel = p.shape
-            shape = (outputs, *kernel, inputs)
-            places = places.reshape(shape).movedim(-1, 1).flatten()
+        if k in channels:
+            places = places.reshape(p.shape[0], -1, channels[k]).movedim(-1, 1).flatten()
+            shape = (p.shape[0], *p.shape[2:], channels[k]) if len(p.shape) > 2 else p.shape
         memory.order[p.offset : p.offset + p.size] = places
         memory.place.append(len(memory.parameters))
         memory.parameters.append(Parameter(p.name, shape, offset, p.adapted))

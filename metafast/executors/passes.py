@@ -20,12 +20,14 @@ Gradients = dict[int, Tensor]  # by parameter
 class Stem:
     """The part of a support pass that no inner step changes: values and contexts by node, computed once.
 
-    ``adjoint`` gathers over the reverse sweep what flows back into its values.
+    ``adjoint`` gathers over the reverse sweep what flows back into its values. ``zero`` is the gradient of whatever no
+    node reads.
     """
 
     values: dict[int, Tensor] = field(default_factory=dict)
     contexts: dict[int, Context] = field(default_factory=dict)
     adjoint: Adjoints = field(default_factory=dict)
+    zero: Tensor | None = None
 
 
 class Pass:
@@ -134,10 +136,12 @@ class Pass:
     def flat(self, gradients: Gradients) -> Tensor:
         """``[T, P]`` from gradients by parameter; zero where there is none."""
         tasks = self.batch.x.shape[0]
+        if self.stem.zero is None:
+            self.stem.zero = self.theta.new_zeros(1, 1)
         parts = []
         for k, p in enumerate(self.program.parameters):
             part = gradients.get(k)
-            parts.append(self.theta.new_zeros(tasks, p.size) if part is None else part.reshape(tasks, p.size))
+            parts.append(self.stem.zero.expand(tasks, p.size) if part is None else part.reshape(tasks, p.size))
         return torch.cat(parts, 1)
 
     def _run(self, i: int) -> None:

@@ -5,7 +5,6 @@ theta_{s+1} = theta_s - lr_s g_s          d lr_s = -g_s v,  v <- v - H_s (lr_s v
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ class Sweep:
             run = self._pass(first, trajectory[-1], step)
             run.wanted = self.adapted
             gradient = run.flat(run.backward())
-            trajectory.append(trajectory[-1] - rate * gradient)
+            trajectory.append(torch.addcmul(trajectory[-1], rate, gradient, value=-1))
             if self.keep:
                 kept = None if self.lr_grad is None else gradient
                 self.kept.append((None if self.first_order else run, kept))
@@ -64,7 +63,7 @@ class Sweep:
                 self.lr_grad[row] -= sum_to_rate(carried * gradient, self.lr.shape[1])
             if run is not None and not self.first_order:
                 run.wanted = self.everything
-                if run.push(self.lr[row] * carried * _adapted(self.program, self.lr.device)) is not None:
+                if run.push(self.lr[row] * carried) is not None:
                     carried = carried - run.flat(run.tangent_backward())
             of_step = adjoints[step]
             carried = carried if of_step is None else carried + of_step
@@ -114,15 +113,16 @@ class MetaStep:
         sweep = Sweep(self.program, lr, support, first_order=self.first_order, needs_lr=self.needs_lr, keep=keep)
         count = support.x.shape[0]
         trajectory = sweep.forward(params.expand(count, -1), self.steps)
-        losses, outputs = params.new_zeros(count), None
+        losses, outputs = None, None
         adjoints: list[Tensor | None] = [None] * len(trajectory)
         for step, weight in enumerate(self.weights):
             if weight != 0 or step == self.steps:
                 loss, grad, outputs = query(self.program, trajectory[step], queries, step)
-                losses = losses + weight * loss
+                losses = weight * loss if losses is None else torch.add(losses, loss, alpha=weight)
                 adjoints[step] = grad * (weight * share)
         grad = sweep.reverse(trajectory, adjoints)
-        assert outputs is not None  # the last step always runs
+        assert losses is not None  # the last step always runs
+        assert outputs is not None
         return MetaGradient(losses, outputs, grad.sum(0), sweep.lr_grad)
 
 
@@ -132,8 +132,3 @@ def query(program: Program, theta: Tensor, batch: Batch, step: int) -> tuple[Ten
     outputs = run.forward()
     losses = run.loss()
     return losses, run.flat(run.backward()), outputs
-
-
-@functools.lru_cache(maxsize=64)
-def _adapted(program: Program, device: torch.device) -> Tensor:
-    return program.adapted.to(device)
