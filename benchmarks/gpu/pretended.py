@@ -5,8 +5,8 @@ Every tensor claims to be on the GPU and lies in the CPU's memory. What kernels 
 whatever the memory holds: results mean nothing, while shapes, strides and alignments, and so the kernels, are those of
 a run on the GPU. With NOTES in the environment, a line for each kernel asked for goes to a file in that folder.
 
-As a plugin of pytest (``-p``, with ``--assert=plain`` under ``python -O``, so that no assertion ends a test before its
-last launch), or ``python -O -m metafast.benchmarks.gpu.pretended WORKLOAD ...`` or ``... train ARGUMENTS``.
+As a plugin of pytest (``-p``, with ``--assert=plain`` and PYTHONOPTIMIZE=1, so that no assertion ends a test before its
+last launch), or ``python -m metafast.benchmarks.gpu.pretended WORKLOAD ...`` or ``... train ARGUMENTS``.
 """
 
 from __future__ import annotations
@@ -168,9 +168,15 @@ def run_workload(name: str) -> None:
         call()
 
 
-def pytest_configure() -> None:
-    """Makes the machine look like one with a GPU before any test is imported."""
+def pytest_load_initial_conftests() -> None:
+    """Makes the machine look like one with a GPU before anything of the tests is imported."""
     pretend()
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """How tests ended means nothing; that pytest itself failed does."""
+    if session.exitstatus in (0, 1):
+        session.exitstatus = 0
 
 
 def main(arguments: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Triton's compiled kernels, carried from the machine that compiled them to one that has the GPU.
 
-Triton finds a kernel in its cache under a key: of Triton itself, and of the rest (source, signature, options, assembler,
-target, environment). The first half differs between the builds of one version for different Pythons. So an archive
-keeps the rest for each kernel, and ``unpack`` lays the kernels where the Triton that is there looks for them.
+Triton finds a kernel in its cache under a key: of Triton itself, and of the rest (source, signature, options,
+assembler, target, environment). The first half differs between the builds of one version for different Pythons. So an
+archive keeps the rest for each kernel, and ``unpack`` lays the kernels where the Triton that is there looks for them.
 
 As a plugin of pytest (``-p``) this module says at the end how many kernels were found, and which were compiled.
 """
