@@ -15,7 +15,7 @@ SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,
 LIBASAN := $(wildcard $(shell g++ -print-file-name=libasan.so 2>/dev/null))
 SANITIZED := build/sanitize/lib
 
-.PHONY: setup demo test sanitize lint bench gpu-check clean
+.PHONY: setup demo test sanitize lint bench gpu-check gpu-pack clean
 
 setup: $(STAMP)
 
@@ -59,6 +59,10 @@ bench: setup
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out benchmarks/results
+
+# Prepares here what would cost time there: make gpu-pack OMNIGLOT=DIR, the folder of Omniglot's two zips.
+gpu-pack: $(DEVICE_VENV)/installed
+	$(DEVICE_VENV)/bin/python benchmarks/gpu/pack.py --extension $(DEVICE_LIB)/metafast/_C.abi3.so --omniglot "$(OMNIGLOT)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info metafast/*.so

@@ -144,7 +144,7 @@ def test_what_is_missing_is_named(tmp_path):
     job.out.mkdir()
     with pytest.raises(Failed, match=r"there is no .*_C\.abi3\.so"):
         pack.extension(job)
-    with pytest.raises(Failed, match=r"data/images_background\.zip is not there: --omniglot names the folder"):
+    with pytest.raises(Failed, match=r"data/images_background\.zip is not there: make gpu-pack OMNIGLOT=DIR"):
         pack.omniglot(job)
 
 

@@ -215,7 +215,8 @@ def kernels(pack: Pack) -> None:
     from metafast.benchmarks.gpu import pretended, triton_cache
 
     versions = [metadata.version(name) for name in ("torch", "triton")]
-    of = digest(*versions, *TRITON, *TESTS, CHOSEN, files=sources("kernels", "metafast", "benchmarks", "tests"))
+    files = [ROOT / "benchmarks" / name for name in ("workloads.py", "peers.py", "gpu/pretended.py")]
+    of = digest(*versions, *TRITON, *TESTS, CHOSEN, files=[*files, *sources("kernels", "metafast", "tests")])
     if pack.done(ARCHIVE, of):
         return
     cache, notes, archive = pack.work / "triton", pack.work / "notes", pack.work / ARCHIVE
@@ -257,7 +258,9 @@ def omniglot(pack: Pack) -> None:
     (pack.out / "omniglot").mkdir(exist_ok=True)
     for name in ZIPS:
         if not (pack.omniglot / name).is_file():
-            raise Failed(f"{pack.omniglot / name} is not there: --omniglot names the folder of {' and '.join(ZIPS)}")
+            raise Failed(
+                f"{pack.omniglot / name} is not there: make gpu-pack OMNIGLOT=DIR, the folder of {' and '.join(ZIPS)}"
+            )
         shutil.copyfile(pack.omniglot / name, pack.out / "omniglot" / name)
 
 
