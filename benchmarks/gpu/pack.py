@@ -39,6 +39,7 @@ WHEELS = ("higher", "setuptools>=77,<82")
 LEARN2LEARN = ("learn2learn/algorithms/", "learn2learn/utils/", "learn2learn/_version.py", "LICENSE")
 ZIPS = ("images_background.zip", "images_evaluation.zip")
 ARCHIVE, MANIFEST = "triton-cache.tar.xz", "pack.json"
+MICRO = ROOT / "benchmarks/gpu/workers/micro.py"
 # Blocks of 65,536 values, meant for the interpreter: the assembler works on one of them for minutes.
 CHOSEN = "not large and not slices"
 PRETENDED, PLUGINS = "metafast.benchmarks.gpu.pretended", ("pretended", "triton_cache")
@@ -203,7 +204,8 @@ def launches(pack: Pack, cwd: Path, logs: str, **environment: str) -> list[str]:
         ]
         options += ["--data", str(pack.omniglot.resolve()), "--out", f"{runs}/run"]
         first = [pool.submit(start, "training", PRETENDED, "train", TRAINED, *options)]
-        first += [pool.submit(start, name, PRETENDED, name) for name in TRITON]
+        names = [*TRITON, *(["micro"] if MICRO.exists() else [])]
+        first += [pool.submit(start, name, PRETENDED, name) for name in names]
         said = [future.result() for future in first]
     plugins = [word for name in PLUGINS for word in ("-p", f"metafast.benchmarks.gpu.{name}")]
     options = ["--assert=plain", "-p", "no:cacheprovider", "-n", "2", "-W", "default", "--tb=short", "-k", CHOSEN]
@@ -216,6 +218,7 @@ def kernels(pack: Pack) -> None:
 
     versions = [metadata.version(name) for name in ("torch", "triton")]
     files = [ROOT / "benchmarks" / name for name in ("workloads.py", "peers.py", "gpu/pretended.py")]
+    files += [MICRO] if MICRO.exists() else []
     of = digest(*versions, *TRITON, *TESTS, CHOSEN, files=[*files, *sources("kernels", "metafast", "tests")])
     if pack.done(ARCHIVE, of):
         return

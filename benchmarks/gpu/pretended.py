@@ -6,7 +6,7 @@ whatever the memory holds: results mean nothing, while shapes, strides and align
 a run on the GPU. With NOTES in the environment, a line for each kernel asked for goes to a file in that folder.
 
 As a plugin of pytest (``-p``, with ``--assert=plain`` and PYTHONOPTIMIZE=1, so that no assertion ends a test before its
-last launch), or ``python -m metafast.benchmarks.gpu.pretended WORKLOAD ...`` or ``... train ARGUMENTS``.
+last launch), or ``python -m metafast.benchmarks.gpu.pretended WORKLOAD ...``, ``... micro`` or ``... train ARGUMENTS``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class OnGpu(TorchFunctionMode):
         attribute = getattr(function, "__self__", None)
         if attribute is Tensor.is_cuda:
             return not args[0].is_meta
+        if function is torch.device:
+            return function(*args, **kwargs or {})
         result = function(*map(_here, args), **{name: _here(value) for name, value in (kwargs or {}).items()})
         if attribute is Tensor.device:
             return GPU if result.type == "cpu" else result
@@ -82,6 +84,22 @@ class _Driver:
         return GPU
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _Event:
+    """One that nothing is measured by."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    record = synchronize = _nothing
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1.0
+
+
 class _Graph:
     """A CUDA graph whose replay does nothing; while one is being recorded, kernels are asked for as elsewhere."""
 
@@ -98,10 +116,6 @@ class _Graph:
             yield
         finally:
             cls.recording = False
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -121,8 +135,8 @@ def pretend() -> None:
         "mem_get_info": _always((PROPERTIES.total_memory, PROPERTIES.total_memory)),
         "synchronize": _nothing, "graph_pool_handle": _nothing, "reset_peak_memory_stats": _nothing,
         "device": contextlib.nullcontext, "stream": contextlib.nullcontext, "graph": _Graph.record, "CUDAGraph": _Graph,
-        "Stream": _always(stream), "current_stream": _always(stream), "max_memory_allocated": _always(0),
-        "is_current_stream_capturing": lambda: _Graph.recording,
+        "Event": _Event, "Stream": _always(stream), "current_stream": _always(stream),
+        "is_current_stream_capturing": lambda: _Graph.recording, "max_memory_allocated": _always(0),
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
@@ -168,6 +182,17 @@ def run_workload(name: str) -> None:
         call()
 
 
+def run_micro() -> None:
+    """The micro-benchmarks that launch Triton kernels."""
+    from .results import Results
+    from .workers import micro
+    from .workers.setting import Setting
+
+    where = Setting("cuda", False, None, Results(Path(os.devnull), 0.0, "micro"))
+    micro.nodes(where)
+    micro.tiles(where)
+
+
 def pytest_load_initial_conftests() -> None:
     """Makes the machine look like one with a GPU before anything of the tests is imported."""
     pretend()
@@ -189,6 +214,8 @@ def main(arguments: list[str]) -> None:
             sys.argv[1:] = arguments
             with contextlib.suppress(SystemExit):
                 command()
+        elif arguments == ["micro"]:
+            run_micro()
         else:
             for name in arguments:
                 run_workload(name)
