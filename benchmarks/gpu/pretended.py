@@ -45,12 +45,14 @@ class OnGpu(TorchFunctionMode):
             return not args[0].is_meta
         if function is torch.device:
             return function(*args, **kwargs or {})
+        name = getattr(function, "__name__", "")
+        if name == "cuda":
+            return args[0].clone()
         result = function(*map(_here, args), **{name: _here(value) for name, value in (kwargs or {}).items()})
         if attribute is Tensor.device:
             return GPU if result.type == "cpu" else result
-        name = getattr(function, "__name__", "")
-        if name == "cuda" or (name == "to" and any(_on_gpu(value) for value in (*args[1:], *(kwargs or {}).values()))):
-            return result.clone()  # from the CPU: memory of its own
+        if name == "to" and any(_on_gpu(value) for value in (*args[1:], *(kwargs or {}).values())):
+            return result.clone()  # it comes from the CPU, into memory of its own
         if name in ("empty", "empty_like", "new_empty") and not result.is_meta and result.numel() <= _SMALL:
             result.zero_()
         return result
