@@ -61,7 +61,8 @@ def launch(folder, names, **environment):
     (folder / "small.py").write_text(KERNELS)
     (folder / "changed.py").write_text(KERNELS.replace("1.0", "1.5"))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    environment = {k: str(v) for k, v in environment.items()} | {"PYTHONPATH": str(folder)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {k: str(v) for k, v in environment.items()}
     command = [sys.executable, "-c", RUNS, *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
     assert run.returncode == 0, run.stderr
