@@ -25,7 +25,7 @@ SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,
 LIBASAN := $(wildcard $(shell g++ -print-file-name=libasan.so 2>/dev/null))
 SANITIZED := build/sanitize/lib
 
-.PHONY: setup demo test test-device-versions sanitize lint bench gpu-check clean
+.PHONY: setup demo test test-device-versions sanitize lint bench gpu-check gpu-pack clean
 
 setup: $(STAMP)
 
@@ -109,6 +109,10 @@ bench: setup
 # On a machine with a GPU; needs neither make nor this environment. benchmarks/gpu/plans.py says what it does.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --plan first --out build/gpu-check
+
+# Prepares here what would cost time there: make gpu-pack OMNIGLOT=DIR, the folder of Omniglot's two zips.
+gpu-pack: $(DEVICE_VENV)/installed
+	$(DEVICE_VENV)/bin/python benchmarks/gpu/pack.py --extension $(DEVICE_LIB)/metafast/_C.abi3.so --omniglot "$(OMNIGLOT)"
 
 clean:
 	rm -rf $(VENV) $(DEVICE_VENV) build dist *.egg-info metafast/*.so

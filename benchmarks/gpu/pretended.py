@@ -1,0 +1,228 @@
+"""A GPU that is not there: code runs as it would on an H100, and of each Triton kernel that it launches only the
+compilation happens.
+
+Every tensor claims to be on the GPU and lies in the CPU's memory. What kernels would have computed stays zero or
+whatever the memory holds: results mean nothing, while shapes, strides and alignments, and so the kernels, are those of
+a run on the GPU. With NOTES in the environment, a line for each kernel asked for goes to a file in that folder.
+
+As a plugin of pytest (``-p``, with ``--assert=plain`` and PYTHONOPTIMIZE=1, so that no assertion ends a test before its
+last launch), or ``python -m metafast.benchmarks.gpu.pretended WORKLOAD ...``, ``... micro`` or ``... train ARGUMENTS``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .triton_cache import Kernel, count_misses, triton_key
+
+NOTES = "METAFAST_KERNEL_NOTES"
+GPU = torch.device("cuda", 0)
+PROPERTIES = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=81559 << 20,
+    shared_memory_per_multiprocessor=228 << 10,
+)  # fmt: skip
+CALLS = 3  # as it is, recorded, replayed
+_SMALL = 1 << 18  # values of a tensor that are set to zero, so that what reads them sees numbers
+
+
+class OnGpu(TorchFunctionMode):
+    """Tensors say that they are on the GPU, and what is asked for there is made on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        attribute = getattr(function, "__self__", None)
+        if attribute is Tensor.is_cuda:
+            return not args[0].is_meta
+        if function is torch.device:
+            return function(*args, **kwargs or {})
+        name = getattr(function, "__name__", "")
+        if name == "cuda":
+            return args[0].clone()
+        result = function(*map(_here, args), **{name: _here(value) for name, value in (kwargs or {}).items()})
+        if attribute is Tensor.device:
+            return GPU if result.type == "cpu" else result
+        if name == "to" and any(_on_gpu(value) for value in (*args[1:], *(kwargs or {}).values())):
+            return result.clone()  # it comes from the CPU, into memory of its own
+        if name in ("empty", "empty_like", "new_empty") and not result.is_meta and result.numel() <= _SMALL:
+            result.zero_()
+        return result
+
+
+def _on_gpu(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and value.startswith("cuda")
+
+
+def _here(value: Any) -> Any:
+    return torch.device("cpu") if _on_gpu(value) else value
+
+
+class _Driver:
+    """What Triton asks of a GPU."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 10 * PROPERTIES.major + PROPERTIES.minor, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return GPU
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _Event:
+    """One that nothing is measured by."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    record = synchronize = _nothing
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1.0
+
+
+class _Graph:
+    """A CUDA graph whose replay does nothing; while one is being recorded, kernels are asked for as elsewhere."""
+
+    recording = False
+
+    def replay(self) -> None:
+        pass
+
+    @classmethod
+    @contextlib.contextmanager
+    def record(cls, *args: Any, **kwargs: Any) -> Iterator[None]:
+        cls.recording = True
+        try:
+            yield
+        finally:
+            cls.recording = False
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def pretend() -> None:
+    """From here on, and to the end of the process, there is a GPU."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    stream = types.SimpleNamespace(cuda_stream=0, wait_stream=_nothing, synchronize=_nothing)
+    stand_ins = {
+        "is_available": _always(True), "device_count": _always(1), "current_device": _always(0),
+        "get_device_name": _always(PROPERTIES.name), "get_device_properties": _always(PROPERTIES),
+        "get_device_capability": _always((PROPERTIES.major, PROPERTIES.minor)),
+        "mem_get_info": _always((PROPERTIES.total_memory, PROPERTIES.total_memory)),
+        "synchronize": _nothing, "graph_pool_handle": _nothing, "reset_peak_memory_stats": _nothing,
+        "device": contextlib.nullcontext, "stream": contextlib.nullcontext, "graph": _Graph.record, "CUDAGraph": _Graph,
+        "Event": _Event, "Stream": _always(stream), "current_stream": _always(stream),
+        "is_current_stream_capturing": lambda: _Graph.recording, "max_memory_allocated": _always(0),
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    torch.testing.assert_close = _nothing
+    triton.runtime.driver.set_active(_Driver())
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, warmup, **kwargs: run(self, *args, warmup=True, **kwargs)
+    if NOTES in os.environ:
+        _note(Path(os.environ[NOTES]) / f"{os.getpid()}.jsonl")
+    OnGpu().__enter__()
+
+
+def _note(file: Path) -> None:
+    """A line in ``file`` for each kernel that is asked for, compiled or not."""
+    from triton.compiler import compiler
+
+    key_of, length = compiler.get_cache_key, len(triton_key()) + 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    def noted(src: Any, *args: Any, **kwargs: Any) -> str:
+        key: str = key_of(src, *args, **kwargs)
+        with file.open("a") as lines:
+            lines.write(json.dumps([src.name, key[length:]]) + "\n")
+        return key
+
+    compiler.get_cache_key = noted
+
+
+def kernels(folder: Path) -> set[Kernel]:
+    """Those that processes with NOTES set to ``folder`` have asked for."""
+    lines = (line for file in folder.glob("*.jsonl") for line in file.read_text().splitlines())
+    return {Kernel(*json.loads(line)) for line in lines}
+
+
+def run_workload(name: str) -> None:
+    """Its meta-gradient on the Triton executor, as often as it takes to be launched in every way."""
+    from metafast.benchmarks.peers import Metafast
+    from metafast.benchmarks.workloads import workload
+
+    chosen = workload(name)
+    call = Metafast("triton").prepare(chosen, chosen.draw().to("cuda"))
+    for _ in range(CALLS):
+        call()
+
+
+def run_micro() -> None:
+    """The micro-benchmarks that launch Triton kernels."""
+    from .results import Results
+    from .workers import micro
+    from .workers.setting import Setting
+
+    where = Setting("cuda", False, None, Results(Path(os.devnull), 0.0, "micro"))
+    micro.nodes(where)
+    micro.tiles(where)
+
+
+def pytest_load_initial_conftests() -> None:
+    """Makes the machine look like one with a GPU before anything of the tests is imported."""
+    pretend()
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """How tests ended means nothing; that pytest itself failed does."""
+    if session.exitstatus in (0, 1):
+        session.exitstatus = 0
+
+
+def main(arguments: list[str]) -> None:
+    """Runs workloads, or a command of metafast, and prints what was found in the cache and what was compiled."""
+    pretend()
+    with count_misses() as found:
+        if arguments[0] == "train":
+            from metafast.cli import main as command
+
+            sys.argv[1:] = arguments
+            with contextlib.suppress(SystemExit):
+                command()
+        elif arguments == ["micro"]:
+            run_micro()
+        else:
+            for name in arguments:
+                run_workload(name)
+    print(found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
