@@ -144,8 +144,8 @@ def test_kernels_that_the_pack_lacks_are_named(tmp_path):
 
 def test_the_tests_that_it_runs_are_all_that_need_a_gpu():
     marked = {f.name for f in Path(__file__).parent.glob("test_*.py") if "pytest.mark.gpu" in f.read_text()}
-    assert {Path(file).name for file in correctness.TESTS} == marked - {Path(__file__).name}
-    assert all((ROOT / file).exists() for file in correctness.TESTS)
+    assert {Path(file).name for file in subjects.TESTS} == marked - {Path(__file__).name}
+    assert all((ROOT / file).exists() for file in subjects.TESTS)
 
 
 @pytest.mark.parametrize(("tests", "most"), [(plans._BLOCKS, 12), (plans._TRITON, 30)])

@@ -26,22 +26,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from metafast.benchmarks.gpu import pretended, triton_cache
+from metafast.benchmarks.gpu.subjects import BLOCKS, TRITON, TRITON_TESTS
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 45_000_000  # bytes of the folder
-TRITON = ("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "mini5w5s-5", "torchbench-maml")
-ORACLES = ("sin25-1", "sin25-5", "sin1024-5", "sin4096-5", "wide5w1s-5", *TRITON)
 TRAINED = "omniglot-5w1s"  # trained for a moment, with a validation and a test
-# Those that launch Triton kernels.
-TESTS = (
-    "tests/test_gpu_train.py", "tests/test_triton.py", "tests/test_triton_shared.py", "tests/test_triton_executor.py",
-)  # fmt: skip
 WHEELS = ("higher", "setuptools>=77,<82")
 LEARN2LEARN = ("learn2learn/algorithms/", "learn2learn/utils/", "learn2learn/_version.py", "LICENSE")
 ZIPS = ("images_background.zip", "images_evaluation.zip")
 ARCHIVE, MANIFEST = "triton-cache.tar.xz", "pack.json"
-MICRO = ROOT / "benchmarks/gpu/workers/micro.py"
-# Blocks of 65,536 values, meant for the interpreter: the assembler works on one of them for minutes.
-CHOSEN = "not (large and blocks)"
 PRETENDED, PLUGINS = "metafast.benchmarks.gpu.pretended", ("pretended", "triton_cache")
 NOTHING = ", 0 compiled"  # what a process says that found every kernel
 ORACLE = """
@@ -190,36 +184,22 @@ def launches(pack: Pack, cwd: Path, logs: str, **environment: str) -> list[str]:
         return next((line for line in lines if line.startswith("Triton: ")), f"{name} says nothing of Triton: {log}")
 
     with tempfile.TemporaryDirectory() as runs, ThreadPoolExecutor(2) as pool:
-        options = [
-            "--split",
-            "maml",
-            "--iterations",
-            "4",
-            "--eval-every",
-            "2",
-            "--device",
-            "cuda",
-            "--backend",
-            "triton",
-        ]
-        options += ["--data", str(pack.omniglot.resolve()), "--out", f"{runs}/run"]
+        options = ["--split", "maml", "--iterations", "4", "--eval-every", "2", "--device", "cuda"]
+        options += ["--backend", "triton", "--data", str(pack.omniglot.resolve()), "--out", f"{runs}/run"]
         first = [pool.submit(start, "training", PRETENDED, "train", TRAINED, *options)]
-        names = [*TRITON, *(["micro"] if MICRO.exists() else [])]
-        first += [pool.submit(start, name, PRETENDED, name) for name in names]
+        first += [pool.submit(start, name, PRETENDED, name) for name in (*TRITON, "micro")]
         said = [future.result() for future in first]
     plugins = [word for name in PLUGINS for word in ("-p", f"metafast.benchmarks.gpu.{name}")]
-    options = ["--assert=plain", "-p", "no:cacheprovider", "-n", "2", "-W", "default", "--tb=short", "-k", CHOSEN]
-    return [*said, start("tests", "pytest", *plugins, *options, "-m", "gpu", *TESTS)]
+    options = ["--assert=plain", "-p", "no:cacheprovider", "-n", "2", "-W", "default", "--tb=short"]
+    return [*said, start("tests", "pytest", *plugins, *options, "-m", "gpu", *TRITON_TESTS)]
 
 
 def kernels(pack: Pack) -> None:
     """Triton's kernels, which must all be found when the same runs again from another place."""
-    from metafast.benchmarks.gpu import pretended, triton_cache
-
     versions = [metadata.version(name) for name in ("torch", "triton")]
-    files = [ROOT / "benchmarks" / name for name in ("workloads.py", "peers.py", "gpu/pretended.py")]
-    files += [MICRO] if MICRO.exists() else []
-    of = digest(*versions, *TRITON, *TESTS, CHOSEN, files=[*files, *sources("kernels", "metafast", "tests")])
+    names = ("workloads.py", "peers.py", "gpu/pretended.py", "gpu/subjects.py", "gpu/workers/micro.py")
+    files = [*(ROOT / "benchmarks" / name for name in names), *sources("kernels", "metafast", "tests")]
+    of = digest(*versions, files=files)
     if pack.done(ARCHIVE, of):
         return
     cache, notes, archive = pack.work / "triton", pack.work / "notes", pack.work / ARCHIVE
@@ -252,7 +232,7 @@ def oracles(pack: Pack) -> None:
 
     (pack.out / "oracles").mkdir(exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
-        missing = [name for name in reversed(ORACLES) if not pack.done(f"oracles/{name}.npz", of)]
+        missing = [name for name in reversed((*BLOCKS, *TRITON)) if not pack.done(f"oracles/{name}.npz", of)]
         list(pool.map(make, missing))
 
 

@@ -1,9 +1,16 @@
-"""The workloads of the check, by the executor that is meant for each, in the order in which they are tried."""
+"""What the check looks at: workloads, by the executor that is meant for each and in the order in which they are tried,
+and files of tests."""
 
 from __future__ import annotations
 
 BLOCKS = ("sin25-5", "sin1024-5", "sin4096-5", "wide5w1s-5", "sin25-1")  # CUDA C++; wide: clusters of eight blocks
 TRITON = ("omni5w1s-1", "omni5w1s-5", "mini5w1s-5", "omni20w1s-5", "mini5w5s-5", "torchbench-maml")
+# Everything that is marked gpu.
+TRITON_TESTS = (
+    "tests/test_gpu_train.py", "tests/test_triton.py", "tests/test_triton_shared.py", "tests/test_triton_executor.py",
+    "tests/test_triton_tiles.py", "tests/test_triton_products.py",
+)  # fmt: skip
+TESTS = ("tests/test_gpu.py", "tests/test_sampler.py", *TRITON_TESTS)
 
 
 def executor(workload: str) -> str:

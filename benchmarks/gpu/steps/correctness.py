@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..job import Job
+from ..subjects import TESTS
 
-# Everything that is marked gpu; the files of a group do not matter, for each worker has a process of its own.
-TESTS = (
-    "tests/test_gpu.py", "tests/test_gpu_train.py", "tests/test_sampler.py", "tests/test_triton.py",
-    "tests/test_triton_shared.py", "tests/test_triton_executor.py",
-)  # fmt: skip
-# Blocks of 65,536 values suit the interpreter; the assembler works on one of them for minutes.
-CHOSEN = "not large and not slices"
 _REHEARSED_TESTS = ("tests/test_cuda_twin.py", "-k", "test_float32 and sinusoid")
 _FIRST_FAILURES = 12  # that are named in the results; the log has all
 
@@ -30,7 +24,7 @@ def smoke(job: Job, workloads: Sequence[str]) -> dict[str, Any]:
 def tests(job: Job) -> dict[str, Any]:
     """Everything marked ``gpu``, side by side. The first that fails runs again, each launch waited for."""
     junit = job.report.logs / "tests.xml"
-    chosen = _REHEARSED_TESTS if job.rehearsal else ("-m", "gpu", "-k", CHOSEN, *TESTS)
+    chosen = _REHEARSED_TESTS if job.rehearsal else ("-m", "gpu", *TESTS)
     command = [sys.executable, "-m", "pytest", "-W", "default", "-o", "faulthandler_timeout=60"]
     side_by_side = ["-n", "2" if job.rehearsal else "14", "--maxfail=30", f"--junitxml={junit}"]
     found = job.run([*command, *side_by_side, *chosen])
