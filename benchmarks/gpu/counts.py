@@ -1,4 +1,4 @@
-"""What the Triton executor would run on a GPU, counted where there is none: ``python -m metafast.benchmarks.gpu.counts``.
+"""What the Triton executor would run on a GPU, counted without one: ``python -m metafast.benchmarks.gpu.counts``.
 
 Of each workload: the launches of a meta-step by kernel and the torch operators that launch something beside them, the
 bytes of the kernels' tensors, and of each contraction and norm kernel, as compiled by the Triton that is installed, its
@@ -118,16 +118,12 @@ class _Operators(TorchDispatchMode):
 
 def describe(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], given: dict[str, Any], arch: int) -> Launch:
     """The launch as its GPU would find it; ``given``: the options of ``launch`` and the kernel's constants."""
-    constants = dict(given)
-    warps, stages, registers = (constants.pop(k, v) for k, v in (("warps", 4), ("stages", 3), ("registers", None)))
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if registers is not None and arch >= launching.CAPPED:
-        options["maxnreg"] = registers
+    options, constants = launching.options(arch, **given)
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, constexprs, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):  # as Triton specialises it
             signature[name], constexprs[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -209,10 +205,11 @@ def kernels(step: Step, architecture: int) -> list[dict[str, Any]]:
     rows = []
     for alike in grouped.values():
         launch = alike[0]
-        constants, blocks = launch.source[2], torch.Size(launch.grid).numel()
+        constants, code = launch.source[2], compile_code(launch, architecture)
         shape = "x".join(str(constants[k]) for k in ("BM", "BN", "BK", "BR", "BC") if k in constants)
+        each = torch.Size(launch.grid).numel() / PROCESSORS
         rows.append({"kernel": launch.name, "launches": len(alike), "block": shape, "grid": list(launch.grid),
-                     "blocks_a_processor": blocks / PROCESSORS, **asdict(compile_code(launch, architecture))})  # fmt: skip
+                     "blocks_a_processor": each, **asdict(code)})  # fmt: skip
     return rows
 
 
