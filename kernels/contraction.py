@@ -11,19 +11,18 @@ linear layer is a 1x1 convolution of 1x1 images. A second term makes the loop ov
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def _split(x):
-    """``hi + lo = x``, where ``hi`` has the 11 bits of a TF32 operand and ``lo`` at most two thirds of its last one.
+    """``hi + lo = x``, where ``hi`` has the 11 bits of a TF32 operand and ``lo`` is at most two thirds of its last bit.
 
-    That ``hi`` comes of a product keeps it NaN where ``x`` is; of an infinity ``lo`` is NaN.
+    A product comes first, since it keeps ``hi`` NaN where ``x`` is: adding half of the last bit to the bits of the
+    usual NaN, all of them ones, gives zero.
     """
     hi = (x * (1 + 2**-10 / 3)).to(tl.uint32, bitcast=True) & 0xFFFFE000
     hi = hi.to(tl.float32, bitcast=True)
@@ -46,7 +45,7 @@ def _multiply(acc, a, b, PRECISION: tl.constexpr):
         b_hi, b_lo = _split(b)
         part = tl.dot(a_lo, b_hi, input_precision="tf32")
         part = tl.dot(a_hi, b_lo, part, input_precision="tf32")
-        part = tl.maximum(part, -_LARGEST)  # where an infinity has left NaN, any number: ``a_hi b_hi`` decides
+        part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # of infinities and overflow ``a_hi b_hi`` says all
         return acc + tl.dot(a_hi, b_hi, part, input_precision="tf32")
 
 
