@@ -130,8 +130,10 @@ def gather_product(
     grid = (
         cdiv(rows, b.rows) * cdiv(s.outputs, b.columns), tasks * s.groups, s.classes_h * s.classes_w * b.slices
     )  # fmt: skip
+    strided = s.classes_h * s.classes_w > 1  # where four warps need a few registers more
+    registers = None if strided and b.warps == 4 else b.registers
     options = {"S": s, "PRECISION": precision, "BM": b.rows, "BN": b.columns, "BK": b.depth,
-               "warps": b.warps, "registers": b.registers}  # fmt: skip
+               "warps": b.warps, "registers": registers}  # fmt: skip
     inputs = a0, w0, a1, w1
     if b.slices > 1:
         added = empty(y, b.slices, *y.shape, dtype=torch.float32)
