@@ -11,7 +11,7 @@ _RESIDENT = 4  # blocks that share a multiprocessor, of 128 threads with 128 reg
 _REGISTERS = 128  # of a thread, so that 16 warps share a multiprocessor
 _SHORT = 4  # steps of the shortest slice of K
 _LONG = 16  # steps of slices that beat smaller blocks
-_ADDING = 8  # steps that have to be saved, for the slices are then added by a launch of its own
+_ADDING = 8  # steps that have to be saved, since a launch of its own adds the slices, as many for each block in a row
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def choose_blocks(rows: int, columns: int, runs: int, length: int, layers: int, 
         bm, bn = (bm // 2, bn) if bm > 64 else (bm, bn // 2)
         blocks = cdiv(rows, bm) * cdiv(columns, bn) * layers
     slices = max(1, min(_RESIDENT * processors // blocks, steps // _SHORT))
-    if steps - cdiv(steps, slices) < _ADDING:
+    if steps - cdiv(steps, slices) < _ADDING * (1 + blocks // max(1, processors)):
         slices = 1
     return Blocks(bm, bn, bk, slices, _warps(bm, bn), _REGISTERS if bm >= 64 else None)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LARGEST = tl.constexpr(3.4028234663852886e38)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -45,7 +46,8 @@ def _multiply(acc, a, b, PRECISION: tl.constexpr):
         b_hi, b_lo = _split(b)
         part = tl.dot(a_lo, b_hi, input_precision="tf32")
         part = tl.dot(a_hi, b_lo, part, input_precision="tf32")
-        part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # of infinities and overflow ``a_hi b_hi`` says all
+        # Infinities and overflow are what ``a_hi b_hi`` says: beside them any number does, also for NaN.
+        part = tl.minimum(tl.maximum(part, -_LARGEST), _LARGEST)
         return acc + tl.dot(a_hi, b_hi, part, input_precision="tf32")
 
 

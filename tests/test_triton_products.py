@@ -126,6 +126,10 @@ SPECIAL = [INF, -INF, NAN, float(ONES[0]), 0.0, 1.0, -1.0003, 1e-3, 1e-30, 3.3e3
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(
+    DEVICE == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+    reason="the interpreter's maximum of NaN and a number is NaN, a GPU's the number",
+)
 def test_infinities_overflow_and_nan_are_those_of_float32(request):
     if DEVICE == "cpu":
         request.getfixturevalue("_tensor_cores")
@@ -240,7 +244,8 @@ def test_statistics_of_slices_are_those_of_the_whole(sliced, monkeypatch):
 
 SHAPES = {  # rows, columns, runs, length, layers: what omni5w1s-5 and mini5w1s-5 multiply
     "filled by large blocks": ((14700, 64, 9, 64, 8), (128, 64, 1)),
-    "filled by small blocks": ((980, 64, 9, 64, 8), (64, 32, 2)),
+    "filled by small blocks": ((980, 64, 9, 64, 8), (64, 32, 1)),
+    "filled by small blocks, K of two terms": ((980, 64, 18, 64, 8), (64, 32, 2)),
     "a few small blocks, K in slices": ((245, 64, 9, 64, 8), (64, 32, 4)),
     "of one block": ((5, 5, 1, 800, 4), (16, 16, 6)),
     "K so long that it is cut first": ((64, 576, 1, 14700, 8), (64, 64, 7)),
