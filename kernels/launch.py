@@ -27,31 +27,41 @@ REACH = 2**31 - 1  # offsets within a task are 32-bit
 CAPPED = 90  # the architecture from which operands of products need not pass through registers
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
-    warps: int = 4,
-    stages: int = 3,
-    registers: int | None = None,
-    **constants: Any,
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **given: Any) -> None:
     """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...); on tensors without memory nothing.
 
-    ``registers``: the most of a thread, where the GPU's matrix instructions leave room for such a bound.
+    ``given``: the kernel's constants, and of ``options`` those that are not the usual ones.
     """
     if args[0].is_meta:
         return
-    capped = registers is not None and args[0].is_cuda and _architecture(args[0].device) >= CAPPED
-    options = {"maxnreg": registers} if capped else {}
-    kernel[grid](*args, **constants, **options, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    chosen, constants = options(_architecture(args[0].device), **given)
+    kernel[grid](*args, **constants, **chosen)
+
+
+def options(
+    architecture: int, warps: int = 4, stages: int = 3, registers: int | None = None, **constants: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Triton's options for a launch, and the rest of what was given.
+
+    ``registers``: the most of a thread, where the GPU's matrix instructions leave room for such a bound.
+    """
+    bound = {"maxnreg": registers} if registers is not None and architecture >= CAPPED else {}
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **bound}, constants
 
 
 @functools.lru_cache
 def _architecture(device: torch.device) -> int:
-    """90 for Hopper."""
+    """90 for Hopper; 0 where there is no GPU."""
+    if device.type != "cuda":
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; where there is none those of an H100, for which plans are then made."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def block(extent: int, low: int, high: int) -> int:

@@ -107,9 +107,7 @@ class Normalise(Layer):
     def _scaled(self, ctx: Context, gamma: Tensor | None, u: Tensor) -> Tensor:
         return u if gamma is None else self.view(ctx, gamma) * u
 
-    def _adjoints(
-        self, ctx: Context, params: Tensors, terms: list[tuple[Tensor, Tensor]], g: Tensor
-    ) -> Tangents:
+    def _adjoints(self, ctx: Context, params: Tensors, terms: list[tuple[Tensor, Tensor]], g: Tensor) -> Tangents:
         adjoints: list[Tensor | None] = []
         if self.scale:
             products = total(*(a * b for a, b in terms)) if ctx.needs_params[0] else None

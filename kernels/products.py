@@ -9,12 +9,11 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from .blocks import choose_blocks
 from .contraction import metafast_add_slices, metafast_gather_product, metafast_weight_gradient
-from .launch import REACH, TILES, block, by_task, cdiv, empty, launch, within_reach
+from .launch import REACH, TILES, block, by_task, cdiv, empty, launch, processors, within_reach
 
 Term = tuple[Tensor, Tensor]
-_PROGRAMS = 528  # four blocks for each of 132 multiprocessors
-_REGISTERS = 128  # of a thread, so that two blocks of 256 threads share a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -125,19 +124,27 @@ def gather_product(
         together = _together(tasks, max(source[0].numel(), y[0].numel()))
         tasks, n = tasks // together, n * together
     rows = n * cdiv(s.rows_h, s.classes_h) * cdiv(s.rows_w, s.classes_w)
-    bm, bn = block(rows, 16, TILES.rows), block(s.outputs, 16, TILES.columns)
-    bk = block(s.channels if s.channels >= 16 else s.taps_h * s.taps_w * s.channels, 16, TILES.depth)
-    tiles = cdiv(rows, bm)
-    parts = empty(source, tasks, tiles, 2, width, dtype=torch.float32) if statistics else None
-    z, stat = statistics if isinstance(statistics, tuple) else (None, None)
-    grid = (tiles * cdiv(s.outputs, bn), tasks * s.groups, s.classes_h * s.classes_w)
-    warps = _warps(bm, bn)
-    launch(
-        metafast_gather_product, grid, y, bias, parts, z, stat, a0, w0, a1, w1, bias_stride, w0_stride, w1_stride, n,
-        S=gather, PRECISION=precision, BM=bm, BN=bn, BK=bk, warps=warps,
-        registers=_REGISTERS if warps == 8 else None,
+    taps, layers = s.taps_h * s.taps_w, tasks * s.groups * s.classes_h * s.classes_w
+    runs, length = (taps, s.channels) if s.channels >= 16 else (1, taps * s.channels)
+    b = choose_blocks(rows, s.outputs, len(terms) * runs, length, layers, processors(y.device))
+    grid = (
+        cdiv(rows, b.rows) * cdiv(s.outputs, b.columns), tasks * s.groups, s.classes_h * s.classes_w * b.slices
     )  # fmt: skip
-    return y, parts, bm
+    strided = s.classes_h * s.classes_w > 1  # where four warps need a few registers more
+    registers = None if strided and b.warps == 4 else b.registers
+    options = {"S": s, "PRECISION": precision, "BM": b.rows, "BN": b.columns, "BK": b.depth,
+               "warps": b.warps, "registers": registers}  # fmt: skip
+    inputs = a0, w0, a1, w1
+    if b.slices > 1:
+        added = empty(y, b.slices, *y.shape, dtype=torch.float32)
+        launch(metafast_gather_product, grid, added, None, None, None, None, *inputs, 0, w0_stride, w1_stride, n,
+               b.slices, **options)  # fmt: skip
+        return _add_slices(y, added, bias, bias_stride, statistics)
+    parts = empty(y, tasks, cdiv(rows, b.rows), 2, width, dtype=torch.float32) if statistics else None
+    z, stat = statistics if isinstance(statistics, tuple) else (None, None)
+    launch(metafast_gather_product, grid, y, bias, parts, z, stat, *inputs, bias_stride, w0_stride, w1_stride, n, 1,
+           **options)  # fmt: skip
+    return y, parts, b.rows
 
 
 def weight_gradient(terms: Sequence[Term], gather: Gather, precision: str) -> Tensor:
@@ -146,30 +153,40 @@ def weight_gradient(terms: Sequence[Term], gather: Gather, precision: str) -> Te
     g1, x1 = terms[1] if len(terms) == 2 else (None, None)
     tasks, n = x0.shape[:2]
     pixels, columns, width = n * s.rows_h * s.rows_w, s.taps_h * s.taps_w * s.channels, s.outputs * s.groups
-    bm, bn = block(s.outputs, 16, TILES.columns), block(columns, 16, TILES.columns)
-    bk = block(pixels, 16, TILES.depth)
-    tiles = cdiv(s.outputs, bm) * cdiv(columns, bn)
-    slices = max(1, min(_PROGRAMS // (tiles * tasks * s.groups), pixels // (8 * bk)))
-    length = cdiv(cdiv(pixels, slices), bk) * bk
-    slices = cdiv(pixels, length)
-    parts = empty(x0, slices, tasks, width, s.taps_h, s.taps_w, s.channels, dtype=torch.float32)
+    b = choose_blocks(s.outputs, columns, len(terms), pixels, tasks * s.groups, processors(x0.device))
+    tiles = cdiv(s.outputs, b.rows) * cdiv(columns, b.columns)
+    parts = empty(x0, b.slices, tasks, width, columns, dtype=torch.float32)
     launch(
-        metafast_weight_gradient, (tiles, tasks * s.groups, slices), parts, g0, x0, g1, x1, n, length,
-        S=gather, PRECISION=precision, BM=bm, BN=bn, BK=bk, warps=_warps(bm, bn),
+        metafast_weight_gradient, (tiles, tasks * s.groups, b.slices), parts, g0, x0, g1, x1, n, b.slices,
+        S=s, PRECISION=precision, BM=b.rows, BN=b.columns, BK=b.depth, warps=b.warps, registers=b.registers,
     )  # fmt: skip
-    if slices == 1:
-        return parts[0]
-    out = torch.empty_like(parts[0])
-    launch(metafast_add_slices, (cdiv(out.numel(), 1024),), out, parts, out.numel(), slices, B=1024)
-    return out
+    out = parts[0] if b.slices == 1 else _add_slices(empty(parts, *parts.shape[1:]), parts)[0]
+    return out.view(tasks, width, s.taps_h, s.taps_w, s.channels)
+
+
+def _add_slices(
+    y: Tensor,
+    added: Tensor,
+    bias: Tensor | None = None,
+    bias_stride: int = 0,
+    statistics: tuple[Tensor, Tensor] | bool = False,
+) -> tuple[Tensor, Tensor | None, int]:
+    """``y[T, ..., columns]`` as the sum of ``added[slice, ...]``; what is given and returned beside it is that of
+    ``gather_product``."""
+    tasks, width = y.shape[0], y.shape[-1]
+    rows, bc = y[0].numel() // width, block(width, 16, 64)
+    br = TILES.elements // bc
+    tiles = cdiv(rows, br)
+    parts = empty(added, tasks, tiles, 2, width) if statistics else None
+    z, stat = statistics if isinstance(statistics, tuple) else (None, None)
+    launch(
+        metafast_add_slices, (tiles * cdiv(width, bc), tasks), y, bias, parts, z, stat, added, bias_stride, rows, width,
+        added.shape[0], BR=br, BC=bc, warps=8,
+    )  # fmt: skip
+    return y, parts, br
 
 
 def _together(tasks: int, elements: int) -> int:
     """How many tasks of so many elements run as one: the most that 32 bits reach."""
     most = min(tasks, max(1, REACH // elements))
     return next(count for count in range(most, 0, -1) if tasks % count == 0)
-
-
-def _warps(rows: int, columns: int) -> int:
-    """As many as leave each thread at most 32 accumulators: with twice that, three TF32 products spill."""
-    return max(1, min(8, rows * columns // 1024))

@@ -85,6 +85,7 @@ def _quick(monkeypatch):
         from triton.runtime import interpreter
 
         _use(LARGE, monkeypatch)
+        monkeypatch.setattr(products, "processors", lambda device: 0)  # that large blocks need not fill
         options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
@@ -172,22 +173,6 @@ def test_small_blocks(case, monkeypatch):
     _use(SMALL, monkeypatch)
     at = point(case, tasks=2)
     assert_close(run(triton_layer(case.layer), at, case), truth(case.function, at), case.tolerance)
-
-
-def test_weight_gradient_in_slices(monkeypatch):
-    case = next(c for c in HAND_WRITTEN if str(c).startswith("conv2d: 3x3, padded"))
-    case = replace(case, inputs=((9, *case.inputs[0][1:]),))  # 315 pixels, at least 128 to a slice
-    _use(replace(LARGE, depth=16), monkeypatch)
-    launched = []
-
-    def noted(kernel, *args, **options):
-        launched.append(kernel)
-        launch.launch(kernel, *args, **options)
-
-    monkeypatch.setattr(products, "launch", noted)
-    at = point(case, tasks=2)
-    assert_close(run(triton_layer(case.layer), at, case), truth(case.function, at), case.tolerance)
-    assert launched.count(products.metafast_add_slices) == 2
 
 
 @pytest.mark.parametrize("case", [c for c in LOSSES if "ways" in c.name or c.loss.stem == "mse"], ids=str)

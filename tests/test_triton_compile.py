@@ -11,10 +11,18 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from metafast.benchmarks.gpu import counts
+from metafast.kernels import contraction
+from metafast.kernels import launch as launching
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
@@ -25,19 +33,10 @@ def kernels_of_the_package():
     return sorted(name for found in names for name in found)
 
 
-def modules_that_launch():
-    from metafast.executors import lowering
-
-    layers = {sys.modules[kind.__module__] for kind in vars(lowering).values() if hasattr(kind, "__module__")}
-    shared = [sys.modules[f"metafast.kernels.{name}"] for name in ("products", "sums", "windows")]
-    return [module for module in (*layers, *shared) if hasattr(module, "launch")]
-
-
-def compiled(architecture, rows=None):
-    """What the assembler says of every kernel; with ``rows`` of a product alone, in blocks of so many."""
-    pytest.importorskip("triton")
+def compiled(architecture, *what):
+    """What the assembler says of every kernel, or of ``what`` else ``main`` compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(architecture), *([] if rows is None else [str(rows)])]
+    command = [sys.executable, __file__, str(architecture), *what]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -60,86 +59,133 @@ def test_kernels_compile_without_spills(architecture):
 
 
 def test_a_block_too_large_is_found():
-    assert any(wrong(report, 80) for report in compiled(80, rows=512))
+    assert any(wrong(report, 80) for report in compiled(80, "large"))
 
 
-def main(architecture, rows=None):
-    import torch
-    import triton
-    from torch import nn
+def products_a_step(reports):
+    """By kernel and block how many matrix instructions each precision takes, as multiples of those of TF32; those of
+    bf16 reach twice as far along K."""
+    found = {}
+    for r in reports:
+        found.setdefault((r["kernel"], r["block"]), {})[r["precision"]] = r["ptx_mma"]
+    return [{k: n * (2 if k == "bf16" else 1) / of["tf32"] for k, n in of.items()} for of in found.values()]
 
-    from metafast.capture import capture
-    from metafast.executors.triton import TritonExecutor
-    from metafast.kernels import launch as launching
-    from metafast.losses import as_loss
-    from metafast.tasks import Batch, TaskBatch
 
+@pytest.mark.parametrize("architecture", SHARED)
+def test_float32_multiplies_three_times_and_other_precisions_once(architecture):
+    found = products_a_step(compiled(architecture, "precisions"))
+    assert len(found) == 5
+    assert all(of == {"float32": 3, "tf32": 1, "bf16": 1} for of in found)
+
+
+def test_a_product_that_is_left_out_is_found():
+    assert all(of["float32"] == 2 for of in products_a_step(compiled(90, "planted")))
+
+
+@triton.jit
+def _two_products(acc, a, b, PRECISION: tl.constexpr):
+    """A defect: without ``a_hi b_lo``."""
+    if PRECISION == "float32":
+        a_hi, a_lo = contraction._split(a)
+        part = tl.dot(a_lo, b, input_precision="tf32")
+        return acc + tl.dot(a_hi, b, part, input_precision="tf32")
+    else:
+        return tl.dot(a, b, acc)
+
+
+def main(architecture, what="everything"):
+    """Prints the counts of the kernels that a few programs launch, compiled for a GPU that is not here."""
     launched = {}
 
-    def record(kernel, grid, *args, warps=4, stages=3, registers=None, **constants):
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        if registers is not None and architecture >= launching.CAPPED:
-            options["maxnreg"] = registers
-        source = described(kernel, dict(zip(kernel.arg_names, args, strict=False)) | constants)
-        launched.setdefault((kernel.__name__, str(source[1]), warps, *variant(source[2])), (source, options))
+    def record(kernel, grid, *args, **given):
+        found = counts.describe(kernel, grid, args, given, architecture)
+        launched.setdefault((found.name, str(found.source[1]), str(found.options), *variant(found.source[2])), found)
 
-    def step(model, sample, ways, loss, precision="float32"):
-        program, executor = capture(model, as_loss(loss)), TritonExecutor(precision)
-
-        def samples(n):
-            y = torch.empty(4, n, dtype=torch.int64) if ways else torch.empty(4, n, 8)
-            return torch.empty(4, n, *sample, device="meta"), y.to("meta")
-
-        tasks = TaskBatch(*samples(5), *samples(5))
-        theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, program.size, device="meta")
-        executor.meta_gradient(program, theta, rate, tasks, 1)
-        executor.loss_and_grad(program, theta, Batch(*samples(200)))
-
-    if rows is not None:
-        launching.TILES.rows = rows
-    for module in modules_that_launch():
+    for module in counts.modules_that_launch():
         module.launch = record
+    if what == "planted":
+        contraction._multiply = _two_products
+    if what == "large":
+        launching.TILES.rows = 512
+    if what in ("precisions", "planted"):
+        precisions(("float32", "tf32", "bf16") if what == "precisions" else ("float32", "tf32"))
+        chosen = [launch for launch in launched.values() if "PRECISION" in launch.source[2]]
+    else:
+        everything()
+        chosen = list(launched.values())
+    if what == "large":
+        chosen = [next(launch for launch in chosen if launch.name == "metafast_gather_product")]
+    print(json.dumps([report(launch, architecture) for launch in chosen]))
+
+
+def report(launch, architecture):
+    constants = launch.source[2]
+    block = [(k, constants.get(k)) for k in ("BM", "BN", "BK")] + [constants.get("a1", constants.get("g1")) is None]
+    code = vars(counts.compile_code(launch, architecture))
+    return {"kernel": launch.name, "block": str(block), "precision": constants.get("PRECISION"), **code}
+
+
+def everything():
+    """Every kernel, at the blocks it would be launched with: grids that fill the GPU and such that do not."""
+    from torch import nn
+
     conv4 = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
                           nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
                           nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))  # fmt: skip
-    step(conv4, (3, 84, 84), 5, "cross_entropy")
-    step(conv4, (3, 84, 84), 5, "cross_entropy", "bf16")
-    step(conv4[4:6], (64, 42, 42), 0, "mse", "tf32")
+    narrow = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+                           nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(3200, 5)
+                           )  # fmt: skip
     mlp = nn.Sequential(nn.Linear(40, 80), nn.LayerNorm(80), nn.GELU(), nn.BatchNorm1d(80), nn.Linear(80, 8), nn.Tanh())
+    step(conv4, (3, 84, 84), 5, "cross_entropy")
+    step(conv4, (3, 20, 20), 5, "cross_entropy")
+    step(conv4, (3, 84, 84), 5, "cross_entropy", "bf16")
+    step(narrow, (3, 20, 20), 5, "cross_entropy")
+    step(conv4[4:6], (64, 42, 42), 0, "mse", "tf32")
     step(mlp, (40,), 0, "mse")
 
-    if rows is not None:
-        launched = dict([next((k, v) for k, v in launched.items() if k[0] == "metafast_gather_product")])
 
-    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-    reports = []
-    for source, options in launched.values():
-        found = triton.compile(triton.compiler.ASTSource(*source), target=target, options=options)
-        reports.append({"kernel": source[0].__name__, "warps": options["num_warps"], "shared": found.metadata.shared,
-                        **resources(found.asm["cubin"]), "constants": str(source[2])})  # fmt: skip
-    print(json.dumps(reports))
+def precisions(chosen):
+    """The products of a convolution and of a linear layer, each way: one, four and eight warps."""
+    import torch
+    from torch import nn
+
+    from metafast.tasks import Batch
+
+    for precision in chosen:
+        for model, sample, tasks in ((nn.Conv2d(64, 64, 3), (64, 84, 84), 4), (nn.Linear(800, 5), (800,), 1)):
+            program, executor, y = compose(model, sample, "mse", precision)
+            batch = Batch(*(torch.empty(tasks, 5, *shape, device="meta") for shape in (sample, y)))
+            executor.loss_and_grad(program, torch.empty(program.size, device="meta"), batch)
 
 
-def described(kernel, given):
-    """The kernel with the types, constants and alignments of its arguments, as a launch would find them."""
+def step(model, sample, ways, loss, precision="float32"):
+    """A meta-gradient of four tasks and the gradient of a larger batch, without memory."""
     import torch
 
-    kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int16: "*i16",
-             torch.int64: "*i64"}  # fmt: skip
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = given[name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], place = kinds[value.dtype], value.storage_offset() * value.element_size()
-        else:
-            signature[name], place = ("fp32", 1) if isinstance(value, float) else ("i32", value)
-        if place % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return kernel, signature, constants, attributes
+    from metafast.tasks import Batch, TaskBatch
+
+    program, executor, outputs = compose(model, sample, loss, precision)
+
+    def samples(n):
+        y = torch.empty(4, n, dtype=torch.int64) if ways else torch.empty(4, n, *outputs)
+        return torch.empty(4, n, *sample, device="meta"), y.to("meta")
+
+    tasks = TaskBatch(*samples(5), *samples(5))
+    theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, program.size, device="meta")
+    executor.meta_gradient(program, theta, rate, tasks, 1)
+    executor.loss_and_grad(program, theta, Batch(*samples(200)))
+
+
+def compose(model, sample, loss, precision):
+    """A program, an executor for it and the shape of a sample's output."""
+    import torch
+
+    from metafast.capture import capture
+    from metafast.executors.triton import TritonExecutor
+    from metafast.losses import as_loss
+
+    return capture(model, as_loss(loss)), TritonExecutor(precision), model(torch.zeros(2, *sample)).shape[1:]
 
 
 def variant(constexprs):
@@ -151,18 +197,5 @@ def variant(constexprs):
             yield getattr(value, "channels", 0) >= 16, getattr(value, "classes_h", 1), getattr(value, "window_h", 1)
 
 
-def resources(cubin):
-    """Registers and bytes of stack of a thread, as the assembler has written them into the binary."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return {"registers": int(found[1]), "stack": int(found[2])}
-
-
 if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:]))
+    main(int(sys.argv[1]), *sys.argv[2:])

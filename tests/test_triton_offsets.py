@@ -15,10 +15,11 @@ pytest.importorskip("triton")
 import numpy as np
 import torch
 import triton.language as tl
-from test_triton_compile import kernels_of_the_package, modules_that_launch
+from test_triton_compile import kernels_of_the_package
 from torch import nn
 from triton.runtime import interpreter
 
+from metafast.benchmarks.gpu.counts import modules_that_launch
 from metafast.capture import capture
 from metafast.executors import lowering
 from metafast.executors.triton import TritonExecutor

@@ -1,0 +1,260 @@
+"""What the Triton executor would run on a GPU, counted without one: ``python -m metafast.benchmarks.gpu.counts``.
+
+Of each workload: the launches of a meta-step by kernel and the torch operators that launch something beside them, the
+bytes of the kernels' tensors, and of each contraction and norm kernel, as compiled by the Triton that is installed, its
+grid, instructions, registers, stack and shared memory. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metafast.benchmarks.workloads import Workload, workload
+from metafast.capture import capture
+from metafast.executors import lowering
+from metafast.executors.triton import TritonExecutor
+from metafast.kernels import launch as launching
+from metafast.losses import as_loss
+from metafast.tasks import TaskBatch
+
+WORKLOADS = ("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "torchbench-maml")
+HOT = ("metafast_gather_product", "metafast_weight_gradient", "metafast_norm")
+PROCESSORS = 132  # of an H100
+BUDGET = 40 << 30  # half of its memory
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int16: "*i16", torch.int64: "*i64"}
+
+
+@dataclass
+class Launch:
+    """A kernel with the types, constants and alignments of its arguments, and how it is started."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    source: tuple[Any, ...]
+    options: dict[str, Any]
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@dataclass
+class Step:
+    """One meta-gradient: its launches in order, and by name how often torch launches something."""
+
+    launches: list[Launch] = field(default_factory=list)
+    operators: Counter = field(default_factory=Counter)
+
+
+def modules_that_launch() -> list[Any]:
+    """The modules of kernels that hold a ``launch`` of their own, by which their launches can be watched."""
+    layers = {sys.modules[kind.__module__] for kind in vars(lowering).values() if hasattr(kind, "__module__")}
+    shared = [sys.modules[f"metafast.kernels.{name}"] for name in ("products", "sums", "windows")]
+    return [module for module in (*layers, *shared) if hasattr(module, "launch")]
+
+
+def meta_step(work: Workload, architecture: int) -> Step:
+    """What a meta-gradient of the workload launches; runs on tensors without memory."""
+    step, program = Step(), capture(work.network(), as_loss(work.loss))
+    executor = TritonExecutor(budget=BUDGET)
+    drawn = work.draw()
+    parts = (drawn.support_x, drawn.support_y, drawn.query_x, drawn.query_y)
+    tasks = TaskBatch(*(x.to("meta") for x in parts))
+    theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
+
+    def run() -> None:
+        executor.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        step.launches.append(describe(kernel, grid, args, options, architecture))
+
+    run()  # finds the memory plan
+    modules = modules_that_launch()
+    originals = [module.launch for module in modules]
+    try:
+        for module in modules:
+            module.launch = record
+        with _Operators(step.operators):
+            run()
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.launch = original
+    return step
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the operators that would launch a kernel: those that neither make a view nor empty memory."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        fresh = any(x.untyped_storage()._cdata not in known for x in made)
+        name = func.overloadpacket.__name__
+        if "empty" not in name and (fresh or func._schema.is_mutable):
+            self.counter[name] += 1
+        return result
+
+
+def describe(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], given: dict[str, Any], arch: int) -> Launch:
+    """The launch as its GPU would find it; ``given``: the options of ``launch`` and the kernel's constants."""
+    options, constants = launching.options(arch, **given)
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    signature, constexprs, attributes = {}, {}, {}
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = values[name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):  # as Triton specialises it
+            signature[name], constexprs[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name], place = TYPES[value.dtype], value.storage_offset() * value.element_size()
+        else:
+            signature[name], place = ("fp32", 1) if isinstance(value, float) else ("i32", value)
+        if place % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    moved = sum(x.numel() * x.element_size() for x in args if isinstance(x, Tensor))
+    return Launch(kernel, grid, (kernel, signature, constexprs, attributes), options, moved)
+
+
+@dataclass
+class Code:
+    """What the compiler and the assembler made of a kernel. ``loop`` is the longest one that multiplies, or the longest
+    one: the SASS instructions in it; ``multiplies``: the matrix instructions among them, of all of PTX ``ptx_mma``."""
+
+    ptx: int
+    ptx_mma: int
+    sass: int
+    loop: int
+    multiplies: int
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+
+
+def compile_code(launch: Launch, architecture: int) -> Code:
+    """Compiles the kernel for a GPU that is not here."""
+    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+    found = triton.compile(triton.compiler.ASTSource(*launch.source), target=target, options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        used, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", used)
+    assert resources is not None, used
+    instructions = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", sass, re.M)
+    lines = [line.strip() for line in found.asm["ptx"].splitlines()]
+    body = _loop(instructions)
+    return Code(
+        ptx=sum(line.endswith(";") and not line.startswith(".") for line in lines),
+        ptx_mma=sum(bool(re.search(r"\b(mma\.sync|wgmma\.mma_async)", line)) for line in lines),
+        sass=sum(text != "NOP" for _, text in instructions), loop=len(body), multiplies=_multiplies(body),
+        registers=int(resources[1]), stack=int(resources[2]), shared=found.metadata.shared,
+        warps=launch.options["num_warps"],
+    )  # fmt: skip
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+
+
+def _multiplies(body: list[str]) -> int:
+    return sum("HGMMA" in text or "HMMA" in text for text in body)
+
+
+def _loop(instructions: list[tuple[str, str]]) -> list[str]:
+    """The instructions from a backward branch's target to the branch."""
+    places = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
+    loops = []
+    for i, (_, text) in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        start = places.get(int(target[1], 16)) if target else None
+        if start is not None and start < i:
+            loops.append([body for _, body in instructions[start : i + 1]])
+    return max(loops, key=lambda body: (_multiplies(body) > 0, len(body)), default=[])
+
+
+def kernels(step: Step, architecture: int) -> list[dict[str, Any]]:
+    """A row for each kernel that is worth counting and each of its grids, in the order of their first launch."""
+    grouped: dict[str, list[Launch]] = {}
+    for launch in step.launches:
+        if launch.name.startswith(HOT):
+            key = str((launch.name, launch.grid, launch.source[1:], launch.options))
+            grouped.setdefault(key, []).append(launch)
+    rows = []
+    for alike in grouped.values():
+        launch = alike[0]
+        constants, code = launch.source[2], compile_code(launch, architecture)
+        shape = "x".join(str(constants[k]) for k in ("BM", "BN", "BK", "BR", "BC") if k in constants)
+        each = torch.Size(launch.grid).numel() / PROCESSORS
+        rows.append({"kernel": launch.name, "launches": len(alike), "block": shape, "grid": list(launch.grid),
+                     "blocks_a_processor": each, **asdict(code)})  # fmt: skip
+    return rows
+
+
+def report(work: Workload, architecture: int) -> dict[str, Any]:
+    """All counts of one workload."""
+    step = meta_step(work, architecture)
+    return {"workload": work.name, "launches": len(step.launches), "operators": sum(step.operators.values()),
+            "bytes": sum(launch.bytes for launch in step.launches),
+            "by_kernel": dict(Counter(launch.name for launch in step.launches).most_common()),
+            "by_operator": dict(step.operators.most_common()), "kernels": kernels(step, architecture)}  # fmt: skip
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the counts of one workload."""
+    print(f"\n{found['workload']}: {found['launches']} launches of kernels, {found['bytes'] / 1e9:.2f} GB, and "
+          f"{found['operators']} torch operators that launch something")  # fmt: skip
+    print("  " + ", ".join(f"{count} {name.removeprefix('metafast_')}" for name, count in found["by_kernel"].items()))
+    print("  " + ", ".join(f"{count} {name}" for name, count in found["by_operator"].items()))
+    heads = ("kernel", "times", "block", "warps", "grid", "/132", "PTX", "MMA", "SASS", "loop", "MMA", "regs", "stack",
+             "shared")  # fmt: skip
+    rows = [(row["kernel"].removeprefix("metafast_"), row["launches"], row["block"], row["warps"],
+             "x".join(map(str, row["grid"])), f"{row['blocks_a_processor']:.2f}",
+             *(row[k] for k in ("ptx", "ptx_mma", "sass", "loop", "multiplies", "registers", "stack", "shared")))
+            for row in found["kernels"]]  # fmt: skip
+    widths = [max(len(str(row[i])) for row in (heads, *rows)) for i in range(len(heads))]
+    for row in (heads, *rows):
+        print("  " + " ".join(str(cell).ljust(w) if i in (0, 2, 4) else str(cell).rjust(w)
+                              for i, (cell, w) in enumerate(zip(row, widths, strict=True))))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m metafast.benchmarks.gpu.counts", description=__doc__)
+    parser.add_argument("workloads", nargs="*", default=WORKLOADS, help=f"default: {' '.join(WORKLOADS)}")
+    parser.add_argument("--architecture", type=int, default=90, help="80 for an A100, 90 for an H100 (default)")
+    parser.add_argument("--json", type=Path, help="write the counts to this file too")
+    options = parser.parse_args()
+    found = []
+    print(f"Triton {triton.__version__}, sm_{options.architecture}")
+    for name in options.workloads:
+        found.append(report(workload(name), options.architecture))
+        show(found[-1])
+    if options.json:
+        counts = {"triton": triton.__version__, "architecture": options.architecture, "workloads": found}
+        options.json.write_text(json.dumps(counts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
