@@ -1,11 +1,11 @@
 """The two plans: what runs, in which order, how long it should take and may take.
 
-The GPU is lent for minutes, so both plans are tables of seconds, made before anything had run on one: durations are
-estimates from counts of launches, compilations and imports. What each plan is expected to take leaves 60 seconds of
-its limit. ``first`` asks whether it is right and how fast it is alone, in order of what would be missed most; then
-there is a result to mend by, whatever happens. ``second`` is what only then has a meaning: the long run of a paper,
-the peers, the sanitizers. What is left out of them: workloads with many more tasks than the canonical ones (each takes
-as long as five others), and torch.compile of convolutions (minutes).
+A GPU may be at hand for minutes only, so both plans are tables of seconds, made before anything had run on one:
+durations are estimates from counts of launches, compilations and imports. What each plan is expected to take leaves 60
+seconds of its limit. ``first`` asks whether it is right and how fast it is alone, in order of what would be missed
+most; then there is a result to mend by, whatever happens. ``second`` is what only then has a meaning: the long run of
+a paper, the peers, the sanitizers. What is left out of them: workloads with many more tasks than the canonical ones
+(each takes as long as five others), and torch.compile of convolutions (minutes).
 """
 
 from __future__ import annotations
