@@ -130,8 +130,9 @@ def gather_product(
     grid = (
         cdiv(rows, b.rows) * cdiv(s.outputs, b.columns), tasks * s.groups, s.classes_h * s.classes_w * b.slices
     )  # fmt: skip
-    strided = s.classes_h * s.classes_w > 1  # where four warps need a few registers more
-    registers = None if strided and b.warps == 4 else b.registers
+    # Taps that are found for each element, and strides in a block of four warps, need a few registers more.
+    loose = s.channels < 16 or (b.warps == 4 and s.classes_h * s.classes_w > 1)
+    registers = None if loose else b.registers
     options = {"S": s, "PRECISION": precision, "BM": b.rows, "BN": b.columns, "BK": b.depth,
                "warps": b.warps, "registers": registers}  # fmt: skip
     inputs = a0, w0, a1, w1
