@@ -9,6 +9,7 @@ from .launch import TILES, block, cdiv
 _FULL = 2  # blocks for each multiprocessor: fewer, and a smaller block is worth its second read of an operand
 _RESIDENT = 4  # blocks that share a multiprocessor, of 128 threads with 128 registers
 _REGISTERS = 128  # of a thread, so that 16 warps share a multiprocessor
+_UNFILLED = 168  # where a block has fewer rows than a warpgroup multiplies: without a bound the assembler stops at 128
 _SHORT = 4  # steps of the shortest slice of K
 _LONG = 16  # steps of slices that beat smaller blocks
 _ADDING = 8  # steps that have to be saved, since a launch of its own adds the slices, as many for each block in a row
@@ -24,7 +25,7 @@ class Blocks:
     depth: int
     slices: int
     warps: int
-    registers: int | None
+    registers: int
 
 
 def choose_blocks(rows: int, columns: int, runs: int, length: int, layers: int, processors: int) -> Blocks:
@@ -43,7 +44,7 @@ def choose_blocks(rows: int, columns: int, runs: int, length: int, layers: int, 
     slices = max(1, min(_RESIDENT * processors // blocks, steps // _SHORT))
     if steps - cdiv(steps, slices) < _ADDING * (1 + blocks // max(1, processors)):
         slices = 1
-    return Blocks(bm, bn, bk, slices, _warps(bm, bn), _REGISTERS if bm >= 64 else None)
+    return Blocks(bm, bn, bk, slices, _warps(bm, bn), _REGISTERS if bm >= 64 else _UNFILLED)
 
 
 def _warps(rows: int, columns: int) -> int:

@@ -271,4 +271,4 @@ def test_every_slice_has_work(monkeypatch):
             for layers in (1, 3, 50, 1000):
                 blocks = choose_blocks(40, 40, steps, 32, layers, processors)
                 assert blocks.slices == 1 or steps // blocks.slices >= 4
-                assert blocks.rows >= 64 or blocks.registers is None
+                assert blocks.registers == (128 if blocks.rows >= 64 else 168)

@@ -19,7 +19,7 @@ from .steps.speed import counters, micro, peers, train
 from .subjects import BLOCKS, TRITON
 
 # Files and tests: a network with layer norm, one block a task and eight; Triton kernels with small tiles.
-_BLOCKS = ("tests/test_gpu.py", "(float32 or one_launch) and (chosen or 8) and layer and not only")
+_BLOCKS = ("tests/test_gpu.py", "(float32 or one_launch) and (chosen or 8) and layer and not only and not rate")
 _TRITON = ("tests/test_triton.py", "small")
 
 # 12 s where the extension comes with the pack; the limit is a build of it.
