@@ -1,7 +1,8 @@
 """Everything that only a GPU can show, in one command: ``python3 benchmarks/gpu_check.py --plan first --out DIR``.
 
-It needs a python3 with torch, setuptools and pytest: no make, no virtual environment, no network, and with a pack of
-``make gpu-pack`` no compiler. ``gpu/plans.py`` says what it does; ``--rehearse`` does the same without a GPU.
+It needs a python3 with torch, setuptools and pytest, and a C compiler for Triton's launchers: no make, no virtual
+environment, no network, and with a pack of ``make gpu-pack`` no nvcc. ``gpu/plans.py`` says what it does;
+``--rehearse`` does the same without a GPU.
 """
 
 import sys

@@ -72,6 +72,12 @@ def _term(second, p0, p1):
 
 
 @triton.jit
+def _share(slice, total, slices):
+    """Where a slice of ``total`` steps begins: they differ by one step at most."""
+    return slice * (total // slices) + tl.minimum(slice, total % slices)
+
+
+@triton.jit
 def _finish(acc, y, bias, parts, z, stat, at, inside, column, present, width, count):
     """Adds the bias, stores a tile of the result and the sums of its ``count`` rows that are asked for."""
     if bias is not None:
@@ -133,7 +139,7 @@ def metafast_gather_product(
     steps = taps_h * taps_w * chunks if wide else (depth + BK - 1) // BK
     total = steps * (1 if a1 is None else 2)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for i in range(slice * total // slices, (slice + 1) * total // slices):
+    for i in range(_share(slice, total, slices), _share(slice + 1, total, slices)):
         a, weight = _term(i >= steps, a0, a1), _term(i >= steps, w0, w1)
         if wide:  # a step stays within a tap: its pixels are found once a row
             tap, c = i % steps // chunks, i % steps % chunks * BK + tl.arange(0, BK)
@@ -203,7 +209,7 @@ def metafast_weight_gradient(
     steps = (pixels + BK - 1) // BK
     total = steps * (1 if g1 is None else 2)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for i in range(slice * total // slices, (slice + 1) * total // slices):
+    for i in range(_share(slice, total, slices), _share(slice + 1, total, slices)):
         g, x = _term(i >= steps, g0, g1), _term(i >= steps, x0, x1)
         p = i % steps * BK + tl.arange(0, BK)
         sample, h, w = p // (S.rows_h * S.rows_w), p // S.rows_w % S.rows_h, p % S.rows_w

@@ -24,6 +24,7 @@ class Tiles:
 
 TILES = Tiles()
 REACH = 2**31 - 1  # offsets within a task are 32-bit
+MOST_REGISTERS = 255  # of a thread
 CAPPED = 90  # the architecture from which operands of products need not pass through registers
 
 
@@ -43,9 +44,11 @@ def options(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Triton's options for a launch, and the rest of what was given.
 
-    ``registers``: the most of a thread, where the GPU's matrix instructions leave room for such a bound.
+    ``registers``: the most of a thread, where the GPU's matrix instructions leave room for such a bound; elsewhere as
+    many as there are, since an assembler that is told nothing stops earlier and spills.
     """
-    bound = {"maxnreg": registers} if registers is not None and architecture >= CAPPED else {}
+    most = registers if architecture >= CAPPED else MOST_REGISTERS
+    bound = {} if registers is None else {"maxnreg": most}
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **bound}, constants
 
 

@@ -261,7 +261,7 @@ def test_it_starts_before_anything_is_installed(tmp_path):
 def test_the_rehearsal_runs_the_steps(tmp_path, capsys):
     """One of each kind: all of them run with ``gpu_check.py --rehearse``."""
     steps = {
-        "first": ["smoke:blocks", "tests", "sinusoid", "ncu:omni5w1s-5", "micro"],
+        "first": ["smoke:blocks", "tests", "sinusoid", "ncu:triton", "micro"],
         "second": ["peers:sin25-5", "racecheck", "precision"],
     }
     arguments = ["--rehearse", "--only", ",".join(["env", *steps["first"], *steps["second"]]), "--out", str(tmp_path)]

@@ -162,12 +162,15 @@ def test_the_first_test_that_fails_runs_again_launch_by_launch(tmp_path):
     """pytest itself, on a file with a test that fails."""
     folder = tmp_path / "tests"
     folder.mkdir()
-    (folder / "test_some.py").write_text("def test_fine(): pass\ndef test_bad(): assert 0, 'ouch'\n")
+    (folder / "test_some.py").write_text(
+        "def test_fine(): pass\ndef test_bad(): assert 0, 'ouch'\nclass TestAll:\n    def test_bad(self): assert 0\n"
+    )
     job = make_job(tmp_path)
     junit = job.report.logs / "tests.xml"
     command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
     subprocess.run([*command, f"--junitxml={junit}", "tests"], cwd=tmp_path, capture_output=True, check=False)
-    assert correctness.read_junit(junit) == ({"passed": 1, "failed": 1, "skipped": 0}, ["tests/test_some.py::test_bad"])
+    failures = ["tests/test_some.py::test_bad", "tests/test_some.py::TestAll::test_bad"]
+    assert correctness.read_junit(junit) == ({"passed": 1, "failed": 2, "skipped": 0}, failures)
     seen = []
 
     def run(command, log=None, environment=None):
@@ -176,7 +179,7 @@ def test_the_first_test_that_fails_runs_again_launch_by_launch(tmp_path):
 
     job.run = run
     found = correctness.tests(job)
-    assert (found["state"], found["failed"]) == ("failed", 1)
+    assert (found["state"], found["failed"]) == ("failed", 2)
     assert seen[1] == ("tests/test_some.py::test_bad", "tests-again", {"CUDA_LAUNCH_BLOCKING": "1"})
     assert correctness.read_junit(tmp_path / "none.xml") == ({}, [])
 

@@ -77,8 +77,9 @@ NORMALISED = Shared(
 
 @pytest.fixture
 def grids(monkeypatch):
-    """Those of the products, in order, in blocks as on a GPU."""
+    """Those of the products, in order, in the blocks of a full GPU."""
     _use(launch.Tiles(), monkeypatch)
+    monkeypatch.setattr(products, "processors", lambda device: 0)
     seen = []
 
     def noted(kernel, grid, *args, **options):

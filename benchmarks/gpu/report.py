@@ -12,6 +12,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,13 @@ class Report:
         """Prints what has been appended since it was last called."""
         lines = read(self.out / NUMBERS)
         for line in lines[self._shown :]:
-            print(told(line), flush=True)
+            _print(told(line))
         self._shown = len(lines)
 
     def say(self, text: str) -> None:
         """One line with the time."""
         self.show()
-        print(f"[{self.clock.elapsed():6.1f} s] {text}", flush=True)
+        _print(f"[{self.clock.elapsed():6.1f} s] {text}")
 
     def step(self, name: str, found: dict[str, Any]) -> None:
         """What became of a step."""
@@ -79,14 +80,20 @@ class Report:
         (self.out / f"{REPORT}.new").replace(self.out / REPORT)
 
     def close(self, end: str) -> None:
-        """``end``: how the run ended. Prints the bars, writes everything and removes the scratch folder."""
+        """``end``: how the run ended. Writes everything, removes the scratch folder and prints the bars."""
         self.content["end"] = end
         self.write()
-        for bar in json.loads((self.out / REPORT).read_text())["bars"]:
-            print(f"{bar['verdict']:>12}  {bar['text']}{bar['found'] and ': '}{bar['found']}", flush=True)
-        self.say(f"{end}; {self.out / REPORT}, {NUMBERS}, {LOGS}")
         pack_logs(self.logs, self.out / LOGS)
         shutil.rmtree(self.scratch, ignore_errors=True)
+        for bar in json.loads((self.out / REPORT).read_text())["bars"]:
+            _print(f"{bar['verdict']:>12}  {bar['text']}{bar['found'] and ': '}{bar['found']}")
+        self.say(f"{end}; {self.out / REPORT}, {NUMBERS}, {LOGS}")
+
+
+def _print(text: str) -> None:
+    """A line for whoever looks on; that nobody does any more is no reason to stop."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def _last(found: dict[str, Any]) -> str:

@@ -62,5 +62,5 @@ class TritonMSE(Loss):
         size = z[0, 0].numel()
         loss, g = empty(z, tasks), torch.empty_like(z)
         block_size = block(n * size, 16, TILES.elements)
-        launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, 1 / (n * size), n, K=size, B=block_size)
+        launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, 1 / (n * size), n, K=size, B=block_size, warps=8)
         return loss, g

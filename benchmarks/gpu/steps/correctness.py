@@ -46,10 +46,17 @@ def read_junit(file: Path) -> tuple[dict[str, int], list[str]]:
     for case in cases:
         if case.find("failure") is not None or case.find("error") is not None:
             counts["failed"] += 1
-            failures.append(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}")
+            failures.append(f"{_place(case.get('classname', ''))}::{case.get('name')}")
         else:
             counts["skipped" if case.find("skipped") is not None else "passed"] += 1
     return counts, failures
+
+
+def _place(classname: str) -> str:
+    """``tests.test_a.TestB`` as pytest takes it: ``tests/test_a.py::TestB``."""
+    parts = classname.split(".")
+    modules = [part for part in parts if not part.startswith("Test")]
+    return "::".join(["/".join(modules) + ".py", *parts[len(modules) :]])
 
 
 def sanitize(job: Job, tool: str, files: str, chosen: str) -> dict[str, Any]:

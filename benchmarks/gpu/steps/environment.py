@@ -55,8 +55,9 @@ def _unpack(job: Job, pack: Path) -> None:
         job.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     if (pack / "learn2learn").is_dir():
         job.environment["METAFAST_LEARN2LEARN"] = str(pack / "learn2learn")
-    names = [wheel.name.split("-")[0] for wheel in wheels]
-    job.results.add("pack", commit=about.get("commit"), kernels=kernels, wheels=names)
+    names, tree = [wheel.name.split("-")[0] for wheel in wheels], _commit(None)
+    stale = {"stale": f"the tree is at {tree}"} if tree and tree != about.get("commit") else {}
+    job.results.add("pack", commit=about.get("commit"), kernels=kernels, wheels=names, **stale)
 
 
 def _kernels(archive: Path, cache: Path) -> int | str:
@@ -98,8 +99,8 @@ def _install(job: Job) -> dict[str, Any]:
 
 
 def _pip(job: Job, *options: str, **variables: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", *options, "-e", "."]
-    return job.run(command, environment=variables)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps"]
+    return job.run([*command, *options, "-e", "."], environment=variables)
 
 
 def _describe(job: Job, built: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from ..job import Job, read_json
 from .correctness import find_tool
 
 TRAIN = "from metafast.cli import main; main()"
-# Under ncu: kernels by name, launches to skip and to look at. Of the convolutions, a stretch of the first way forward
-# and back, so that the three kernels are seen with several shapes.
+# Under ncu: workloads, kernels by name, launches to skip and to look at. Of the convolutions, a stretch of the first
+# way forward and back, so that the three kernels are seen with several shapes.
 HOT = {
-    "sin25-5": ("metafast_inner_loop", 0, 1),
-    "sin4096-5": ("metafast_inner_loop", 0, 1),
-    "omni5w1s-5": ("metafast_(gather_product|weight_gradient|norm_backward)", 2, 12),
+    "blocks": (("sin25-5", "sin4096-5"), "metafast_inner_loop", 0, 2),
+    "triton": (("omni5w1s-5",), "metafast_(gather_product|weight_gradient|norm_backward)", 2, 12),
 }
 # Of what ncu prints, the names of the metrics that a line of results has.
 METRICS = (
@@ -68,23 +67,23 @@ def _last_line(file: Path) -> Any:
     return json.loads(lines[-1]) if lines else None
 
 
-def counters(job: Job, workload: str) -> dict[str, Any]:
-    """Hardware counters of the hot kernels of one meta-gradient, clocks as they are."""
-    kernels, skip, count = HOT[workload]
+def counters(job: Job, executor: str) -> dict[str, Any]:
+    """Hardware counters of an executor's hot kernels in one meta-gradient a workload, clocks as they are."""
+    workloads, kernels, skip, count = HOT[executor]
     program, instead = find_tool("ncu")
     tool = [program, "--clock-control", "none", "--set", "full", "--csv", "--page", "details"] if program else []
     tool += ["-k", f"regex:{kernels}", "--launch-skip", str(skip), "--launch-count", str(count)] if program else []
     if not (program or job.rehearsal):
         return {"state": "failed", "end": instead}
-    found = job.worker("once", workload, tool=tool)
+    found = job.worker("once", *workloads, tool=tool)
     log = job.report.logs / f"{job.step.replace(':', '-')}.log"
     launches = read_counters(log.read_text(errors="replace"))
     for kernel, values in launches:
-        job.results.add(workload, kernel=kernel, **values)
+        job.results.add(executor, kernel=kernel, **values)
     if program and found["state"] == "passed" and not launches:
         return {**found, "state": "failed", "end": f"ncu saw no launch of {kernels}: {found['end']}"}
     if not program:
-        job.results.add(workload, state=found["state"], stand_in=f"{instead}; the process ran alone")
+        job.results.add(executor, state=found["state"], stand_in=f"{instead}; the process ran alone")
     return found
 
 

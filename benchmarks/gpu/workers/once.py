@@ -1,4 +1,4 @@
-"""One meta-gradient of one workload, for a profiler to look at."""
+"""One meta-gradient a workload, for a profiler to look at."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from .setting import parser, setting
 
 
 def main() -> None:
-    """Runs it."""
+    """Runs them."""
     options = parser(__doc__)
-    options.add_argument("workload")
+    options.add_argument("workloads", nargs="+")
     given = options.parse_args()
     where = setting(given)
-    chosen = where.workload(given.workload)
-    losses = where.learner(chosen).backward(chosen.draw().to(where.device)).losses
-    if where.device != "cpu":
-        torch.cuda.synchronize()
-    assert losses.isfinite().all()
+    for chosen in map(where.workload, given.workloads):
+        losses = where.learner(chosen).backward(chosen.draw().to(where.device)).losses
+        if where.device != "cpu":
+            torch.cuda.synchronize()
+        assert losses.isfinite().all()
 
 
 if __name__ == "__main__":
