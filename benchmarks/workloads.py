@@ -168,10 +168,10 @@ WORKLOADS = {
         _pictures("omni20w1s-5", *_OMNIGLOT, ways=20, shots=1, queries=1, tasks=16, steps=5, lr=0.003),
         _pictures("mini5w1s-5", *_MINI, ways=5, shots=1, queries=15, tasks=4, steps=5, lr=0.002),
         _pictures("mini5w5s-5", *_MINI, ways=5, shots=5, queries=15, tasks=4, steps=5, lr=0.002),
-        # The one figure of MAML that PyTorch publishes is of this one with an Adam step behind it, at a rate of 0.1.
+        # The one figure of MAML that PyTorch publishes is of this one at a rate of 0.1, with an Adam step behind it.
         Workload(
             "torchbench-maml", unpadded, "cross_entropy", (1, 28, 28), ways=5, shots=5, queries=15, tasks=32, steps=5,
-            lr=0.01,
+            lr=0.003,
         ),
     )
 }
