@@ -22,9 +22,8 @@ from test_triton import (  # the fixtures act by being here
     executor,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from metafast.benchmarks.gpu import counts
 from metafast.benchmarks.workloads import workload
 from metafast.capture import capture
 from metafast.executors import lowering
@@ -171,25 +170,6 @@ def test_activations_are_read_and_written_as_often_as_the_model_says(monkeypatch
 MERGING = ("metafast_add_tiles", "metafast_merge_moments")
 
 
-class Operators(TorchDispatchMode):
-    """Counts what launches a kernel on a GPU: operators that write, or whose result is new memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.counted = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        fresh = [
-            x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known
-        ]
-        name = func.overloadpacket.__name__
-        if "empty" not in name and (fresh or func._schema.is_mutable):
-            self.counted[name] += 1
-        return result
-
-
 def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
     merging = Counter()
     monkeypatch.setattr(
@@ -205,13 +185,14 @@ def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
         theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
         triton.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)  # finds the plan
         merging.clear()
-        with Operators() as mode:
+        operators = Counter()
+        with counts.Operators(operators):
             triton.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)
         passes, steps = 2 * work.steps + 1, work.steps
         expected = {"cat": passes, "addcmul": steps, "sub": steps, "mul": steps + 2, "new_zeros": 3, "sum": 1,
                     "index_copy_": 1, "index_select": 1}  # fmt: skip
         expected |= {"clone": 2} if name.startswith("mini") else {}  # images with channels, into their memory order
-        assert mode.counted == expected
+        assert operators == expected
         assert sum(merging[kernel] for kernel in MERGING) <= merges
 
 

@@ -90,7 +90,7 @@ def meta_step(work: Workload, architecture: int) -> Step:
     try:
         for module in modules:
             module.launch = record
-        with _Operators(step.operators):
+        with Operators(step.operators):
             run()
     finally:
         for module, original in zip(modules, originals, strict=True):
@@ -98,7 +98,7 @@ def meta_step(work: Workload, architecture: int) -> Step:
     return step
 
 
-class _Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):
     """Counts the operators that would launch a kernel: those that neither make a view nor empty memory."""
 
     def __init__(self, counter: Counter) -> None:
