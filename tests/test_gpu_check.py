@@ -216,6 +216,24 @@ def test_a_run_leaves_three_files_however_much_is_logged(tmp_path, monkeypatch):
         assert tar.getnames() == [f"logs/{number}.bin" for number in range(5)]
 
 
+def test_nobody_has_to_look_on(tmp_path, monkeypatch):
+    """Lines go to a terminal that is gone; the files are there all the same."""
+
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    job = make_job(tmp_path, FakeClock())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        assert run_plan(without_work(plans.FIRST), job)
+    assert written(tmp_path)["end"] == "complete"
+    assert (tmp_path / "out" / "logs.tar.gz").exists()
+    assert not job.report.scratch.exists()
+
+
 def test_a_long_log_keeps_its_beginning_and_its_end(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "long.log").write_bytes(b"begin" + b"x" * 2_000_000 + b"end")

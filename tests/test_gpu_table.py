@@ -63,6 +63,13 @@ def test_each_bar_can_be_missed(of, values, bar):
     assert found[bar]["found"]
 
 
+def test_a_workload_that_raises_misses_its_bars():
+    lines = [each for each in good_lines() if each["of"] != "mini5w1s-5"]
+    found = bars.judge([*lines, line("smoke:triton", "mini5w1s-5", error="RuntimeError: out of memory")])
+    assert [place for place, of in enumerate(found) if of["verdict"] == "missed"] == [0, 1, 2]
+    assert "mini5w1s-5" in found[0]["found"]
+
+
 @pytest.fixture
 def reports(tmp_path):
     """Made up: no GPU has given these numbers."""

@@ -272,3 +272,18 @@ def test_every_slice_has_work(monkeypatch):
                 blocks = choose_blocks(40, 40, steps, 32, layers, processors)
                 assert blocks.slices == 1 or steps // blocks.slices >= 4
                 assert blocks.registers == (128 if blocks.rows >= 64 else 168)
+
+
+@triton.jit
+def _begin(out, slice, total, slices):
+    tl.store(out, contraction._share(slice, total, slices))
+
+
+@pytest.mark.parametrize(("total", "slices"), [(7, 3), (16_250_000, 528), (2**31 - 1, 1000)])
+def test_slices_begin_where_the_one_before_ends(total, slices):
+    """Also where the product of a slice and all steps is past 32 bits."""
+    found = torch.full((1,), -1, dtype=torch.int32, device=DEVICE)
+    for slice in (0, 1, slices - 1, slices):
+        _begin[(1,)](found, slice, total, slices)
+        assert int(found) == slice * (total // slices) + min(slice, total % slices)
+    assert int(found) == total
