@@ -79,12 +79,11 @@ def extensions() -> list[Extension]:
 
 
 packages = find_packages(include=["metafast", "metafast.*"])
-for folder in ("kernels", "benchmarks"):
-    packages += [f"metafast.{folder}", *(f"metafast.{folder}.{p}" for p in find_packages(folder))]
+packages += ["metafast.kernels", *(f"metafast.kernels.{p}" for p in find_packages("kernels"))]
 
 setup(
     packages=packages,
-    package_dir={"metafast.kernels": "kernels", "metafast.benchmarks": "benchmarks"},
+    package_dir={"metafast.kernels": "kernels", "benchmarks": "benchmarks"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

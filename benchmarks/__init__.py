@@ -1,1 +1,1 @@
-"""The canonical workloads and the peers that metafast is measured against; installed as ``metafast.benchmarks``."""
+"""The canonical workloads and the peers that metafast is measured against; installed as ``benchmarks``."""

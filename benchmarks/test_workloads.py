@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from metafast import kernels
-from metafast.agreement import Answer, agreement
-from metafast.benchmarks.peers import Metafast, Peer, TorchLoop, peers
-from metafast.benchmarks.workloads import WORKLOADS, Workload
-from metafast.capture import capture
-from metafast.cost import meta_cost
-from metafast.kernels.case import Case
-from metafast.kernels.layer import Context
-from metafast.losses import as_loss
+from metafast.bench.peers import Metafast, Peer, TorchLoop, peers
+from metafast.bench.workloads import WORKLOADS, Workload
+from metafast.kernels.contract.case import Case
+from metafast.kernels.contract.layer import RuleContext
+from metafast.program.capture import capture
+from metafast.program.flops import meta_cost
+from metafast.program.losses import as_loss
+from metafast.verification.agreement import Answer, agreement
 
 # Other libraries warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,16 +85,16 @@ def test_rules(benchmark: Any, case: Case) -> None:
 
     params, inputs, d_params, d_inputs = draw(case.params), draw(case.inputs), draw(case.params), draw(case.inputs)
     needs = (True,) * len(inputs), (True,) * len(params)
-    output = case.layer.forward(Context(case.step, None, *needs), params, inputs, case.constants).shape
+    output = case.layer.forward(RuleContext(case.step, None, *needs), params, inputs, case.constants).shape
     g, gd = (torch.randn(output, generator=generator) for _ in range(2))
 
     def call() -> None:
-        ctx = Context(case.step, None, *needs)
+        ctx = RuleContext(case.step, None, *needs)
         case.layer.forward(ctx, params, inputs, case.constants)
         case.layer.backward(ctx, params, g)
         case.layer.tangent_forward(ctx, params, d_params, d_inputs)
         case.layer.tangent_backward(ctx, params, d_params, gd)
 
-    benchmark.group = f"rules of {case.layer.stem}"
+    benchmark.group = f"rules of {case.layer.kind}"
     with torch.no_grad():
         benchmark(call)

@@ -1,6 +1,7 @@
 """metafast: exact second-order meta-gradients for a whole batch of tasks."""
 
-from metafast.algorithms import (
+from metafast.inner.rates import Rate
+from metafast.learners import (
     ANIL,
     FOMAML,
     MAML,
@@ -13,10 +14,9 @@ from metafast.algorithms import (
     multi_step_weights,
     without_batch_norm,
 )
-from metafast.capture import CaptureError
-from metafast.certificate import Certificate, verify
-from metafast.rates import Rate
+from metafast.program.capture import CaptureError
 from metafast.tasks import TaskBatch
+from metafast.verification.certificate import Certificate, verify
 
 __version__ = "0.1.0"
 

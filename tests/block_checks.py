@@ -11,7 +11,7 @@ from torch import Tensor
 
 import metafast as mf
 from metafast.executors import ReferenceExecutor
-from metafast.executors.cuda import Launch
+from metafast.executors.native.cuda import Launch
 
 
 @dataclass(frozen=True)

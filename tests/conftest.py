@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# benchmarks/ is not installed. It comes last, so that metafast is the one that was installed or put on PYTHONPATH.
+sys.path.append(str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whichever test comes first
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from metafast.benchmarks.peers import Answer, TorchLoop
-from metafast.benchmarks.workloads import Workload
+from metafast.bench.peers import Answer, TorchLoop
+from metafast.bench.workloads import Workload
 from metafast.models import mlp
 from metafast.tasks import TaskBatch
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from metafast.benchmarks.gpu.clock import Clock
-from metafast.benchmarks.gpu.job import Job
-from metafast.benchmarks.gpu.report import REPORT, Report
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.job import Job
+from benchmarks.gpu.report import REPORT, Report
 
 PASSED = {"state": "passed", "end": ""}
 

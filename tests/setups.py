@@ -161,9 +161,9 @@ def make_learner(setup, dtype=torch.float64, backend="reference"):
 def make_oracle(learner):
     """The same settings, told to the oracle by name. Also the rates by name and the leaf that they were made from."""
     program = learner.program
-    modes = [node.layer.mode for node in program.nodes if node.layer.stem == "batch_norm"]
+    modes = [node.layer.mode for node in program.nodes if node.layer.kind == "batch_norm"]
     oracle = Oracle(
-        learner.model, getattr(program.loss, "function", program.loss.stem), learner.steps,
+        learner.model, getattr(program.loss, "function", program.loss.kind), learner.steps,
         adapted=[p.name for p in program.parameters if p.adapted], first_order=learner.first_order,
         weights=learner.step_weights[1:], bn=modes[0] if modes else "task",
     )  # fmt: skip

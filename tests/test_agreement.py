@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from metafast.agreement import Answer, agreement
+from metafast.verification.agreement import Answer, agreement
 
 
 def test_agreement_measures_norms() -> None:

@@ -16,17 +16,16 @@ import torch
 from entrants import Absent, Broken, Inexact, Meeting, Sleeper, WrongSign, small, tiny
 from torch import nn
 
-from metafast.agreement import agreement
-from metafast.bench import Outputs, Settings, main_bench, main_compare, own_failures, read_result
+from metafast.bench import Outputs, Settings, main_bench, main_compare, oracles, own_failures, read_result
 from metafast.bench import run as bench_run
 from metafast.bench.compare import compare
-from metafast.bench.machine import Rates, bare_bytes
+from metafast.bench.peers import LEARN2LEARN, Answer, Learn2Learn, Metafast, Peer, TorchLoop, TorchVmap
 from metafast.bench.run import contenders
 from metafast.bench.table import best_ratio, cells, markdown
-from metafast.benchmarks import oracles
-from metafast.benchmarks.peers import LEARN2LEARN, Answer, Learn2Learn, Metafast, Peer, TorchLoop, TorchVmap
-from metafast.benchmarks.workloads import WORKLOADS, Workload, workload
+from metafast.bench.workloads import WORKLOADS, Workload, workload
+from metafast.machine import MachineRates, bare_bytes
 from metafast.tasks import TaskBatch
+from metafast.verification.agreement import agreement
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def test_networks_that_amplify_rounding_are_told_apart(name: str) -> None:
 
 def test_first_calls_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two is ready only while the other's first call runs; by default they come one after the other."""
-    monkeypatch.setattr(bench_run, "rates", lambda device: Rates(1e9, 1e9))
+    monkeypatch.setattr(bench_run, "rates", lambda device: MachineRates(1e9, 1e9))
     monkeypatch.setattr(bench_run, "bare_bytes", lambda: 0)
     kept = tmp_path / "oracles"
     oracles.save(kept, tiny(), oracles.compute(tiny()))

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import metafast as mf
-from metafast.capture import CaptureError, capture
 from metafast.executors import ReferenceExecutor
 from metafast.kernels.mse import MSE
+from metafast.program.capture import CaptureError, capture
 
 
 def program_of(model, **options):
     return capture(model, MSE(), **options)
 
 
-def stems(model):
-    return [node.layer.stem for node in program_of(model).nodes]
+def kinds(model):
+    return [node.layer.kind for node in program_of(model).nodes]
 
 
 class Call(nn.Module):
@@ -137,7 +137,7 @@ def _first_two(parts):
 @pytest.mark.parametrize(("sample", "make", "expected"), [s[1:] for s in SPELLINGS], ids=[s[0] for s in SPELLINGS])
 def test_spellings_become_the_layers_they_mean(sample, make, expected):
     model = make().double()
-    assert stems(model) == expected
+    assert kinds(model) == expected
     assert_predicts(model, sample)
 
 

@@ -5,8 +5,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from metafast import checkpoint
-from metafast.checkpoint import CheckpointError
+from metafast.training import checkpoint
+from metafast.training.checkpoint import CheckpointError
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import sys
 import pytest
 from typer.main import get_command
 
-from metafast.cli import main
-from metafast.commands import app
-from metafast.options import OF_OWN_MODEL
-from metafast.recipes import RECIPES
+from metafast.cli.app import app
+from metafast.cli.main import main
+from metafast.cli.options import OF_OWN_MODEL
+from metafast.training.recipes import RECIPES
 
 TRAIN = ["train", "sinusoid", "--iterations", "50", "--tasks", "3", "--device", "cpu", "--test-tasks", "10"]
 
@@ -184,7 +184,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
     arguments = ["train", "sinusoid", "--tasks", "3", "--device", "cpu", "--out", str(tmp_path / "run")]
-    program = [sys.executable, "-c", "from metafast.cli import main; main()", *arguments]
+    program = [sys.executable, "-c", "from metafast.cli.main import main; main()", *arguments]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("iteration"):

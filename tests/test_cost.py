@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from metafast.capture import capture
-from metafast.cost import ProgramCost, program_cost
-from metafast.losses import as_loss
+from metafast.program.capture import capture
+from metafast.program.flops import ProgramCost, program_cost
+from metafast.program.losses import as_loss
 
 
 def conv4(channels: int, image: tuple[int, int, int], ways: int, pool: bool = True) -> nn.Sequential:

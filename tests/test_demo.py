@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from metafast import TaskBatch, demo, doctor, plain, self_check
-from metafast.demo import AGREEMENT, Demo, Goal, Speed, compare
-from metafast.executors import NativeExecutor
+from metafast.cli import demo
+from metafast.cli.demo import AGREEMENT, Demo, Goal, Speed, compare
+from metafast.executors import CpuExecutor
 from metafast.kernels.linear import Linear
-from metafast.recipes import recipe
-from metafast.train import Options, Training
+from metafast.tasks import TaskBatch
+from metafast.training.recipes import recipe
+from metafast.training.run import Options, Training
+from metafast.verification import doctor, self_check, torch_loop
 
 
 @pytest.fixture
@@ -33,13 +35,13 @@ def test_metafast_and_the_plain_loop_agree_before_they_are_timed(quick, tmp_path
 
 
 def test_no_speed_is_reported_when_the_gradients_differ(quick, tmp_path, monkeypatch):
-    right = plain.meta_gradient
+    right = torch_loop.meta_gradient
 
     def wrong(*arguments):
         loss, grads = right(*arguments)
         return loss, {name: 1.01 * g for name, g in grads.items()}
 
-    monkeypatch.setattr(plain, "meta_gradient", wrong)
+    monkeypatch.setattr(torch_loop, "meta_gradient", wrong)
     speed = compare(Training(recipe("sinusoid", tasks=2), Options(tmp_path, device="cpu")))
     assert speed.difference == pytest.approx(0.01 / 1.01, rel=1e-3)
     assert str(speed) == "sinusoid: the meta-gradients differ by 9.9e-03 (relative): no comparison"
@@ -77,7 +79,7 @@ def test_the_plain_loop_is_second_order():
     w = model.weight.item()
     x, y, qx, qy = 0.7, 0.3, -1.1, 0.4
     tasks = TaskBatch(*(torch.full((1, 1, 1), value, dtype=torch.float64) for value in (x, y, qx, qy)))
-    loss, grads = plain.meta_gradient(model, torch.nn.functional.mse_loss, tasks, 0.1, 1, {"weight"})
+    loss, grads = torch_loop.meta_gradient(model, torch.nn.functional.mse_loss, tasks, 0.1, 1, {"weight"})
     adapted = w - 0.1 * 2 * x * (w * x - y)
     assert float(loss) == pytest.approx((adapted * qx - qy) ** 2, rel=1e-6)
     assert float(grads["weight"]) == pytest.approx(2 * qx * (adapted * qx - qy) * (1 - 0.1 * 2 * x * x), rel=1e-6)
@@ -113,10 +115,10 @@ def test_every_finding_that_is_not_ok_has_a_remedy(hasty):
         assert bool(finding.remedy) == (finding.state != "ok"), str(finding)
     subjects = {finding.subject for finding in findings.findings}
     assert {"metafast", "cpu", "extension", "executors", "executor reference", "speed of reference"} <= subjects
-    if NativeExecutor.isas():
+    if CpuExecutor.isas():
         text = {finding.subject: finding.text for finding in findings.findings}
         assert re.match(r"compiler \d+\.\d+.*, flags .*-O3", text["extension"])
-        assert text["instructions"].startswith(NativeExecutor.isas()[0] + " in use")
+        assert text["instructions"].startswith(CpuExecutor.isas()[0] + " in use")
 
 
 def test_a_slow_executor_is_a_finding(monkeypatch, hasty):

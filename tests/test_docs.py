@@ -10,9 +10,9 @@ import pytest
 from typer.main import get_command
 
 from metafast.bench import WORKLOADS
+from metafast.bench.peers import peers
 from metafast.bench.run import contenders
-from metafast.benchmarks.peers import peers
-from metafast.commands import app
+from metafast.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from metafast.episodes import ClassificationSampler, folder, load_folder
+from metafast.episodes import ClassificationSampler, load_folder
+from metafast.episodes.sources import folder
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from metafast.episodes import ClassificationSampler, glyphs, load_glyphs
+from metafast.episodes import ClassificationSampler, load_glyphs
+from metafast.episodes.sources import glyphs
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 

@@ -22,16 +22,16 @@ from test_meta_gradients import check_against_oracle
 
 import metafast as mf
 from metafast import executors
-from metafast.executors.cuda import NativeCudaExecutor
+from metafast.executors.native.cuda import CudaExecutor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 SINUSOID = named("sinusoid")
 GPUS = {
-    "threads chosen": NativeCudaExecutor(),
-    "32 threads": NativeCudaExecutor(threads=32),
-    "256 threads": NativeCudaExecutor(threads=256),
-    "2 blocks a task": NativeCudaExecutor(clusters=(2,)),
-    "8 blocks a task": NativeCudaExecutor(clusters=(8,)),
+    "threads chosen": CudaExecutor(),
+    "32 threads": CudaExecutor(threads=32),
+    "256 threads": CudaExecutor(threads=256),
+    "2 blocks a task": CudaExecutor(clusters=(2,)),
+    "8 blocks a task": CudaExecutor(clusters=(8,)),
 }
 
 
@@ -49,7 +49,7 @@ def gpu(request, monkeypatch):
 
 
 def on_gpu(setup, count=3, **tasks):
-    learner = make_learner(setup, torch.float32, "native-cuda").cuda()
+    learner = make_learner(setup, torch.float32, "cuda").cuda()
     return learner, make_tasks(setup, tasks=count, **tasks).to("cuda")
 
 
@@ -72,7 +72,7 @@ def test_a_query_loss_before_the_first_step(gpu):
 @pytest.mark.parametrize(("setup", "size"), TURNS, ids=str)
 def test_tasks_that_take_turns(setup, size, needs_lr):
     needs_clusters(size)
-    executor = NativeCudaExecutor(clusters=(size,))
+    executor = CudaExecutor(clusters=(size,))
     check_tasks_that_take_turns(executor, setup, "cuda", torch.float32, 1e-4, needs_lr)
 
 
@@ -80,7 +80,7 @@ def test_tasks_that_take_turns(setup, size, needs_lr):
 @pytest.mark.parametrize("setup", RESIDENT, ids=str)
 def test_a_full_device(setup, size):
     needs_clusters(size)
-    check_a_full_device(NativeCudaExecutor(clusters=(size,)), setup, "cuda", torch.float32, 1e-4)
+    check_a_full_device(CudaExecutor(clusters=(size,)), setup, "cuda", torch.float32, 1e-4)
 
 
 def test_the_parts_alone(gpu):
@@ -88,7 +88,7 @@ def test_the_parts_alone(gpu):
 
 
 def test_a_task_that_needs_a_cluster():
-    executor = NativeCudaExecutor()
+    executor = CudaExecutor()
     learner, tasks = on_gpu(WIDE, 40)
     if executor.refuses(learner.program, tasks.support_x):
         pytest.skip("eight blocks of this GPU are too small, or it has no clusters")
@@ -106,14 +106,14 @@ def parts(gpu, learner, tasks):
 @pytest.mark.parametrize("precision", BITS)
 def test_operands_are_rounded(precision, clusters):
     needs_clusters(*clusters)
-    check_rounding(NativeCudaExecutor(clusters=clusters), precision, "cuda")
+    check_rounding(CudaExecutor(clusters=clusters), precision, "cuda")
 
 
 @pytest.mark.parametrize("clusters", [(1,), (2,), (8,)], ids=str)
 @pytest.mark.parametrize("setup", FILLED, ids=str)
 def test_three_products_are_as_exact_as_float32(setup, clusters):
     needs_clusters(*clusters)
-    check_precisions(NativeCudaExecutor(clusters=clusters), setup, "cuda", 1e-4)
+    check_precisions(CudaExecutor(clusters=clusters), setup, "cuda", 1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 25, 1024, 4096])
@@ -129,7 +129,7 @@ def test_the_twin_agrees(gpu, count):
         pytest.skip("the twin of a cluster is slow")
     learner, tasks = on_gpu(SINUSOID, count)
     found = parts(gpu, learner, tasks)
-    twin = NativeCudaExecutor(gpu._machine(tasks.support_x))
+    twin = CudaExecutor(gpu._machine(tasks.support_x))
     expected = parts(twin, learner.cpu(), tasks.to("cpu"))
     for a, b in zip(found, expected, strict=True):
         assert float((a.cpu() - b).norm()) <= 1e-5 * float(b.norm())
@@ -188,7 +188,7 @@ def test_what_lies_elsewhere_is_named(gpu):
 
 
 def test_a_launch_that_fails_is_named_and_leaves_the_next_alone(monkeypatch):
-    executor = NativeCudaExecutor(clusters=(1,))
+    executor = CudaExecutor(clusters=(1,))
     (wide, many), (learner, tasks) = on_gpu(WIDE), on_gpu(SINUSOID)
     machine = executor._machine(tasks.support_x)
     with monkeypatch.context() as patch:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from gpu_runs import PASSED, make_job, states, written
 
-from metafast.benchmarks.gpu import command, plans, process, report, results
-from metafast.benchmarks.gpu.clock import FakeClock
-from metafast.benchmarks.gpu.job import ROOT
-from metafast.benchmarks.gpu.runner import RESERVE, SPARE, Plan, Step, run_plan
+from benchmarks.gpu import command, plans, process, report, results
+from benchmarks.gpu.clock import FakeClock
+from benchmarks.gpu.job import ROOT
+from benchmarks.gpu.runner import RESERVE, SPARE, Plan, Step, run_plan
 
 PLANS = plans.PLANS.values()
 

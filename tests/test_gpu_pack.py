@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from metafast.benchmarks.gpu import pack, pretended, triton_cache
-from metafast.benchmarks.gpu.pack import Failed, Pack
+from benchmarks.gpu import pack, pretended, triton_cache
+from benchmarks.gpu.pack import Failed, Pack
 
 KERNELS = """
 import triton, triton.language as tl
@@ -31,8 +31,8 @@ def shift(y, x, n, B: tl.constexpr):
 # Each line of its output: what it ran, and how many kernels Triton found and compiled.
 RUNS = """
 import os, sys
-from metafast.benchmarks.gpu.pretended import pretend
-from metafast.benchmarks.gpu.triton_cache import count_misses
+from benchmarks.gpu.pretended import pretend
+from benchmarks.gpu.triton_cache import count_misses
 import triton.runtime.cache as cache
 if "OTHER_TRITON" in os.environ:
     cache.triton_key = lambda: os.environ["OTHER_TRITON"]

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from gpu_runs import PASSED, make_job, states, written
 
+from benchmarks.gpu import bars, plans, results, subjects
+from benchmarks.gpu.job import ROOT
+from benchmarks.gpu.runner import run_plan
+from benchmarks.gpu.steps import correctness, environment, speed
+from benchmarks.gpu.workers import setting, smoke
 from metafast import executors
+from metafast.bench import oracles
+from metafast.bench.peers import peers as known_peers
 from metafast.bench.run import contenders
-from metafast.benchmarks import oracles
-from metafast.benchmarks.gpu import bars, plans, results, subjects
-from metafast.benchmarks.gpu.job import ROOT
-from metafast.benchmarks.gpu.runner import run_plan
-from metafast.benchmarks.gpu.steps import correctness, environment, speed
-from metafast.benchmarks.gpu.workers import setting, smoke
-from metafast.benchmarks.peers import peers as known_peers
-from metafast.benchmarks.workloads import workload
+from metafast.bench.workloads import workload
 
 
 def scripted(job, monkeypatch, answers):
@@ -96,7 +96,7 @@ def test_kernels_of_the_pack_go_into_the_cache(packed, monkeypatch, tmp_path, gi
         (cache / "some" / "metafast_mse.cubin").touch()
         return given
 
-    name = "metafast.benchmarks.gpu.triton_cache"
+    name = "benchmarks.gpu.triton_cache"
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(unpack=unpack))
     (packed / "triton-cache.tar.xz").touch()
     job = make_job(tmp_path, pack=packed)
@@ -225,7 +225,7 @@ def where(tmp_path, monkeypatch):
 
     chosen = setting.tiny(workload("sin25-5"))
     oracles.save(tmp_path, chosen, oracles.compute(chosen))
-    twin = setting.NativeCudaExecutor(setting.H100)
+    twin = setting.CudaExecutor(setting.H100)
     monkeypatch.setattr(executors, "_EXECUTORS", [twin, *executors._EXECUTORS])
     return setting.Setting("cpu", True, tmp_path, results.Results(tmp_path / "numbers", time.time(), "smoke:blocks"))
 

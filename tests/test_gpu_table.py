@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from metafast.benchmarks.gpu import bars, subjects, table
+from benchmarks.gpu import bars, subjects, table
 
 
 def line(step, of, **values):

@@ -7,10 +7,10 @@ import torch
 from test_outer import RECIPES, outer_step, state
 
 from metafast.episodes import ClassificationSampler, ImageDataset
-from metafast.outer import graph_obstacle, record_graph
-from metafast.progress import Progress
-from metafast.recipes import recipe
-from metafast.train import Options, Training
+from metafast.training.outer_step import graph_obstacle, record_graph
+from metafast.training.progress import Progress
+from metafast.training.recipes import recipe
+from metafast.training.run import Options, Training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
@@ -25,7 +25,7 @@ def check_same_bits(plain, recorded, iterations):
     assert plain.window.count_nonzero(0)[0] == min(iterations, len(plain.window))
 
 
-@pytest.mark.parametrize("backend", ["native-cuda", "triton"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("chosen", RECIPES.values(), ids=RECIPES)
 def test_a_recorded_step_gives_the_same_bits(chosen, backend):
     check_same_bits(*(outer_step(chosen, backend, recorder, "cuda") for recorder in (None, record_graph)), 40)
@@ -40,7 +40,7 @@ def test_a_recorded_step_classifies_to_the_same_bits(algorithm):
     check_same_bits(*steps, 12)
 
 
-@pytest.mark.parametrize("backend", ["native-cuda", "triton"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu")])
 def test_a_run_goes_on_on_another_device(tmp_path, first, second, backend):
     def run(device, iterations, folder, **options):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from metafast.kernels.batch_norm import BatchNorm
+from metafast.kernels.contract.layer import RuleContext
 from metafast.kernels.derived import Derived
-from metafast.kernels.layer import Context
 from metafast.kernels.max_pool2d import MaxPool2d
 
 LAYERS = ("activation", "adaptive_avg_pool2d", "add", "avg_pool2d", "batch_norm", "conv2d", "derived", "flatten",
@@ -24,8 +24,8 @@ LAYERS = ("activation", "adaptive_avg_pool2d", "add", "avg_pool2d", "batch_norm"
 LOSSES = ("cross_entropy", "custom_loss", "mse")
 
 
-def _cases(stems):
-    return [case for stem in stems for case in import_module(f"metafast.kernels.{stem}.cases").CASES]
+def _cases(kinds):
+    return [case for kind in kinds for case in import_module(f"metafast.kernels.{kind}.cases").CASES]
 
 
 CASES, LOSS_CASES = _cases(LAYERS), _cases(LOSSES)
@@ -84,7 +84,7 @@ def truth(function, at):
 def rules(layer, at, constants=(), step=0, mask=None, needs=None):
     """The same four from a layer's rules."""
     needs = needs or (True,) * (len(at.inputs) + len(at.params))
-    ctx = Context(step, mask, needs[: len(at.inputs)], needs[len(at.inputs) :])
+    ctx = RuleContext(step, mask, needs[: len(at.inputs)], needs[len(at.inputs) :])
     y = layer.forward(ctx, at.params, at.inputs, constants)
     g_x, g_p = layer.backward(ctx, at.params, at.g)
     tangent = layer.tangent_forward(ctx, at.params, at.d_params, at.d_inputs)
@@ -194,7 +194,7 @@ def test_batch_norm_does_not_see_padded_samples(case):
             [d[t : t + 1] for d in case_at.d_params], [case_at.d_inputs[0][t : t + 1, kept]],
             case_at.g[t : t + 1, kept], case_at.gd[t : t + 1, kept],
         )  # fmt: skip
-        if one.inputs[0].numel() == one.inputs[0].shape[2] and not case.layer.given:
+        if one.inputs[0].numel() == one.inputs[0].shape[2] and not case.layer.fixed_statistics:
             continue  # one number a channel has no variance, and torch refuses it
         expected = truth(case.function, one)
         ours = [[v[t : t + 1, kept] if v.shape == case_at.g.shape else v[t : t + 1] for v in part] for part in found]
@@ -214,7 +214,7 @@ def test_max_pool_sends_the_gradient_to_the_first_of_equals():
     assert bent[0].flatten().tolist() == [7, 0, 9, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("case", [c for c in SMALL if c.layer.stem in ("relu", "leaky_relu", "max_pool2d")], ids=str)
+@pytest.mark.parametrize("case", [c for c in SMALL if c.layer.kind in ("relu", "leaky_relu", "max_pool2d")], ids=str)
 def test_kinks_and_ties_are_treated_as_torch_does(case):
     at = point(case)
     at.inputs[0] = torch.randint(-1, 2, at.inputs[0].shape).double()
@@ -241,7 +241,7 @@ def loss_truth(function, outputs, targets, direction):
 
 
 def loss_rules(loss, outputs, targets, direction, mask=None):
-    ctx = Context(0, mask, (True,), ())
+    ctx = RuleContext(0, mask, (True,), ())
     return [loss.forward(ctx, outputs, targets)], [loss.backward(ctx)], [loss.tangent_backward(ctx, direction)]
 
 
@@ -259,7 +259,7 @@ def test_losses_agree_with_autograd(case, tasks):
     assert_close(loss_rules(case.loss, *_double(_spread(at[0]), *at[1:])), expected, 1e-9, OF_LOSSES)
 
 
-@pytest.mark.parametrize("case", [c for c in LOSS_CASES if c.loss.stem != "custom_loss" and c.outputs[0] > 1], ids=str)
+@pytest.mark.parametrize("case", [c for c in LOSS_CASES if c.loss.kind != "custom_loss" and c.outputs[0] > 1], ids=str)
 def test_losses_do_not_see_padded_samples(case):
     outputs, targets, direction = _double(*loss_point(case))
     mask = torch.ones(targets.shape[:2], dtype=torch.bool)

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from test_layers import CASES
 from torch import nn
 
-from metafast.capture import capture
-from metafast.executors import NativeExecutor, ReferenceExecutor
+from metafast.executors import CpuExecutor, ReferenceExecutor
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.kernels.linear import Linear
 from metafast.kernels.mse import MSE
 from metafast.program import Node, Parameter, Program
+from metafast.program.capture import capture
 from metafast.tasks import TaskBatch
 
-pytestmark = pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 ONE_RATE, A_RATE_A_STEP, A_RATE_A_PARAMETER = "one rate", "a rate a step", "a rate a step and parameter"
@@ -41,7 +41,7 @@ def rates(kind, steps, size, dtype):
 def compare(program, params, tasks, steps=2, kind=ONE_RATE, native=None, **options):
     """The meta-gradient of both executors; returns the native one."""
     lr = rates(kind, steps, program.size, params.dtype)
-    native = native or NativeExecutor()
+    native = native or CpuExecutor()
     found = native.meta_gradient(program, params, lr, tasks, steps, **options)
     expected = ReferenceExecutor().meta_gradient(program, params, lr, tasks, steps, **options)
     tolerance = TOLERANCE[params.dtype]
@@ -75,7 +75,7 @@ def program_around(case):
 def foreign(case):
     """What it leaves to others: groups, values that are neither vectors nor images, broadcasting."""
     ranks = [len(shape) for shape in case.inputs]
-    if any(rank not in (2, 4) for rank in ranks) or len(set(case.inputs)) > 1 or case.layer.stem == "derived":
+    if any(rank not in (2, 4) for rank in ranks) or len(set(case.inputs)) > 1 or case.layer.kind == "derived":
         return True
     layer = case.layer
     part = {
@@ -84,7 +84,7 @@ def foreign(case):
         "linear": lambda: ranks[0] != 2,
         "flatten": lambda: (layer.start, layer.end) not in ((1, -1), (1, 3)),
     }
-    return part.get(layer.stem, lambda: False)()
+    return part.get(layer.kind, lambda: False)()
 
 
 NATIVE_CASES = [case for case in CASES if not foreign(case)]
@@ -103,7 +103,7 @@ def case_tasks(case, dtype, tasks=2):
 @pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
 def test_layer(case, dtype):
     program, tasks = program_around(case), case_tasks(case, dtype)
-    native, reference = NativeExecutor(), ReferenceExecutor()
+    native, reference = CpuExecutor(), ReferenceExecutor()
     assert native.refuses(program, tasks.support_x) is None
     params = (0.3 * torch.randn(program.size)).to(dtype)
     compare(program, params, tasks)
@@ -118,7 +118,7 @@ def test_layer(case, dtype):
 @pytest.mark.parametrize("case", [case for case in CASES if foreign(case) and len(case.inputs) == 1], ids=str)
 def test_foreign_layers_are_refused(case):
     program = program_around(case)
-    assert NativeExecutor().refuses(program, torch.zeros(2, *case.inputs[0]))
+    assert CpuExecutor().refuses(program, torch.zeros(2, *case.inputs[0]))
 
 
 class Broadcast(nn.Module):
@@ -133,7 +133,7 @@ class Broadcast(nn.Module):
 
 def test_broadcasting_is_refused():
     program = capture(Broadcast(), MSE())
-    assert "different shapes" in NativeExecutor().refuses(program, torch.zeros(2, 3, 1, 2, 2))
+    assert "different shapes" in CpuExecutor().refuses(program, torch.zeros(2, 3, 1, 2, 2))
 
 
 def block(inputs, outputs, pool=True, norm=True):
@@ -233,11 +233,11 @@ def compare_frozen(adapt):
 def test_the_four_functions_make_the_fused_one(name):
     """Its own composition of adapt, loss_and_grad and adapt_vjp, and the reference's; each task has its own start."""
     program, params, tasks = setup(name)
-    native, reference = NativeExecutor(), ReferenceExecutor()
+    native, reference = CpuExecutor(), ReferenceExecutor()
     lr = rates(A_RATE_A_PARAMETER, 3, program.size, params.dtype)
     weights = [0.1, 0.2, 0.3, 0.4]
     fused = native.meta_gradient(program, params, lr, tasks, 3, step_weights=weights)
-    composed = super(NativeExecutor, native).meta_gradient(program, params, lr, tasks, 3, step_weights=weights)
+    composed = super(CpuExecutor, native).meta_gradient(program, params, lr, tasks, 3, step_weights=weights)
     for part in ("losses", "outputs", "grad", "lr_grad"):
         close(getattr(fused, part), getattr(composed, part), 1e-12)
     starts = params + 0.1 * torch.randn(len(tasks), program.size, dtype=params.dtype)
@@ -304,7 +304,7 @@ def bits(program, params, tasks, native=None, threads=1, steps=2):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        native = native or NativeExecutor()
+        native = native or CpuExecutor()
         return native.meta_gradient(program, params, torch.full((1, 1), 0.05, dtype=params.dtype), tasks, steps)
     finally:
         torch.set_num_threads(before)
@@ -327,7 +327,7 @@ def test_same_bits_for_any_number_of_threads(name, tasks):
 @pytest.mark.parametrize("name", MODELS)
 def test_activations_may_be_kept_or_computed_again(name):
     made = setup(name, torch.float32)
-    assert_same_bits(bits(*made, native=NativeExecutor(budget=0)), bits(*made))
+    assert_same_bits(bits(*made, native=CpuExecutor(budget=0)), bits(*made))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -340,22 +340,22 @@ def test_old_memory_does_not_matter(name):
     assert_same_bits(bits(program, params, tasks), clean)
 
 
-@pytest.mark.parametrize("isa", NativeExecutor.isas())
+@pytest.mark.parametrize("isa", CpuExecutor.isas())
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_instruction_set(name, isa, dtype):
-    compare(*setup(name, dtype), native=NativeExecutor(isa=isa))
+    compare(*setup(name, dtype), native=CpuExecutor(isa=isa))
 
 
 def test_refusals_say_why():
     program, _, tasks = setup("conv")
-    native = NativeExecutor()
+    native = CpuExecutor()
     assert native.refuses(program, tasks.support_x) is None
     assert "bfloat16" in native.refuses(program, tasks.support_x.bfloat16())
     assert "meta" in native.refuses(program, tasks.support_x.to("meta"))
     assert native.refuses(program, tasks.support_x, masked=True) is None
     assert "features" in native.refuses(program, tasks.support_x[..., :7])
-    assert "no-such" in NativeExecutor(isa="no-such").refuses(program, tasks.support_x)
+    assert "no-such" in CpuExecutor(isa="no-such").refuses(program, tasks.support_x)
 
 
 def test_labels_out_of_range():
@@ -367,8 +367,8 @@ def test_labels_out_of_range():
 
 def test_memory_is_kept_within_the_budget():
     program, _, tasks = setup("conv", torch.float32)
-    keeps, much = NativeExecutor().memory(program, tasks.support_x, tasks.query_x, 3)
-    drops, little = NativeExecutor(budget=0).memory(program, tasks.support_x, tasks.query_x, 3)
+    keeps, much = CpuExecutor().memory(program, tasks.support_x, tasks.query_x, 3)
+    drops, little = CpuExecutor(budget=0).memory(program, tasks.support_x, tasks.query_x, 3)
     assert keeps
     assert not drops
     assert little < much < 10 << 20

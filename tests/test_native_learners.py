@@ -10,10 +10,10 @@ from test_meta_gradients import assert_gradients, check_against_oracle, close, g
 from torch import nn
 
 import metafast as mf
-from metafast.executors import NativeExecutor
+from metafast.executors import CpuExecutor
 from metafast.kernels.mse import MSE
 
-pytestmark = pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
 
 
 def painter():
@@ -51,7 +51,7 @@ RUNS = OWN + [s for s in SETUPS if s.ragged or s.loss]
 
 @pytest.mark.parametrize("setup", RUNS, ids=str)
 def test_float64(setup):
-    learner, tasks = make_learner(setup, backend="native"), make_tasks(setup).to(torch.float64)
+    learner, tasks = make_learner(setup, backend="cpu"), make_tasks(setup).to(torch.float64)
     check_against_oracle(learner, tasks, 1e-9)
     by_autograd = gradients(learner)
     learner.zero_grad()
@@ -62,13 +62,13 @@ def test_float64(setup):
 
 @pytest.mark.parametrize("setup", RUNS, ids=str)
 def test_float32(setup):
-    check_against_oracle(make_learner(setup, torch.float32, "native"), make_tasks(setup), 1e-4)
+    check_against_oracle(make_learner(setup, torch.float32, "cpu"), make_tasks(setup), 1e-4)
 
 
 class Slow(MSE):
     """MSE without rules in C++."""
 
-    stem = "slow"
+    kind = "slow"
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -81,7 +81,7 @@ def test_a_loss_in_python_gives_what_it_gives_in_cpp(ragged):
     found = []
     for loss in ("mse", Slow()):
         torch.manual_seed(1)
-        learner = make_learner(images("", models.convnet, loss=loss, steps=3, lr=rate("step")), backend="native")
+        learner = make_learner(images("", models.convnet, loss=loss, steps=3, lr=rate("step")), backend="cpu")
         out = learner.backward(tasks)
         found.append((out, gradients(learner)))
     (fast, expected), (slow, slow_gradients) = found
@@ -92,7 +92,7 @@ def test_a_loss_in_python_gives_what_it_gives_in_cpp(ragged):
 
 def test_padding_may_hold_anything():
     setup = next(s for s in RUNS if s.name == "batch norm of the task, ragged")
-    learner, tasks = make_learner(setup, backend="native"), make_tasks(setup).to(torch.float64)
+    learner, tasks = make_learner(setup, backend="cpu"), make_tasks(setup).to(torch.float64)
     learner.backward(tasks)
     expected = gradients(learner)
     for x, mask in ((tasks.support_x, tasks.support_mask), (tasks.query_x, tasks.query_mask)):
@@ -106,7 +106,7 @@ def test_padding_may_hold_anything():
 @pytest.mark.parametrize("name", ["batch norm of the task, ragged", "residual, custom loss"])
 def test_same_bits_for_any_number_of_threads(name):
     setup = next(s for s in RUNS if s.name == name)
-    learner, tasks = make_learner(setup, torch.float32, "native"), make_tasks(setup)
+    learner, tasks = make_learner(setup, torch.float32, "cpu"), make_tasks(setup)
     found = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
@@ -122,7 +122,7 @@ def test_same_bits_for_any_number_of_threads(name):
 def test_adapting_to_ragged_tasks():
     setup = next(s for s in RUNS if s.name == "batch norm of the task, ragged")
     tasks, found = make_tasks(setup).to(torch.float64), []
-    for backend in ("native", "reference"):
+    for backend in ("cpu", "reference"):
         torch.manual_seed(1)
         adapted = make_learner(setup, backend=backend).adapt(tasks.support_x, tasks.support_y, 4, tasks.support_mask)
         found.append(adapted.parameters)
@@ -130,7 +130,7 @@ def test_adapting_to_ragged_tasks():
 
 
 def test_explain_tells_how_a_meta_gradient_goes_through_memory():
-    learner, x = make_learner(images("", models.convnet), torch.float32, "native"), torch.randn(3, 5, *IMAGE)
+    learner, x = make_learner(images("", models.convnet), torch.float32, "cpu"), torch.randn(3, 5, *IMAGE)
     assert "1 task at a time, activations kept, peak 0 MiB" in learner.explain(x)
-    custom = make_learner(images("", models.convnet, loss=smoothed), torch.float32, "native")
+    custom = make_learner(images("", models.convnet, loss=smoothed), torch.float32, "cpu")
     assert "activations computed again" in custom.explain(x)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from test_native import MODELS, NATIVE_CASES, assert_same_bits, bits, case_tasks, program_around, setup
 
-from metafast.executors import NativeExecutor
-from metafast.losses import as_loss
+from metafast.executors import CpuExecutor
 from metafast.program import Program
+from metafast.program.losses import as_loss
 from metafast.tasks import TaskBatch
 
-pytestmark = pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
 
-ALONE = NativeExecutor(team_from=1 << 62)
-SHARED = NativeExecutor(team_from=0)
+ALONE = CpuExecutor(team_from=1 << 62)
+SHARED = CpuExecutor(team_from=0)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_small_tasks_stay_with_one_core_and_large_ones_do_not():
         ("wide images", 2, "a core for each task"),
     ):
         program, _, batch = setup(name, torch.float32, tasks=tasks)
-        assert words in NativeExecutor().explain(program, batch.support_x)[0]
+        assert words in CpuExecutor().explain(program, batch.support_x)[0]
         more, less = (e.memory(program, batch.support_x, batch.query_x, 2)[1] for e in (SHARED, ALONE))
         assert (more > less) == (tasks == 1)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from metafast.episodes import load_omniglot, omniglot
+from metafast.episodes import load_omniglot
+from metafast.episodes.sources import omniglot
 
 BACKGROUND = {"Alpha": 3, "Beta": 2, "Gamma": 4}
 EVALUATION = {"Delta": 3, "Epsilon": 2}

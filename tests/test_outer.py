@@ -9,15 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metafast import checkpoint
-from metafast.build import build_learner, build_model, build_optimizer
-from metafast.data import open_episodes
 from metafast.episodes import ClassificationSampler, ImageDataset, SinusoidSampler
-from metafast.executors import NativeCudaExecutor, ReferenceExecutor, TritonExecutor
+from metafast.executors import CudaExecutor, ReferenceExecutor, TritonExecutor
 from metafast.kernels.cross_entropy import CrossEntropy
-from metafast.losses import as_loss
-from metafast.outer import WINDOW, OuterStep, graph_obstacle, record_graph
-from metafast.recipes import recipe
+from metafast.program.losses import as_loss
+from metafast.training import checkpoint
+from metafast.training.build import build_learner, build_model, build_optimizer
+from metafast.training.data import open_episodes
+from metafast.training.outer_step import WINDOW, OuterStep, graph_obstacle, record_graph
+from metafast.training.recipes import recipe
 
 READS = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh")
 
@@ -178,7 +178,7 @@ def test_why_a_step_is_not_recorded():
     assert graph_obstacle(outer.learner, tasks) == "device cpu has no CUDA graphs"
     program = outer.learner.program
     assert ReferenceExecutor().unrecordable(program) == "executor 'reference' may wait for the host"
-    assert NativeCudaExecutor().unrecordable(program) is None
+    assert CudaExecutor().unrecordable(program) is None
     assert TritonExecutor().unrecordable(program) is None
     derived = TritonExecutor().unrecordable(program.with_loss(as_loss(torch.nn.functional.huber_loss)))
     assert derived == "loss: a function of PyTorch's or the user's that may read values"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from metafast.bench import Settings, own_workload
+from metafast.bench.peers import Metafast
 from metafast.bench.run import measure
-from metafast.benchmarks.peers import Metafast
 
 FACTORY = """from torch import nn
 def net():

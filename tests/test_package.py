@@ -82,13 +82,13 @@ def test_sources_are_short():
 
 
 def test_every_layer_has_its_folder():
-    """``reference.py`` and ``cases.py`` in each, with the stem of the folder."""
+    """``reference.py`` and ``cases.py`` in each, with the kind of the folder."""
     folders = [p for p in sorted((ROOT / "kernels").iterdir()) if (p / "__init__.py").exists()]
     assert len(folders) >= 14
     for folder in folders:
         text = (folder / "reference.py").read_text()
-        stems = set(re.findall(r'^    stem = "(\w+)"', text, re.MULTILINE))
-        assert folder.name in stems or folder.name == "activation", f"{folder.name} has the stems {stems}"
+        kinds = set(re.findall(r'^    kind = "(\w+)"', text, re.MULTILINE))
+        assert folder.name in kinds or folder.name == "activation", f"{folder.name} has the kinds {kinds}"
         assert "CASES = [" in (folder / "cases.py").read_text()
 
 

@@ -13,21 +13,21 @@ from test_cli import call
 from torch import nn
 
 import metafast as mf
-from metafast.bench.machine import Rates
-from metafast.benchmarks.workloads import Workload
-from metafast.capture import capture
-from metafast.cost import program_cost
-from metafast.executors import NativeExecutor, ReferenceExecutor
-from metafast.executors.description import extension
-from metafast.losses import as_loss
+from metafast.bench.workloads import Workload
+from metafast.executors import CpuExecutor, ReferenceExecutor
+from metafast.executors.native.encode import extension
+from metafast.machine import MachineRates
 from metafast.profile import profile
 from metafast.profile.layered import Notes, Timed
 from metafast.profile.result import NOT_ACCOUNTED, Profile, Row
-from metafast.profile.spans import HOST, Recording, Span, around, undisturbed
+from metafast.profile.spans import HOST, Span, Timeline, around, undisturbed
 from metafast.profile.timeline import write_trace
+from metafast.program.capture import capture
+from metafast.program.flops import program_cost
+from metafast.program.losses import as_loss
 
-needs_native = pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
-BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+needs_native = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
+BACKENDS = [pytest.param("cpu", marks=needs_native), "reference"]
 TASKS, STEPS, ITERATIONS = 3, 2, 2
 
 
@@ -45,28 +45,28 @@ def small(**changes: Any) -> Workload:
 
 
 @pytest.fixture(scope="module")
-def profiles() -> dict[str, tuple[Profile, Recording]]:
-    backends = ["reference", *(["native"] if NativeExecutor.isas() else [])]
+def profiles() -> dict[str, tuple[Profile, Timeline]]:
+    backends = ["reference", *(["cpu"] if CpuExecutor.isas() else [])]
     return {name: profile(small(), backend=name, iterations=2 * ITERATIONS) for name in backends}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_phases_are_those_of_the_algorithm(profiles: Any, backend: str) -> None:
-    found, recording = profiles[backend]
+    found, timeline = profiles[backend]
     middle = ["inner step 1", "inner step 2", "query", "reverse step 2", "reverse step 1"]
-    loads = ["load"] if backend == "native" else []
+    loads = ["load"] if backend == "cpu" else []
     assert list(found.phases) == ["sample", "prepare", *loads, *middle, "collect", "outer step", NOT_ACCOUNTED]
     assert all(seconds > 0 for seconds in found.phases.values())
     assert sum(found.phases.values()) == pytest.approx(found.wall)
     assert found.accounted == pytest.approx(1 - found.phases[NOT_ACCOUNTED] / found.wall)
-    at_once = TASKS if backend == "native" else 1
-    counts = Counter(span.name for span in recording.phases)
-    assert counts == dict.fromkeys([*loads, *middle], at_once * recording.iterations)
+    at_once = TASKS if backend == "cpu" else 1
+    counts = Counter(span.name for span in timeline.phases)
+    assert counts == dict.fromkeys([*loads, *middle], at_once * timeline.iterations)
 
 
 @needs_native
 def test_native_tells_each_rule_of_each_task(profiles: Any) -> None:
-    found, recording = profiles["native"]
+    found, timeline = profiles["cpu"]
     passes = {"inner step": STEPS, "query": 1, "reverse step": STEPS}
     layers = ["0", "1", "4", "5", "7", "loss"]  # batch norm, ReLU and pooling are one
     wanted = {}
@@ -76,26 +76,26 @@ def test_native_tells_each_rule_of_each_task(profiles: Any) -> None:
         wanted[layer, "tangent_backward", "reverse step"] = TASKS * STEPS
         if layer != "loss":
             wanted[layer, "tangent_forward", "reverse step"] = TASKS * STEPS
-    calls = Counter((span.layer, span.name, span.phase.rstrip(" 0123456789")) for span in recording.rules)
-    assert calls == {key: count * recording.iterations for key, count in wanted.items()}
+    calls = Counter((span.layer, span.name, span.phase.rstrip(" 0123456789")) for span in timeline.rules)
+    assert calls == {key: count * timeline.iterations for key, count in wanted.items()}
     assert {row.layer for row in found.rows} == {"0", "1 + 2 + 3", "4", "5", "7", "loss (cross_entropy)"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rules_lie_inside_their_phase(profiles: Any, backend: str) -> None:
-    _, recording = profiles[backend]
+    _, timeline = profiles[backend]
     by_thread: dict[int, list[Span]] = {}
-    for span in recording.phases:
+    for span in timeline.phases:
         by_thread.setdefault(span.thread, []).append(span)
-    for rule in recording.rules:
+    for rule in timeline.rules:
         around_it = [p for p in by_thread[rule.thread] if p.begin <= rule.begin and rule.end <= p.end]
         assert [p.name for p in around_it] == [rule.phase]
 
 
 @needs_native
 def test_flops_are_those_of_the_whole_meta_gradient(profiles: Any) -> None:
-    """What the rules do adds up to what ``metafast.cost`` says of the algorithm."""
-    found, _ = profiles["native"]
+    """What the rules do adds up to what ``metafast.program.flops`` says of the algorithm."""
+    found, _ = profiles["cpu"]
     program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
     tasks = small().draw()
     cost = program_cost(program, tasks.support_x[0])
@@ -124,24 +124,24 @@ def test_reference_computes_each_step_again_on_the_way_back(profiles: Any) -> No
 
 @needs_native
 def test_most_of_the_time_is_accounted_for() -> None:
-    found, _ = profile(small(tasks=16, queries=15), backend="native", iterations=8)
+    found, _ = profile(small(tasks=16, queries=15), backend="cpu", iterations=8)
     assert found.accounted >= 0.95, found.phases
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_trace_is_one_that_viewers_open(profiles: Any, backend: str, tmp_path: Path) -> None:
-    _, recording = profiles[backend]
-    labels, complete = opened(recording, tmp_path)
+    _, timeline = profiles[backend]
+    labels, complete = opened(timeline, tmp_path)
     assert labels == {1: "python", 2: "executor thread 0"}
     assert {"sample", "query", "4.tangent_backward", "loss.forward"} <= {event["name"] for event in complete}
-    spans = (*recording.host, *recording.phases, *recording.rules)
-    began = max(span.begin for span in recording.host if span.name == "sample")
+    spans = (*timeline.host, *timeline.phases, *timeline.rules)
+    began = max(span.begin for span in timeline.host if span.name == "sample")
     wanted = sorted(span.seconds for span in spans if span.begin >= began)
     assert sorted(1e-6 * event["dur"] for event in complete) == pytest.approx(wanted, abs=2e-9)
 
 
-def opened(recording: Recording, folder: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    write_trace(recording, "test", folder / "trace.json")
+def opened(timeline: Timeline, folder: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
+    write_trace(timeline, "test", folder / "trace.json")
     return check_trace((folder / "trace.json").read_text())
 
 
@@ -185,12 +185,12 @@ def check_nested(spans: list[tuple[int, int]]) -> None:
         open_until.append(begin + length)
 
 
-def trace_of(*phases: Span) -> Recording:
-    return Recording(1, 1.0, (Span("sample", 0.0, 1.0),), phases, (), 1)
+def trace_of(*phases: Span) -> Timeline:
+    return Timeline(1, 1.0, (Span("sample", 0.0, 1.0),), phases, (), 1)
 
 
 @pytest.mark.parametrize(
-    "recording",
+    "timeline",
     [
         trace_of(Span("query", 0.1, 0.5, 0), Span("wait", 0.4, 0.6, 0)),
         trace_of(Span("query", 0.1, float("nan"), 0)),
@@ -200,17 +200,17 @@ def trace_of(*phases: Span) -> Recording:
     ],
     ids=["overlap", "nan", "ends before it begins", "no name", "row below 1"],
 )
-def test_a_bad_trace_does_not_pass(recording: Recording, tmp_path: Path) -> None:
+def test_a_bad_trace_does_not_pass(timeline: Timeline, tmp_path: Path) -> None:
     with pytest.raises((AssertionError, ValueError)):
-        opened(recording, tmp_path)
+        opened(timeline, tmp_path)
 
 
 def test_spans_that_touch_or_last_no_time_are_a_good_trace(tmp_path: Path) -> None:
     third = 1 / 3  # no multiple of a nanosecond
-    recording = trace_of(
+    timeline = trace_of(
         Span("query", 0.1, third, 0), Span("wait", third, 0.9, 0), Span("load", third, third, 1),
     )  # fmt: skip
-    labels, complete = opened(recording, tmp_path)
+    labels, complete = opened(timeline, tmp_path)
     assert labels == {1: "python", 2: "executor thread 0", 3: "executor thread 1"}
     assert [(e["ts"], e["dur"]) for e in complete if e["name"] == "wait"] == [(333333.333, 566666.667)]
 
@@ -231,7 +231,7 @@ def test_timed_layers_change_no_bit_and_tell_nothing_unasked() -> None:
 
 @needs_native
 def test_native_notes_nothing_unasked_and_recording_changes_no_bit() -> None:
-    learner = mf.MAML(network(), loss="cross_entropy", lr=0.01, steps=STEPS, backend="native")
+    learner = mf.MAML(network(), loss="cross_entropy", lr=0.01, steps=STEPS, backend="cpu")
     tasks = small().draw()
 
     def gradient() -> torch.Tensor:
@@ -251,7 +251,7 @@ def test_native_notes_nothing_unasked_and_recording_changes_no_bit() -> None:
 def test_disturbed_iterations_are_left_out() -> None:
     moments = [(0.0, 1.0), (1.0, 6.0), (6.0, 7.5)]
     spans = tuple(Span("sample", begin, end) for begin, end in moments)
-    kept = undisturbed(Recording(3, 0.0, spans, spans, (), 1), moments)
+    kept = undisturbed(Timeline(3, 0.0, spans, spans, (), 1), moments)
     assert (kept.iterations, kept.wall, kept.host) == (2, 2.5, (spans[0], spans[2]))
 
 
@@ -264,7 +264,7 @@ def test_a_call_has_edges_and_its_threads_wait_for_one_another() -> None:
 
 
 def told(rows: list[Row], phases: dict[str, float], kernels: Any = ()) -> str:
-    rates = Rates(matrix=1e9, copy=1e9)
+    rates = MachineRates(matrix=1e9, copy=1e9)
     rest = 1 - sum(phases.values())
     return Profile("w", "e", {}, rates, 1.0, 1.0, 1, {**phases, NOT_ACCOUNTED: rest}, tuple(rows), kernels).verdict
 
@@ -318,7 +318,7 @@ def test_the_command_writes_its_files(tmp_path: Path, capsys: Any) -> None:
         (["sin25-1", "--threads", 0], 2, "--threads 0"),
         (["sin25-1", "--out", __file__], 1, "is a file; name a folder"),
         (["sin25-1", "--backend", "fast"], 2, "backend='fast' is unknown"),
-        (["sin25-1", "--backend", "native-cuda"], 1, "cannot run this model"),
+        (["sin25-1", "--backend", "cuda"], 1, "cannot run this model"),
         (["sin25-1", "--device", "gpu"], 2, "--device is 'gpu'"),
     ],
 )

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import metafast
-from metafast.build import build_learner, build_model, build_optimizer, choose_device
 from metafast.models import conv4, mlp
-from metafast.recipes import ALGORITHMS, RECIPES, Recipe, recipe
+from metafast.training.build import build_learner, build_model, build_optimizer, choose_device
+from metafast.training.recipes import ALGORITHMS, RECIPES, Recipe, recipe
 
 
 def test_every_recipe_survives_json():

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from metafast.data import IMAGE
-from metafast.progress import Progress
-from metafast.recipes import recipe
-from metafast.runs import explain_recipe, open_run, predict, retest
-from metafast.train import Options, Training, load_learner
+from metafast.training.data import IMAGE
+from metafast.training.progress import Progress
+from metafast.training.recipes import recipe
+from metafast.training.run import Options, Training, load_learner
+from metafast.training.saved_run import explain_recipe, open_run, predict, retest
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metafast import checkpoint
-from metafast.checkpoint import CheckpointError
-from metafast.data import TEST_BATCH, fixed_list, open_episodes
-from metafast.evaluate import final_test, interval, scores
-from metafast.metrics import read_metrics
-from metafast.progress import Bar, Lines, Progress
-from metafast.recipes import recipe
-from metafast.report import finish
-from metafast.train import BEST, LAST, Diverged, Interrupted, Options, Training
+from metafast.training import checkpoint
+from metafast.training.checkpoint import CheckpointError
+from metafast.training.data import TEST_BATCH, fixed_list, open_episodes
+from metafast.training.evaluate import final_test, interval, scores
+from metafast.training.metrics import read_metrics
+from metafast.training.progress import Bar, Lines, Progress
+from metafast.training.recipes import recipe
+from metafast.training.report import finish
+from metafast.training.run import BEST, LAST, Diverged, Interrupted, Options, Training
 
 SMALL = recipe("sinusoid", iterations=60, tasks=3)
 UNTIMED = ("tasks_per_s",)
@@ -86,7 +86,7 @@ def test_a_run_can_be_made_longer(tmp_path):
 
 def test_kill_dash_nine_at_a_random_moment_loses_nothing_but_time(tmp_path):
     options = ["--iterations", "300", "--tasks", "3", "--device", "cpu", "--eval-every", "100"]
-    program = [sys.executable, "-c", "from metafast.cli import main; main()", "train", "sinusoid", *options]
+    program = [sys.executable, "-c", "from metafast.cli.main import main; main()", "train", "sinusoid", *options]
     killed = [*program, "--checkpoint-every", "20", "--test-tasks", "2", "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(killed, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     path = tmp_path / "killed" / LAST

@@ -34,17 +34,17 @@ from test_meta_gradients import check_against_oracle
 from torch import nn
 
 from metafast import executors
-from metafast.executors.lowering import lower, triton_layer, triton_loss
-from metafast.executors.triton import TritonExecutor
-from metafast.kernels import launch, products
+from metafast.executors.triton.executor import TritonExecutor
+from metafast.executors.triton.lowering import lower, triton_layer, triton_loss
 from metafast.kernels.activation import ReLU
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
-from metafast.kernels.chain import NormalisedConv
+from metafast.kernels.contract.layer import Layer, RuleContext
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
-from metafast.kernels.layer import Context, Layer
+from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.max_pool2d import MaxPool2d
+from metafast.kernels.primitives import launch, products
 from metafast.models import conv4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,7 +176,7 @@ def test_small_blocks(case, monkeypatch):
     assert_close(run(triton_layer(case.layer), at, case), truth(case.function, at), case.tolerance)
 
 
-@pytest.mark.parametrize("case", [c for c in LOSSES if "ways" in c.name or c.loss.stem == "mse"], ids=str)
+@pytest.mark.parametrize("case", [c for c in LOSSES if "ways" in c.name or c.loss.kind == "mse"], ids=str)
 def test_losses_in_small_blocks(case, monkeypatch):
     _use(SMALL, monkeypatch)
     at = loss_point(case, 2)
@@ -189,9 +189,9 @@ SPREAD = ["conv2d: 3x3, padded", "linear: odd", "batch_norm: 2d", "layer_norm: t
           "avg_pool2d: padding", "gelu: image"]  # fmt: skip
 
 
-@pytest.mark.parametrize("stem", SPREAD)
-def test_memory_layout_does_not_matter(stem):
-    case = next(c for c in HAND_WRITTEN if str(c).startswith(stem))
+@pytest.mark.parametrize("kind", SPREAD)
+def test_memory_layout_does_not_matter(kind):
+    case = next(c for c in HAND_WRITTEN if str(c).startswith(kind))
     at = point(case, tasks=2, dtype=torch.float32)  # as the kernels take it, or a cast would close the gaps
     spread = Point(**{k: [_spread(v) for v in x] if isinstance(x, list) else _spread(x) for k, x in vars(at).items()})
     expected = run(triton_layer(case.layer), at, case)
@@ -300,7 +300,7 @@ def test_nan_stays_nan():
     x[0, 0, 0, 0, 0] = float("nan")
     for layer in (TritonBatchNorm(BN, True, (2, 2)), triton_layer(MaxPool2d((2, 2), (2, 2))), triton_layer(ReLU())):
         ctx_params = [torch.ones(1, 3, device=DEVICE)] * 2 if isinstance(layer, TritonBatchNorm) else []
-        y = layer.forward(Context(0, None, (True,), (False, False)), ctx_params, [x])
+        y = layer.forward(RuleContext(0, None, (True,), (False, False)), ctx_params, [x])
         assert torch.isnan(y[0, 0, 0]).any()
         assert not torch.isnan(y[0, :, 1:]).any()
 
@@ -389,7 +389,7 @@ def test_whole_programs_in_parts(name):
 def test_what_is_fused():
     learner = make_learner(NETWORKS[0], torch.float32, "reference")
     lowered = lower(learner.program, "float32", torch.device("cpu"))
-    assert [n.layer.stem for n in lowered.program.nodes] == ["conv2d+batch_norm"] * 4 + ["flatten", "linear"]
+    assert [n.layer.kind for n in lowered.program.nodes] == ["conv2d+batch_norm"] * 4 + ["flatten", "linear"]
     assert lowered.notes[:4] == ("Triton kernels", "fused into conv1", "fused into conv1", "fused into conv1")
     flat = torch.randn(3, learner.program.size)
     assert torch.equal(lowered.unpack(lowered.pack(flat)), flat)

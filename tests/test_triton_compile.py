@@ -20,9 +20,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from metafast.benchmarks.gpu import counts
-from metafast.kernels import contraction
-from metafast.kernels import launch as launching
+from benchmarks.gpu import counts
+from metafast.kernels.primitives import contraction
+from metafast.kernels.primitives import launch as launching
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
@@ -181,9 +181,9 @@ def compose(model, sample, loss, precision):
     """A program, an executor for it and the shape of a sample's output."""
     import torch
 
-    from metafast.capture import capture
-    from metafast.executors.triton import TritonExecutor
-    from metafast.losses import as_loss
+    from metafast.executors.triton.executor import TritonExecutor
+    from metafast.program.capture import capture
+    from metafast.program.losses import as_loss
 
     return capture(model, as_loss(loss)), TritonExecutor(precision), model(torch.zeros(2, *sample)).shape[1:]
 

@@ -23,16 +23,16 @@ from test_triton import (  # the fixtures act by being here
 )
 from torch import nn
 
-from metafast.benchmarks.gpu import counts
-from metafast.benchmarks.workloads import workload
-from metafast.capture import capture
-from metafast.executors import lowering
+from benchmarks.gpu import counts
+from metafast.bench.workloads import workload
 from metafast.executors.memory import choose_plan, peak_bytes
-from metafast.executors.passes import Pass
-from metafast.executors.triton import TritonExecutor
-from metafast.kernels import products
+from metafast.executors.triton import lowering
+from metafast.executors.triton.executor import TritonExecutor
 from metafast.kernels.cross_entropy import CrossEntropy
-from metafast.losses import as_loss
+from metafast.kernels.primitives import products
+from metafast.program.capture import capture
+from metafast.program.interpreter import Pass
+from metafast.program.losses import as_loss
 from metafast.tasks import Batch, TaskBatch
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -136,7 +136,7 @@ def test_a_label_outside_makes_its_task_nan_and_no_other():
 
 
 LAUNCHING = ("batch_norm.kernel", "cross_entropy.kernel", "products", "sums")
-MODEL = {"forward": 2, "backward": 5, "push": 3, "tangent_backward": 10}  # in units of all convolutions' outputs
+MODEL = {"forward": 2, "backward": 5, "jvp": 3, "hvp": 10}  # in units of all convolutions' outputs
 
 
 def test_activations_are_read_and_written_as_often_as_the_model_says(monkeypatch):
@@ -156,9 +156,9 @@ def test_activations_are_read_and_written_as_often_as_the_model_says(monkeypatch
     batch = Batch(x.movedim(-1, 2), torch.empty(4, 5, dtype=torch.int64, device="meta"))
     run = Pass(lowered, theta, batch, 0, (True,) * len(lowered.parameters))
     found = {}
-    for phase in ("forward", "loss", "backward", "push", "tangent_backward"):
+    for phase in ("forward", "loss", "backward", "jvp", "hvp"):
         moved = 0
-        getattr(run, phase)(*([theta] if phase == "push" else []))
+        getattr(run, phase)(*([theta] if phase == "jvp" else []))
         found[phase] = moved
     outputs = sum(4 * ctx.norm.x.numel() for ctx in run.contexts.values() if "norm" in vars(ctx))
     assert outputs == 4 * 4 * 5 * 32 * (84**2 + 42**2 + 21**2 + 10**2)
@@ -173,7 +173,7 @@ MERGING = ("metafast_add_tiles", "metafast_merge_moments")
 def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
     merging = Counter()
     monkeypatch.setattr(
-        sys.modules["metafast.kernels.sums"],
+        sys.modules["metafast.kernels.primitives.row_reductions"],
         "launch",
         lambda kernel, *args, **options: merging.update([kernel.__name__]),
     )

@@ -19,16 +19,16 @@ from test_triton_compile import kernels_of_the_package
 from torch import nn
 from triton.runtime import interpreter
 
-from metafast.benchmarks.gpu.counts import modules_that_launch
-from metafast.capture import capture
-from metafast.executors import lowering
-from metafast.executors.triton import TritonExecutor
+from benchmarks.gpu.counts import modules_that_launch
+from metafast.executors.triton import lowering
+from metafast.executors.triton.executor import TritonExecutor
+from metafast.kernels.contract.layer import RuleContext
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
-from metafast.kernels.launch import TILES
-from metafast.kernels.layer import Context
 from metafast.kernels.max_pool2d import MaxPool2d
-from metafast.losses import as_loss
+from metafast.kernels.primitives.launch import TILES
+from metafast.program.capture import capture
+from metafast.program.losses import as_loss
 from metafast.tasks import TaskBatch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted beside a GPU")
@@ -84,7 +84,7 @@ def step(model, sample, loss, target=(), kind=torch.float32):
 
 @pytest.mark.parametrize(("outputs", "x"), [(1, (1, 40000, 3, 256, 256)), (64, (1, 1000, 1, 256, 256))])
 def test_a_task_beyond_32_bits_is_refused(outputs, x):
-    ctx, images = Context(0, None, (True,), (True,)), torch.empty(x, device="meta")
+    ctx, images = RuleContext(0, None, (True,), (True,)), torch.empty(x, device="meta")
     weight = torch.empty(1, outputs, 1, 1, x[2], device="meta")
     with pytest.raises(ValueError, match=f"{max(outputs, x[2]) * x[1] * 256**2:,} values.*fewer samples"):
         TritonConv2d(Conv2d(bias=False)).forward(ctx, [weight], [images])
@@ -105,7 +105,7 @@ def test_offsets_of_the_last_task(launched):
 
 def test_a_window_that_meets_only_padding_reads_nothing():
     layer = lowering.triton_layer(MaxPool2d((2, 2), (1, 1), (1, 1), (3, 3)))  # on four pixels; torch writes outside
-    x, ctx = torch.ones(3, 1, 1, 2, 2), Context(0, None, (True,), ())
+    x, ctx = torch.ones(3, 1, 1, 2, 2), RuleContext(0, None, (True,), ())
     assert torch.all(layer.forward(ctx, [], [x]) == -torch.inf)
     assert torch.all(layer.backward(ctx, [], torch.ones(3, 1, 1, 1, 1))[0][0] == 0)
     assert torch.all(layer.tangent_forward(ctx, [], [], [x]) == 0)

@@ -27,15 +27,15 @@ from test_triton import (  # the fixtures act by being here
 )
 from test_triton_shared import Shared
 
-from metafast.kernels import contraction, launch, products
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
-from metafast.kernels.blocks import choose_blocks
-from metafast.kernels.chain import NormalisedConv
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
+from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.linear import Linear
 from metafast.kernels.linear.kernel import TritonLinear
-from metafast.kernels.products import Convolution, gather_product, weight_gradient
+from metafast.kernels.primitives import contraction, launch, products
+from metafast.kernels.primitives.blocks import choose_blocks
+from metafast.kernels.primitives.products import Convolution, gather_product, weight_gradient
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 ON_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter's products can be changed")

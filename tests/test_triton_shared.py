@@ -23,14 +23,14 @@ from test_triton import (  # the fixtures act by being here
 )
 from test_triton_executor import small_network
 
-from metafast.kernels import launch, products
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
-from metafast.kernels.chain import NormalisedConv
+from metafast.kernels.contract.layer import Layer
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
-from metafast.kernels.layer import Layer
+from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.linear import Linear
 from metafast.kernels.linear.kernel import TritonLinear
+from metafast.kernels.primitives import launch, products
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 TASKS = 8

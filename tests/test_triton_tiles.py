@@ -29,21 +29,21 @@ from test_triton import (  # the fixtures act by being here
 )
 from torch import nn
 
-from metafast.capture import capture
-from metafast.executors import lowering
-from metafast.executors.reference import ReferenceExecutor
-from metafast.executors.sweep import Sweep
-from metafast.kernels import launch, sums
+from metafast.executors.reference.executor import ReferenceExecutor
+from metafast.executors.reference.inner_loop import InnerLoopRun
+from metafast.executors.triton import lowering
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm import kernel as norm_kernel
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
-from metafast.kernels.chain import NormalisedConv
+from metafast.kernels.contract.layer import RuleContext
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
+from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.flatten import Flatten
 from metafast.kernels.flatten.kernel import FlattenPixels
-from metafast.kernels.layer import Context
-from metafast.losses import as_loss
+from metafast.kernels.primitives import launch, row_reductions
+from metafast.program.capture import capture
+from metafast.program.losses import as_loss
 from metafast.tasks import Batch
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -55,9 +55,9 @@ MERGING = ("metafast_add_tiles", "metafast_merge_moments")
 def merged(monkeypatch):
     """The kernels of their own that merge tiles, as they are launched, in tiles that are tiny and two at a time."""
     _use(TINY, monkeypatch)
-    for module in (sums, norm_kernel):
+    for module in (row_reductions, norm_kernel):
         monkeypatch.setattr(module, "TILES_AT_ONCE", 2)
-    monkeypatch.setattr(sums, "ROWS", 16)
+    monkeypatch.setattr(row_reductions, "ROWS", 16)
     monkeypatch.setattr(norm_kernel, "ROWS", 16)
     names = []
 
@@ -65,7 +65,7 @@ def merged(monkeypatch):
         names.extend([kernel.__name__] if kernel.__name__ in MERGING else [])
         launch.launch(kernel, *args, **options)
 
-    monkeypatch.setattr(sums, "launch", noted)
+    monkeypatch.setattr(row_reductions, "launch", noted)
     return names
 
 
@@ -89,11 +89,11 @@ SIZES = {  # of a chain: its moments' tiles of 16 of the pixels, its sums' tiles
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("most", [0, sums.MOST_BYTES])
+@pytest.mark.parametrize("most", [0, row_reductions.MOST_BYTES])
 @pytest.mark.parametrize("name", SIZES)
 def test_tiles_are_merged_by_their_readers_or_before_them(name, most, merged, monkeypatch):
     case = SIZES[name]
-    monkeypatch.setattr(sums, "MOST_BYTES", most)
+    monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
     at = point(case, tasks=2)
     at.inputs[0] += 3.0 * torch.arange(at.inputs[0].shape[1]).reshape(-1, 1, 1, 1)  # tiles whose means are far apart
     found = run(case.layer, at, case)
@@ -109,26 +109,26 @@ def test_bytes_bound_what_readers_read_again(merged, monkeypatch):
     at = point(case, tasks=2)
     bound = 20 * 4 * (2 * 5 * 2 * 3)
     for most, launches in ((bound, 0), (bound - 1, 2)):
-        monkeypatch.setattr(sums, "MOST_BYTES", most)
+        monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
         assert_close(run(case.layer, at, case), truth(case.function, at), 1e-5)
         assert merged == ["metafast_add_tiles"] * launches
 
 
-@pytest.mark.parametrize("most", [0, sums.MOST_BYTES])
+@pytest.mark.parametrize("most", [0, row_reductions.MOST_BYTES])
 @pytest.mark.parametrize("case", [c for c in HAND_WRITTEN if isinstance(c.layer, BatchNorm)
                                   and sum(torch.Size(x).numel() for x in c.inputs) < 500], ids=str)  # fmt: skip
 def test_batch_norm_in_tiles(case, most, merged, monkeypatch):
-    monkeypatch.setattr(sums, "MOST_BYTES", most)
+    monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
     at = point(case, tasks=2)
     assert_close(run(TritonBatchNorm(case.layer), at, case), truth(case.function, at), case.tolerance)
 
 
-@pytest.mark.parametrize("most", [0, sums.MOST_BYTES])
+@pytest.mark.parametrize("most", [0, row_reductions.MOST_BYTES])
 def test_nan_reaches_its_own_channel_in_every_tile(most, merged, monkeypatch):
-    monkeypatch.setattr(sums, "MOST_BYTES", most)
+    monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
     x = torch.randn(2, 6, 3, 4, 4, device=DEVICE)
     x[1, 4, 1, 0, 0] = float("nan")
-    ctx = Context(0, None, (True,), (False, False))
+    ctx = RuleContext(0, None, (True,), (False, False))
     layer, affine = TritonBatchNorm(BN), [torch.ones(2, 3, device=DEVICE)] * 2
     y = layer.forward(ctx, affine, [x])
     g = torch.ones_like(y)
@@ -209,7 +209,7 @@ def test_gaps_and_biases_without_effect_have_no_gradient():
     still[lowered.order[learner.program.parameters[1].offset :][:4]] = True  # the bias in front of the norm
     assert 0 < gaps.sum() == still.sum() - 4
     theta = lowered.pack(theta).expand(2, -1)
-    found = Sweep(lowered.program, rate, triton._entered(tasks.support), first_order=False, needs_lr=False)
+    found = InnerLoopRun(lowered.program, rate, triton._entered(tasks.support), first_order=False, needs_lr=False)
     trajectory = torch.stack(found.forward(theta, 2))
     assert torch.all(trajectory[..., gaps] == 0)
     assert torch.equal((trajectory[0] != trajectory[2]).any(0), ~still)

@@ -13,7 +13,7 @@ from test_cli import call
 from torch import nn
 
 import metafast as mf
-from metafast.executors import NativeExecutor, ReferenceExecutor
+from metafast.executors import CpuExecutor, ReferenceExecutor
 from metafast.kernels.activation import Tanh
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.conv2d import Conv2d
@@ -106,8 +106,8 @@ def test_a_planted_sign_error_is_named(
 
 
 def test_an_error_in_a_curvature_shows_in_second_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    curve = Tanh.curve
-    monkeypatch.setattr(Tanh, "curve", lambda self, ctx: -curve(self, ctx))
+    second_derivative = Tanh.second_derivative
+    monkeypatch.setattr(Tanh, "second_derivative", lambda self, ctx: -second_derivative(self, ctx))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x, y = torch.randn(2, 2, 5, 2).double(), torch.randn(2, 2, 5, 1).double()
@@ -155,24 +155,24 @@ def test_an_executor_that_gives_other_bits_each_time_fails(monkeypatch: pytest.M
     assert [check.name for check in found.checks if not check.passed] == ["two runs give the same bits"]
 
 
-@pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+@pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
 def test_native_is_verified_and_the_model_stays_untouched() -> None:
     model, tasks = images()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = mf.verify(model, tasks, loss="cross_entropy", lr=0.02, steps=2, adapt=[model[9], "4"], backend="native")
+    found = mf.verify(model, tasks, loss="cross_entropy", lr=0.02, steps=2, adapt=[model[9], "4"], backend="cpu")
     assert found.passed, str(found)
-    assert found.executor == "native"
+    assert found.executor == "cpu"
     assert found.settings["adapted"] == ["4.weight", "9.weight", "9.bias"]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert [layer.name for layer in found.layers] == [*map(str, range(10)), "loss"] * 2
 
 
-@pytest.mark.skipif(not NativeExecutor.isas(), reason="metafast._C is not built")
+@pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
 @pytest.mark.parametrize(("function", "stage"), [("loss_and_grad", "backward"), ("adapt_vjp", "tangent_")])
 def test_an_error_of_a_fused_executor_is_named(monkeypatch: pytest.MonkeyPatch, function: str, stage: str) -> None:
     """One bias of a batch norm gets the wrong sign; whichever program it is part of, it is the same layer's."""
-    right = getattr(NativeExecutor, function)
+    right = getattr(CpuExecutor, function)
 
     def wrong(self: Any, program: Any, *arguments: Any, **options: Any) -> Any:
         found = list(right(self, program, *arguments, **options))
@@ -185,9 +185,9 @@ def test_an_error_of_a_fused_executor_is_named(monkeypatch: pytest.MonkeyPatch, 
             found[0][part] = 2 * v[part] - found[0][part]
         return tuple(found)
 
-    monkeypatch.setattr(NativeExecutor, function, wrong)
+    monkeypatch.setattr(CpuExecutor, function, wrong)
     model, tasks = images()
-    found = mf.verify(model, tasks, loss="cross_entropy", lr=0.02, backend="native")
+    found = mf.verify(model, tasks, loss="cross_entropy", lr=0.02, backend="cpu")
     assert found.first_wrong is not None
     assert (found.first_wrong.name, found.first_wrong.kind) == ("5", "batch_norm")
     assert found.first_wrong.wrong.startswith(stage)
@@ -234,7 +234,7 @@ def test_the_command_fails_on_a_wrong_rule(tmp_path: Any, capsys: Any, monkeypat
         (["{}/mine.py:net", "--json", "{}/no/c.json"], 1, "there is no folder"),
         (["{}/mine.py:net", "--input-shape", "2,6,6", "--ways", "4"], 2, "--input-shape 2,6,6: the model of net() in"),
         (["{}/mine.py:net", "--input-shape", "1,6,6", "--ways", "4", "--adapt", "hed"], 2, "'hed' is no parameter"),
-        (["{}/mine.py:net", "--input-shape", "1,6,6", "--ways", "4", "--backend", "native-cuda"], 1, "cannot run"),
+        (["{}/mine.py:net", "--input-shape", "1,6,6", "--ways", "4", "--backend", "cuda"], 1, "cannot run"),
     ],
 )
 def test_command_errors(tmp_path: Any, capsys: Any, options: list[str], code: int, text: str) -> None:

@@ -12,10 +12,10 @@ from setups import Setup, make_tasks
 from torch import nn
 
 import metafast as mf
-from metafast.executors import Executor, NativeExecutor
-from metafast.watch import Watch
+from metafast.executors import CpuExecutor, Executor
+from metafast.learners.module_snapshot import ModuleSnapshot
 
-BACKENDS = ["native", "reference"]
+BACKENDS = ["cpu", "reference"]
 
 
 def regression(seed=0):
@@ -28,7 +28,7 @@ def labelled():
     return mf.TaskBatch(x, torch.randint(2, (2, 6)), x + 0.1, torch.randint(2, (2, 6)))
 
 
-def maml(backend="native", lr=0.1, loss="mse", seed=1, **options):
+def maml(backend="cpu", lr=0.1, loss="mse", seed=1, **options):
     torch.manual_seed(seed)
     return mf.MAML(models.mlp().double(), loss=loss, lr=lr, steps=2, backend=backend, **options)
 
@@ -70,7 +70,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_watch_notices(change):
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.BatchNorm1d(2))
-    watch = Watch(model)
+    watch = ModuleSnapshot(model)
     with torch.no_grad():
         model[0].weight.add_(1)
     model[0].weight.requires_grad_(False)
@@ -217,7 +217,7 @@ def test_parameters_in_parts_and_in_a_row(loss):
     """The native executor takes them as a module holds them, and as one vector; the same bits."""
     learner, tasks = maml(loss=loss), regression()
     learner.backward(tasks)
-    parts, rate, native = learner._sources, torch.full((1, 1), 0.1, dtype=torch.float64), NativeExecutor()
+    parts, rate, native = learner._sources, torch.full((1, 1), 0.1, dtype=torch.float64), CpuExecutor()
     whole = native.meta_gradient(learner.program, learner.flat_parameters(), rate, tasks, 2)
     losses, outputs, gradients, rate_gradient = native.gradients(learner.program, parts, rate, tasks, 2)
     by_default = Executor.gradients(native, learner.program, parts, rate, tasks, 2)
@@ -233,7 +233,7 @@ def test_parameters_in_parts_and_in_a_row(loss):
 def test_parameters_of_another_number_or_type_are_refused():
     learner, tasks = maml(), regression()
     learner.backward(tasks)
-    parts, rate, native = learner._sources, torch.full((1, 1), 0.1, dtype=torch.float64), NativeExecutor()
+    parts, rate, native = learner._sources, torch.full((1, 1), 0.1, dtype=torch.float64), CpuExecutor()
     with pytest.raises(ValueError, match=r"params has \d+ elements where the model needs \d+"):
         native.gradients(learner.program, parts[1:], rate, tasks, 2)
     with pytest.raises(ValueError, match="params must have the dtype"):

@@ -1,4 +1,4 @@
-"""What the Triton executor would run on a GPU, counted without one: ``python -m metafast.benchmarks.gpu.counts``.
+"""What the Triton executor would run on a GPU, counted without one: ``python -m benchmarks.gpu.counts``.
 
 Of each workload: the launches of a meta-step by kernel and the torch operators that launch something beside them, the
 bytes of the kernels' tensors, and of each contraction and norm kernel, as compiled by the Triton that is installed, its
@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metafast.benchmarks.workloads import Workload, workload
-from metafast.capture import capture
-from metafast.executors import lowering
-from metafast.executors.triton import TritonExecutor
-from metafast.kernels import launch as launching
-from metafast.losses import as_loss
+from metafast.bench.workloads import Workload, workload
+from metafast.executors.triton import lowering
+from metafast.executors.triton.executor import TritonExecutor
+from metafast.kernels.primitives import launch as launching
+from metafast.program.capture import capture
+from metafast.program.losses import as_loss
 from metafast.tasks import TaskBatch
 
 WORKLOADS = ("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "torchbench-maml")
@@ -241,7 +241,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m metafast.benchmarks.gpu.counts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.counts", description=__doc__)
     parser.add_argument("workloads", nargs="*", default=WORKLOADS, help=f"default: {' '.join(WORKLOADS)}")
     parser.add_argument("--architecture", type=int, default=90, help="80 for an A100, 90 for an H100 (default)")
     parser.add_argument("--json", type=Path, help="write the counts to this file too")

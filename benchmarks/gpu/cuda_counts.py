@@ -1,6 +1,6 @@
 """What the assembler made of the block kernels: instructions by kind, registers, memory. It needs no GPU.
 
-    python -m metafast.benchmarks.gpu.cuda_counts [FILE ...]
+    python -m benchmarks.gpu.cuda_counts [FILE ...]
 
 Each file is a cubin, an object of nvcc, or an extension built with CUDA; without one, the installed extension is read.
 """

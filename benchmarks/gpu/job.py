@@ -15,7 +15,7 @@ from .report import Report
 from .results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKERS = "metafast.benchmarks.gpu.workers"
+WORKERS = "benchmarks.gpu.workers"
 _REHEARSED = 120.0  # seconds that a process has in a rehearsal, whose clock does not count them
 
 

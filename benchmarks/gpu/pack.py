@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from metafast.benchmarks.gpu import pretended, triton_cache
-from metafast.benchmarks.gpu.subjects import BLOCKS, TRITON, TRITON_TESTS
+from benchmarks.gpu import pretended, triton_cache
+from benchmarks.gpu.subjects import BLOCKS, TRITON, TRITON_TESTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 45_000_000  # bytes of the folder
@@ -36,25 +36,25 @@ WHEELS = ("higher", "setuptools>=77,<82")
 LEARN2LEARN = ("learn2learn/algorithms/", "learn2learn/utils/", "learn2learn/_version.py", "LICENSE")
 ZIPS = ("images_background.zip", "images_evaluation.zip")
 ARCHIVE, MANIFEST = "triton-cache.tar.xz", "pack.json"
-PRETENDED, PLUGINS = "metafast.benchmarks.gpu.pretended", ("pretended", "triton_cache")
+PRETENDED, PLUGINS = "benchmarks.gpu.pretended", ("pretended", "triton_cache")
 NOTHING = ", 0 compiled"  # what a process says that found every kernel
 ORACLE = """
 import sys
 from pathlib import Path
-from metafast.benchmarks import oracles
-from metafast.benchmarks.workloads import workload
+from metafast.bench import oracles
+from metafast.bench.workloads import workload
 chosen = workload(sys.argv[1])
 oracles.save(Path(sys.argv[2]), chosen, oracles.compute(chosen))
 """
 CHECK = """
 import torch, metafast
 from metafast import MAML, executors
-from metafast.benchmarks.workloads import workload
-from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+from metafast.bench.workloads import workload
+from metafast.executors.native.cuda import BlockLimits, CudaExecutor
 chosen, found = workload("sin25-5"), {}
 tasks = chosen.draw()
-executors._EXECUTORS[0] = NativeCudaExecutor(BlockMachine(232448, 132))
-for backend in ("reference", "native", "native-cuda"):
+executors._EXECUTORS[0] = CudaExecutor(BlockLimits(232448, 132))
+for backend in ("reference", "cpu", "cuda"):
     model = chosen.network()
     MAML(model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, backend=backend).backward(tasks)
     found[backend] = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -189,7 +189,7 @@ def launches(pack: Pack, cwd: Path, logs: str, **environment: str) -> list[str]:
         first = [pool.submit(start, "training", PRETENDED, "train", TRAINED, *options)]
         first += [pool.submit(start, name, PRETENDED, name) for name in (*TRITON, "micro")]
         said = [future.result() for future in first]
-    plugins = [word for name in PLUGINS for word in ("-p", f"metafast.benchmarks.gpu.{name}")]
+    plugins = [word for name in PLUGINS for word in ("-p", f"benchmarks.gpu.{name}")]
     options = ["--assert=plain", "-p", "no:cacheprovider", "-n", "2", "-W", "default", "--tb=short"]
     return [*said, start("tests", "pytest", *plugins, *options, "-m", "gpu", *TRITON_TESTS)]
 
@@ -220,7 +220,8 @@ def kernels(pack: Pack) -> None:
 def oracles(pack: Pack) -> None:
     """What judges the workloads there, in float64."""
     names = ("workloads.py", "peers.py", "oracles.py")
-    of = digest(files=[*(ROOT / "benchmarks" / name for name in names), ROOT / "metafast/models.py"])
+    files = [*(ROOT / "metafast/bench" / name for name in names), *sorted((ROOT / "metafast/models").glob("*.py"))]
+    of = digest(files=files)
 
     def make(name: str) -> None:
         began = time.monotonic()

@@ -37,7 +37,7 @@ FIRST = Plan(
         # 14 processes, 10 s of imports; without the pack's kernels there are 40 s of compilations in each.
         Step("tests", 55, 90, tests),
         # 70,000 replays of 130 us, and the final test.
-        Step("sinusoid", 20, 40, partial(train, recipe="sinusoid", backend="native-cuda")),
+        Step("sinusoid", 20, 40, partial(train, recipe="sinusoid", backend="cuda")),
         # Imports, and half a second for each launch that is looked at.
         Step("ncu:blocks", 14, 25, partial(counters, executor="blocks")),
         Step("ncu:triton", 20, 40, partial(counters, executor="triton")),

@@ -6,7 +6,7 @@ whatever the memory holds: results mean nothing, while shapes, strides and align
 a run on the GPU. With NOTES in the environment, a line for each kernel asked for goes to a file in that folder.
 
 As a plugin of pytest (``-p``, with ``--assert=plain`` and PYTHONOPTIMIZE=1, so that no assertion ends a test before its
-last launch), or ``python -m metafast.benchmarks.gpu.pretended WORKLOAD ...``, ``... micro`` or ``... train ARGUMENTS``.
+last launch), or ``python -m benchmarks.gpu.pretended WORKLOAD ...``, ``... micro`` or ``... train ARGUMENTS``.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def kernels(folder: Path) -> set[Kernel]:
 
 def run_workload(name: str) -> None:
     """Its meta-gradient on the Triton executor, as often as it takes to be launched in every way."""
-    from metafast.benchmarks.peers import Metafast
-    from metafast.benchmarks.workloads import workload
+    from metafast.bench.peers import Metafast
+    from metafast.bench.workloads import workload
 
     chosen = workload(name)
     call = Metafast("triton").prepare(chosen, chosen.draw().to("cuda"))
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> None:
     pretend()
     with count_misses() as found:
         if arguments[0] == "train":
-            from metafast.cli import main as command
+            from metafast.cli.main import main as command
 
             sys.argv[1:] = arguments
             with contextlib.suppress(SystemExit):

@@ -15,4 +15,4 @@ TESTS = ("tests/test_gpu.py", "tests/test_sampler.py", *TRITON_TESTS)
 
 def executor(workload: str) -> str:
     """Its executor's name."""
-    return "native-cuda" if workload in BLOCKS else "triton"
+    return "cuda" if workload in BLOCKS else "triton"

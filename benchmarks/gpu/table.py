@@ -1,4 +1,4 @@
-"""The GPU table of the README, from reports: ``python3 -m metafast.benchmarks.gpu.table A.json B.json --readme FILE``.
+"""The GPU table of the README, from reports: ``python3 -m benchmarks.gpu.table A.json B.json --readme FILE``.
 
 Without ``--readme`` it is printed. Every figure is one of the reports'; a rehearsal has none.
 """

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import Case, Shape
-from ..layer import Layer
+from ..contract.case import Case, Shape
+from ..contract.layer import Layer
 from .reference import GELU, LeakyReLU, ReLU, Sigmoid, Tanh
 
 

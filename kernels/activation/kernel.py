@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TILES, cdiv, launch, pixels_last
-from ..layer import Context, Layer, Tangents, Tensors
-from ..pointwise import Pointwise
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
+from ..contract.pointwise import Pointwise
+from ..primitives.launch import TILES, cdiv, launch, pixels_last
 from .reference import LeakyReLU
 
 KINDS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu")
@@ -87,38 +87,38 @@ def metafast_pointwise(out, x, u, xd, g, size, KIND: tl.constexpr, SLOPE: tl.con
 
 @dataclass(frozen=True)
 class TritonActivation(Layer):
-    """The rules of a ``Pointwise`` layer whose stem is among ``KINDS``."""
+    """The rules of a ``Pointwise`` layer whose kind is among ``KINDS``."""
 
     options: Pointwise
-    stem = "activation"
+    kind = "activation"
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.x = pixels_last(inputs[0])
         return self._run(ctx, None)
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         ctx.g = pixels_last(g_y)
         return (self._run(ctx, ctx.g) if ctx.needs_inputs[0] else None,), ()
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         assert d_inputs[0] is not None  # the only tangent there is
         ctx.xd = pixels_last(d_inputs[0])
         return self._run(ctx, ctx.xd)
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         if not ctx.needs_inputs[0]:
             return (None,), ()
-        straight = self.options.stem in ("relu", "leaky_relu")
+        straight = self.options.kind in ("relu", "leaky_relu")
         bent = (None, None) if straight else (ctx.xd, ctx.g)
         return (self._run(ctx, pixels_last(gd_y), *bent),), ()
 
-    def _run(self, ctx: Context, u: Tensor | None, xd: Tensor | None = None, g: Tensor | None = None) -> Tensor:
+    def _run(self, ctx: RuleContext, u: Tensor | None, xd: Tensor | None = None, g: Tensor | None = None) -> Tensor:
         out, size = torch.empty_like(ctx.x), ctx.x.numel()
         slope = self.options.negative_slope if isinstance(self.options, LeakyReLU) else 0.0
         launch(
             metafast_pointwise, (cdiv(size, TILES.elements),), out, ctx.x, u, xd, g, size,
-            KIND=self.options.stem, SLOPE=slope, B=TILES.elements,
+            KIND=self.options.kind, SLOPE=slope, B=TILES.elements,
         )  # fmt: skip
         return out

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layer import Context
-from ..pointwise import Pointwise
+from ..contract.layer import RuleContext
+from ..contract.pointwise import Pointwise
 
 
 @dataclass(frozen=True)
 class ReLU(Pointwise):
     """``max(x, 0)``; slope 0 at 0."""
 
-    stem = "relu"
+    kind = "relu"
 
     def value(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
-    def slope(self, ctx: Context) -> Tensor:
+    def derivative(self, ctx: RuleContext) -> Tensor:
         return ctx.x > 0
 
 
@@ -29,13 +29,13 @@ class ReLU(Pointwise):
 class LeakyReLU(Pointwise):
     """``x`` where positive, ``negative_slope * x`` elsewhere."""
 
-    stem = "leaky_relu"
+    kind = "leaky_relu"
     negative_slope: float = 0.01
 
     def value(self, x: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(x, self.negative_slope)
 
-    def slope(self, ctx: Context) -> Tensor:
+    def derivative(self, ctx: RuleContext) -> Tensor:
         return torch.full_like(ctx.x, self.negative_slope).masked_fill(ctx.x > 0, 1.0)
 
 
@@ -43,15 +43,15 @@ class LeakyReLU(Pointwise):
 class Tanh(Pointwise):
     """``tanh x``: ``f' = 1 - y^2``, ``f'' = -2 y (1 - y^2)``."""
 
-    stem = "tanh"
+    kind = "tanh"
 
     def value(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
-    def slope(self, ctx: Context) -> Tensor:
+    def derivative(self, ctx: RuleContext) -> Tensor:
         return 1 - ctx.y * ctx.y
 
-    def curve(self, ctx: Context) -> Tensor:
+    def second_derivative(self, ctx: RuleContext) -> Tensor:
         return -2 * ctx.y * (1 - ctx.y * ctx.y)
 
 
@@ -59,15 +59,15 @@ class Tanh(Pointwise):
 class Sigmoid(Pointwise):
     """``1 / (1 + e^-x)``: ``f' = y (1 - y)``, ``f'' = f' (1 - 2 y)``."""
 
-    stem = "sigmoid"
+    kind = "sigmoid"
 
     def value(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
-    def slope(self, ctx: Context) -> Tensor:
+    def derivative(self, ctx: RuleContext) -> Tensor:
         return ctx.y * (1 - ctx.y)
 
-    def curve(self, ctx: Context) -> Tensor:
+    def second_derivative(self, ctx: RuleContext) -> Tensor:
         return ctx.y * (1 - ctx.y) * (1 - 2 * ctx.y)
 
 
@@ -75,15 +75,15 @@ class Sigmoid(Pointwise):
 class GELU(Pointwise):
     """``x Phi(x)`` with the normal distribution: ``f' = Phi + x phi``, ``f'' = phi (2 - x^2)`` (1606.08415)."""
 
-    stem = "gelu"
+    kind = "gelu"
 
     def value(self, x: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x)
 
-    def slope(self, ctx: Context) -> Tensor:
+    def derivative(self, ctx: RuleContext) -> Tensor:
         return 0.5 * (1 + torch.erf(ctx.x / math.sqrt(2))) + ctx.x * self._density(ctx.x)
 
-    def curve(self, ctx: Context) -> Tensor:
+    def second_derivative(self, ctx: RuleContext) -> Tensor:
         return self._density(ctx.x) * (2 - ctx.x * ctx.x)
 
     @staticmethod

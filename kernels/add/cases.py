@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..case import Case, Shape
+from ..contract.case import Case, Shape
 from .reference import Add
 
 

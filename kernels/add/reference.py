@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..layer import Context, Layer, Tangents, Tensors
-from ..terms import total
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
+from ..contract.terms import total
 
 
 @dataclass(frozen=True)
 class Add(Layer):
     """``y = a + b`` with torch's broadcasting within a task: ``g_a = g``, ``g_b = g``, summed to their shapes."""
 
-    stem = "add"
+    kind = "add"
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.shapes = [x.shape for x in inputs]
         axes = max(x.dim() for x in inputs)
         ctx.full = [(shape[0], *(1,) * (axes - len(shape)), *shape[1:]) for shape in ctx.shapes]
@@ -25,19 +25,19 @@ class Add(Layer):
         ctx.y_shape = y.shape
         return y
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         places = zip(ctx.shapes, ctx.full, ctx.needs_inputs, strict=True)
         return tuple(g_y.sum_to_size(full).reshape(shape) if needed else None for shape, full, needed in places), ()
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         return total(*self._aligned(ctx, d_inputs)).expand(ctx.y_shape)
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         return self.backward(ctx, params, gd_y)
 
     @staticmethod
-    def _aligned(ctx: Context, values: Tangents) -> list[Tensor | None]:
+    def _aligned(ctx: RuleContext, values: Tangents) -> list[Tensor | None]:
         """Axes of length one behind the task axis, as broadcasting within a task would put in front."""
         return [None if v is None else v.reshape(full) for v, full in zip(values, ctx.full, strict=True)]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..adaptive_avg_pool2d import AdaptiveAvgPool2d
-from ..launch import channels_first, channels_last
-from ..layer import Context
-from ..linear_map import LinearMap
-from ..windows import Windows, out_size, windows, windows_transpose
+from ..contract.layer import RuleContext
+from ..contract.linear_map import LinearMap
+from ..primitives.launch import channels_first, channels_last
+from ..primitives.pooling import Windows, out_size, windows, windows_transpose
 from .reference import AvgPool2d
 
 
@@ -19,15 +19,15 @@ class TritonAvgPool2d(LinearMap):
     """The rules of ``AvgPool2d``."""
 
     options: AvgPool2d
-    stem = "avg_pool2d"
+    kind = "avg_pool2d"
 
-    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+    def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
         return channels_first(windows(channels_last(x), self._sizes(ctx), "mean")[0])
 
-    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+    def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         return channels_first(windows_transpose(channels_last(g), self._sizes(ctx)))
 
-    def _sizes(self, ctx: Context) -> Windows:
+    def _sizes(self, ctx: RuleContext) -> Windows:
         o, extents = self.options, ctx.x.shape[3:]
         axes = zip(extents, o.kernel, o.stride, o.padding, strict=True)
         size = [out_size(*axis, o.ceil_mode) for axis in axes]
@@ -41,21 +41,21 @@ class TritonAdaptiveAvgPool2d(LinearMap):
     """The rules of ``AdaptiveAvgPool2d``: by windows where the size divides the image's, else by PyTorch."""
 
     options: AdaptiveAvgPool2d
-    stem = "adaptive_avg_pool2d"
+    kind = "adaptive_avg_pool2d"
 
-    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+    def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
         sizes = self._sizes(ctx)
         if sizes is None:
             return self.options.apply(ctx, x)
         return channels_first(windows(channels_last(x), sizes, "mean")[0])
 
-    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+    def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         sizes = self._sizes(ctx)
         if sizes is None:
             return self.options.transpose(ctx, g)
         return channels_first(windows_transpose(channels_last(g), sizes))
 
-    def _sizes(self, ctx: Context) -> Windows | None:
+    def _sizes(self, ctx: RuleContext) -> Windows | None:
         height, width = ctx.x.shape[3:]
         out_h, out_w = self.options.size
         if height % out_h or width % out_w:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import Case, Shape
+from ..contract.case import Case, Shape
 from .reference import BatchNorm
 
 
@@ -16,7 +16,7 @@ def _case(
     layer = BatchNorm(mode, 1e-3, scale, shift)
     channels = x[1]
     constants: tuple[Tensor, ...] = ()
-    if layer.given:
+    if layer.fixed_statistics:
         constants = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
 
     def function(p: tuple[Tensor, ...], i: tuple[Tensor, ...]) -> Tensor:
@@ -25,7 +25,7 @@ def _case(
         # torch cannot differentiate a batch norm twice that has a shift and no scale.
         gamma = affine.pop() if scale else None if beta is None else torch.ones_like(beta)
         mean, var = (c.to(i[0].dtype) for c in constants) if constants else (None, None)
-        return F.batch_norm(i[0], mean, var, gamma, beta, training=not layer.given, eps=layer.eps)
+        return F.batch_norm(i[0], mean, var, gamma, beta, training=not layer.fixed_statistics, eps=layer.eps)
 
     parameter = (rows, channels) if layer.varies else (channels,)
     return Case(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..sums import moments_of_tiles, sum_of_tiles
+from ..primitives.row_reductions import moments_of_tiles, sum_of_tiles
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Image:
     window_h: int = 1
     window_w: int = 1
     relu: bool = False
-    given: bool = False
+    fixed_statistics: bool = False
 
     @property
     def out_h(self) -> int:
@@ -82,7 +82,7 @@ def _keep(p, a, b, task, c, row_tile, C: tl.constexpr):
 
 @triton.jit
 def _means(sums, parts, tiles, task, c, row_tile, n, S: tl.constexpr, BT: tl.constexpr):
-    """The means of both sums of each channel, as rows, and zero where statistics are given; where there are ``parts``
+    """The means of both sums of each channel, as rows, and zero where statistics are fixed; where there are ``parts``
     the sums are found first."""
     if parts is None:
         level, slope = _pair(sums, task, c, S.channels)
@@ -92,7 +92,7 @@ def _means(sums, parts, tiles, task, c, row_tile, n, S: tl.constexpr, BT: tl.con
         b = sum_of_tiles(parts + S.channels, tiles, c < S.channels, 2 * S.channels, BT)
         _keep(sums, a, b, task, c, row_tile, S.channels)
         level, slope = a[None, :], b[None, :]
-    if S.given:
+    if S.fixed_statistics:
         level, slope = _pair(None, task, c, S.channels)
     count = n * (S.height * S.width)
     return level / count, slope / count
@@ -240,7 +240,7 @@ def metafast_norm_backward(
         scaled = _channel(gammad, task, gammad_stride, c, S.channels, 0.0)
         ghd = scale * tl.load(gd + at, alive, 0.0).to(tl.float32) + scaled * gz
         gd_x = r * (ghd - (scale * leveld + scaled * level) - xh * (scale * sloped + scaled * slope))
-        if xd is not None and not S.given:
+        if xd is not None and not S.fixed_statistics:
             xd_level, xd_slope = _means(xd_sums, None, 0, task, c, 0, n, S, BT)
             xhd = r * (tl.load(xd + pixel, inside, 0.0).to(tl.float32) - xd_level - xh * xd_slope)
             gd_x -= r * (xhd * scale * slope + xd_slope * g_x)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..launch import TILES, block, by_task, cdiv, channels_first, channels_last, empty, launch
-from ..layer import Context, Layer, Tangents, Tensors
-from ..sums import ROWS, TILES_AT_ONCE, add_tiles, moments, moments_for, sums_for
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
+from ..primitives.launch import TILES, block, by_task, cdiv, channels_first, channels_last, empty, launch
+from ..primitives.row_reductions import ROWS, TILES_AT_ONCE, add_tiles, moments, moments_for, sums_for
 from .device import Image, metafast_norm_backward, metafast_norm_forward, metafast_norm_sums, metafast_norm_tangent
 from .reference import BatchNorm
 
@@ -43,14 +43,14 @@ class TritonBatchNorm(Layer):
     options: BatchNorm
     relu: bool = False
     window: tuple[int, int] = (1, 1)
-    stem = "batch_norm"
+    kind = "batch_norm"
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.x = x = channels_last(inputs[0])
         tasks, n, *spatial, channels = x.shape
         height, width = spatial if len(spatial) == 2 else (1, x[0, 0].numel() // channels)
-        ctx.s = s = Image(height, width, channels, *self.window, self.relu, self.options.given)
-        if s.given:
+        ctx.s = s = Image(height, width, channels, *self.window, self.relu, self.options.fixed_statistics)
+        if s.fixed_statistics:
             mean, var = (c.to(x.device, torch.float32) for c in constants)
             ctx.stat = torch.stack([mean, torch.rsqrt(var + self.options.eps)]).expand(tasks, -1, -1).contiguous()
             parts, tile_rows = None, 0
@@ -68,18 +68,18 @@ class TritonBatchNorm(Layer):
                   tile_rows, self.options.eps, gamma, beta, gamma_stride, beta_stride, n)  # fmt: skip
         return channels_first(y)
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         ctx.g = channels_last(g_y)
-        g_x, ctx.g_sums = self._pull(ctx, params, None, ())
+        g_x, ctx.g_sums = self._backward(ctx, params, None, ())
         return (g_x,), self._adjoints(ctx, params, ctx.g_sums)
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         s, n = ctx.s, ctx.x.shape[1]
         ctx.xd, ctx.xd_sums, ctx.xhd, parts = None, None, None, None
         if d_inputs[0] is not None:
             ctx.xd = channels_last(d_inputs[0])
             ctx.xhd = ctx.xd if ctx.xh is None else empty(ctx.x, *ctx.y_shape)
-            if not s.given:
+            if not s.fixed_statistics:
                 parts = ctx.__dict__.get("tangent_parts")
                 parts = self._tangent_parts(ctx) if parts is None else parts
                 parts = sums_for(self._tiles(ctx, s.values(n)), parts)
@@ -93,17 +93,17 @@ class TritonBatchNorm(Layer):
         return channels_first(yd)
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
-        gd_x, sums = self._pull(ctx, params, channels_last(gd_y), d_params)
+        gd_x, sums = self._backward(ctx, params, channels_last(gd_y), d_params)
         return (gd_x,), self._adjoints(ctx, params, sums)
 
-    def _pull(
-        self, ctx: Context, params: Tensors, gd: Tensor | None, d_params: Tangents
+    def _backward(
+        self, ctx: RuleContext, params: Tensors, gd: Tensor | None, d_params: Tangents
     ) -> tuple[Tensor | None, Tensor | None]:
         """The adjoint of the input, or with ``gd`` its tangent, and the sums ``[T, 2, C]`` behind it, where wanted."""
         s, n, through = ctx.s, ctx.x.shape[1], ctx.needs_inputs[0]
-        parts = self._parts(ctx, gd) if any(ctx.needs_params) or (through and not s.given) else None
+        parts = self._parts(ctx, gd) if any(ctx.needs_params) or (through and not s.fixed_statistics) else None
         if not through:
             return None, None if parts is None else add_tiles(parts)
         parts = None if parts is None else sums_for(self._tiles(ctx, s.pixels(n)), parts)
@@ -115,38 +115,38 @@ class TritonBatchNorm(Layer):
                   ctx.stat, gamma, xd, gd, gammad, xd_sums, g_sums, gamma_stride, gammad_stride, n)  # fmt: skip
         return channels_first(out), sums
 
-    def _parts(self, ctx: Context, gd: Tensor | None) -> Tensor:
+    def _parts(self, ctx: RuleContext, gd: Tensor | None) -> Tensor:
         """Sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``, of each tile."""
         n, x = ctx.x.shape[1], ctx.x if ctx.xh is None else ctx.xh
         xd, xd_sums = (None, None) if gd is None else (ctx.xhd, ctx.xd_sums)
         return self._sum(ctx, ctx.s, ctx.s.values(n), x, ctx.code, ctx.g, ctx.stat, xd, gd, xd_sums, n)
 
-    def _tangent_parts(self, ctx: Context) -> Tensor:
+    def _tangent_parts(self, ctx: RuleContext) -> Tensor:
         """Sums of ``(xd, xd xh)`` of each tile: those of an adjoint that reaches every pixel."""
         s, n = ctx.s, ctx.x.shape[1]
         whole = Image(s.height, s.width, s.channels)
         return self._sum(ctx, whole, s.pixels(n), ctx.x, None, ctx.xd, ctx.stat, None, None, None, n)
 
-    def _sum(self, ctx: Context, image: Image, rows: int, *args: object) -> Tensor:
+    def _sum(self, ctx: RuleContext, image: Image, rows: int, *args: object) -> Tensor:
         """``[T, tiles, 2, C]``."""
         parts = empty(ctx.stat, ctx.x.shape[0], self._tiles(ctx, rows), 2, image.channels)
         self._run(metafast_norm_sums, ctx, rows, parts, *args, image=image)
         return parts
 
-    def _run(self, kernel: object, ctx: Context, rows: int, *args: object, image: Image | None = None) -> None:
+    def _run(self, kernel: object, ctx: RuleContext, rows: int, *args: object, image: Image | None = None) -> None:
         s, bc = ctx.s, self._columns(ctx)
         grid = (self._tiles(ctx, rows) * cdiv(s.channels, bc), ctx.x.shape[0])
         launch(kernel, grid, *args, warps=8, S=image or s, BR=TILES.elements // bc, BC=bc, BT=TILES_AT_ONCE)
 
     @staticmethod
-    def _columns(ctx: Context) -> int:
+    def _columns(ctx: RuleContext) -> int:
         return block(ctx.s.channels, 16, 64)
 
-    def _tiles(self, ctx: Context, rows: int) -> int:
+    def _tiles(self, ctx: RuleContext, rows: int) -> int:
         """Programs that go over the rows of a task and of one block of channels."""
         return cdiv(rows, TILES.elements // self._columns(ctx))
 
-    def _affine(self, ctx: Context, params: Tangents) -> list[tuple[Tensor | None, int]]:
+    def _affine(self, ctx: RuleContext, params: Tangents) -> list[tuple[Tensor | None, int]]:
         """Scale and shift (or their directions) of the inner step at hand, with the stride from task to task."""
         rest = list(params)
         found: list[tuple[Tensor | None, int]] = []
@@ -157,7 +157,7 @@ class TritonBatchNorm(Layer):
             found.append((None, 0) if parameter is None else by_task(parameter))
         return found
 
-    def _adjoints(self, ctx: Context, params: Tensors, sums: Tensor | None) -> Tangents:
+    def _adjoints(self, ctx: RuleContext, params: Tensors, sums: Tensor | None) -> Tangents:
         found: list[Tensor | None] = []
         for present, k in ((self.options.scale, 1), (self.options.shift, 0)):
             if not present:
@@ -171,5 +171,5 @@ class TritonBatchNorm(Layer):
         return found
 
     @staticmethod
-    def _row(ctx: Context, parameter: Tensor) -> int:
+    def _row(ctx: RuleContext, parameter: Tensor) -> int:
         return min(ctx.step, parameter.shape[1] - 1)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layer import Context, Tensors
-from ..normalise import Normalise
+from ..contract.layer import RuleContext, Tensors
+from ..contract.normalise import Normalise
 
 MODES = ("task", "per_step", "frozen", "running")
 
@@ -25,7 +25,7 @@ class BatchNorm(Normalise):
       learner moves the constants between meta-steps.
     """
 
-    stem = "batch_norm"
+    kind = "batch_norm"
     mode: str = "task"
     eps: float = 1e-5
     scale: bool = True
@@ -33,27 +33,27 @@ class BatchNorm(Normalise):
     momentum: float = 0.1
 
     @property
-    def given(self) -> bool:  # type: ignore[override]
+    def fixed_statistics(self) -> bool:  # type: ignore[override]
         return self.mode in ("frozen", "running")
 
     @property
     def varies(self) -> bool:  # type: ignore[override]
         return self.mode == "per_step"
 
-    def mean(self, ctx: Context, u: Tensor) -> Tensor:
+    def mean(self, ctx: RuleContext, u: Tensor) -> Tensor:
         axes = (1, *range(3, u.dim()))
         if ctx.mask is None:
             return u.mean(axes, keepdim=True)
         count = ctx.mask.sum(1) * u[0, 0, 0].numel()
         return self.keep(ctx, u).sum(axes, keepdim=True) / count.reshape(-1, *(1,) * (u.dim() - 1))
 
-    def keep(self, ctx: Context, u: Tensor) -> Tensor:
+    def keep(self, ctx: RuleContext, u: Tensor) -> Tensor:
         if ctx.mask is None:
             return u
         return u * ctx.mask.reshape(*ctx.mask.shape, *(1,) * (u.dim() - 2)).to(u.dtype)
 
-    def standardise(self, ctx: Context, x: Tensor, constants: Tensors) -> None:
-        if not self.given:
+    def standardise(self, ctx: RuleContext, x: Tensor, constants: Tensors) -> None:
+        if not self.fixed_statistics:
             if x.shape[1] * x[0, 0, 0].numel() == 1:
                 raise ValueError(
                     "one number in each channel has no variance: batch norm needs a second sample, or bn='frozen'"
@@ -64,11 +64,11 @@ class BatchNorm(Normalise):
         ctx.r = torch.rsqrt(var + self.eps)
         ctx.xh = (x - mu) * ctx.r
 
-    def view(self, ctx: Context, parameter: Tensor) -> Tensor:
+    def view(self, ctx: RuleContext, parameter: Tensor) -> Tensor:
         row = parameter[:, self._row(ctx, parameter)] if self.varies else parameter
         return row.reshape(row.shape[0], 1, -1, *(1,) * (ctx.xh.dim() - 3))
 
-    def reduce(self, ctx: Context, u: Tensor, parameter: Tensor) -> Tensor:
+    def reduce(self, ctx: RuleContext, u: Tensor, parameter: Tensor) -> Tensor:
         by_channel = u.sum((1, *range(3, u.dim())))
         if not self.varies:
             return by_channel
@@ -76,5 +76,5 @@ class BatchNorm(Normalise):
         return torch.nn.functional.pad(by_channel[:, None], (0, 0, row, rows - 1 - row))
 
     @staticmethod
-    def _row(ctx: Context, parameter: Tensor) -> int:
+    def _row(ctx: RuleContext, parameter: Tensor) -> int:
         return min(ctx.step, parameter.shape[1] - 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ..case import Case, Shape
+from ..contract.case import Case, Shape
 from .reference import Conv2d
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..launch import channels_first, channels_last
-from ..layer import Context, Layer, Tangents, Tensors
-from ..products import Convolution, gather_product, weight_gradient
-from ..sums import column_sums
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
+from ..primitives.launch import channels_first, channels_last
+from ..primitives.products import Convolution, gather_product, weight_gradient
+from ..primitives.row_reductions import column_sums
 from .reference import Conv2d
 
 
@@ -23,9 +23,9 @@ class TritonConv2d(Layer):
 
     options: Conv2d
     precision: str = "float32"
-    stem = "conv2d"
+    kind = "conv2d"
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.x, o = channels_last(inputs[0]), self.options
         outputs, kernel = params[0].shape[1], (params[0].shape[2], params[0].shape[3])
         ctx.sizes = Convolution(*ctx.x.shape[2:], outputs, kernel, o.stride, o.padding, o.dilation, o.groups)
@@ -36,11 +36,11 @@ class TritonConv2d(Layer):
         )
         return channels_first(y)
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         ctx.g = channels_last(g_y)
         return self._adjoints(ctx, [(ctx.g, params[0])], [(ctx.g, ctx.x)], ctx.g)
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         ctx.xd = None if d_inputs[0] is None else channels_last(d_inputs[0])
         bd = d_params[1] if self.options.bias else None
         terms = [] if ctx.xd is None else [(ctx.xd, params[0])]
@@ -54,7 +54,7 @@ class TritonConv2d(Layer):
         return channels_first(y)
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         gd, wd = channels_last(gd_y), d_params[0]
         data = [(gd, params[0])] if wd is None else [(gd, params[0]), (ctx.g, wd)]
@@ -62,7 +62,7 @@ class TritonConv2d(Layer):
         return self._adjoints(ctx, data, weights, gd)
 
     def _adjoints(
-        self, ctx: Context, data: list[tuple[Tensor, Tensor]], weights: list[tuple[Tensor, Tensor]], g: Tensor
+        self, ctx: RuleContext, data: list[tuple[Tensor, Tensor]], weights: list[tuple[Tensor, Tensor]], g: Tensor
     ) -> tuple[Tangents, Tangents]:
         g_x = None
         if ctx.needs_inputs[0]:

@@ -13,33 +13,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layer import Context, Layer, Tangents, Tensors
-from ..terms import add, total
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
+from ..contract.terms import add, total
 
 
 @dataclass(frozen=True)
 class Conv2d(Layer):
     """``y[t,n] = conv2d(x[t,n], W[t]) + b[t]``; ``x [T,n,C,H,W]``, ``W [T,O,C/groups,kh,kw]``, ``b [T,O]``."""
 
-    stem = "conv2d"
+    kind = "conv2d"
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     bias: bool = True
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.x = _fold(inputs[0])
         y = _unfold(self._conv(ctx.x, params[0]), params[0].shape[0])
         ctx.y_shape = y.shape
         return y + params[1][:, None, :, None, None] if self.bias else y
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         ctx.g = _fold(g_y)
         g_x, g_w = self._adjoints(ctx.g, ctx.x, params[0], ctx.needs_inputs[0], ctx.needs_params[0])
         return (self._tasks(g_x, params[0]),), self._with_bias(ctx, g_w, g_y)
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         xd, (wd, bd) = d_inputs[0], (*d_params, None)[:2]
         ctx.xd = None if xd is None else _fold(xd)
         tasks = params[0].shape[0]
@@ -50,7 +50,7 @@ class Conv2d(Layer):
         )
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         gd = _fold(gd_y)
         need_x, need_w = ctx.needs_inputs[0], ctx.needs_params[0]
@@ -80,7 +80,7 @@ class Conv2d(Layer):
     def _tasks(g_x: Tensor | None, weight: Tensor) -> Tensor | None:
         return None if g_x is None else _unfold(g_x, weight.shape[0])
 
-    def _with_bias(self, ctx: Context, g_w: Tensor | None, g: Tensor) -> Tangents:
+    def _with_bias(self, ctx: RuleContext, g_w: Tensor | None, g: Tensor) -> Tangents:
         if not self.bias:
             return (g_w,)
         return g_w, g.sum((1, 3, 4)) if ctx.needs_params[1] else None

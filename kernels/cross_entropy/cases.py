@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from ..case import LossCase
+from ..contract.case import LossCase
 from .reference import CrossEntropy
 
 CASES = [

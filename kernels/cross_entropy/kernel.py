@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TILES, block, cdiv, empty, launch
-from ..layer import Context, Loss
-from ..weights import sample_weights
+from ..contract.layer import Loss, RuleContext
+from ..contract.sample_weights import sample_weights
+from ..primitives.launch import TILES, block, cdiv, empty, launch
 from .reference import CrossEntropy
 
 
@@ -59,12 +59,12 @@ class TritonCrossEntropy(Loss):
     """The rules of ``CrossEntropy``."""
 
     options: CrossEntropy
-    stem = "cross_entropy"
+    kind = "cross_entropy"
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         self.options.check(output, targets, name)
 
-    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         z, ctx.dtype = outputs.float().contiguous(), outputs.dtype
         tasks, n, classes = z.shape
         ctx.w = None if ctx.mask is None else sample_weights(ctx.mask, z)
@@ -73,10 +73,10 @@ class TritonCrossEntropy(Loss):
                K=classes, **self._block(n, classes))  # fmt: skip
         return loss
 
-    def backward(self, ctx: Context) -> Tensor:
+    def backward(self, ctx: RuleContext) -> Tensor:
         return ctx.g.to(ctx.dtype)  # type: ignore[no-any-return]
 
-    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+    def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
         tasks, n, classes = ctx.p.shape
         gd, sizes = torch.empty_like(ctx.p, dtype=ctx.dtype), self._block(tasks * n, classes)
         grid = (cdiv(tasks * n, sizes["BR"]),)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layer import Context, Loss
-from ..weights import sample_weights
+from ..contract.layer import Loss, RuleContext
+from ..contract.sample_weights import sample_weights
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class CrossEntropy(Loss):
     """``L = -sum_m w_m log p_m[y_m]``, ``p = softmax z``, ``w_m = 1/M``: ``g = w (p - onehot y)``,
     ``gd = w p (zd - sum_k p_k zd_k)``. Outputs ``z [T,n,K]``, targets ``y [T,n]`` int64 in ``0..K-1``."""
 
-    stem = "cross_entropy"
+    kind = "cross_entropy"
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         if len(output) != 1 or targets.dim() != 2:
@@ -35,17 +35,17 @@ class CrossEntropy(Loss):
                 "model more outputs"
             )
 
-    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         log_p = torch.log_softmax(outputs, -1)
         ctx.p = log_p.exp()
         ctx.y = targets[..., None]
         ctx.w = sample_weights(ctx.mask, outputs)
         return -(ctx.w * log_p.gather(-1, ctx.y)[..., 0]).sum(1)
 
-    def backward(self, ctx: Context) -> Tensor:
+    def backward(self, ctx: RuleContext) -> Tensor:
         onehot = torch.zeros_like(ctx.p).scatter(-1, ctx.y, 1.0)
         return ctx.w[..., None] * (ctx.p - onehot)
 
-    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+    def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
         mean = (ctx.p * d_outputs).sum(-1, keepdim=True)
         return ctx.w[..., None] * ctx.p * (d_outputs - mean)

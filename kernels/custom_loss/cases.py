@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import LossCase
+from ..contract.case import LossCase
 from .reference import CustomLoss
 
 

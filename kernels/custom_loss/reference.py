@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from ..layer import Context, Loss
+from ..contract.layer import Loss, RuleContext
 
 
 @dataclass(frozen=True)
 class CustomLoss(Loss):
     """``L[t] = function(outputs[t], targets[t])``, a scalar for one task's ``[n, ...]``."""
 
-    stem = "custom_loss"
+    kind = "custom_loss"
     reads_targets = False
     function: Callable[[Tensor, Tensor], Tensor]
 
-    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         if ctx.mask is not None:
             raise ValueError(
                 "a loss callable does not see the sample mask; use 'cross_entropy' or 'mse' with ragged tasks"
@@ -40,10 +40,10 @@ class CustomLoss(Loss):
             )
         return losses
 
-    def backward(self, ctx: Context) -> Tensor:
+    def backward(self, ctx: RuleContext) -> Tensor:
         return self._gradient(ctx.z, ctx.y)
 
-    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+    def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
         # The Hessian is symmetric: reverse mode serves, which more of torch's losses have than forward mode.
         found: Tensor = vjp(lambda z: self._gradient(z, ctx.y), ctx.z)[1](d_outputs)[0]
         # Where the loss has no curvature, as |z|, torch may give zeros that are nowhere in memory.

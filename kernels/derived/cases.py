@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import Case, Shape
+from ..contract.case import Case, Shape
 from .reference import Derived, Function
 
 

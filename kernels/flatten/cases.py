@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..case import Case, Shape
+from ..contract.case import Case, Shape
 from .reference import Flatten
 
 

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..launch import channels_first, channels_last
-from ..layer import Context
-from ..linear_map import LinearMap
+from ..contract.layer import RuleContext
+from ..contract.linear_map import LinearMap
+from ..primitives.launch import channels_first, channels_last
 
 
 @dataclass(frozen=True)
 class FlattenPixels(LinearMap):
     """``[T,n,C,H,W]`` -> ``[T,n,H*W*C]``: pixel after pixel, where ``Flatten`` goes channel after channel."""
 
-    stem = "flatten"
+    kind = "flatten"
 
-    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+    def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
         return channels_last(x).flatten(2)
 
-    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+    def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         tasks, n, channels, *pixels = ctx.x.shape
         return channels_first(g.reshape(tasks, n, *pixels, channels))

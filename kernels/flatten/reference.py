@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..layer import Context
-from ..linear_map import LinearMap
+from ..contract.layer import RuleContext
+from ..contract.linear_map import LinearMap
 
 
 @dataclass(frozen=True)
 class Flatten(LinearMap):
     """Merges the axes ``start..end`` of a task's ``[n, ...]``, ``1 <= start``, as ``torch.flatten`` does."""
 
-    stem = "flatten"
+    kind = "flatten"
     start: int = 1
     end: int = -1
 
-    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+    def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
         return x.flatten(self.start + 1, self.end + 1 if self.end >= 0 else self.end)
 
-    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+    def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         return g.reshape(ctx.x.shape)

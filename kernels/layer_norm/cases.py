@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import Case, Shape
+from ..contract.case import Case, Shape
 from .reference import LayerNorm
 
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TILES, block, by_task, cdiv, empty, launch
-from ..layer import Context, Layer, Tangents, Tensors
-from ..sums import add_tiles
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
+from ..primitives.launch import TILES, block, by_task, cdiv, empty, launch
+from ..primitives.row_reductions import add_tiles
 from .reference import LayerNorm
 
 
@@ -163,9 +163,9 @@ class TritonLayerNorm(Layer):
     """The rules of ``LayerNorm``."""
 
     options: LayerNorm
-    stem = "layer_norm"
+    kind = "layer_norm"
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.x = inputs[0].contiguous()
         ctx.features = ctx.x[(0,) * (ctx.x.dim() - self.options.axes)].numel()
         ctx.rows = ctx.x[0].numel() // ctx.features
@@ -176,11 +176,11 @@ class TritonLayerNorm(Layer):
                   self.options.eps)  # fmt: skip
         return y
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         ctx.g = g_y.contiguous()
-        return self._pull(ctx, params, None, ())
+        return self._backward(ctx, params, None, ())
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         ctx.xd = None if d_inputs[0] is None else d_inputs[0].contiguous()
         ctx.xd_mean = None if ctx.xd is None else torch.empty_like(ctx.stat)
         yd = torch.empty_like(ctx.x)
@@ -191,11 +191,13 @@ class TritonLayerNorm(Layer):
         return yd
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
-        return self._pull(ctx, params, gd_y.contiguous(), d_params)
+        return self._backward(ctx, params, gd_y.contiguous(), d_params)
 
-    def _pull(self, ctx: Context, params: Tensors, gd: Tensor | None, d_params: Tangents) -> tuple[Tangents, Tangents]:
+    def _backward(
+        self, ctx: RuleContext, params: Tensors, gd: Tensor | None, d_params: Tangents
+    ) -> tuple[Tangents, Tangents]:
         out = torch.empty_like(ctx.x)
         br, _ = self._block(ctx)
         parts = empty(ctx.stat, ctx.x.shape[0], cdiv(ctx.rows, br), 2, ctx.features)
@@ -212,12 +214,12 @@ class TritonLayerNorm(Layer):
                 found[i] = sums[:, k].reshape(params[i].shape) if ctx.needs_params[i] else None
         return (out if ctx.needs_inputs[0] else None,), found
 
-    def _run(self, kernel: object, ctx: Context, *args: object) -> None:
+    def _run(self, kernel: object, ctx: RuleContext, *args: object) -> None:
         br, bd = self._block(ctx)
         launch(kernel, (cdiv(ctx.rows, br), ctx.x.shape[0]), *args, D=ctx.features, BR=br, BD=bd)
 
     @staticmethod
-    def _block(ctx: Context) -> tuple[int, int]:
+    def _block(ctx: RuleContext) -> tuple[int, int]:
         bd = block(ctx.features, 16, min(1024, TILES.elements))
         return max(1, min(TILES.elements // bd, 128)), bd
 

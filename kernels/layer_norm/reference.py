@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..layer import Context
-from ..normalise import Normalise
+from ..contract.layer import RuleContext
+from ..contract.normalise import Normalise
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,19 @@ class LayerNorm(Normalise):
     Biased variance; ``gamma, beta [T, *normalised shape]`` (Ba, Kiros, Hinton 2016, 1607.06450).
     """
 
-    stem = "layer_norm"
+    kind = "layer_norm"
     given = False
     axes: int
     eps: float = 1e-5
     scale: bool = True
     shift: bool = True
 
-    def mean(self, ctx: Context, u: Tensor) -> Tensor:
+    def mean(self, ctx: RuleContext, u: Tensor) -> Tensor:
         return u.mean(tuple(range(-self.axes, 0)), keepdim=True)
 
-    def view(self, ctx: Context, parameter: Tensor) -> Tensor:
+    def view(self, ctx: RuleContext, parameter: Tensor) -> Tensor:
         ones = ctx.xh.dim() - 1 - self.axes
         return parameter.reshape(parameter.shape[0], *(1,) * ones, *parameter.shape[1:])
 
-    def reduce(self, ctx: Context, u: Tensor, parameter: Tensor) -> Tensor:
+    def reduce(self, ctx: RuleContext, u: Tensor, parameter: Tensor) -> Tensor:
         return u.flatten(1, u.dim() - 1 - self.axes).sum(1)

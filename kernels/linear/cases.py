@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from ..case import Case, Shape
+from ..contract.case import Case, Shape
 from .reference import Linear
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 from ..conv2d import Conv2d
 from ..conv2d.kernel import TritonConv2d
-from ..layer import Context, Layer, Tangents, Tensors
 from .reference import Linear
 
 
@@ -18,26 +18,26 @@ class TritonLinear(Layer):
 
     options: Linear
     precision: str = "float32"
-    stem = "linear"
+    kind = "linear"
 
     @property
     def convolution(self) -> TritonConv2d:
         """The layer that does the work."""
         return TritonConv2d(Conv2d(bias=self.options.bias), self.precision)
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.lead = inputs[0].shape[:-1]
         return self._leave(ctx, self.convolution.forward(ctx, _images(params), [self._enter(inputs[0])]))
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         return self._adjoints(ctx, *self.convolution.backward(ctx, _images(params), self._enter(g_y)))
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         entered = [None if d_inputs[0] is None else self._enter(d_inputs[0])]
         return self._leave(ctx, self.convolution.tangent_forward(ctx, _images(params), _images(d_params), entered))
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         found = self.convolution.tangent_backward(ctx, _images(params), _images(d_params), self._enter(gd_y))
         return self._adjoints(ctx, *found)
@@ -47,10 +47,10 @@ class TritonLinear(Layer):
         return x.flatten(1, -2)[..., None, None]
 
     @staticmethod
-    def _leave(ctx: Context, y: Tensor) -> Tensor:
+    def _leave(ctx: RuleContext, y: Tensor) -> Tensor:
         return y.reshape(*ctx.lead, y.shape[2])
 
-    def _adjoints(self, ctx: Context, into: Tangents, found: Tangents) -> tuple[Tangents, Tangents]:
+    def _adjoints(self, ctx: RuleContext, into: Tangents, found: Tangents) -> tuple[Tangents, Tangents]:
         weight = found[0]
         rest = [None if weight is None else weight[:, :, 0, 0], *found[1:]]
         return (None if into[0] is None else self._leave(ctx, into[0]),), rest

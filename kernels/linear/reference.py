@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layer import Context, Layer, Tangents, Tensors
-from ..terms import add, total
+from ..contract.layer import Layer, RuleContext, Tangents, Tensors
+from ..contract.terms import add, total
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class Linear(Layer):
     Axes between ``n`` and the features are samples too, as in ``torch.nn.Linear``.
     """
 
-    stem = "linear"
+    kind = "linear"
     bias: bool = True
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         x = inputs[0]
         ctx.shape = x.shape
         ctx.x = x.flatten(1, -2)
         y = self._product(ctx.x, params[0], params[1] if self.bias else None)
         return y.unflatten(1, ctx.shape[1:-1])
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         ctx.g = g_y.flatten(1, -2)
         g_x = (ctx.g @ params[0]).reshape(ctx.shape) if ctx.needs_inputs[0] else None
         return (g_x,), self._parameter_adjoints(ctx, [(ctx.g, ctx.x)], ctx.g)
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         xd = d_inputs[0]
         ctx.xd = None if xd is None else xd.flatten(1, -2)
         bd = d_params[1] if self.bias else None
@@ -48,7 +48,7 @@ class Linear(Layer):
         return yd.unflatten(1, ctx.shape[1:-1])
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         gd = gd_y.flatten(1, -2)
         gd_x = None
@@ -62,7 +62,7 @@ class Linear(Layer):
         y = x @ weight.transpose(1, 2)
         return y if bias is None else y + bias[:, None]
 
-    def _parameter_adjoints(self, ctx: Context, terms: list[tuple[Tensor, Tensor]], g: Tensor) -> Tangents:
+    def _parameter_adjoints(self, ctx: RuleContext, terms: list[tuple[Tensor, Tensor]], g: Tensor) -> Tangents:
         needs = ctx.needs_params
         g_w = total(*(a.transpose(1, 2) @ b for a, b in terms)) if needs[0] else None
         if not self.bias:

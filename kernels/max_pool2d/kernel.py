@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..launch import channels_first, channels_last
-from ..layer import Context, Tensors
-from ..linear_map import LinearMap
-from ..windows import Windows, out_size, windows, windows_transpose
+from ..contract.layer import RuleContext, Tensors
+from ..contract.linear_map import LinearMap
+from ..primitives.launch import channels_first, channels_last
+from ..primitives.pooling import Windows, out_size, windows, windows_transpose
 from .reference import MaxPool2d
 
 
@@ -18,9 +18,9 @@ class TritonMaxPool2d(LinearMap):
     """The rules of ``MaxPool2d``."""
 
     options: MaxPool2d
-    stem = "max_pool2d"
+    kind = "max_pool2d"
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         o, x = self.options, channels_last(inputs[0])
         spans = [d * (k - 1) + 1 for d, k in zip(o.dilation, o.kernel, strict=True)]
         extents = zip(x.shape[2:4], spans, o.stride, o.padding, strict=True)
@@ -29,8 +29,8 @@ class TritonMaxPool2d(LinearMap):
         y, ctx.code = windows(x, ctx.sizes, "max")
         return channels_first(y)
 
-    def apply(self, ctx: Context, x: Tensor) -> Tensor:
+    def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
         return channels_first(windows(channels_last(x), ctx.sizes, "pick", ctx.code)[0])
 
-    def transpose(self, ctx: Context, g: Tensor) -> Tensor:
+    def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         return channels_first(windows_transpose(channels_last(g), ctx.sizes, ctx.code))

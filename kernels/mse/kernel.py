@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TILES, block, empty, launch
-from ..layer import Context, Loss
-from ..weights import sample_weights
+from ..contract.layer import Loss, RuleContext
+from ..contract.sample_weights import sample_weights
+from ..primitives.launch import TILES, block, empty, launch
 from .reference import MSE
 
 
@@ -39,25 +39,25 @@ class TritonMSE(Loss):
     """The rules of ``MSE``."""
 
     options: MSE
-    stem = "mse"
+    kind = "mse"
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         self.options.check(output, targets, name)
 
-    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         z, ctx.dtype = outputs.float().contiguous(), outputs.dtype
         ctx.w = None if ctx.mask is None else sample_weights(ctx.mask, z)
         loss, ctx.g = self._run(ctx, z, targets.contiguous())
         return loss
 
-    def backward(self, ctx: Context) -> Tensor:
+    def backward(self, ctx: RuleContext) -> Tensor:
         return ctx.g.to(ctx.dtype)  # type: ignore[no-any-return]
 
-    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+    def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
         return self._run(ctx, d_outputs.float().contiguous(), None)[1].to(ctx.dtype)
 
     @staticmethod
-    def _run(ctx: Context, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(ctx: RuleContext, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         tasks, n = z.shape[:2]
         size = z[0, 0].numel()
         loss, g = empty(z, tasks), torch.empty_like(z)

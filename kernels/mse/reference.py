@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..layer import Context, Loss
-from ..weights import sample_weights
+from ..contract.layer import Loss, RuleContext
+from ..contract.sample_weights import sample_weights
 
 
 @dataclass(frozen=True)
 class MSE(Loss):
     """``L = sum_m w_m (z_m - y_m)^2``, ``w_m = 1/M``: ``g = 2 w (z - y)``, ``gd = 2 w zd``; all ``[T,n,...]``."""
 
-    stem = "mse"
+    kind = "mse"
     reads_targets = False
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
@@ -27,14 +27,14 @@ class MSE(Loss):
         if not targets.is_floating_point():
             raise TypeError(f"{name} has dtype {targets.dtype}; mse takes floating-point targets: use {name}.float()")
 
-    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         ctx.e = outputs - targets
         weights = sample_weights(ctx.mask, outputs) / outputs[0, 0].numel()
         ctx.w = weights.reshape(*weights.shape, *(1,) * (outputs.dim() - 2))
         return (ctx.w * ctx.e * ctx.e).flatten(1).sum(1)
 
-    def backward(self, ctx: Context) -> Tensor:
+    def backward(self, ctx: RuleContext) -> Tensor:
         return 2 * ctx.w * ctx.e
 
-    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+    def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
         return 2 * ctx.w * d_outputs

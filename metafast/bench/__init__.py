@@ -12,10 +12,10 @@ from typing import Any
 
 from metafast.bench.compare import Comparison, compare
 from metafast.bench.own import own_workload
+from metafast.bench.peers import peers
 from metafast.bench.run import FORMAT, Settings, Stopped, contenders, measure
-from metafast.benchmarks.peers import peers
-from metafast.benchmarks.workloads import WORKLOADS, Workload, workload
-from metafast.checks import check_writable
+from metafast.bench.workloads import WORKLOADS, Workload, workload
+from metafast.files import check_writable
 
 __all__ = [
     "WORKLOADS",

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from metafast.benchmarks.workloads import Workload
+from metafast.bench.workloads import Workload
 
 
 @dataclass(frozen=True)

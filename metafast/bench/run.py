@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from metafast.agreement import EXACT, GRADIENT, LOSSES, PARAMETER, Answer, agreement
-from metafast.bench.machine import bare_bytes, describe, rates
+from metafast.bench import oracles
+from metafast.bench.peers import Metafast, Peer, TorchLoop
 from metafast.bench.worker import CutOff, Failed, Worker
-from metafast.benchmarks import oracles
-from metafast.benchmarks.peers import Metafast, Peer, TorchLoop
-from metafast.benchmarks.workloads import Workload
-from metafast.capture import capture
-from metafast.cost import meta_cost
+from metafast.bench.workloads import Workload
 from metafast.executors import check_backend
-from metafast.losses import as_loss
+from metafast.machine import bare_bytes, describe, rates
+from metafast.program.capture import capture
+from metafast.program.flops import meta_cost
+from metafast.program.losses import as_loss
+from metafast.verification.agreement import EXACT, GRADIENT, LOSSES, PARAMETER, Answer, agreement
 
 FORMAT = 1
 _FEWEST = 3  # calls, for quartiles to mean something

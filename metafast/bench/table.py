@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from metafast.bench.compare import Comparison
-from metafast.bench.terminal import console, print_table
+from metafast.terminal import console, print_table
 
 MARKS = ("<!-- metafast bench -->", "<!-- /metafast bench -->")
 HEADINGS = (

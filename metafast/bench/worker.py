@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from metafast.agreement import Answer
-from metafast.benchmarks.peers import Peer
-from metafast.benchmarks.workloads import Workload
+from metafast.bench.peers import Peer
+from metafast.bench.workloads import Workload
+from metafast.verification.agreement import Answer
 
 
 class CutOff(Exception):

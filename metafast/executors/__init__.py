@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafast.executors.base import Executor, MetaGradient
-from metafast.executors.cuda import PRECISIONS, NativeCudaExecutor
-from metafast.executors.native import NativeExecutor
-from metafast.executors.reference import ReferenceExecutor
-from metafast.executors.triton import TritonExecutor
+from metafast.executors.native.cpu import CpuExecutor
+from metafast.executors.native.cuda import PRECISIONS, CudaExecutor
+from metafast.executors.reference.executor import ReferenceExecutor
+from metafast.executors.triton.executor import TritonExecutor
 from metafast.program import Program
 
 __all__ = [
     "Choice",
+    "CpuExecutor",
+    "CudaExecutor",
     "Executor",
     "MetaGradient",
-    "NativeCudaExecutor",
-    "NativeExecutor",
     "ReferenceExecutor",
     "TritonExecutor",
     "check_backend",
@@ -27,7 +27,7 @@ __all__ = [
     "executors",
 ]
 
-_EXECUTORS: list[Executor] = [NativeCudaExecutor(), NativeExecutor(), TritonExecutor(), ReferenceExecutor()]
+_EXECUTORS: list[Executor] = [CudaExecutor(), CpuExecutor(), TritonExecutor(), ReferenceExecutor()]
 
 
 def executors() -> list[Executor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metafast.executors.base import rows, sum_to_rate
-from metafast.kernels.layer import Context
+from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
 from metafast.tasks import Batch
 
@@ -26,15 +26,15 @@ class Passes(ABC):
         """``[T, n, ...]``."""
 
     @abstractmethod
-    def pull(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
+    def vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
         """``[T, P]``: the adjoints of all parameters where ``g`` is that of the outputs."""
 
     @abstractmethod
-    def push(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def jvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Outputs, and their tangent along ``u [T, P]``."""
 
     @abstractmethod
-    def bend(
+    def hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         """The adjoints of the adapted parameters, and the tangents of the adjoints of all along ``u``, both ``[T, P]``;
@@ -46,9 +46,9 @@ def loss_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``Executor.loss_and_grad``."""
     outputs = passes.outputs(program, params, batch, step)
-    context = Context(step, batch.mask, (True,), ())
+    context = RuleContext(step, batch.mask, (True,), ())
     losses = program.loss.forward(context, outputs, batch.y)
-    return losses, passes.pull(program, params, batch, program.loss.backward(context), step), outputs
+    return losses, passes.vjp(program, params, batch, program.loss.backward(context), step), outputs
 
 
 def adapt(passes: Passes, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
@@ -81,11 +81,11 @@ def adapt_vjp(
             _, grad, _ = loss_and_grad(passes, program, theta, support, step)
         elif not first_order:
             u = rates[step] * carried * program.adapted
-            outputs, tangent = passes.push(program, theta, support, u, step)
-            context = Context(step, support.mask, (True,), ())
+            outputs, tangent = passes.jvp(program, theta, support, u, step)
+            context = RuleContext(step, support.mask, (True,), ())
             program.loss.forward(context, outputs, support.y)
             g, gd = program.loss.backward(context), program.loss.tangent_backward(context, tangent)
-            grad, product = passes.bend(program, theta, support, u, g, gd, step)
+            grad, product = passes.hvp(program, theta, support, u, g, gd, step)
         if needs_lr:
             lr_grad[min(step, lr.shape[0] - 1)] -= sum_to_rate(carried * grad * program.adapted, lr.shape[1])
         carried = carried if product is None else carried - product

@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metafast.algorithms import MAML
-from metafast.bench.machine import describe, rates
-from metafast.benchmarks.workloads import Workload
-from metafast.checks import check_writable
-from metafast.executors import Choice, Executor, NativeCudaExecutor, NativeExecutor, TritonExecutor
+from metafast.bench.workloads import Workload
+from metafast.executors import Choice, CpuExecutor, CudaExecutor, Executor, TritonExecutor
+from metafast.files import check_writable
+from metafast.learners import MAML
+from metafast.machine import describe, rates
 from metafast.profile import gpu
 from metafast.profile.costs import layer_costs
 from metafast.profile.layered import Notes, Timed
 from metafast.profile.native import noted
 from metafast.profile.result import Profile, phases, rows
-from metafast.profile.spans import LOSS, Recording, Span, around, undisturbed
+from metafast.profile.spans import LOSS, Span, Timeline, around, undisturbed
 from metafast.program import Program
 from metafast.tasks import TaskBatch
 
 if TYPE_CHECKING:
-    from metafast.executors.lowering import Lowered
+    from metafast.executors.triton.lowering import Lowered
 
-__all__ = ["Profile", "Recording", "main_profile", "profile"]
+__all__ = ["Profile", "Timeline", "main_profile", "profile"]
 
 _WARM_UP = 2
 _FEWEST, _MOST = 4, 50  # iterations, where no number is asked for
@@ -51,7 +51,7 @@ def main_profile(workload: Workload, out: Path, arguments: list[str], **options:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("profile.json", "trace.json", "roofline.png"):
         check_writable(out / name)
-    found, recording = profile(workload, snapshot=out / "memory.pickle", **options)
+    found, timeline = profile(workload, snapshot=out / "memory.pickle", **options)
     if found.machine["device"] != "cpu":
         found = replace(found, commands=gpu.commands(arguments, out))
     from metafast.profile.roofline import draw
@@ -59,7 +59,7 @@ def main_profile(workload: Workload, out: Path, arguments: list[str], **options:
     from metafast.profile.timeline import write_trace
 
     (out / "profile.json").write_text(json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
-    write_trace(recording, f"{found.workload} on {found.executor}", out / "trace.json")
+    write_trace(timeline, f"{found.workload} on {found.executor}", out / "trace.json")
     draw(found, out / "roofline.png")
     print_profile(found)
     return found
@@ -73,11 +73,11 @@ def profile(
     threads: int | None = None,
     iterations: int | None = None,
     snapshot: Path | None = None,
-) -> tuple[Profile, Recording]:
+) -> tuple[Profile, Timeline]:
     """Meta-trains ``workload`` for ``iterations`` iterations (tasks drawn, meta-gradient, outer step), recorded;
     ``None``: for about two seconds.
 
-    As many run before and after without recording, so that what recording costs is known. Of both the faster half
+    As many run before and after without being recorded, so that what recording costs is known. Of both the faster half
     counts.
 
     Raises:
@@ -94,12 +94,12 @@ def profile(
     if iterations is None:
         iterations = min(_MOST, max(_FEWEST, int(2 / (end - begin))))
     plain = run.several(iterations)
-    recording = run.record(iterations)
+    timeline = run.record(iterations)
     plain += run.several(iterations)
     unrecorded = sorted(end - begin for begin, end in plain)[:iterations]
     machine = rates(device)
     tasks = workload.draw()
-    leads = {span.layer for span in recording.rules} - {LOSS}
+    leads = {span.layer for span in timeline.rules} - {LOSS}
     costs = layer_costs(run.learner.program, leads, tasks.support_x[0], tasks.query_x.shape[1])
     kernels: tuple[dict[str, Any], ...] = ()
     if run.device.type == "cuda":
@@ -111,14 +111,14 @@ def profile(
         run.executor.name,
         describe(device, torch.get_num_threads()),
         machine,
-        wall=recording.wall / recording.iterations,
+        wall=timeline.wall / timeline.iterations,
         unrecorded=sum(unrecorded) / len(unrecorded),
-        threads=recording.threads,
-        phases=phases(recording),
-        rows=rows(recording, costs, machine),
+        threads=timeline.threads,
+        phases=phases(timeline),
+        rows=rows(timeline, costs, machine),
         kernels=kernels,
     )
-    return result, recording
+    return result, timeline
 
 
 class _Run:
@@ -154,7 +154,7 @@ class _Run:
             moments.append(time.perf_counter())
         return list(pairwise(moments))
 
-    def record(self, iterations: int) -> Recording:
+    def record(self, iterations: int) -> Timeline:
         """Some iterations with all that they do, after one to warm up."""
         found: list[Span] = []
         rules: list[Span] = []
@@ -171,13 +171,13 @@ class _Run:
             found += waits
             host = sorted([span for span in host if span.name != _CALL] + edges, key=lambda span: span.begin)
         self.host, self.learner.recorded = None, False
-        everything = Recording(iterations, 0.0, tuple(host), tuple(found), tuple(rules), threads)
+        everything = Timeline(iterations, 0.0, tuple(host), tuple(found), tuple(rules), threads)
         return undisturbed(everything, moments)
 
     @contextlib.contextmanager
     def _noted(self, found: list[Span], rules: list[Span]) -> Iterator[None]:
         executor = self.learner.watched
-        if isinstance(executor, NativeExecutor):
+        if isinstance(executor, CpuExecutor):
             with noted(self.learner.program, found, rules):
                 yield
         elif isinstance(executor, Timed):
@@ -200,7 +200,7 @@ class _Run:
 
 
 class _Watched(MAML):
-    """MAML that changes to an executor with timed layers while it is recorded; ``native`` notes its times by itself."""
+    """MAML that changes to an executor with timed layers while it is recorded; ``cpu`` notes its times by itself."""
 
     executor: Executor | None = None
     watched: Executor | None = None
@@ -214,7 +214,7 @@ class _Watched(MAML):
 
 
 def _watched(executor: Executor) -> Executor:
-    if isinstance(executor, NativeExecutor | NativeCudaExecutor):
+    if isinstance(executor, CpuExecutor | CudaExecutor):
         return executor
     return _TimedTriton(executor) if isinstance(executor, TritonExecutor) else Timed(executor)
 

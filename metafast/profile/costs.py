@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from metafast.cost import NodeCost, program_cost
 from metafast.profile.spans import LOSS
 from metafast.program import Program
+from metafast.program.flops import NodeCost, program_cost
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def layer_costs(program: Program, leads: Iterable[str], sample: torch.Tensor, qu
     found = {}
     for group in groups:
         nodes = [cost.nodes[i] for i in group]
-        shown = [node for node in nodes if node.stem != "flatten"] or nodes
+        shown = [node for node in nodes if node.kind != "flatten"] or nodes
         sizes = _Sizes(
             sum(elements[v] for v in program.nodes[group[0]].inputs),
             nodes[-1].elements,
@@ -59,8 +59,8 @@ def layer_costs(program: Program, leads: Iterable[str], sample: torch.Tensor, qu
             for rule, rule_cost in _rules(nodes, sizes, samples, phase == "query").items()
         }
         label = " + ".join(node.name for node in shown)
-        found[program.nodes[group[0]].name] = LayerCosts(label, tuple(node.stem for node in shown), rules)
-    found[LOSS] = LayerCosts(f"{LOSS} ({program.loss.stem})", (program.loss.stem,), {})
+        found[program.nodes[group[0]].name] = LayerCosts(label, tuple(node.kind for node in shown), rules)
+    found[LOSS] = LayerCosts(f"{LOSS} ({program.loss.kind})", (program.loss.kind,), {})
     return found
 
 
@@ -83,11 +83,11 @@ def _rules(nodes: list[NodeCost], sizes: _Sizes, samples: int, query: bool) -> d
     into = first.input_depends if query else first.input_moves
     forward = samples * sum(node.flops for node in nodes)
     backward = samples * sum(n.query - n.flops if query else n.flops * (n.adapted + n.input_moves) for n in nodes)
-    push = samples * sum(n.flops * (n.input_moves + n.adapted) for n in nodes)
-    pull = samples * sum(n.hessian - n.flops * (n.input_moves + n.adapted) for n in nodes)
+    tangent_forward = samples * sum(n.flops * (n.input_moves + n.adapted) for n in nodes)
+    tangent_backward = samples * sum(n.hessian - n.flops * (n.input_moves + n.adapted) for n in nodes)
     return {
         "forward": RuleCost(forward, sizes.bytes(samples, 1, 1, 1)),
         "backward": RuleCost(backward, sizes.bytes(samples, 1 + into, 1, 2)),
-        "tangent_forward": RuleCost(push, sizes.bytes(samples, 2, 1, 2)),
-        "tangent_backward": RuleCost(pull, sizes.bytes(samples, 2 + first.input_depends, 2, 3)),
+        "tangent_forward": RuleCost(tangent_forward, sizes.bytes(samples, 2, 1, 2)),
+        "tangent_backward": RuleCost(tangent_backward, sizes.bytes(samples, 2 + first.input_depends, 2, 3)),
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metafast.executors import Executor
-from metafast.kernels.layer import Context, Layer, Loss, Tangents, Tensors
+from metafast.kernels.contract.layer import Layer, Loss, RuleContext, Tangents, Tensors
 from metafast.profile.spans import LOSS, Span
 from metafast.program import Program
 from metafast.tasks import Batch
@@ -158,7 +158,7 @@ class Timed(Executor):
             self._programs[program] = replace(program, nodes=nodes, loss=_TimedLoss(program.loss, self))
         return self._programs[program]
 
-    def ran(self, rule: str, layer: str, ctx: Context, tasks: int) -> Any:
+    def ran(self, rule: str, layer: str, ctx: RuleContext, tasks: int) -> Any:
         """The context in which a rule runs."""
         return self.notes.rule(rule, layer, ctx.step, tasks) if self.notes is not None else _NOTHING
 
@@ -187,21 +187,21 @@ class _TimedLayer(Layer):
     def varies(self) -> bool:
         return self.layer.varies
 
-    def forward(self, ctx: Context, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         with self.executor.ran("forward", self.node, ctx, inputs[0].shape[0]):
             return self.layer.forward(ctx, params, inputs, constants)
 
-    def backward(self, ctx: Context, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         with self.executor.ran("backward", self.node, ctx, g_y.shape[0]):
             return self.layer.backward(ctx, params, g_y)
 
-    def tangent_forward(self, ctx: Context, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         tasks = next(d.shape[0] for d in (*d_params, *d_inputs) if d is not None)
         with self.executor.ran("tangent_forward", self.node, ctx, tasks):
             return self.layer.tangent_forward(ctx, params, d_params, d_inputs)
 
     def tangent_backward(
-        self, ctx: Context, params: Tensors, d_params: Tangents, gd_y: Tensor
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
         with self.executor.ran("tangent_backward", self.node, ctx, gd_y.shape[0]):
             return self.layer.tangent_backward(ctx, params, d_params, gd_y)
@@ -219,15 +219,15 @@ class _TimedLoss(Loss):
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         self.loss.check(output, targets, name)
 
-    def forward(self, ctx: Context, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         with self.executor.ran("forward", LOSS, ctx, outputs.shape[0]):
             return self.loss.forward(ctx, outputs, targets)
 
-    def backward(self, ctx: Context) -> Tensor:
+    def backward(self, ctx: RuleContext) -> Tensor:
         with self.executor.ran("backward", LOSS, ctx, 1):
             return self.loss.backward(ctx)
 
-    def tangent_backward(self, ctx: Context, d_outputs: Tensor) -> Tensor:
+    def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
         with self.executor.ran("tangent_backward", LOSS, ctx, d_outputs.shape[0]):
             return self.loss.tangent_backward(ctx, d_outputs)
 

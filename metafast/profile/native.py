@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from metafast.executors.description import extension
+from metafast.executors.native.encode import extension
 from metafast.profile.spans import LOSS, Span
 from metafast.program import Program
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from metafast.bench.machine import Rates
+from metafast.machine import MachineRates
 from metafast.profile.costs import LayerCosts, RuleCost
-from metafast.profile.spans import Recording
+from metafast.profile.spans import Timeline
 
 FORMAT = 1
 NOT_ACCOUNTED = "not accounted for"
@@ -46,7 +46,7 @@ class Profile:
     workload: str
     executor: str
     machine: dict[str, Any]
-    rates: Rates
+    rates: MachineRates
     wall: float
     unrecorded: float
     threads: int
@@ -111,32 +111,32 @@ class Profile:
         }
 
 
-def phases(recording: Recording) -> dict[str, float]:
+def phases(timeline: Timeline) -> dict[str, float]:
     """Wall seconds an iteration by phase, in the order in which they run, and the rest."""
     found: dict[str, float] = defaultdict(float)
     inside: dict[str, float] = defaultdict(float)
-    for span in recording.phases:
-        inside[span.name] += span.seconds / recording.threads / recording.iterations
-    for span in recording.host:
-        found[span.name] += span.seconds / recording.iterations
+    for span in timeline.phases:
+        inside[span.name] += span.seconds / timeline.threads / timeline.iterations
+    for span in timeline.host:
+        found[span.name] += span.seconds / timeline.iterations
         if span.name == "prepare":
             found |= inside
     if "prepare" not in found:
         found |= inside
-    wall = recording.wall / recording.iterations
+    wall = timeline.wall / timeline.iterations
     return {**found, NOT_ACCOUNTED: wall - sum(found.values())}
 
 
-def rows(recording: Recording, costs: Mapping[str, LayerCosts], rates: Rates) -> tuple[Row, ...]:
+def rows(timeline: Timeline, costs: Mapping[str, LayerCosts], rates: MachineRates) -> tuple[Row, ...]:
     """The longest first."""
     seconds: dict[tuple[str, str, str], float] = defaultdict(float)
     calls: dict[tuple[str, str, str], float] = defaultdict(float)
     tasks: dict[tuple[str, str, str], float] = defaultdict(float)
-    for span in recording.rules:
+    for span in timeline.rules:
         key = (span.layer, span.name, span.phase.rstrip("0123456789 "))
-        seconds[key] += span.seconds / recording.threads / recording.iterations
-        calls[key] += 1 / recording.iterations
-        tasks[key] += span.tasks / recording.iterations
+        seconds[key] += span.seconds / timeline.threads / timeline.iterations
+        calls[key] += 1 / timeline.iterations
+        tasks[key] += span.tasks / timeline.iterations
     found = []
     for (layer, rule, phase), spent in seconds.items():
         cost = costs[layer].rules.get((phase, rule), RuleCost(0, 0))

@@ -37,7 +37,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Recording:
+class Timeline:
     """Some iterations: spans on the host follow one another without overlap; those of ``threads`` executor threads lie
     side by side within the host's ``meta-gradient`` and are divided by their number to become wall time."""
 
@@ -49,7 +49,7 @@ class Recording:
     threads: int
 
 
-def undisturbed(recording: Recording, iterations: Sequence[tuple[float, float]]) -> Recording:
+def undisturbed(timeline: Timeline, iterations: Sequence[tuple[float, float]]) -> Timeline:
     """The faster half of the ``iterations``, given by begin and end: on a shared machine others hold up the rest."""
     typical = median(end - begin for begin, end in iterations)
     kept = [(begin, end) for begin, end in iterations if end - begin <= typical]
@@ -64,8 +64,8 @@ def undisturbed(recording: Recording, iterations: Sequence[tuple[float, float]])
         return tuple(found)
 
     wall = sum(end - begin for begin, end in kept)
-    host, phases, rules = (inside(spans) for spans in (recording.host, recording.phases, recording.rules))
-    return replace(recording, iterations=len(kept), wall=wall, host=host, phases=phases, rules=rules)
+    host, phases, rules = (inside(spans) for spans in (timeline.host, timeline.phases, timeline.rules))
+    return replace(timeline, iterations=len(kept), wall=wall, host=host, phases=phases, rules=rules)
 
 
 def around(calls: Iterable[Span], inside: Iterable[Span]) -> tuple[list[Span], list[Span]]:

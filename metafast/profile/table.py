@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from metafast.bench.table import duration
-from metafast.bench.terminal import Line, console, print_table
 from metafast.profile.result import Profile, Row
+from metafast.terminal import Line, console, print_table
 
 _ROWS = 15
 _HEADINGS = ("layer", "rule", "phase", "wall time", "share", "calls", "GFLOP/s", "GB/s", "of roofline")
@@ -27,7 +27,7 @@ def print_profile(profile: Profile) -> None:
     for kernel in profile.kernels[:_ROWS]:
         out.print(f"  {duration(kernel['seconds']):>8}  {kernel['calls']:>6g} calls  {kernel['name']}")
     recorded = profile.wall / profile.unrecorded - 1
-    out.print(f"\nrecorded: {duration(profile.wall)} an iteration, {recorded:+.1%} on what it takes without recording")
+    out.print(f"\nrecorded: {duration(profile.wall)} an iteration, {recorded:+.1%} on an unrecorded one")
     for command in profile.commands:
         out.print(f"deeper: {command}", soft_wrap=True)
     out.print(f"verdict: {profile.verdict}", style="bold")

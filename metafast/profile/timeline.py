@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from metafast.profile.spans import HOST, Recording, Span
+from metafast.profile.spans import HOST, Span, Timeline
 
 _PROCESS = 1
 
 
-def write_trace(recording: Recording, title: str, path: Path) -> None:
+def write_trace(timeline: Timeline, title: str, path: Path) -> None:
     """The last iteration: a row for Python and one for each of the executor's threads."""
-    began = max(span.begin for span in recording.host if span.name == "sample")
-    spans = [span for span in (*recording.host, *recording.phases, *recording.rules) if span.begin >= began]
+    began = max(span.begin for span in timeline.host if span.name == "sample")
+    spans = [span for span in (*timeline.host, *timeline.phases, *timeline.rules) if span.begin >= began]
     threads = sorted({span.thread for span in spans})
     events: list[dict[str, Any]] = [_label("process_name", _row(HOST), f"metafast: {title}")]
     events += [_label("thread_name", _row(thread), _name(thread)) for thread in threads]

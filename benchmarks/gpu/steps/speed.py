@@ -12,7 +12,7 @@ from typing import Any
 from ..job import Job, read_json
 from .correctness import find_tool
 
-TRAIN = "from metafast.cli import main; main()"
+TRAIN = "from metafast.cli.main import main; main()"
 # Under ncu: workloads, kernels by name, launches to skip and to look at. Of the convolutions, a stretch of the first
 # way forward and back, so that the three kernels are seen with several shapes.
 HOT = {

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from metafast import executors
-from metafast.bench.machine import rates
-from metafast.executors.cuda import NativeCudaExecutor
-from metafast.kernels.launch import TILES
-from metafast.kernels.products import Convolution, gather_product
+from metafast.executors.native.cuda import CudaExecutor
+from metafast.kernels.primitives.launch import TILES
+from metafast.kernels.primitives.products import Convolution, gather_product
+from metafast.machine import rates
 
 from .setting import H100, Setting, parser, setting
 from .timing import graph_ms
@@ -67,7 +67,7 @@ def barriers(where: Setting) -> None:
     tasks = chosen.draw().to(where.device)
     for blocks in CLUSTERS:
         twin = replace(H100, clusters=(blocks,)) if where.rehearsal else None
-        one = NativeCudaExecutor(twin, clusters=(blocks,))
+        one = CudaExecutor(twin, clusters=(blocks,))
         before = list(executors._EXECUTORS)
         executors._EXECUTORS.insert(0, one)  # in the place of the one that chooses by itself
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from metafast.agreement import agreement
-from metafast.executors.cuda import PRECISIONS
+from metafast.executors.native.cuda import PRECISIONS
+from metafast.verification.agreement import agreement
 
 from .setting import parser, setting
 from .smoke import answer, arrays

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 from metafast import MAML, executors
-from metafast.benchmarks import oracles
-from metafast.benchmarks.oracles import Oracle
-from metafast.benchmarks.workloads import Workload, workload
-from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
-from metafast.executors.triton import TritonExecutor
+from metafast.bench import oracles
+from metafast.bench.oracles import Oracle
+from metafast.bench.workloads import Workload, workload
+from metafast.executors.native.cuda import BlockLimits, CudaExecutor
+from metafast.executors.triton.executor import TritonExecutor
 from metafast.models import conv4
 
 from ..results import Results
 from ..subjects import executor
 
-H100 = BlockMachine(232448, 132)  # shared memory of a block and processors, for the twin
+H100 = BlockLimits(232448, 132)  # shared memory of a block and processors, for the twin
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def setting(options: argparse.Namespace) -> Setting:
     """In a rehearsal the executors are those that stand in for a GPU's."""
     if options.rehearse:
-        executors._EXECUTORS[:0] = [NativeCudaExecutor(H100), TritonExecutor(interpreted=True)]
+        executors._EXECUTORS[:0] = [CudaExecutor(H100), TritonExecutor(interpreted=True)]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return Setting(options.device, options.rehearse, options.oracles, Results.of_this_process())
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from metafast import MAML
-from metafast.agreement import Answer, agreement
 from metafast.bench.run import exact_path
-from metafast.benchmarks.workloads import Workload
+from metafast.bench.workloads import Workload
 from metafast.profile.gpu import kernels
 from metafast.tasks import TaskBatch
+from metafast.verification.agreement import Answer, agreement
 
 from ..subjects import executor
 from .setting import Setting, parser, setting

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from metafast.executors.graphs import Recording
+from metafast.executors.cuda_graphs import CudaGraph
 
 _FEWEST, _REPLAYS = 5, 20
 
@@ -38,8 +38,8 @@ def graph_ms(call: Callable[[], object], device: str, seconds: float) -> tuple[f
     if device == "cpu":
         plain = host_ms(call, device, seconds)
         return plain, plain
-    recording = Recording(call, torch.device("cuda", torch.cuda.current_device()))
-    return host_ms(recording.replay, device, seconds), event_ms(recording.replay, seconds)
+    graph = CudaGraph(call, torch.device("cuda", torch.cuda.current_device()))
+    return host_ms(graph.replay, device, seconds), event_ms(graph.replay, seconds)
 
 
 def event_ms(call: Callable[[], object], seconds: float) -> float:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from metafast.benchmarks import oracles
-from metafast.benchmarks.workloads import workload
+from metafast.bench import oracles
+from metafast.bench.workloads import workload
 
 from ..subjects import BLOCKS, TRITON
 from .setting import tiny

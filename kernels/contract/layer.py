@@ -1,0 +1,92 @@
+"""The contract that every layer keeps: four rules, each for all tasks at once.
+
+Shapes carry a leading task axis: activations ``[T, n, ...]``, parameters ``[T, *shape]``. For a value ``x`` the
+rules speak of its tangent ``xd`` (derivative along a parameter direction), its adjoint ``g_x = dL/dx`` and the
+tangent of that adjoint ``gd_x``. A tangent of ``None`` is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+Tangents = Sequence[Tensor | None]
+
+
+class RuleContext:
+    """What one node remembers between its rules during one pass over a batch.
+
+    ``step`` is the inner step that the pass belongs to, ``mask`` ``[T, n]`` marks the samples that count (``None``:
+    all), ``needs_inputs`` and ``needs_params`` say which adjoints are wanted. Rules add attributes of their own.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        mask: Tensor | None,
+        needs_inputs: tuple[bool, ...],
+        needs_params: tuple[bool, ...],
+    ) -> None:
+        self.step = step
+        self.mask = mask
+        self.needs_inputs = needs_inputs
+        self.needs_params = needs_params
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"this pass has not kept {name!r}: a rule ran before the one that keeps it")
+
+
+class Layer:
+    """Four rules. Options are dataclass fields of the subclass; a layer holds no tensors and no state.
+
+    ``constants`` are tensors that the node brings along (buffers of the user's module): never differentiated.
+    """
+
+    kind: ClassVar[str]
+    varies: ClassVar[bool] = False
+    """Does the map change from inner step to inner step by itself?"""
+
+    def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
+        """``y`` of shape ``[T, n, ...]``; keeps in ``ctx`` what the other rules need."""
+        raise NotImplementedError
+
+    def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
+        """Adjoints of the inputs and of the parameters, ``None`` where ``ctx.needs_*`` is false; keeps ``g_y``."""
+        raise NotImplementedError
+
+    def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
+        """``yd``, after ``backward``; at least one tangent given is not ``None``."""
+        raise NotImplementedError
+
+    def tangent_backward(
+        self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
+    ) -> tuple[Tangents, Tangents]:
+        """Tangents of what ``backward`` returned, along the direction given to ``tangent_forward``."""
+        raise NotImplementedError
+
+
+class Loss:
+    """A loss of outputs ``[T, n, ...]`` and targets, one mean value a task."""
+
+    kind: ClassVar[str]
+    reads_targets: ClassVar[bool] = True
+    """Does ``check`` depend on the values of the targets, not on their shape and dtype alone?"""
+
+    def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
+        """Raises ValueError or TypeError where ``targets [T, n, ...]``, called ``name``, do not suit outputs whose
+        samples have the shape ``output``."""
+
+    def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Losses ``[T]``, each the mean over the samples of its task that ``ctx.mask`` keeps."""
+        raise NotImplementedError
+
+    def backward(self, ctx: RuleContext) -> Tensor:
+        """``g = d loss[t] / d outputs[t]``, of the shape of the outputs."""
+        raise NotImplementedError
+
+    def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
+        """``gd``: the Hessian of each task's loss in its outputs, applied to ``d_outputs``."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""What the Triton kernels of all layers are made of."""

@@ -1,0 +1,194 @@
+"""The canonical workloads, and any model of the user's own, as one meta-gradient to compute.
+
+Rates are gentle: a 5-step meta-gradient of a batch-normalised network at rate 0.4 is chaotic in float32 in every
+library, and no two of them could be held against each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from metafast.models import conv4, mlp
+from metafast.tasks import TaskBatch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One second-order meta-gradient in all parameters of the network, all of them adapted.
+
+    Args:
+        name: under which results are reported.
+        network: makes the model; the same initial values on every call.
+        loss: ``"cross_entropy"`` or ``"mse"``.
+        sample: shape of one sample.
+        ways: classes in a task; 0 for regression.
+        shots: support samples of a class (of a task, in regression).
+        queries: query samples, likewise.
+        tasks: T.
+        steps: S.
+        lr: inner rate.
+    """
+
+    name: str
+    network: Callable[[], nn.Module]
+    loss: str
+    sample: tuple[int, ...]
+    ways: int
+    shots: int
+    queries: int
+    tasks: int
+    steps: int
+    lr: float
+
+    def draw(self, seed: int = 0) -> TaskBatch:
+        """Tasks that depend on ``seed`` alone, float32 on the CPU.
+
+        Classification: a class is a Gaussian cloud around a random picture. Regression: ``a sin(sum(x) - b)`` with
+        the amplitudes and phases of Finn et al. 2017, in every output.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        make = self._classes(generator) if self.ways else self._sinusoids(generator)
+        return TaskBatch(*make(self.shots), *make(self.queries))
+
+    def _classes(self, generator: torch.Generator) -> Callable[[int], tuple[Tensor, Tensor]]:
+        centres = torch.randn(self.tasks, self.ways, 1, *self.sample, generator=generator)
+
+        def make(each: int) -> tuple[Tensor, Tensor]:
+            noise = torch.randn(self.tasks, self.ways, each, *self.sample, generator=generator)
+            labels = torch.arange(self.ways).repeat_interleave(each).expand(self.tasks, -1)
+            return (centres + 0.5 * noise).flatten(1, 2), labels.contiguous()
+
+        return make
+
+    def _sinusoids(self, generator: torch.Generator) -> Callable[[int], tuple[Tensor, Tensor]]:
+        output = _output_shape(self.network, self.sample)
+        amplitude = 0.1 + 4.9 * torch.rand(self.tasks, 1, generator=generator)
+        phase = math.pi * torch.rand(self.tasks, 1, generator=generator)
+
+        def make(each: int) -> tuple[Tensor, Tensor]:
+            x = 10 * torch.rand(self.tasks, each, *self.sample, generator=generator) - 5
+            y = amplitude * torch.sin(x.flatten(2).sum(2) - phase)
+            return x, y.reshape(self.tasks, each, *(1 for _ in output)).expand(-1, -1, *output).contiguous()
+
+        return make
+
+
+@cache
+def _output_shape(network: Callable[[], nn.Module], sample: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a sample's output; found once, for drawing tasks is part of what is profiled."""
+    with torch.no_grad():
+        return tuple(network()(torch.zeros(2, *sample)).shape[1:])
+
+
+def regressor() -> nn.Sequential:
+    """The sinusoid MLP 1-40-40-1 with torch's usual initial values.
+
+    Those of the paper, deviation 0.01, are so small that second derivatives vanish: first order would pass for exact.
+    """
+    return _usual(mlp(), 40)
+
+
+def perceptron() -> nn.Sequential:
+    """The MLP 64-256-256-5: its parameters take more than any thread block's memory."""
+    return _usual(mlp(64, 5, (256, 256)), 256)
+
+
+def _usual(model: nn.Sequential, hidden: int) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            bound = 1 / math.sqrt(parameter.shape[-1] if parameter.dim() > 1 else hidden)
+            parameter.uniform_(-bound, bound, generator=generator)
+    return model
+
+
+def classifier(ways: int, channels: int, image: tuple[int, int, int]) -> nn.Sequential:
+    """Conv4 with max-pooling, whose batch norms put few activations near the kink of the ReLU behind them.
+
+    A ReLU that falls to the other side in float32 changes the gradient by far more than rounding does: with
+    ``0.3 x + 1`` in the place of ``x`` that happens a hundred times less often, at the same arithmetic.
+    """
+    return _far_from_kinks(conv4(ways, channels=channels, image=image, pool=True))
+
+
+def unpadded() -> nn.Sequential:
+    """The network of torchbench's ``functorch_maml_omniglot``, ``[n,1,28,28] -> [n,5]``: three 3x3x64 convolutions with
+    bias and without padding, each with batch norm, ReLU and 2x2 max-pool, and a linear head."""
+    layers: list[nn.Module] = []
+    for inputs in (1, 64, 64):
+        norm = nn.BatchNorm2d(64, track_running_stats=False)
+        layers += [nn.Conv2d(inputs, 64, 3), norm, nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5))
+    generator = torch.Generator().manual_seed(0)
+    for module in model:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return _far_from_kinks(model)
+
+
+def _far_from_kinks(model: nn.Sequential) -> nn.Sequential:
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 0.3)
+            nn.init.constant_(module.bias, 1.0)
+    return model
+
+
+def _sinusoid(name: str, tasks: int, steps: int) -> Workload:
+    return Workload(
+        name, regressor, "mse", sample=(1,), ways=0, shots=10, queries=10, tasks=tasks, steps=steps, lr=0.01
+    )
+
+
+def _pictures(
+    name: str, channels: int, image: tuple[int, int, int], ways: int, shots: int, queries: int, tasks: int, steps: int,
+    lr: float = 0.01,
+) -> Workload:  # fmt: skip
+    network = partial(classifier, ways, channels, image)
+    return Workload(name, network, "cross_entropy", image, ways, shots, queries, tasks, steps, lr)
+
+
+_OMNIGLOT, _MINI = (64, (1, 28, 28)), (32, (3, 84, 84))
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        _sinusoid("sin25-1", tasks=25, steps=1),
+        _sinusoid("sin25-5", tasks=25, steps=5),
+        _sinusoid("sin1024-5", tasks=1024, steps=5),
+        _sinusoid("sin4096-5", tasks=4096, steps=5),
+        _pictures("omni5w1s-1", *_OMNIGLOT, ways=5, shots=1, queries=1, tasks=32, steps=1),
+        _pictures("omni5w1s-5", *_OMNIGLOT, ways=5, shots=1, queries=15, tasks=8, steps=5),
+        _pictures("omni20w1s-5", *_OMNIGLOT, ways=20, shots=1, queries=1, tasks=16, steps=5, lr=0.003),
+        _pictures("mini5w1s-5", *_MINI, ways=5, shots=1, queries=15, tasks=4, steps=5, lr=0.002),
+        _pictures("mini5w5s-5", *_MINI, ways=5, shots=5, queries=15, tasks=4, steps=5, lr=0.002),
+        # The one figure of MAML that PyTorch publishes is of this one at a rate of 0.1, with an Adam step behind it.
+        Workload(
+            "torchbench-maml", unpadded, "cross_entropy", (1, 28, 28), ways=5, shots=5, queries=15, tasks=32, steps=5,
+            lr=0.003,
+        ),
+    )
+}
+
+# What a cluster of thread blocks is for.
+WIDE = Workload(
+    "wide5w1s-5", perceptron, "cross_entropy", (64,), ways=5, shots=1, queries=5, tasks=128, steps=5, lr=0.01
+)
+
+
+def workload(name: str) -> Workload:
+    """The canonical workload of that name, or ``wide5w1s-5``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in WORKLOADS and name != WIDE.name:
+        raise ValueError(f"workload {name!r} is unknown; choose from {', '.join(WORKLOADS)}")
+    return WORKLOADS.get(name, WIDE)

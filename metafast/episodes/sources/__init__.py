@@ -1,0 +1,1 @@
+"""Where episodes come from: one file and one record a data set."""

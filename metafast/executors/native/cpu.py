@@ -1,0 +1,269 @@
+"""The native executor: the whole meta-step of a batch of tasks in one C++ call, on the CPU in float32 or float64.
+
+Each task's inner loop and reverse sweep run on one core, tasks are spread over torch's threads; where there are fewer
+tasks than threads, several share a task. Of small networks a core runs as many tasks at once as a vector has lanes. The
+numbers depend on neither. The extension is built for
+several instruction sets; the best one is used. Of ragged tasks each runs on its own samples alone. A loss without
+rules in C++ makes one call a pass instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from metafast.executors import python_loss
+from metafast.executors.base import Executor, MetaGradient, query_weights
+from metafast.executors.memory import Plan
+from metafast.executors.native.encode import (
+    LOSSES,
+    Model,
+    Models,
+    RaggedPacking,
+    as_input,
+    call_op,
+    extension,
+    extension_error,
+    targets,
+    unsupported_layer,
+)
+from metafast.program import Program
+from metafast.tasks import Batch, TaskBatch
+
+_META_GRADIENT = None if extension is None else torch.ops.metafast.meta_gradient.default
+_BUDGET = 256 << 20
+_TEAM_FROM = 1 << 18  # some ten microseconds of a core, beside which a barrier is short
+
+
+class CpuExecutor(Executor, python_loss.Passes):
+    """C++ on the CPU. ``budget`` bounds the bytes of activations kept from the inner loop for the way back; beyond it
+    they are computed again. ``isa`` names one of ``CpuExecutor.isas()``; ``None`` takes the best. Where there are
+    fewer tasks than threads, several threads share a task whose contractions have ``team_from`` products on average."""
+
+    name = "cpu"
+
+    def __init__(self, budget: int = _BUDGET, isa: str | None = None, team_from: int = _TEAM_FROM) -> None:
+        self.budget, self.team_from = budget, team_from
+        self._isa = isa
+        self._models = Models(Model)
+
+    @staticmethod
+    @lru_cache
+    def isas() -> tuple[str, ...]:
+        """The instruction sets that this processor and this build have in common, the best first."""
+        return () if extension is None else tuple(extension.isas())
+
+    @property
+    def isa(self) -> str:
+        """The instruction set that runs."""
+        return self._isa or self.isas()[0]
+
+    @cached_property
+    def _build(self) -> int:
+        return self.isas().index(self.isa)
+
+    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
+        if extension_error is not None:
+            return extension_error
+        if self.isa not in self.isas():
+            return f"isa={self.isa!r} is not among {list(self.isas())}"
+        if x.device.type != "cpu":
+            return f"device {x.device}: it runs on the CPU"
+        if x.dtype not in (torch.float32, torch.float64):
+            return f"dtype {x.dtype}: it runs float32 and float64"
+        reason = unsupported_layer(program, x)
+        if reason is not None:
+            return reason
+        try:
+            self._memory(program, x, x.shape[1])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def explain(self, program: Program, x: Tensor) -> list[str]:
+        *_, more, together, _ = self._memory(program, x, x.shape[1])
+        several = more and _chunks(len(x)) < torch.get_num_threads()
+        alone = f"{'several cores' if several else 'a core'} for each task"
+        where = f"a core for {together} tasks at once" if together else alone
+        return [f"C++ ({self.isa}), {where}" for _ in program.nodes]
+
+    def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:
+        keep, peak = self.memory(program, support_x, query_x, steps)
+        together = self._memory(program, support_x, query_x.shape[1], steps)[4] or 1
+        return str(Plan(min(torch.get_num_threads() * together, len(support_x)), keep, peak))
+
+    def memory(self, program: Program, support: Tensor, query: Tensor, steps: int) -> tuple[bool, int]:
+        """Are the activations of every inner step kept, and the bytes of working memory that a meta-gradient takes.
+
+        ``support`` and ``query`` are batches ``[T, n, ...]``.
+        """
+        tape, tangents, plain, more, _, in_lanes = self._memory(program, support, query.shape[1], steps)
+        cores = torch.get_num_threads()
+        tasks = min(cores, _chunks(support.shape[0]))
+        keep = program.loss.kind in LOSSES and steps * tape * tasks <= self.budget
+        parameters = (2 * steps + 4) * program.size * support.element_size()
+        each = (steps if keep else 1) * tape + max(tangents, plain) + parameters
+        return keep, tasks * max(each, in_lanes) + (cores - tasks) * more
+
+    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+        return self.outputs(program, params, Batch(x, x), step)
+
+    def loss_and_grad(
+        self, program: Program, params: Tensor, batch: Batch, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if program.loss.kind not in LOSSES:
+            return python_loss.loss_and_grad(self, program, params, batch, step)
+        return self._loss_and_grad(program, params, batch, targets(program, batch), step)
+
+    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
+        if program.loss.kind not in LOSSES:
+            return python_loss.adapt(self, program, params, lr, support, steps)
+        model, packing = self._models.of(program, support.x), RaggedPacking(support.mask)
+        head = self._head(model, params.dtype)
+        trajectory: Tensor = call_op(
+            torch.ops.metafast.adapt, *head, as_input(params), as_input(lr.to(params.dtype)),
+            packing.pack(support.x), packing.pack(targets(program, support)), packing.sizes, steps,
+        )  # fmt: skip
+        return trajectory
+
+    def adapt_vjp(
+        self,
+        program: Program,
+        trajectory: Tensor,
+        lr: Tensor,
+        support: Batch,
+        v: Tensor,
+        *,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = {"first_order": first_order, "needs_lr": needs_lr}
+        if program.loss.kind not in LOSSES:
+            return python_loss.adapt_vjp(self, program, trajectory, lr, support, v, **options)
+        model, packing = self._models.of(program, support.x), RaggedPacking(support.mask)
+        head = self._head(model, trajectory.dtype)
+        grads, lr_grad = call_op(
+            torch.ops.metafast.adapt_vjp, *head, as_input(trajectory), as_input(lr.to(trajectory.dtype)),
+            packing.pack(support.x), packing.pack(targets(program, support)), packing.sizes, as_input(v),
+            first_order, needs_lr,
+        )  # fmt: skip
+        return grads, lr_grad if needs_lr else None
+
+    def meta_gradient(
+        self,
+        program: Program,
+        params: Tensor,
+        lr: Tensor,
+        tasks: TaskBatch,
+        steps: int,
+        *,
+        step_weights: list[float] | None = None,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> MetaGradient:
+        if program.loss.kind not in LOSSES:
+            return super().meta_gradient(
+                program, params, lr, tasks, steps,
+                step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
+            )  # fmt: skip
+        losses, outputs, (grad,), lr_grad = self.gradients(
+            program, (params,), lr, tasks, steps,
+            step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
+        )  # fmt: skip
+        return MetaGradient(losses, outputs, grad, lr_grad)
+
+    def gradients(
+        self,
+        program: Program,
+        parameters: Sequence[Tensor],
+        lr: Tensor,
+        tasks: TaskBatch,
+        steps: int,
+        *,
+        step_weights: list[float] | None = None,
+        first_order: bool = False,
+        needs_lr: bool = True,
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor], Tensor | None]:
+        if program.loss.kind not in LOSSES:
+            return super().gradients(
+                program, parameters, lr, tasks, steps,
+                step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
+            )  # fmt: skip
+        x, dtype = tasks.support_x, parameters[0].dtype
+        model = self._models.of(program, x)
+        support, query = RaggedPacking(tasks.support_mask), RaggedPacking(tasks.query_mask)
+        losses, outputs, grads, lr_grad = call_op(
+            _META_GRADIENT, *self._head(model, dtype), parameters, as_input(lr if lr.dtype == dtype else lr.to(dtype)),
+            support.pack(x), support.pack(targets(program, tasks.support)), support.sizes,
+            query.pack(tasks.query_x), query.pack(targets(program, tasks.query)), query.sizes,
+            query_weights(step_weights, steps), first_order, needs_lr, self.budget,
+        )  # fmt: skip
+        return losses, query.unpack(outputs), grads, lr_grad if needs_lr else None
+
+    def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
+        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
+        head = self._head(model, params.dtype)
+        found = call_op(torch.ops.metafast.predict, *head, as_input(params), packing.pack(batch.x), packing.sizes, step)
+        return packing.unpack(found)
+
+    def vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
+        return self._loss_and_grad(program, params, batch, g, step)[1]
+
+    def jvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
+        head = self._head(model, params.dtype)
+        found = call_op(
+            torch.ops.metafast.tangent, *head, as_input(params), as_input(u), packing.pack(batch.x), packing.sizes, step
+        )
+        outputs, tangents = (packing.unpack(part) for part in found)
+        return outputs, tangents
+
+    def hvp(
+        self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
+        head = self._head(model, params.dtype)
+        grads, products = call_op(
+            torch.ops.metafast.hessian_times, *head, as_input(params), as_input(u),
+            packing.pack(batch.x), packing.pack(g), packing.pack(gd), packing.sizes, step,
+        )  # fmt: skip
+        return grads, products
+
+    def _loss_and_grad(
+        self, program: Program, params: Tensor, batch: Batch, y: Tensor, step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
+        head = self._head(model, params.dtype)
+        losses, grads, outputs = call_op(
+            torch.ops.metafast.loss_and_grad, *head, as_input(params),
+            packing.pack(batch.x), packing.pack(y), packing.sizes, step,
+        )  # fmt: skip
+        return losses, grads, packing.unpack(outputs)
+
+    def _memory(self, program: Program, x: Tensor, queries: int, steps: int = 1) -> list[int]:
+        """Bytes of a tape, of its tangents, of a query's tape and of a thread more for a task; how many tasks a core
+        runs at once, and their bytes."""
+        model, like = self._models.of(program, x), _nothing(x.dtype)
+        *sizes, together, in_lanes = call_op(
+            torch.ops.metafast.memory, model.description, self._build, self.team_from, like,
+            x.shape[1], queries, len(x), steps, self.budget,
+        ).tolist()  # fmt: skip
+        return [*(int(v) * x.element_size() for v in sizes), int(together), int(in_lanes) * x.element_size()]
+
+    def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, int, int, int, Tensor]:
+        constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
+        numbers = torch.cat(constants) if constants else _nothing(dtype)
+        return model.description, self._build, self.team_from, model.rank, numbers
+
+
+def _chunks(tasks: int) -> int:
+    """Into which C++ cuts a batch (csrc/call.h): the most that run side by side."""
+    return -(-tasks // -(-tasks // 64))
+
+
+@lru_cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype)

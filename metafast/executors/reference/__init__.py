@@ -1,0 +1,1 @@
+"""The reference executor: plain PyTorch on any device."""

@@ -1,0 +1,1 @@
+"""The Triton executor: layers as kernels over (task, tile)."""

@@ -1,0 +1,1 @@
+"""The inner loop as autograd and the rates of its steps see it."""

@@ -1,0 +1,97 @@
+"""Checks of what users hand in; each error names the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from metafast.program import Program
+from metafast.program.interpreter import Pass
+from metafast.tasks import Batch, TaskBatch
+
+
+def check_batch(tasks: TaskBatch) -> None:
+    """Raises TypeError for anything but a TaskBatch."""
+    if not isinstance(tasks, TaskBatch):
+        raise TypeError(
+            f"a learner takes a TaskBatch, not a {type(tasks).__name__}: "
+            "mf.TaskBatch(support_x, support_y, query_x, query_y)"
+        )
+
+
+def check_like(tasks: TaskBatch, learner: nn.Module) -> None:
+    """The batch must live where the learner lives, in its dtype."""
+    tensors = {name: t for name, t in learner.state_dict().items() if t.is_floating_point()}
+    for name in ("support_x", "query_x", "support_y", "query_y"):
+        x: Tensor = getattr(tasks, name)
+        for known, tensor in tensors.items():
+            if x.device != tensor.device:
+                raise ValueError(
+                    f"{name} is on {x.device} and {known} on {tensor.device}; use tasks.to(device) and "
+                    "learner.to(device) with one device"
+                )
+            if x.dtype not in (torch.float32, torch.float64) and name.endswith("x"):
+                raise TypeError(
+                    f"{name} has dtype {x.dtype}; metafast computes in float32 and float64: use "
+                    "tasks.to(torch.float32) and learner.float()"
+                )
+            if not x.is_floating_point():
+                continue  # labels
+            if x.dtype != tensor.dtype:
+                raise TypeError(
+                    f"{name} has dtype {x.dtype} and {known} {tensor.dtype}; use tasks.to({tensor.dtype}) or "
+                    f"learner.to({x.dtype})"
+                )
+
+
+@torch.no_grad()
+def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
+    """Raises ValueError where padded samples reach the outputs of the others, through a layer that mixes samples and
+    does not see the mask. Only derived layers can; one run with other padding shows it."""
+    for name, batch in (("support", tasks.support), ("query", tasks.query)):
+        if batch.mask is None or all(node.layer.kind != "derived" for node in program.nodes):
+            continue
+        outputs = []
+        for padding in (0.0, 1.0):
+            x = torch.where(batch.mask.reshape(*batch.mask.shape, *(1,) * (batch.x.dim() - 2)), batch.x, padding)
+            theta, nothing = params.expand(len(tasks), -1), (False,) * len(program.parameters)
+            run = Pass(program, theta, Batch(x, batch.y, batch.mask), 0, nothing)
+            outputs.append(run.forward()[batch.mask])
+        if not torch.equal(*outputs):
+            derived = [node.name for node in program.nodes if node.layer.kind == "derived"]
+            raise ValueError(
+                f"the padding of {name}_x changes the outputs of the samples that {name}_mask keeps: one of {derived} "
+                "mixes the samples of a task and does not see the mask. Use tasks of one size with this model"
+            )
+
+
+def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn.Module) -> set[str]:
+    """Names of the parameters that ``chosen`` covers: parameter names, module names, or modules of ``model``.
+
+    Raises:
+        ValueError: a name or module that the model does not have, or one without parameters.
+    """
+    items = [chosen] if isinstance(chosen, str | nn.Module) else list(chosen)
+    parameters = [name for name, _ in model.named_parameters()]
+    modules = {module: name for name, module in model.named_modules()}
+    found: set[str] = set()
+    for item in items:
+        if not isinstance(item, str | nn.Module):
+            raise TypeError(f"{item!r} is neither a name nor a module; adapt takes names of parameters and modules")
+        if isinstance(item, nn.Module):
+            if item not in modules:
+                raise ValueError(f"{type(item).__name__} is not a module of this model; pass one of its own, or a name")
+            item = modules[item]
+        covered = {name for name in parameters if name == item or item == "" or name.startswith(item + ".")}
+        if not covered:
+            holders = [name for module, name in modules.items() if name and any(True for _ in module.parameters())]
+            known = [*holders, *parameters]
+            close = difflib.get_close_matches(item, known, 3, 0.4) or known[:6]
+            raise ValueError(f"{item!r} is no parameter, nor a module with parameters, of this model; it has {close}")
+        found |= covered
+    if not found:
+        raise ValueError("adapt is empty: name at least one parameter or module for the inner loop to move")
+    return found

@@ -1,0 +1,98 @@
+"""MAML: an initialisation from which a few gradient steps learn a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from metafast.inner.autograd import Adapt, TaskLoss, recorded
+from metafast.inner.rates import Rate
+from metafast.learners.gradient import Learner, LearnerOutput, finite_weights
+from metafast.program.losses import LossLike
+from metafast.tasks import TaskBatch
+
+
+class MAML(Learner):
+    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, 1703.03400), with its exact second-order gradient.
+
+    ``theta_{s+1} = theta_s - alpha grad L_support(theta_s)``, ``s = 0..S-1``; the meta-loss is
+    ``mean_t L_query(theta_S)``, or ``mean_t sum_s w_s L_query(theta_s)`` with ``step_weights``.
+
+    Args:
+        first_order: drop the Hessian terms (FOMAML). May be changed at any time.
+        step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
+        **options: see :class:`Learner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: LossLike,
+        lr: float | Rate,
+        steps: int = 1,
+        first_order: bool = False,
+        step_weights: Iterable[float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, loss=loss, lr=lr, steps=steps, **options)
+        self.first_order = first_order
+        self.step_weights = step_weights
+
+    @property
+    def step_weights(self) -> list[float]:
+        """Weights of the query losses after steps ``0..S``."""
+        return self._weights
+
+    @step_weights.setter
+    def step_weights(self, weights: Iterable[float] | None) -> None:
+        self._weights = finite_weights(weights, self.steps)
+
+    def forward(self, tasks: TaskBatch, create_graph: bool = False) -> LearnerOutput:
+        """Adapts to each task and judges it on its query set; ``.loss.backward()`` gives the exact meta-gradient.
+
+        ``create_graph=True`` records the unrolled computation through the reference path instead: slower and larger,
+        but differentiable any number of times.
+        """
+        choice = self._prepare(tasks)
+        if torch.is_grad_enabled():
+            self._track(tasks)
+        theta, rate = self.flat_parameters(), self.rate()
+        if create_graph:
+            if self.first_order:
+                raise ValueError("create_graph=True records the exact gradient; it has no first-order form")
+            losses, outputs = recorded(self.program, theta, rate, tasks, self.steps, self.step_weights)
+        else:
+            recording = torch.is_grad_enabled() and (theta.requires_grad or rate.requires_grad)
+            if not recording:
+                theta, rate = theta.detach(), rate.detach()
+            steps = Adapt.apply(theta, rate, choice.executor, self.program, tasks.support, self.steps, self.first_order)
+            weighted = [(s, w) for s, w in enumerate(self.step_weights) if s and (w or s == self.steps)]
+            losses = theta.new_zeros(len(tasks))
+            for step, weight in weighted:
+                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, self.program, tasks.query, step)
+                losses = losses + weight * loss
+        return LearnerOutput(losses, outputs)
+
+    def backward(self, tasks: TaskBatch) -> LearnerOutput:
+        """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
+        choice = self._prepare(tasks)
+        self._track(tasks)
+        rate = self._rates()
+        losses, outputs, gradients, rate_gradient = choice.executor.gradients(
+            self.program,
+            self._sources,
+            rate,
+            tasks,
+            self.steps,
+            step_weights=self.step_weights,
+            first_order=self.first_order,
+            needs_lr=rate.requires_grad,
+        )
+        self._add_gradients(gradients)
+        if rate.requires_grad:
+            rate.backward(rate_gradient)
+        return LearnerOutput(losses, outputs)

@@ -1,0 +1,72 @@
+"""MAML++: what makes MAML of many steps train well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from metafast.inner.rates import Rate
+from metafast.learners.maml import MAML
+from metafast.program.losses import LossLike
+
+
+class MAMLPlusPlus(MAML):
+    """MAML++ (Antoniou, Edwards, Storkey 2019, 1810.09502), as settings of MAML.
+
+    Learned rates for each layer and step, batch norm parameters for each step (not adapted), and, moved by
+    :meth:`at_epoch`, a multi-step loss that fades into the last step's and first order before second order. The cosine
+    rate of the outer optimiser is torch's ``CosineAnnealingLR``.
+
+    Args:
+        multi_step_epochs: epochs until the loss weights have settled on the last step.
+        second_order_from: the epoch from which second-order gradients are used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: LossLike,
+        lr: float = 0.1,
+        steps: int = 5,
+        multi_step_epochs: int = 10,
+        second_order_from: int = 0,
+        bn: str = "per_step",
+        adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        moved = without_batch_norm(model) if adapt is None else adapt
+        rate = Rate(lr, ("layer", "step"), learn=True)
+        super().__init__(model, loss=loss, lr=rate, steps=steps, bn=bn, adapt=moved, **options)
+        self.multi_step_epochs, self.second_order_from = multi_step_epochs, second_order_from
+        self.at_epoch(0)
+
+    def at_epoch(self, epoch: int) -> None:
+        """Sets the loss weights and the order of differentiation for an epoch, counted from 0."""
+        self.step_weights = multi_step_weights(epoch, self.steps, self.multi_step_epochs)
+        self.first_order = epoch < self.second_order_from
+
+
+def multi_step_weights(epoch: int, steps: int, horizon: int) -> list[float]:
+    """``w_1 .. w_S`` of MAML++: all ``1/S`` at epoch 0, nearly all on the last step from ``horizon`` epochs on.
+
+    ``w_s = max(1/S - e/(S h), 0.03/S)`` for ``s < S`` and ``w_S = min(1/S + e (S-1)/(S h), 1 - (S-1) 0.03/S)``.
+
+    Raises:
+        ValueError: a negative epoch, or fewer than one step or one epoch of fading.
+    """
+    if epoch < 0 or steps < 1 or horizon < 1:
+        raise ValueError(
+            f"epoch={epoch}, steps={steps}, multi_step_epochs={horizon}: epochs count from 0, the others from 1"
+        )
+    faded = max(1 / steps - epoch / (steps * horizon), 0.03 / steps)
+    last = min(1 / steps + epoch * (steps - 1) / (steps * horizon), 1 - (steps - 1) * 0.03 / steps)
+    return [faded] * (steps - 1) + [last]
+
+
+def without_batch_norm(model: nn.Module) -> list[str]:
+    """Names of all parameters but those of batch norms: what the MAML papers adapt."""
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [name for name, _ in model.named_parameters() if not any(name.startswith(norm + ".") for norm in norms)]

@@ -1,0 +1,36 @@
+"""Notices that a module is no longer what it was, at the cost of a few dictionary look-ups."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+from torch import nn
+
+
+class ModuleSnapshot:
+    """Parameters, buffers, sub-modules and modes of ``module`` at one moment.
+
+    A module that keeps the watch on itself is its ``owner``. Its own mode is left out: a watch that held its owner
+    would keep both alive.
+    """
+
+    def __init__(self, module: nn.Module, owner: nn.Module | None = None) -> None:
+        modules = list(module.modules())
+        self.parameters = list(module.parameters())
+        self._moded = [m for m in modules if m is not owner]
+        self._modes = [m.training for m in self._moded]
+        self._registries = [r for m in modules for r in (m._parameters, m._buffers, m._modules)]
+        self._sizes = [len(registry) for registry in self._registries]
+        self._homes: list[dict[str, Any]] = [registry for registry in self._registries for _ in registry]
+        self._names = [name for registry in self._registries for name in registry]
+        self._items = [item for registry in self._registries for item in registry.values()]
+
+    def changed(self) -> bool:
+        """Has anything been replaced, added or taken away, or a mode been switched?"""
+        items = map(dict.get, self._homes, self._names)
+        return not (
+            all(map(is_, items, self._items))
+            and [len(registry) for registry in self._registries] == self._sizes
+            and [m.training for m in self._moded] == self._modes
+        )

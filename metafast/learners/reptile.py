@@ -1,0 +1,94 @@
+"""Reptile: move towards where the tasks' own training leads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafast.executors import Choice
+from metafast.inner.rates import Rate
+from metafast.learners.gradient import Learner, LearnerOutput
+from metafast.program.losses import LossLike
+from metafast.tasks import Batch, TaskBatch
+
+
+class Reptile(Learner):
+    """Reptile (Nichol, Achiam, Schulman 2018, 1803.02999): ``theta <- theta + eps mean_t (theta_S,t - theta)``.
+
+    :meth:`backward` gives the "gradient" ``theta - mean_t theta_S,t``, so an outer ``torch.optim.SGD`` with ``lr=eps``
+    is Reptile. One task a batch is the serial form, many tasks the batched one.
+
+    Args:
+        optimizer: the inner optimiser: ``"sgd"``, or ``"adam"`` with ``beta1=0`` as in the paper's code:
+            ``m <- 0.999 m + 0.001 g^2``, ``theta <- theta - lr g / (sqrt(m / (1 - 0.999^k)) + 1e-8)``, fresh by task.
+        batch_size: samples of the support set that each inner step sees, in a fixed shuffled order that starts again
+            where it ends; ``None``: all.
+        **options: see :class:`Learner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: LossLike,
+        lr: float | Rate,
+        steps: int = 5,
+        optimizer: str = "sgd",
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, loss=loss, lr=lr, steps=steps, **options)
+        if optimizer not in ("sgd", "adam"):
+            raise ValueError(f"optimizer={optimizer!r} is unknown; Reptile's inner optimiser is 'sgd' or 'adam'")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size={batch_size!r}: an inner step takes a whole number of samples, at least 1")
+        if any(p.requires_grad for p in self.rate.parameters()):
+            raise ValueError(
+                f"lr={lr!r}: Reptile's update has no gradient for inner rates; use learn=False, or MetaSGD"
+            )
+        self.optimizer, self.batch_size = optimizer, batch_size
+
+    @torch.no_grad()
+    def forward(self, tasks: TaskBatch) -> LearnerOutput:
+        """Query losses and outputs after adaptation. Reptile has no meta-loss: train it with :meth:`backward`."""
+        choice = self._prepare(tasks)
+        return self._judge(choice, self._adapted(choice, tasks.support, self.steps), tasks)
+
+    @torch.no_grad()
+    def backward(self, tasks: TaskBatch) -> LearnerOutput:
+        """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
+        choice = self._prepare(tasks)
+        self._track(tasks)
+        adapted = self._adapted(choice, tasks.support, self.steps)
+        self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))
+        return self._judge(choice, adapted, tasks)
+
+    def _judge(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:
+        losses, _, outputs = choice.executor.loss_and_grad(self.program, adapted, tasks.query, self.steps)
+        return LearnerOutput(losses, outputs)
+
+    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+        if self.optimizer == "sgd" and self.batch_size is None:
+            return super()._adapted(choice, support, steps)
+        theta = self.flat_parameters().expand(support.x.shape[0], -1)
+        second_moment, lr = torch.zeros_like(theta), self.rate()
+        moved = self.program.adapted.to(theta.device)
+        for step in range(steps):
+            _, g, _ = choice.executor.loss_and_grad(self.program, theta, self._minibatch(support, step), step)
+            rate = lr[min(step, lr.shape[0] - 1)] * moved
+            if self.optimizer == "adam":
+                second_moment = 0.999 * second_moment + 0.001 * g * g
+                g = g / ((second_moment / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            theta = theta - rate * g
+        return theta
+
+    def _minibatch(self, support: Batch, step: int) -> Batch:
+        n = support.x.shape[1]
+        if self.batch_size is None or self.batch_size >= n:
+            return support
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        chosen = order[(torch.arange(self.batch_size) + step * self.batch_size) % n].to(support.x.device)
+        mask = None if support.mask is None else support.mask[:, chosen]
+        return Batch(support.x[:, chosen], support.y[:, chosen], mask)

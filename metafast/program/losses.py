@@ -1,0 +1,37 @@
+"""Losses by name, or any callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from metafast.kernels.contract.layer import Loss
+from metafast.kernels.cross_entropy import CrossEntropy
+from metafast.kernels.custom_loss import CustomLoss
+from metafast.kernels.mse import MSE
+
+_BY_NAME: dict[str, Loss] = {loss.kind: loss for loss in (CrossEntropy(), MSE())}
+
+LossLike: TypeAlias = str | Loss | Callable[[Tensor, Tensor], Tensor]
+
+
+def as_loss(loss: LossLike) -> Loss:
+    """``"cross_entropy"``, ``"mse"`` or a callable (outputs ``[n, ...]``, targets ``[n, ...]``) -> scalar for one task.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor callable.
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str):
+        if loss not in _BY_NAME:
+            raise ValueError(
+                f"loss={loss!r} is unknown; choose from {sorted(_BY_NAME)}, or pass a callable of outputs and targets"
+            )
+        return _BY_NAME[loss]
+    if callable(loss):
+        return CustomLoss(loss)
+    raise TypeError(f"loss is a {type(loss).__name__}; pass a name from {sorted(_BY_NAME)} or a callable")

@@ -1,0 +1,171 @@
+"""Which layer is wrong: the model is cut off behind each of its layers in turn, and judged there by a squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metafast.executors import Executor
+from metafast.kernels.mse import MSE
+from metafast.program import Program
+from metafast.tasks import Batch
+from metafast.verification.agreement import agreement
+from metafast.verification.truth import Truth
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """A layer at the end of all that comes before it, or the loss at the end of them all.
+
+    ``outputs``, ``gradient`` and ``product`` are relative errors: of what it puts out, and of the gradient and the
+    Hessian-vector product of a loss on it, in the parameters up to here, by the worst of them; ``None``: it has none.
+    ``wrong`` names the rules to suspect; empty where all is well.
+    """
+
+    name: str
+    kind: str
+    how: str
+    dtype: str
+    outputs: float | None
+    gradient: float | None
+    product: float | None
+    wrong: str
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """The largest relative errors that pass in one dtype, and why."""
+
+    outputs: float
+    gradient: float
+    parameter: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Walk:
+    """From the first layer to the loss, each held against ``truth``; ``theta [P]`` and ``batch`` are in the dtype to
+    check."""
+
+    truth: Truth
+    executor: Executor
+    program: Program
+    batch: Batch
+    theta: Tensor
+    tolerances: Tolerances
+
+    def run(self) -> Iterator[LayerCheck]:
+        """Each layer in turn, and then the loss."""
+        program = self.program
+        hows = self.executor.explain(program, self.batch.x)
+        for i, (node, how) in enumerate(zip(program.nodes, hows, strict=True)):
+            part = program_up_to(program, i)
+            kind = getattr(node.layer, "label", node.layer.kind)
+            yield self._check(i, F.mse_loss, part, _aimed(part, self.theta, self.batch), (node.name, kind, how))
+        names = ("loss", program.loss.kind, hows[-1])
+        yield self._check(program.output - 1, self.truth.loss, program, self.batch, names)
+
+    def _check(
+        self, node: int, loss: Callable[..., Any], part: Program, batch: Batch, names: tuple[str, str, str]
+    ) -> LayerCheck:
+        name, kind, how = names
+        dtype = str(self.theta.dtype).removeprefix("torch.")
+        reason = self.executor.refuses(part, batch.x, batch.mask is not None)
+        if reason is not None:
+            return LayerCheck(name, kind, f"not run by itself: {reason}", dtype, None, None, None, "")
+        u = _direction(part)
+        wanted = self.truth.derivatives(node, loss, batch, u)
+        losses, grad, outputs = self.executor.loss_and_grad(part, self.theta, batch)
+        kept = outputs.flatten(0, 1) if batch.mask is None else outputs[batch.mask]
+        found: dict[str, float | None] = {
+            "outputs": max(_relative(kept, wanted.outputs), _relative(losses, wanted.losses)),
+            "gradient": None,
+            "product": None,
+        }
+        if any(n.params for n in part.nodes):
+            found["gradient"] = _worst(part, (losses, grad), (wanted.losses, wanted.grad))
+        if float(wanted.product.norm()) > 0:
+            product = hessian_times(self.executor, part, self.theta, batch, u, rate_for(u, wanted.product))
+            found["product"] = _worst(part, (wanted.losses, product), (wanted.losses, wanted.product))
+        return LayerCheck(name, kind, how, dtype, **found, wrong=_wrong(found, self.tolerances, name == "loss"))
+
+
+def program_up_to(program: Program, last: int) -> Program:
+    """Node ``last`` and all that it depends on, under a squared error; the parameters keep their places."""
+    needed = {last}
+    for i in range(last, -1, -1):
+        if i in needed:
+            needed |= {v - 1 for v in program.nodes[i].inputs if v}
+    number = {0: 0} | {i + 1: k + 1 for k, i in enumerate(sorted(needed))}
+    nodes = [program.nodes[i] for i in sorted(needed)]
+    renumbered = tuple(replace(node, inputs=tuple(number[v] for v in node.inputs)) for node in nodes)
+    return Program(renumbered, program.parameters, number[last + 1], MSE())
+
+
+def hessian_times(executor: Executor, program: Program, theta: Tensor, batch: Batch, u: Tensor, scale: float) -> Tensor:
+    """``H u [T, P]`` of each task's loss, out of ``adapt_vjp``: one step back at rate ``scale`` gives
+    ``u - scale H u``."""
+    tasks = batch.x.shape[0]
+    v = u.to(theta).expand(tasks, -1).contiguous()
+    trajectory = theta.expand(2, tasks, -1).contiguous()
+    rate = theta.new_full((1, 1), scale)
+    pulled, _ = executor.adapt_vjp(program, trajectory, rate, batch, v, needs_lr=False)
+    return (v - pulled) / scale
+
+
+def rate_for(u: Tensor, product: Tensor) -> float:
+    """The rate at which ``u`` and ``scale H u`` are of one size, so that neither drowns in the other's rounding."""
+    tasks = product.shape[0]
+    return float(u.norm()) * tasks**0.5 / max(float(product.norm()), 1e-30)
+
+
+def by_name(program: Program, rows: Tensor) -> dict[str, np.ndarray]:
+    """``[T, P]`` or ``[P]`` as arrays by parameter name."""
+    values = rows.detach().double().cpu()
+    return {p.name: t.numpy() for p, t in zip(program.parameters, program.unflatten(values), strict=True)}
+
+
+def _wrong(found: dict[str, float | None], tolerances: Tolerances, is_loss: bool) -> str:
+    limits = {"outputs": tolerances.outputs, "gradient": tolerances.parameter, "product": tolerances.parameter}
+    rules = {"outputs": "forward", "gradient": "backward", "product": "tangent_backward" if is_loss else
+             "tangent_forward or tangent_backward"}  # fmt: skip
+    for what, error in found.items():
+        if error is not None and not error <= limits[what]:  # not a number fails
+            return rules[what]
+    return ""
+
+
+def _worst(program: Program, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
+    """The error of the worst parameter."""
+    if float(wanted[1].norm()) == 0:
+        return 0.0 if float(found[1].norm()) == 0 else float("inf")
+    pairs = [(losses.double().cpu().numpy(), by_name(program, grad)) for losses, grad in (found, wanted)]
+    return agreement(*pairs).parameter_error
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    found = found.detach().double().cpu()
+    if found.shape != wanted.shape:
+        return float("inf")
+    return 0.0 if torch.equal(found, wanted) else float((found - wanted).norm() / wanted.norm())
+
+
+def _direction(program: Program) -> Tensor:
+    """A random one on the adapted parameters."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(program.size, generator=generator, dtype=torch.float64) * program.adapted
+
+
+def _aimed(part: Program, theta: Tensor, batch: Batch) -> Batch:
+    """The same samples with random targets of the shape that ``part`` puts out."""
+    from metafast.executors import ReferenceExecutor
+
+    shape = ReferenceExecutor().predict(part, theta, batch.x).shape
+    targets = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return Batch(batch.x, targets.to(theta), batch.mask)

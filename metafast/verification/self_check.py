@@ -1,0 +1,108 @@
+"""Do the executors of this machine give right gradients, and fast? A few seconds for each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import nn
+
+from metafast.episodes import SinusoidSampler
+from metafast.executors import Executor
+from metafast.learners import MAML
+from metafast.models import mlp
+from metafast.tasks import TaskBatch
+from metafast.verification import torch_loop
+from metafast.verification.certificate import Certificate, verify
+
+_RATE, _STEPS = 0.01, 5  # of the sinusoid problem
+_SECONDS = 1.0  # for each time that is taken
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small model with tasks for it."""
+
+    name: str
+    model: nn.Module
+    tasks: TaskBatch
+    loss: str
+
+
+def probes(device: str) -> list[Probe]:
+    """A smooth MLP, and a convolutional network with batch norm, ReLU and pooling."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    convolutional = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 3),
+    )  # fmt: skip
+    models = [mlp(hidden=(8, 8)), convolutional]
+    for model in models:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    labels = torch.arange(3, device=device).repeat(4, 2)
+    points, pictures = [draw(4, 5, 1) for _ in range(4)], [draw(4, 6, 1, 8, 8) for _ in range(2)]
+    return [
+        Probe("MLP", models[0].to(device), TaskBatch(*points), "mse"),
+        Probe("CNN", models[1].to(device), TaskBatch(pictures[0], labels, pictures[1], labels), "cross_entropy"),
+    ]
+
+
+def gradients(executor: Executor, device: str) -> dict[str, Certificate]:
+    """A certificate by the name of each probe that the executor runs on ``device``."""
+    return {
+        probe.name: verify(probe.model, probe.tasks, loss=probe.loss, lr=0.01, steps=3, backend=executor.name)
+        for probe in probes(device)
+        if refusal(executor, probe) is None
+    }
+
+
+def refusal(executor: Executor, probe: Probe) -> str | None:
+    """Why the executor does not run the probe; ``None`` where it does."""
+    learner = MAML(probe.model, loss=probe.loss, lr=0.01, steps=3)
+    return executor.refuses(learner.program, probe.tasks.support_x, queries=probe.tasks.query_x.shape[1])
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one meta-gradient of the sinusoid problem, 25 tasks and 5 steps: an executor's and a torch loop's."""
+
+    executor: float
+    loop: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than the loop."""
+        return self.loop / self.executor
+
+
+def speed(executor: Executor, device: str) -> Speed:
+    """Medians of what a second holds."""
+    tasks, model = SinusoidSampler(10, 10, 25, device=device).batch(0), mlp().to(device)
+    learner = MAML(model, loss="mse", lr=_RATE, steps=_STEPS, backend=executor.name)
+    names = {name for name, _ in model.named_parameters()}
+    loop = _median(
+        lambda: torch_loop.meta_gradient(model, nn.functional.mse_loss, tasks, _RATE, _STEPS, names), device
+    )
+    return Speed(_median(lambda: learner.backward(tasks), device), loop)
+
+
+def _median(call: Callable[[], object], device: str) -> float:
+    call()
+    times: list[float] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < _SECONDS or len(times) < 3:
+        start = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times)
