@@ -20,8 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from metafast.executors.triton.executor import TritonExecutor
 
 Found = Iterator[tuple[str, torch.Tensor]]
 
+ROOT = Path(__file__).parent.parent
 IN_TRITON = ("batch norm of the task", "ReLU", "residual", "rate for each layer and step", "custom loss", "ANIL",
              "batch norm frozen", "stride 2, average pool", "multi-step loss, first order")  # fmt: skip
 IN_TRITON_PRECISIONS = ("batch norm of the task", "ReLU")
@@ -106,7 +106,8 @@ def trainings(folder: Path) -> Found:
     for recipe, iterations in (("sinusoid", 30), ("glyphs-5w1s", 2)):
         for algorithm in ALGORITHMS:
             out = folder / f"{recipe}-{algorithm}"
-            options = ["--algorithm", algorithm, "--iterations", str(iterations), "--test-tasks", "4", "--eval-every", "0"]
+            options = ["--algorithm", algorithm, "--iterations", str(iterations), "--test-tasks", "4"]
+            options += ["--eval-every", "0"]
             program = [sys.executable, "-m", "metafast.cli.main", "train", recipe, "--out", str(out), *options]
             subprocess.run(program, check=True, cwd=ROOT, capture_output=True)
             for name, value in load_file(out / "checkpoint.safetensors").items():
@@ -119,10 +120,11 @@ def record(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in (trainings(Path(folder)), everything()):
             for name, value in part:
-                arrays[name] = value.detach().float().numpy() if value.dtype == torch.bfloat16 else value.detach().numpy()
+                arrays[name] = value.detach().numpy()
                 if len(arrays) % 2000 == 0:
                     print(f"{len(arrays)} tensors", file=sys.stderr, flush=True)
-    np.savez_compressed(path, **{str(i): array for i, array in enumerate(arrays.values())}, names=np.array(list(arrays)))
+    numbered = {str(i): array for i, array in enumerate(arrays.values())}
+    np.savez_compressed(path, **numbered, names=np.array(list(arrays)))
     print(f"{len(arrays)} tensors in {path}")
 
 

@@ -1,4 +1,4 @@
-"""TaskBatch: the one thing that crosses from episodes into algorithms."""
+"""TaskBatch: the one thing that crosses from episodes into learners."""
 
 from __future__ import annotations
 
@@ -19,6 +19,55 @@ class Batch(NamedTuple):
     def tasks(self, chosen: slice) -> Batch:
         """The same for a range of tasks."""
         return Batch(self.x[chosen], self.y[chosen], None if self.mask is None else self.mask[chosen])
+
+
+class TaskShapes(NamedTuple):
+    """All that decides how a batch of tasks is computed: two batches with equal shapes are of one kind.
+
+    Shapes are those of the tensors of a ``TaskBatch``; ``dtypes`` and ``devices`` stand in the order of the first four
+    fields; ``ragged`` says whether some samples are padding.
+    """
+
+    support_x: torch.Size
+    support_y: torch.Size
+    query_x: torch.Size
+    query_y: torch.Size
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
+    devices: tuple[torch.device, torch.device]
+    ragged: bool
+
+    @classmethod
+    def of_samples(cls, x: Tensor) -> TaskShapes:
+        """Those of tasks whose support and query sets are like ``x [T, n, ...]``, with class indices for targets."""
+        labels, integers = x.shape[:2], torch.int64
+        return cls(
+            x.shape, labels, x.shape, labels, (x.dtype, integers, x.dtype, integers), (x.device, x.device), False
+        )
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return self.support_x[0]
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Samples in a task's support set and in its query set."""
+        return self.support_x[1], self.query_x[1]
+
+    @property
+    def sample(self) -> torch.Size:
+        """The shape of one sample."""
+        return self.support_x[2:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the samples."""
+        return self.dtypes[0]
+
+    @property
+    def device(self) -> torch.device:
+        """That of the samples."""
+        return self.devices[0]
 
 
 @dataclass(frozen=True)
@@ -70,6 +119,14 @@ class TaskBatch:
     def query(self) -> Batch:
         """The query set as a batch."""
         return Batch(self.query_x, self.query_y, self.query_mask)
+
+    @property
+    def shapes(self) -> TaskShapes:
+        """What decides how this batch is computed."""
+        x, y, q, z = self.support_x, self.support_y, self.query_x, self.query_y
+        ragged = self.support_mask is not None or self.query_mask is not None
+        dtypes, devices = (x.dtype, y.dtype, q.dtype, z.dtype), (x.device, q.device)
+        return TaskShapes(x.shape, y.shape, q.shape, z.shape, dtypes, devices, ragged)
 
     def to(self, *args: object, **kwargs: object) -> TaskBatch:
         """Moves every tensor to a device, or floating-point ones to a dtype, as ``Tensor.to`` does."""

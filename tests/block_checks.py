@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from loops import adapt, adapt_vjp, loop, meta_gradient
 from setups import make_learner, make_oracle, make_tasks
 from test_meta_gradients import assert_gradients, close
 from torch import Tensor
@@ -28,12 +29,12 @@ class Case:
     def run(self, executor, device="cpu", copies=1, **options):
         tasks = repeated(self.tasks, copies).to(device)
         arguments = self.program, self.params.to(device), self.lr.to(device), tasks, self.steps
-        return executor.meta_gradient(*arguments, **self.options, **options)
+        return meta_gradient(executor, *arguments, **self.options, **options)
 
-    def launch(self, executor, device, count, needs_lr=True) -> Launch:
+    def launch(self, executor, device, copies, learns_rates=True) -> Launch:
         first_order = self.options["first_order"]
-        tasks = self.tasks.to(device)
-        return executor.launch(self.program, tasks, self.steps, count=count, first_order=first_order, needs_lr=needs_lr)
+        how = loop(self.steps, first_order=first_order, learns_rates=learns_rates)
+        return executor.launch(self.program, how, repeated(self.tasks.to(device), copies).shapes)
 
 
 def repeated(tasks, copies):
@@ -72,38 +73,38 @@ def truth_of(learner, case):
     return losses.detach(), torch.stack(outputs), dict(zip(leaves, grads, strict=True))
 
 
-def check_one_launch(executor, setup, device, dtype, tolerance, needs_lr=True, copies=1, at_start=0.0, **tasks):
+def check_one_launch(executor, setup, device, dtype, tolerance, learns_rates=True, copies=1, at_start=0.0, **tasks):
     """A meta-gradient in one launch against the oracle, and twice to the same bits. Returns how it was launched."""
     learner, case = case_of(setup, executor, dtype, at_start, **tasks)
     losses, outputs, grads = truth_of(learner, case)
-    found, again = (case.run(executor, device, copies, needs_lr=needs_lr) for _ in range(2))
+    found, again = (case.run(executor, device, copies, learns_rates=learns_rates) for _ in range(2))
     close(found.losses.cpu(), losses.repeat(copies), tolerance)
     close(found.outputs.cpu(), outputs.repeat(copies, *[1] * (outputs.dim() - 1)), tolerance)
     names = [p.name for p in case.program.parameters]
     named = dict(zip(names, case.program.unflatten(found.grad.cpu()), strict=True))
-    assert (found.lr_grad is None) == (not needs_lr)
-    if found.lr_grad is not None:
-        named["rate"] = found.lr_grad.cpu()
+    assert (found.rates_grad is None) == (not learns_rates)
+    if found.rates_grad is not None:
+        named["rate"] = found.rates_grad.cpu()
     assert_gradients(named, grads, tolerance)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    return case.launch(executor, device, copies * len(case.tasks), needs_lr)
+    return case.launch(executor, device, copies, learns_rates)
 
 
-def check_tasks_that_take_turns(executor, setup, device, dtype, tolerance, needs_lr):
+def check_tasks_that_take_turns(executor, setup, device, dtype, tolerance, learns_rates):
     """More tasks than all blocks of the device run side by side, their steps through global memory."""
     _, case = case_of(setup, executor, dtype)
-    most = case.launch(executor, device, 2**20, needs_lr)
+    most = case.launch(executor, device, 2**16, learns_rates)
     copies = most.blocks // most.cluster // len(case.tasks) + 2
-    launch = check_one_launch(executor, setup, device, dtype, tolerance, needs_lr, copies)
+    launch = check_one_launch(executor, setup, device, dtype, tolerance, learns_rates, copies)
     assert launch.record > 0, "its steps should go through global memory"
     assert copies * len(case.tasks) * launch.cluster > launch.blocks, "each task should not have blocks of its own"
-    assert launch.cluster == executor._machine(case.tasks.support_x.to(device)).clusters[0]
+    assert launch.cluster == executor.limits(torch.device(device)).clusters[0]
 
 
 def check_a_full_device(executor, setup, device, dtype, tolerance):
     """As many tasks as there are processors for, with all steps in shared memory."""
     _, case = case_of(setup, executor, dtype)
-    machine = executor._machine(case.tasks.support_x.to(device))
+    machine = executor.limits(torch.device(device))
     copies = machine.processors // machine.clusters[0] // len(case.tasks)
     launch = check_one_launch(executor, setup, device, dtype, tolerance, copies=copies)
     assert launch.record == 0, "all its steps should stay in shared memory"
@@ -119,14 +120,14 @@ def check_the_parts_alone(executor, setup, device, dtype, tolerance):
     def run(executor, like):
         program, tasks = case.program, case.tasks.to(like.device).to(like.dtype)
         theta, lr, adjoint = (t.to(like) for t in (params, rates, v))
-        trajectory = executor.adapt(program, theta, lr, tasks.support, 4)
+        trajectory = adapt(executor, program, theta, lr, tasks.support, 4)
         assert torch.equal(trajectory[0], theta)
-        assert torch.equal(executor.adapt(program, theta, lr, tasks.support, 0), theta[None])
+        assert torch.equal(adapt(executor, program, theta, lr, tasks.support, 0), theta[None])
         return (
             executor.predict(program, theta, tasks.query_x), trajectory,
             *executor.loss_and_grad(program, theta, tasks.query),
-            *executor.adapt_vjp(program, trajectory, lr, tasks.support, adjoint),
-            *executor.adapt_vjp(program, trajectory, lr, tasks.support, adjoint.expand(5, -1, -1), first_order=True),
+            *adapt_vjp(executor, program, trajectory, lr, tasks.support, adjoint),
+            *adapt_vjp(executor, program, trajectory, lr, tasks.support, adjoint.expand(5, -1, -1), first_order=True),
         )  # fmt: skip
 
     expected = run(reference, torch.empty(0, dtype=torch.float64))
@@ -152,7 +153,7 @@ def check_precisions(executor, setup, device, tolerance):
     truth = truth_of(learner, case)[1]
     exact, rough = (0, 5e-6), (1e-4, 2e-2)
     for precision, (least, most) in {"float32": exact, "tf32x3": exact, "tf32": rough, "bf16": rough}.items():
-        outputs = case.run(executor.at(precision), device).outputs.cpu().double()
+        outputs = case.run(executor.with_precision(precision), device).outputs.cpu().double()
         off = float((outputs - truth).norm() / truth.norm())
         assert least <= off < most, f"{precision}: outputs are off by {off:.1e}"
-    check_one_launch(executor.at("tf32x3"), setup, device, torch.float32, tolerance, query=12)
+    check_one_launch(executor.with_precision("tf32x3"), setup, device, torch.float32, tolerance, query=12)

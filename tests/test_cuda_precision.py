@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from block_checks import check_precisions
+from loops import layers, refusal
 from setups import Setup, make_learner, make_tasks, rate
 from test_cuda_twin import H100, NORMED, OWN, parts
 from test_meta_gradients import check_against_oracle
@@ -57,7 +58,7 @@ def check_rounding(executor, precision, device="cpu"):
     learner, support = make_learner(setup, torch.float32), make_tasks(setup).support
     batch = Batch(support.x.to(device), support.y.to(device))
     params = learner.flat_parameters().detach().to(device)
-    _, grad, outputs = executor.at(precision).loss_and_grad(learner.program, params, batch)
+    _, grad, outputs = executor.with_precision(precision).loss_and_grad(learner.program, params, batch)
     for found, rough, exact in zip(
         (outputs, grad), gradient_of_rounded(learner, support, BITS[precision]),
         gradient_of_rounded(learner, support, 50), strict=True,
@@ -99,17 +100,17 @@ def test_layers_that_leave_tiles_half_empty_stay_exact():
 def test_precision_is_asked_for_by_name():
     executor = twin()
     learner, tasks = make_learner(OWN[0]), make_tasks(OWN[0])
-    assert executor.at("float32") is executor
-    assert [executor.at(p).at("tf32").precision for p in PRECISIONS] == ["tf32"] * 4
-    assert executor.at("float16") is None
+    assert executor.with_precision("float32") is executor
+    assert [executor.with_precision(p).with_precision("tf32").precision for p in PRECISIONS] == ["tf32"] * 4
+    assert refusal(executor, learner.program, tasks, precision="float16") == "it has no precision 'float16'"
     with pytest.raises(ValueError, match="precision='float16' is unknown; choose from \\['float32', 'tf32x3'"):
         twin(precision="float16")
     in_double = tasks.support_x.double()
-    assert executor.at("bf16").refuses(learner.program, in_double) == (
+    assert refusal(executor.with_precision("bf16"), learner.program, in_double) == (
         "dtype torch.float64: precision='bf16' is of float32"
     )
-    assert executor.at("tf32").refuses(learner.program, tasks.support_x) is None
-    notes = executor.at("tf32").explain(learner.program, tasks.support_x)
+    assert refusal(executor.with_precision("tf32"), learner.program, tasks.support_x) is None
+    notes = layers(executor.with_precision("tf32"), learner.program, tasks.support_x)
     assert notes[0].endswith("; operands of products rounded to 11 bits, on tensor cores where they are filled")
     with pytest.raises(ValueError, match="tensor cores take float32"):
-        parts(executor.at("tf32"), learner, tasks.to(torch.float64))
+        parts(executor.with_precision("tf32"), learner, tasks.to(torch.float64))

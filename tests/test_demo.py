@@ -131,7 +131,7 @@ def test_a_slow_executor_is_a_finding(monkeypatch, hasty):
 
 
 def test_a_missing_extension_is_a_finding_with_its_command(monkeypatch):
-    monkeypatch.setattr(doctor.description, "extension", None)
+    monkeypatch.setattr(doctor.encode, "extension", None)
     (finding,) = doctor._build()
     assert (finding.state, finding.subject) == ("missing", "extension")
     assert "pip install --no-build-isolation -e ." in finding.remedy

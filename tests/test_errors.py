@@ -191,7 +191,7 @@ ERRORS = [
     ("other dtype of samples", lambda: adapted()(r(T, N, 3).double()), TypeError, ["torch.float64", "torch.float32"]),
     ("task that is not there", lambda: adapted().state_dict(2), IndexError, ["task=2", "0..1"]),
     # executors
-    ("unknown backend", lambda: learner(backend="cuda"), ValueError, ["backend='cuda'", "auto", "reference"]),
+    ("unknown backend", lambda: learner(backend="gpu"), ValueError, ["backend='gpu'", "auto", "reference"]),
     ("backend that cannot", lambda: learner(model=models.mlp(nn.SiLU), backend="cpu")(batch()), RuntimeError,
      ["backend='cpu'", "backend='auto'", "reference"]),
 ]  # fmt: skip

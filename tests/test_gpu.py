@@ -15,6 +15,7 @@ from block_checks import (
     check_tasks_that_take_turns,
     check_the_parts_alone,
 )
+from loops import meta_gradient, refusal
 from setups import make_learner, make_tasks
 from test_cuda_precision import BITS, FILLED, check_rounding
 from test_cuda_twin import RESIDENT, RUNS, TURNS, WIDE, named
@@ -58,22 +59,22 @@ def test_float32(setup, gpu):
     check_against_oracle(*on_gpu(setup), 1e-4)
 
 
-@pytest.mark.parametrize("needs_lr", [True, False])
+@pytest.mark.parametrize("learns_rates", [True, False])
 @pytest.mark.parametrize("setup", RUNS, ids=str)
-def test_one_launch(setup, needs_lr, gpu):
-    check_one_launch(gpu, setup, "cuda", torch.float32, 1e-4, needs_lr)
+def test_one_launch(setup, learns_rates, gpu):
+    check_one_launch(gpu, setup, "cuda", torch.float32, 1e-4, learns_rates)
 
 
 def test_a_query_loss_before_the_first_step(gpu):
     check_one_launch(gpu, named("classifier, multi-step"), "cuda", torch.float32, 1e-4, at_start=0.3)
 
 
-@pytest.mark.parametrize("needs_lr", [True, False])
+@pytest.mark.parametrize("learns_rates", [True, False])
 @pytest.mark.parametrize(("setup", "size"), TURNS, ids=str)
-def test_tasks_that_take_turns(setup, size, needs_lr):
+def test_tasks_that_take_turns(setup, size, learns_rates):
     needs_clusters(size)
     executor = CudaExecutor(clusters=(size,))
-    check_tasks_that_take_turns(executor, setup, "cuda", torch.float32, 1e-4, needs_lr)
+    check_tasks_that_take_turns(executor, setup, "cuda", torch.float32, 1e-4, learns_rates)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
@@ -90,16 +91,16 @@ def test_the_parts_alone(gpu):
 def test_a_task_that_needs_a_cluster():
     executor = CudaExecutor()
     learner, tasks = on_gpu(WIDE, 40)
-    if executor.refuses(learner.program, tasks.support_x):
+    if refusal(executor, learner.program, tasks.support_x):
         pytest.skip("eight blocks of this GPU are too small, or it has no clusters")
-    assert executor.shared_memory(learner.program, tasks.support_x, 4)[0] > 1
+    assert executor.shared_memory(learner.program, tasks.shapes)[0] > 1
     check_against_oracle(learner, tasks, 1e-4)
 
 
 def parts(gpu, learner, tasks):
     program, params = learner.program, learner.flat_parameters().detach()
-    found = gpu.meta_gradient(program, params, learner.rate().detach(), tasks, learner.steps)
-    return found.losses, found.outputs, found.grad, found.lr_grad
+    found = meta_gradient(gpu, program, params, learner.rate().detach(), tasks, learner.steps)
+    return found.losses, found.outputs, found.grad, found.rates_grad
 
 
 @pytest.mark.parametrize("clusters", [(1,), (2,)], ids=str)
@@ -129,7 +130,7 @@ def test_the_twin_agrees(gpu, count):
         pytest.skip("the twin of a cluster is slow")
     learner, tasks = on_gpu(SINUSOID, count)
     found = parts(gpu, learner, tasks)
-    twin = CudaExecutor(gpu._machine(tasks.support_x))
+    twin = CudaExecutor(gpu.limits(tasks.support_x.device))
     expected = parts(twin, learner.cpu(), tasks.to("cpu"))
     for a, b in zip(found, expected, strict=True):
         assert float((a.cpu() - b).norm()) <= 1e-5 * float(b.norm())
@@ -184,15 +185,15 @@ def test_shapes_that_are_new_are_not_captured(gpu):
 def test_what_lies_elsewhere_is_named(gpu):
     learner, tasks = on_gpu(SINUSOID)
     with pytest.raises(ValueError, match="lr is on another device than the tasks"):
-        gpu.meta_gradient(learner.program, learner.flat_parameters().detach(), torch.ones(1, 1), tasks, learner.steps)
+        meta_gradient(gpu, learner.program, learner.flat_parameters().detach(), torch.ones(1, 1), tasks, learner.steps)
 
 
 def test_a_launch_that_fails_is_named_and_leaves_the_next_alone(monkeypatch):
     executor = CudaExecutor(clusters=(1,))
     (wide, many), (learner, tasks) = on_gpu(WIDE), on_gpu(SINUSOID)
-    machine = executor._machine(tasks.support_x)
+    machine = executor.limits(tasks.support_x.device)
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "_machine", lambda x: replace(machine, shared=10 * machine.shared))
+        patch.setattr(executor, "limits", lambda device: replace(machine, shared=10 * machine.shared))
         with pytest.raises(RuntimeError, match=r"CUDA: metafast_inner_loop of 3 tasks, .* bytes on device 0"):
             parts(executor, wide, many)
     assert parts(executor, learner, tasks)[2].isfinite().all()

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.gpu import pack, pretended, triton_cache
+from benchmarks.gpu.job import ROOT
 from benchmarks.gpu.pack import Failed, Pack
 
 KERNELS = """
@@ -61,7 +62,8 @@ def launch(folder, names, **environment):
     (folder / "small.py").write_text(KERNELS)
     (folder / "changed.py").write_text(KERNELS.replace("1.0", "1.5"))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), *inherited, str(ROOT)])
     environment = {k: str(v) for k, v in environment.items()}
     command = [sys.executable, "-c", RUNS, *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)

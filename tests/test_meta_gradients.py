@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from hypothesis import given, settings
+from loops import meta_gradient
 from oracle import directional_derivative
 from setups import SETUPS, Setup, images, make_learner, make_oracle, make_tasks
 from torch import nn
@@ -124,21 +125,13 @@ def test_a_direction_by_finite_differences(setup):
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
-def hessian_vector(learner, tasks, u):
-    """``H u`` of each task's support loss at the start: with rate 1, one step pulls ``u`` back to ``u - H u``."""
-    program, theta = learner.program, learner.flat_parameters().detach()
-    trajectory = theta.expand(2, len(tasks), -1)
-    one = torch.ones(1, 1, dtype=theta.dtype)
-    pulled, _ = ReferenceExecutor().adapt_vjp(program, trajectory, one, tasks.support, u, needs_lr=False)
-    return u - pulled
-
-
 @every_setup
 def test_hessian_is_symmetric_and_right(setup):
     learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
     program = learner.program
     u, v = (torch.randn(len(tasks), program.size, dtype=torch.float64) * program.adapted for _ in range(2))
-    hu, hv = hessian_vector(learner, tasks, u), hessian_vector(learner, tasks, v)
+    theta = learner.flat_parameters().detach()
+    hu, hv = (ReferenceExecutor().hvp(program, theta, tasks.support, along) for along in (u, v))
     uhv, vhu = (u * hv).sum(1), (v * hu).sum(1)
     assert float(uhv.abs().max()) > 1e-6
     close(uhv, vhu, 1e-10)
@@ -154,13 +147,13 @@ def test_hessian_is_symmetric_and_right(setup):
 def test_chunks_of_tasks_change_nothing(setup):
     learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
     results = [
-        ReferenceExecutor(budget).meta_gradient(
-            learner.program, learner.flat_parameters().detach(), learner.rate().detach(), tasks, learner.steps,
-            step_weights=learner.step_weights, first_order=learner.first_order,
+        meta_gradient(
+            ReferenceExecutor(budget), learner.program, learner.flat_parameters().detach(), learner.rate().detach(),
+            tasks, learner.steps, step_weights=learner.step_weights, first_order=learner.first_order,
         )
         for budget in (1, 2 << 30)
     ]  # fmt: skip
-    for part in ("losses", "outputs", "grad", "lr_grad"):
+    for part in ("losses", "outputs", "grad", "rates_grad"):
         close(getattr(results[0], part), getattr(results[1], part), 1e-12)
 
 

@@ -9,10 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from loops import Found, adapt, adapt_vjp, loop, meta_gradient, refusal
 from test_layers import CASES
 from torch import nn
 
-from metafast.executors import CpuExecutor, ReferenceExecutor
+from metafast.executors import CpuExecutor, Executor, ReferenceExecutor
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.kernels.linear import Linear
@@ -42,10 +43,10 @@ def compare(program, params, tasks, steps=2, kind=ONE_RATE, native=None, **optio
     """The meta-gradient of both executors; returns the native one."""
     lr = rates(kind, steps, program.size, params.dtype)
     native = native or CpuExecutor()
-    found = native.meta_gradient(program, params, lr, tasks, steps, **options)
-    expected = ReferenceExecutor().meta_gradient(program, params, lr, tasks, steps, **options)
+    found = meta_gradient(native, program, params, lr, tasks, steps, **options)
+    expected = meta_gradient(ReferenceExecutor(), program, params, lr, tasks, steps, **options)
     tolerance = TOLERANCE[params.dtype]
-    for part in ("losses", "outputs", "grad", "lr_grad"):
+    for part in ("losses", "outputs", "grad", "rates_grad"):
         close(getattr(found, part), getattr(expected, part), tolerance)
     return found
 
@@ -104,7 +105,7 @@ def case_tasks(case, dtype, tasks=2):
 def test_layer(case, dtype):
     program, tasks = program_around(case), case_tasks(case, dtype)
     native, reference = CpuExecutor(), ReferenceExecutor()
-    assert native.refuses(program, tasks.support_x) is None
+    assert refusal(native, program, tasks.support_x) is None
     params = (0.3 * torch.randn(program.size)).to(dtype)
     compare(program, params, tasks)
     tolerance = TOLERANCE[dtype]
@@ -118,7 +119,7 @@ def test_layer(case, dtype):
 @pytest.mark.parametrize("case", [case for case in CASES if foreign(case) and len(case.inputs) == 1], ids=str)
 def test_foreign_layers_are_refused(case):
     program = program_around(case)
-    assert CpuExecutor().refuses(program, torch.zeros(2, *case.inputs[0]))
+    assert refusal(CpuExecutor(), program, torch.zeros(2, *case.inputs[0]))
 
 
 class Broadcast(nn.Module):
@@ -133,7 +134,7 @@ class Broadcast(nn.Module):
 
 def test_broadcasting_is_refused():
     program = capture(Broadcast(), MSE())
-    assert "different shapes" in CpuExecutor().refuses(program, torch.zeros(2, 3, 1, 2, 2))
+    assert "different shapes" in refusal(CpuExecutor(), program, torch.zeros(2, 3, 1, 2, 2))
 
 
 def block(inputs, outputs, pool=True, norm=True):
@@ -236,17 +237,18 @@ def test_the_four_functions_make_the_fused_one(name):
     native, reference = CpuExecutor(), ReferenceExecutor()
     lr = rates(A_RATE_A_PARAMETER, 3, program.size, params.dtype)
     weights = [0.1, 0.2, 0.3, 0.4]
-    fused = native.meta_gradient(program, params, lr, tasks, 3, step_weights=weights)
-    composed = super(CpuExecutor, native).meta_gradient(program, params, lr, tasks, 3, step_weights=weights)
-    for part in ("losses", "outputs", "grad", "lr_grad"):
+    fused = meta_gradient(native, program, params, lr, tasks, 3, step_weights=weights)
+    composed = Executor.meta_gradient(native, program, loop(3, weights, learns_rates=True), (params,), lr, tasks)
+    composed = Found(composed.losses, composed.outputs, composed.grads[0], composed.rates_grad)
+    for part in ("losses", "outputs", "grad", "rates_grad"):
         close(getattr(fused, part), getattr(composed, part), 1e-12)
     starts = params + 0.1 * torch.randn(len(tasks), program.size, dtype=params.dtype)
-    trajectory = native.adapt(program, starts, lr, tasks.support, 3)
-    close(trajectory, reference.adapt(program, starts, lr, tasks.support, 3), 1e-9)
+    trajectory = adapt(native, program, starts, lr, tasks.support, 3)
+    close(trajectory, adapt(reference, program, starts, lr, tasks.support, 3), 1e-9)
     for v in (torch.randn_like(trajectory), torch.randn_like(trajectory[0])):
         for first_order in (False, True):
-            found = native.adapt_vjp(program, trajectory, lr, tasks.support, v, first_order=first_order)
-            expected = reference.adapt_vjp(program, trajectory, lr, tasks.support, v, first_order=first_order)
+            found = adapt_vjp(native, program, trajectory, lr, tasks.support, v, first_order=first_order)
+            expected = adapt_vjp(reference, program, trajectory, lr, tasks.support, v, first_order=first_order)
             close(found[0], expected[0], 1e-9)
             close(found[1], expected[1], 1e-9)
 
@@ -305,13 +307,13 @@ def bits(program, params, tasks, native=None, threads=1, steps=2):
     torch.set_num_threads(threads)
     try:
         native = native or CpuExecutor()
-        return native.meta_gradient(program, params, torch.full((1, 1), 0.05, dtype=params.dtype), tasks, steps)
+        return meta_gradient(native, program, params, torch.full((1, 1), 0.05, dtype=params.dtype), tasks, steps)
     finally:
         torch.set_num_threads(before)
 
 
 def assert_same_bits(a, b):
-    for part in ("losses", "outputs", "grad", "lr_grad"):
+    for part in ("losses", "outputs", "grad", "rates_grad"):
         assert torch.equal(getattr(a, part), getattr(b, part)), part
 
 
@@ -350,12 +352,12 @@ def test_every_instruction_set(name, isa, dtype):
 def test_refusals_say_why():
     program, _, tasks = setup("conv")
     native = CpuExecutor()
-    assert native.refuses(program, tasks.support_x) is None
-    assert "bfloat16" in native.refuses(program, tasks.support_x.bfloat16())
-    assert "meta" in native.refuses(program, tasks.support_x.to("meta"))
-    assert native.refuses(program, tasks.support_x, masked=True) is None
-    assert "features" in native.refuses(program, tasks.support_x[..., :7])
-    assert "no-such" in CpuExecutor(isa="no-such").refuses(program, tasks.support_x)
+    assert refusal(native, program, tasks.support_x) is None
+    assert "bfloat16" in refusal(native, program, tasks.support_x.bfloat16())
+    assert "meta" in refusal(native, program, tasks.support_x.to("meta"))
+    assert refusal(native, program, tasks.support_x, ragged=True) is None
+    assert "features" in refusal(native, program, tasks.support_x[..., :7])
+    assert "no-such" in refusal(CpuExecutor(isa="no-such"), program, tasks.support_x)
 
 
 def test_labels_out_of_range():
@@ -367,8 +369,7 @@ def test_labels_out_of_range():
 
 def test_memory_is_kept_within_the_budget():
     program, _, tasks = setup("conv", torch.float32)
-    keeps, much = CpuExecutor().memory(program, tasks.support_x, tasks.query_x, 3)
-    drops, little = CpuExecutor(budget=0).memory(program, tasks.support_x, tasks.query_x, 3)
-    assert keeps
-    assert not drops
-    assert little < much < 10 << 20
+    much, little = (native.memory(program, loop(3), tasks.shapes) for native in (CpuExecutor(), CpuExecutor(budget=0)))
+    assert much.keep
+    assert not little.keep
+    assert little.peak < much.peak < 10 << 20

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from loops import adapt, adapt_vjp, layers, loop, meta_gradient, refusal
 from setups import SETUPS, VECTOR, make_learner, make_tasks
 from test_meta_gradients import check_against_oracle
 from test_native import (
@@ -128,7 +129,7 @@ def in_lanes(setup):
     if setup.sample != VECTOR or setup.ragged:
         return False
     program, tasks = make_learner(setup).program, make_tasks(setup, tasks=19)
-    return CpuExecutor().refuses(program, tasks.support_x) is None and together(program, tasks) > 0
+    return refusal(CpuExecutor(), program, tasks.support_x) is None and together(program, tasks) > 0
 
 
 LEARNERS = [setup for setup in SETUPS if CpuExecutor.isas() and in_lanes(setup)]
@@ -150,14 +151,14 @@ def test_learners_of_every_kind_run_in_lanes():
 @pytest.mark.parametrize("kind", [ONE_RATE, A_RATE_A_STEP, A_RATE_A_PARAMETER])
 @pytest.mark.parametrize("first_order", [False, True])
 def test_rates_weights_and_frozen_parameters(kind, first_order):
-    for adapt, weights in ((None, [0.1, 0.2, 0.3, 0.4]), (["2.weight", "4.bias"], None)):
-        program, params, tasks = made("odd", "mse", torch.float64, 40, adapt=adapt)
+    for adapted, weights in ((None, [0.1, 0.2, 0.3, 0.4]), (["2.weight", "4.bias"], None)):
+        program, params, tasks = made("odd", "mse", torch.float64, 40, adapt=adapted)
         options = {"step_weights": weights, "first_order": first_order}
         compare(program, params, tasks, steps=3, kind=kind, **options)
         lr, found = rates(kind, 3, program.size, params.dtype), []
         for threads in (1, 2, MANY):
             torch.set_num_threads(threads)
-            found.append(CpuExecutor().meta_gradient(program, params, lr, tasks, 3, **options))
+            found.append(meta_gradient(CpuExecutor(), program, params, lr, tasks, 3, **options))
         torch.set_num_threads(1)
         for other in found[1:]:
             assert_same_bits(other, found[0])
@@ -171,16 +172,16 @@ def test_every_function(loss):
 
     def run(threads):
         torch.set_num_threads(threads)
-        trajectory = native.adapt(program, starts, lr, tasks.support, 2)
+        trajectory = adapt(native, program, starts, lr, tasks.support, 2)
         v = torch.randn(trajectory.shape, generator=torch.Generator().manual_seed(2))
         return (
             trajectory,
-            native.adapt(program, params, lr, tasks.support, 2),
+            adapt(native, program, params, lr, tasks.support, 2),
             native.predict(program, params, tasks.query_x),
             native.predict(program, starts, tasks.query_x),
             *native.loss_and_grad(program, trajectory[-1], tasks.query, 2),
-            *native.adapt_vjp(program, trajectory, lr, tasks.support, v[-1]),
-            *native.adapt_vjp(program, trajectory, lr, tasks.support, v, first_order=True),
+            *adapt_vjp(native, program, trajectory, lr, tasks.support, v[-1]),
+            *adapt_vjp(native, program, trajectory, lr, tasks.support, v, first_order=True),
         )
 
     once, apart = run(1), run(MANY)
@@ -233,12 +234,13 @@ def test_what_is_not_run_in_lanes():
     program, _, tasks = made("sinusoid", "mse", torch.float32, 25)
     lanes = together(program, tasks)
     assert lanes in (2, 4, 8, 16)
-    assert f"a core for {lanes} tasks at once" in CpuExecutor().explain(program, tasks.support_x)[0]
-    assert "a core for each task" in CpuExecutor().explain(program, tasks.support_x[: lanes - 1])[0]
-    few, many = (CpuExecutor().memory(program, tasks.support_x[:n], tasks.query_x[:n], 5)[1] for n in (1, 25))
+    assert f"a core for {lanes} tasks at once" in layers(CpuExecutor(), program, tasks.support_x)[0]
+    assert "a core for each task" in layers(CpuExecutor(), program, tasks.support_x[: lanes - 1])[0]
+    shapes = (tasks.tasks(slice(n)).shapes for n in (1, 25))
+    few, many = (CpuExecutor().memory(program, loop(5), shape).peak for shape in shapes)
     assert many > lanes / 3 * few
     tight = CpuExecutor(budget=0)
-    assert "a core for each task" in tight.explain(program, tasks.support_x)[0]
+    assert "a core for each task" in layers(tight, program, tasks.support_x)[0]
     wide, _, batch = made("odd", "mse", torch.float32, 25, support=2000)
     assert not together(wide, batch)
 
@@ -249,9 +251,8 @@ def test_ragged_tasks_run_apart():
     for mask in masks:
         mask[:, 1:3] = True
     ragged = replace(tasks, support_mask=masks[0], query_mask=masks[1])
-    expected = ReferenceExecutor().meta_gradient(
-        program, params, torch.full((1, 1), 0.05, dtype=torch.float64), ragged, 2
-    )
+    rate = torch.full((1, 1), 0.05, dtype=torch.float64)
+    expected = meta_gradient(ReferenceExecutor(), program, params, rate, ragged, 2)
     found = bits(program, params, ragged)
     close(found.losses, expected.losses, 1e-12)
     close(found.grad, expected.grad, 1e-12)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loops import adapt, adapt_vjp, layers, loop, plan
 from test_native import MODELS, NATIVE_CASES, assert_same_bits, bits, case_tasks, program_around, setup
 
 from metafast.executors import CpuExecutor
@@ -50,14 +51,15 @@ def test_every_function(name, loss):
     lr = torch.full((2, 1), 0.05)
 
     def run(native):
-        trajectory = native.adapt(program, params, lr, tasks.support, 2)
+        native = plan(native, program, tasks).executor
+        trajectory = adapt(native, program, params, lr, tasks.support, 2)
         v = torch.ones_like(trajectory)
         return (
             trajectory,
             native.predict(program, params, tasks.query_x),
             *native.loss_and_grad(program, trajectory[-1], tasks.query, 2),
-            *native.adapt_vjp(program, trajectory, lr, tasks.support, v[-1]),
-            *native.adapt_vjp(program, trajectory, lr, tasks.support, v, first_order=True),
+            *adapt_vjp(native, program, trajectory, lr, tasks.support, v[-1]),
+            *adapt_vjp(native, program, trajectory, lr, tasks.support, v, first_order=True),
         )
 
     torch.set_num_threads(1)
@@ -80,7 +82,7 @@ def test_ragged_tasks(name):
 def test_more_tasks_than_sums_and_more_threads_than_tasks():
     made = program, _, tasks = setup("mlp", torch.float32, tasks=70)
     torch.set_num_threads(80)
-    assert "several cores for each task" in SHARED.explain(program, tasks.support_x)[0]
+    assert "several cores for each task" in layers(SHARED, program, tasks.support_x)[0]
     assert_same_bits(bits(*made, native=SHARED, threads=80), bits(*made, native=ALONE))
 
 
@@ -92,8 +94,8 @@ def test_small_tasks_stay_with_one_core_and_large_ones_do_not():
         ("wide images", 2, "a core for each task"),
     ):
         program, _, batch = setup(name, torch.float32, tasks=tasks)
-        assert words in CpuExecutor().explain(program, batch.support_x)[0]
-        more, less = (e.memory(program, batch.support_x, batch.query_x, 2)[1] for e in (SHARED, ALONE))
+        assert words in layers(CpuExecutor(), program, batch.support_x)[0]
+        more, less = (e.memory(program, loop(2), batch.shapes).peak for e in (SHARED, ALONE))
         assert (more > less) == (tasks == 1)
 
 

@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from loops import plan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metafast.episodes import ClassificationSampler, ImageDataset, SinusoidSampler
-from metafast.executors import CudaExecutor, ReferenceExecutor, TritonExecutor
+from metafast.executors import BlockLimits, CudaExecutor, ReferenceExecutor, TritonExecutor
 from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.program.losses import as_loss
 from metafast.training import checkpoint
@@ -177,10 +178,15 @@ def test_why_a_step_is_not_recorded():
     tasks = outer.sampler.batch(0)
     assert graph_obstacle(outer.learner, tasks) == "device cpu has no CUDA graphs"
     program = outer.learner.program
-    assert ReferenceExecutor().unrecordable(program) == "executor 'reference' may wait for the host"
-    assert CudaExecutor().unrecordable(program) is None
-    assert TritonExecutor().unrecordable(program) is None
-    derived = TritonExecutor().unrecordable(program.with_loss(as_loss(torch.nn.functional.huber_loss)))
+    twin, triton = CudaExecutor(BlockLimits(232448, 132)), TritonExecutor(interpreted=True)
+
+    def obstacle(executor, program=program):
+        return plan(executor, program, tasks).graph_obstacle
+
+    assert obstacle(ReferenceExecutor()) == "executor 'reference' may wait for the host"
+    assert obstacle(twin) is None
+    assert obstacle(triton) is None
+    derived = obstacle(triton, program.with_loss(as_loss(torch.nn.functional.huber_loss)))
     assert derived == "loss: a function of PyTorch's or the user's that may read values"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops import meta_gradient
 from test_cli import call
 from torch import nn
 
@@ -220,12 +221,12 @@ def test_timed_layers_change_no_bit_and_tell_nothing_unasked() -> None:
     tasks, params = small().draw(), torch.cat([p.detach().flatten() for p in network().parameters()])
     rate = torch.tensor([[0.05]])
     plain, timed = ReferenceExecutor(), Timed(ReferenceExecutor())
-    expected = plain.meta_gradient(program, params, rate, tasks, STEPS)
+    expected = meta_gradient(plain, program, params, rate, tasks, STEPS)
     for notes in (None, Notes(torch.device("cpu"))):
         timed.notes = notes
-        found = timed.meta_gradient(program, params, rate, tasks, STEPS)
+        found = meta_gradient(timed, program, params, rate, tasks, STEPS)
         assert torch.equal(found.grad, expected.grad)
-        assert torch.equal(found.lr_grad, expected.lr_grad)
+        assert torch.equal(found.rates_grad, expected.rates_grad)
     assert {note.name for note in notes.rules} == {"forward", "backward", "tangent_forward", "tangent_backward"}
 
 

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from loops import meta_gradient
 
 from benchmarks.gpu import counts
 from metafast.kernels.primitives import contraction
@@ -173,7 +174,7 @@ def step(model, sample, ways, loss, precision="float32"):
 
     tasks = TaskBatch(*samples(5), *samples(5))
     theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, program.size, device="meta")
-    executor.meta_gradient(program, theta, rate, tasks, 1)
+    meta_gradient(executor, program, theta, rate, tasks, 1)
     executor.loss_and_grad(program, theta, Batch(*samples(200)))
 
 

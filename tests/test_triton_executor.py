@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
+from loops import adapt, adapt_vjp, loop, meta_gradient, refusal
 from setups import make_learner, make_tasks
 from test_layers import loss_rules
 from test_triton import (  # the fixtures act by being here
@@ -25,7 +26,7 @@ from torch import nn
 
 from benchmarks.gpu import counts
 from metafast.bench.workloads import workload
-from metafast.executors.memory import choose_plan, peak_bytes
+from metafast.executors.memory import choose_memory_plan, peak_bytes
 from metafast.executors.triton import lowering
 from metafast.executors.triton.executor import TritonExecutor
 from metafast.kernels.cross_entropy import CrossEntropy
@@ -33,7 +34,7 @@ from metafast.kernels.primitives import products
 from metafast.program.capture import capture
 from metafast.program.interpreter import Pass
 from metafast.program.losses import as_loss
-from metafast.tasks import Batch, TaskBatch
+from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -48,51 +49,54 @@ def small_network(name="rate for each layer and step", support=5):
 def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
     program, theta, rate, tasks = small_network("batch norm of the task")
     triton = executor()
-    runs = [triton.meta_gradient(program, theta, rate, tasks, 1) for _ in range(2)]
+    runs = [meta_gradient(triton, program, theta, rate, tasks, 1) for _ in range(2)]
     assert torch.equal(runs[0].grad, runs[1].grad)
     assert torch.equal(runs[0].losses, runs[1].losses)
-    trajectory = triton.adapt(program, theta, rate, tasks.support, 1)
+    trajectory = adapt(triton, program, theta, rate, tasks.support, 1)
     losses, v, _ = triton.loss_and_grad(program, trajectory[-1], tasks.query, 1)
-    grad, lr_grad = triton.adapt_vjp(program, trajectory, rate, tasks.support, v / 2)
+    grad, rates_grad = adapt_vjp(triton, program, trajectory, rate, tasks.support, v / 2)
     assert torch.equal(losses, runs[0].losses)
     torch.testing.assert_close(grad.sum(0), runs[0].grad, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(lr_grad, runs[0].lr_grad, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(rates_grad, runs[0].rates_grad, rtol=1e-6, atol=1e-8)
 
 
 def test_every_plan_gives_the_same_gradient():
     program, theta, rate, tasks = small_network(support=160)  # so that its memory is activations and not parameters
     free = executor()
-    expected = free.meta_gradient(program, theta, rate, tasks, 2)
+    expected = meta_gradient(free, program, theta, rate, tasks, 2)
     whole = only_plan(free)
     assert (whole.chunk, whole.keep) == (2, True)
     tight = TritonExecutor(interpreted=DEVICE == "cpu", budget=1)
-    found = tight.meta_gradient(program, theta, rate, tasks, 2)
+    found = meta_gradient(tight, program, theta, rate, tasks, 2)
     least = only_plan(tight)
     assert (least.chunk, least.keep) == (1, False)
     assert 0 < least.peak < whole.peak / 2  # half of the tasks, and no activations kept beside the sums over tasks
-    for name in ("losses", "outputs", "grad", "lr_grad"):
+    for name in ("losses", "outputs", "grad", "rates_grad"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
 
 
 def only_plan(triton):
-    (plan,) = triton.plans.values()
+    (plan,) = triton.memory_plans.values()
     return plan
 
 
 def test_bf16_halves_the_memory_of_activations_and_costs_accuracy():
     program, theta, rate, tasks = small_network("batch norm of the task")
-    exact, rounded = executor(), executor().at("bf16")
-    expected, found = (e.meta_gradient(program, theta, rate, tasks, 1) for e in (exact, rounded))
+    exact, rounded = executor(), executor().with_precision("bf16")
+    expected, found = (meta_gradient(e, program, theta, rate, tasks, 1) for e in (exact, rounded))
     assert found.losses.dtype == found.outputs.dtype == found.grad.dtype == torch.float32
     for name in ("losses", "outputs", "grad"):
         a, b = getattr(found, name), getattr(expected, name)
         assert 1e-4 < float((a - b).norm() / b.norm()) < 0.1, name
-    images = [torch.empty(2, n, 2, 64, 64, device="meta") for n in (25, 75)]
+    images = [torch.Size((2, n, 2, 64, 64)) for n in (25, 75)]
+    shapes = TaskShapes.of_samples(torch.empty(images[0], device="meta"))
+    shapes = shapes._replace(query_x=images[1], query_y=images[1][:2], devices=(torch.device(DEVICE),) * 2)
     layers = nn.Sequential(nn.Conv2d(2, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))
     model = capture(layers, as_loss("mse"))
     peaks = []
-    for triton in (executor(), executor().at("bf16")):
-        triton.memory_plan(model, *images, 2)
+    for triton in (executor(), executor().with_precision("bf16")):
+        planned = triton.plan(model, loop(2), shapes, triton.precision)
+        assert planned.memory() == str(only_plan(triton))
         peaks.append(only_plan(triton).peak)
     assert 0.45 < peaks[1] / peaks[0] < 0.6
 
@@ -101,9 +105,9 @@ def test_the_predicted_peak_is_that_of_the_run():
     """The prediction comes from a run without memory: here the tensors of a run with memory are counted instead."""
     program, theta, rate, tasks = small_network()
     planned, triton = executor(), executor()
-    planned.meta_gradient(program, theta, rate, tasks, 3)
-    triton.plans = planned.plans
-    measured = peak_bytes(lambda: triton.meta_gradient(program, theta, rate, tasks, 3))
+    meta_gradient(planned, program, theta, rate, tasks, 3)
+    triton.memory_plans = planned.memory_plans
+    measured = peak_bytes(lambda: meta_gradient(triton, program, theta, rate, tasks, 3))
     assert 0.8 < only_plan(planned).peak / measured < 1.2
 
 
@@ -112,7 +116,7 @@ PLANS = [(10**6, 100, 32, True), (1700, 100, 3, True), (1700, 2, 2, True), (499,
 
 @pytest.mark.parametrize(("budget", "most", "chunk", "keep"), PLANS)
 def test_plans(budget, most, chunk, keep):
-    plan = choose_plan(lambda chunk, keep: chunk * (500 if keep else 100), 32, budget, most)
+    plan = choose_memory_plan(lambda chunk, keep: chunk * (500 if keep else 100), 32, budget, most)
     assert (plan.chunk, plan.keep) == (chunk, keep)
     assert sum(len(range(32)[part]) for part in plan.chunks(32)) == 32
 
@@ -135,7 +139,7 @@ def test_a_label_outside_makes_its_task_nan_and_no_other():
     assert g[0].isnan().any(-1).tolist() == [[False] * 4, [False, True, False, False]]
 
 
-LAUNCHING = ("batch_norm.kernel", "cross_entropy.kernel", "products", "sums")
+LAUNCHING = ("batch_norm.kernel", "cross_entropy.kernel", "primitives.products", "primitives.row_reductions")
 MODEL = {"forward": 2, "backward": 5, "jvp": 3, "hvp": 10}  # in units of all convolutions' outputs
 
 
@@ -183,11 +187,11 @@ def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
         tasks = work.draw()
         tasks = TaskBatch(*(x.to("meta") for x in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)))
         theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
-        triton.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)  # finds the plan
+        meta_gradient(triton, program, theta, rate, tasks, work.steps, learns_rates=False)  # finds the plan
         merging.clear()
         operators = Counter()
         with counts.Operators(operators):
-            triton.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)
+            meta_gradient(triton, program, theta, rate, tasks, work.steps, learns_rates=False)
         passes, steps = 2 * work.steps + 1, work.steps
         expected = {"cat": passes, "addcmul": steps, "sub": steps, "mul": steps + 2, "new_zeros": 3, "sum": 1,
                     "index_copy_": 1, "index_select": 1}  # fmt: skip
@@ -199,9 +203,9 @@ def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
 def test_refusals():
     program = make_learner(NETWORKS[0], torch.float32, "reference").program
     x = torch.zeros(1, 2, 1, 19, 16, device=DEVICE)
-    assert executor().refuses(program, x) is None
-    assert "float64" in executor().refuses(program, x.double())
-    assert "ragged" in executor().refuses(program, x, masked=True)
-    assert "needs an NVIDIA GPU" in TritonExecutor().refuses(program, x.cpu())
+    assert refusal(executor(), program, x) is None
+    assert "float64" in refusal(executor(), program, x.double())
+    assert "ragged" in refusal(executor(), program, x, ragged=True)
+    assert "needs an NVIDIA GPU" in refusal(TritonExecutor(), program, x.cpu())
     with pytest.raises(ValueError, match=r"half.*float32"):
         TritonExecutor(precision="half")

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import numpy as np
 import torch
 import triton.language as tl
+from loops import meta_gradient
 from test_triton_compile import kernels_of_the_package
 from torch import nn
 from triton.runtime import interpreter
@@ -77,8 +78,8 @@ def step(model, sample, loss, target=(), kind=torch.float32):
     x = torch.empty(TASKS, 5, *sample, device="meta")
     y = torch.empty(TASKS, 5, *target, dtype=kind, device="meta")
     theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
-    triton.meta_gradient(program, theta, rate, TaskBatch(x, y, x, y), 1)
-    (plan,) = triton.plans.values()
+    meta_gradient(triton, program, theta, rate, TaskBatch(x, y, x, y), 1)
+    (plan,) = triton.memory_plans.values()
     assert (plan.chunk, plan.keep) == (TASKS, True)
 
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch.nn.functional as F
+from loops import adapt
 from test_layers import assert_close, point, rules, truth
 from test_triton import (  # the fixtures act by being here
     BN,
@@ -135,6 +136,6 @@ def test_as_many_run_as_one_as_32_bits_reach(monkeypatch):
 
 def test_the_first_inner_step_of_a_program_runs_as_one(grids):
     program, theta, rate, tasks = small_network()
-    executor().adapt(program, theta, rate, tasks.support, 2)
+    adapt(executor(), program, theta, rate, tasks.support, 2)
     measured, forward, backward = 3, 3, 2  # products of a task to see what fits, of each step; none to the images
     assert [grid[1] for grid in grids[measured:]] == [1] * (forward + backward) + [2] * (forward + backward)

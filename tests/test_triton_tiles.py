@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import torch
 import torch.nn.functional as F
+from loops import loop
 from setups import Setup, make_learner, make_tasks
 from test_layers import assert_close, point, truth
 from test_triton import (  # the fixtures act by being here
@@ -202,15 +203,15 @@ def test_features_that_others_read_keep_their_order(how):
 def test_gaps_and_biases_without_effect_have_no_gradient():
     learner, tasks = make_learner(PIXELS, torch.float32, "reference").to(DEVICE), make_tasks(PIXELS, tasks=2).to(DEVICE)
     theta, rate, triton = learner.flat_parameters().detach(), torch.full((1, 1), 0.1, device=DEVICE), executor()
-    lowered = triton._lowered(learner.program, tasks.support_x)
+    lowered = triton._lowered(learner.program, tasks.support_x.device)
     gaps = torch.ones(lowered.program.size, dtype=torch.bool, device=DEVICE)
     gaps[lowered.order] = False
     still = gaps.clone()
     still[lowered.order[learner.program.parameters[1].offset :][:4]] = True  # the bias in front of the norm
     assert 0 < gaps.sum() == still.sum() - 4
     theta = lowered.pack(theta).expand(2, -1)
-    found = InnerLoopRun(lowered.program, rate, triton._entered(tasks.support), first_order=False, needs_lr=False)
-    trajectory = torch.stack(found.forward(theta, 2))
+    found = InnerLoopRun(lowered.program, loop(2, learns_rates=False), rate, triton._entered(tasks.support))
+    trajectory = torch.stack(found.adapt(theta))
     assert torch.all(trajectory[..., gaps] == 0)
     assert torch.equal((trajectory[0] != trajectory[2]).any(0), ~still)
     carried = found.reverse(trajectory.unbind(0), [None, None, (~still).float().expand(2, -1)])

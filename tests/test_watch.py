@@ -8,6 +8,7 @@ import weakref
 import models
 import pytest
 import torch
+from loops import loop, meta_gradient, plan
 from setups import Setup, make_tasks
 from torch import nn
 
@@ -218,13 +219,15 @@ def test_parameters_in_parts_and_in_a_row(loss):
     learner, tasks = maml(loss=loss), regression()
     learner.backward(tasks)
     parts, rate, native = learner._sources, torch.full((1, 1), 0.1, dtype=torch.float64), CpuExecutor()
-    whole = native.meta_gradient(learner.program, learner.flat_parameters(), rate, tasks, 2)
-    losses, outputs, gradients, rate_gradient = native.gradients(learner.program, parts, rate, tasks, 2)
-    by_default = Executor.gradients(native, learner.program, parts, rate, tasks, 2)
+    native = plan(native, learner.program, tasks).executor
+    whole = meta_gradient(native, learner.program, learner.flat_parameters(), rate, tasks, 2)
+    losses, outputs, gradients, rate_gradient = native.meta_gradient(learner.program, loop(2), parts, rate, tasks)
+    by_default = Executor.meta_gradient(native, learner.program, loop(2), parts, rate, tasks)
     assert torch.equal(torch.cat([g.flatten() for g in gradients]), whole.grad.detach())
     assert all(g.shape == p.shape for g, p in zip(gradients, parts, strict=True))
-    assert all(map(torch.equal, by_default[2], gradients))
-    assert torch.equal(rate_gradient, whole.lr_grad)
+    for found, wanted in zip(by_default.grads, gradients, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
+    assert torch.equal(rate_gradient, whole.rates_grad)
     for found, wanted in ((losses, whole.losses), (outputs, whole.outputs)):
         assert torch.equal(found, wanted)
         assert not found.requires_grad
@@ -235,6 +238,6 @@ def test_parameters_of_another_number_or_type_are_refused():
     learner.backward(tasks)
     parts, rate, native = learner._sources, torch.full((1, 1), 0.1, dtype=torch.float64), CpuExecutor()
     with pytest.raises(ValueError, match=r"params has \d+ elements where the model needs \d+"):
-        native.gradients(learner.program, parts[1:], rate, tasks, 2)
+        native.meta_gradient(learner.program, loop(2), parts[1:], rate, tasks)
     with pytest.raises(ValueError, match="params must have the dtype"):
-        native.gradients(learner.program, [*parts[:-1], parts[-1].float()], rate, tasks, 2)
+        native.meta_gradient(learner.program, loop(2), [*parts[:-1], parts[-1].float()], rate, tasks)

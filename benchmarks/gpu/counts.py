@@ -29,6 +29,7 @@ from metafast.executors.triton import lowering
 from metafast.executors.triton.executor import TritonExecutor
 from metafast.kernels.primitives import launch as launching
 from metafast.program.capture import capture
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import as_loss
 from metafast.tasks import TaskBatch
 
@@ -65,7 +66,7 @@ class Step:
 def modules_that_launch() -> list[Any]:
     """The modules of kernels that hold a ``launch`` of their own, by which their launches can be watched."""
     layers = {sys.modules[kind.__module__] for kind in vars(lowering).values() if hasattr(kind, "__module__")}
-    shared = [sys.modules[f"metafast.kernels.{name}"] for name in ("products", "sums", "windows")]
+    shared = [sys.modules[f"metafast.kernels.primitives.{name}"] for name in ("products", "row_reductions", "pooling")]
     return [module for module in (*layers, *shared) if hasattr(module, "launch")]
 
 
@@ -79,7 +80,7 @@ def meta_step(work: Workload, architecture: int) -> Step:
     theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
 
     def run() -> None:
-        executor.meta_gradient(program, theta, rate, tasks, work.steps, needs_lr=False)
+        executor.meta_gradient(program, InnerLoop.judged_last(work.steps), (theta,), rate, tasks)
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         step.launches.append(describe(kernel, grid, args, options, architecture))

@@ -152,8 +152,7 @@ def moved(pack: Pack, folder: Path) -> dict[str, str]:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copy(pack.out / "_C.abi3.so", folder / "metafast")
-    for name in ("kernels", "benchmarks"):
-        (folder / "metafast" / name).symlink_to(folder / name)
+    (folder / "metafast" / "kernels").symlink_to(folder / "kernels")
     return {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
 
@@ -197,8 +196,8 @@ def launches(pack: Pack, cwd: Path, logs: str, **environment: str) -> list[str]:
 def kernels(pack: Pack) -> None:
     """Triton's kernels, which must all be found when the same runs again from another place."""
     versions = [metadata.version(name) for name in ("torch", "triton")]
-    names = ("workloads.py", "peers.py", "gpu/pretended.py", "gpu/subjects.py", "gpu/workers/micro.py")
-    files = [*(ROOT / "benchmarks" / name for name in names), *sources("kernels", "metafast", "tests")]
+    names = ("pretended.py", "subjects.py", "workers/micro.py")
+    files = [*(ROOT / "benchmarks/gpu" / name for name in names), *sources("kernels", "metafast", "tests")]
     of = digest(*versions, files=files)
     if pack.done(ARCHIVE, of):
         return

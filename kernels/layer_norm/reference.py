@@ -18,7 +18,7 @@ class LayerNorm(Normalise):
     """
 
     kind = "layer_norm"
-    given = False
+    fixed_statistics = False
     axes: int
     eps: float = 1e-5
     scale: bool = True

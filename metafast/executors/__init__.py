@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from metafast.executors.base import Executor, MetaGradient
+from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.native.cpu import CpuExecutor
-from metafast.executors.native.cuda import PRECISIONS, CudaExecutor
+from metafast.executors.native.cuda import BlockLimits, CudaExecutor
 from metafast.executors.reference.executor import ReferenceExecutor
 from metafast.executors.triton.executor import TritonExecutor
 from metafast.program import Program
+from metafast.program.inner_loop import InnerLoop
+from metafast.tasks import TaskShapes
 
 __all__ = [
+    "BlockLimits",
     "Choice",
     "CpuExecutor",
     "CudaExecutor",
+    "ExecutionPlan",
     "Executor",
     "MetaGradient",
     "ReferenceExecutor",
@@ -25,6 +27,7 @@ __all__ = [
     "check_precision",
     "choose",
     "executors",
+    "name_of",
 ]
 
 _EXECUTORS: list[Executor] = [CudaExecutor(), CpuExecutor(), TritonExecutor(), ReferenceExecutor()]
@@ -37,37 +40,41 @@ def executors() -> list[Executor]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The executor that runs, and why those tried before it do not."""
+    """The plan of the executor that runs, and why those tried before it do not."""
 
-    executor: Executor
+    plan: ExecutionPlan
     passed_over: tuple[tuple[str, str], ...]
 
+    @property
+    def executor(self) -> Executor:
+        """The one that runs."""
+        return self.plan.executor
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError where no executor is called ``backend``."""
+
+def check_backend(backend: str | Executor) -> None:
+    """Raises ValueError where no executor is called ``backend``, TypeError where it is no name and no executor."""
+    if isinstance(backend, Executor):
+        return
     names = ["auto", *(e.name for e in _EXECUTORS)]
+    if not isinstance(backend, str):
+        raise TypeError(f"backend={backend!r} is neither an executor nor the name of one; choose from {names}")
     if backend not in names:
         raise ValueError(f"backend={backend!r} is unknown; choose from {names}")
 
 
 def check_precision(precision: str) -> None:
     """Raises ValueError where no executor has ``precision``, on any device."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; choose from {list(PRECISIONS)}")
+    known = list(dict.fromkeys(name for executor in _EXECUTORS for name in executor.precisions))
+    if precision not in known:
+        raise ValueError(f"precision={precision!r} is unknown; choose from {known}")
 
 
 def choose(
-    program: Program,
-    x: Tensor,
-    backend: str = "auto",
-    masked: bool = False,
-    precision: str = "float32",
-    queries: int | None = None,
+    program: Program, loop: InnerLoop, shapes: TaskShapes, backend: str | Executor = "auto", precision: str = "float32"
 ) -> Choice:
-    """The first proven executor that takes ``program`` on batches like ``x [T, n, ...]``; or ``backend``, no other.
+    """The first proven executor that computes ``loop`` for batches of these ``shapes``; or ``backend``, no other.
 
-    ``masked``: are some samples padding? ``precision``: what products are rounded to. ``queries``:
-    samples of a query set; ``None``: n.
+    ``precision``: what the operands of products are rounded to.
 
     Raises:
         ValueError: ``backend`` is unknown.
@@ -75,21 +82,23 @@ def choose(
     """
     check_backend(backend)
     passed_over: list[tuple[str, str]] = []
-    for candidate in _EXECUTORS:
-        if backend not in ("auto", candidate.name):
+    candidates = [backend] if isinstance(backend, Executor) else _EXECUTORS
+    for candidate in candidates:
+        if backend not in ("auto", candidate, candidate.name):
             continue
-        executor = candidate.at(precision)
-        if executor is None:
-            passed_over.append((candidate.name, f"it has no precision {precision!r}"))
-            continue
-        reason = executor.refuses(program, x, masked, queries)
-        if reason is None and backend == "auto" and not executor.proven:
-            reason = f"it has not been proven on such a device yet; backend={executor.name!r} asks for it all the same"
-        if reason is None:
-            return Choice(executor, tuple(passed_over))
-        passed_over.append((executor.name, reason))
+        plan = candidate.plan(program, loop, shapes, precision)
+        if isinstance(plan, ExecutionPlan):
+            if backend != "auto" or candidate.proven:
+                return Choice(plan, tuple(passed_over))
+            plan = f"it has not been proven on such a device yet; backend={candidate.name!r} asks for it all the same"
+        passed_over.append((candidate.name, plan))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
     raise RuntimeError(
-        f"backend={backend!r} cannot run this model ({reasons}). Use backend='auto', or one of "
+        f"backend={name_of(backend)!r} cannot run this model ({reasons}). Use backend='auto', or one of "
         f"{[e.name for e in _EXECUTORS]}" + ("" if precision == "float32" else ", or precision='float32'")
     )
+
+
+def name_of(backend: str | Executor) -> str:
+    """What a backend is called."""
+    return backend.name if isinstance(backend, Executor) else backend

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``chunk`` tasks at a time; ``keep`` the activations of all inner steps for the reverse sweep, or compute them
-    again there; ``peak`` bytes of memory beside the tasks and the parameters."""
+class MemoryPlan:
+    """``chunk`` tasks at a time; ``keep`` the activations of all inner steps for the way back, or compute them again
+    there; ``peak`` bytes of memory beside the tasks and the parameters."""
 
     chunk: int
     keep: bool
@@ -31,26 +31,26 @@ class Plan:
             yield slice(start, min(tasks, start + self.chunk))
 
     def __str__(self) -> str:
-        how = "activations kept" if self.keep else "activations computed again in the reverse sweep"
+        how = "activations kept" if self.keep else "activations computed again on the way back"
         return f"{self.chunk} task{'s' * (self.chunk > 1)} at a time, {how}, peak {self.peak / 2**20:,.0f} MiB"
 
 
-def choose_plan(peak: Callable[[int, bool], int], tasks: int, budget: int, most: int) -> Plan:
-    """The plan with the fewest chunks of at most ``most`` tasks that stays within ``budget`` bytes.
+def choose_memory_plan(peak: Callable[[int, bool], int], tasks: int, budget: int, max_tasks: int) -> MemoryPlan:
+    """The plan with the fewest chunks of at most ``max_tasks`` tasks that stays within ``budget`` bytes.
 
     Activations are kept where at least one task fits with them. ``peak(chunk, keep)`` is asked for bytes. Where nothing
     fits, one task at a time with as little kept as there is.
     """
     for keep in (True, False):
-        count = -(-tasks // most)
+        count = -(-tasks // max_tasks)
         while count <= tasks:
             chunk = -(-tasks // count)
             needed = peak(chunk, keep)
             if needed <= budget:
-                return Plan(chunk, keep, needed)
+                return MemoryPlan(chunk, keep, needed)
             likely = -(-tasks * needed // (chunk * budget))
             count = count + 1 if count == tasks else min(max(count + 1, likely), tasks)
-    return Plan(1, False, peak(1, False))
+    return MemoryPlan(1, False, peak(1, False))
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

@@ -1,93 +1,110 @@
-"""The inner loop under a loss that only Python can compute, around passes through the model that run elsewhere.
+"""An executor around another: the inner loop under a loss that only Python can compute.
 
-Outputs come to Python once a pass, all tasks at once, and go back as the gradient ``g`` of the loss in them. For the
-way back their tangent ``yd`` along a direction ``u`` comes, and ``gd``, the Hessian of the loss in the outputs times
-``yd``, goes back with ``g``: the two make the Hessian in the parameters times ``u``.
+The passes through the model run in the executor within. Outputs come to Python once a pass, all tasks at once, and go
+back as the gradient ``g`` of the loss in them. For the way back their tangent ``yd`` along a direction ``u`` comes, and
+``gd``, the Hessian of the loss in the outputs times ``yd``, goes back with ``g``: the two make ``H u``.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from metafast.executors.base import rows, sum_to_rate
+from metafast.executors.base import ExecutionPlan, Executor
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
-from metafast.tasks import Batch
+from metafast.program.inner_loop import InnerLoop, rates_by_step, sum_to_rate
+from metafast.tasks import Batch, TaskShapes
 
 
-class Passes(ABC):
-    """T tasks at ``params [P]`` or ``[T, P]``; ``g``, ``gd`` have the shape of the outputs ``[T, n, ...]``."""
+class OutputDerivatives(Protocol):
+    """What the executor within offers: a model's outputs and their derivatives, whatever the loss is.
 
-    @abstractmethod
+    T tasks at ``params [P]`` or ``[T, P]``; ``g`` and ``gd`` have the shape of the outputs ``[T, n, ...]``.
+    """
+
+    name: str
+
+    def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
+        """As ``Executor.plan_own``."""
+
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
         """``[T, n, ...]``."""
 
-    @abstractmethod
-    def vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
         """``[T, P]``: the adjoints of all parameters where ``g`` is that of the outputs."""
 
-    @abstractmethod
-    def jvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Outputs, and their tangent along ``u [T, P]``."""
+    def outputs_jvp(
+        self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs, and their tangent along ``u [T, P]``."""
 
-    @abstractmethod
-    def hvp(
+    def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         """The adjoints of the adapted parameters, and the tangents of the adjoints of all along ``u``, both ``[T, P]``;
         ``gd`` is the tangent of ``g``."""
 
 
-def loss_and_grad(
-    passes: Passes, program: Program, params: Tensor, batch: Batch, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``Executor.loss_and_grad``."""
-    outputs = passes.outputs(program, params, batch, step)
-    context = RuleContext(step, batch.mask, (True,), ())
-    losses = program.loss.forward(context, outputs, batch.y)
-    return losses, passes.vjp(program, params, batch, program.loss.backward(context), step), outputs
+class PythonLoss(Executor):
+    """Every loss, on the layers of ``inner``; it goes by its name."""
 
+    def __init__(self, inner: OutputDerivatives) -> None:
+        self.inner, self.name = inner, inner.name
 
-def adapt(passes: Passes, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
-    """As ``Executor.adapt``."""
-    trajectory = [params.expand(support.x.shape[0], -1)]
-    for step, rate in enumerate(rows(lr, steps)):
-        _, grad, _ = loss_and_grad(passes, program, trajectory[-1], support, step)
-        trajectory.append(trajectory[-1] - rate * grad * program.adapted)
-    return torch.stack(trajectory)
+    def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
+        return self.inner.plan_own(program, loop, shapes)
 
+    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+        return self.inner.outputs(program, params, Batch(x, x), step)
 
-def adapt_vjp(
-    passes: Passes,
-    program: Program,
-    trajectory: Tensor,
-    lr: Tensor,
-    support: Batch,
-    v: Tensor,
-    *,
-    first_order: bool,
-    needs_lr: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """As ``Executor.adapt_vjp``."""
-    steps = trajectory.shape[0] - 1
-    rates, lr_grad = rows(lr, steps), torch.zeros_like(lr)
-    carried = v[steps] if v.dim() == 3 else v
-    for step in reversed(range(steps)):
-        theta, product = trajectory[step], None
-        if first_order and needs_lr:
-            _, grad, _ = loss_and_grad(passes, program, theta, support, step)
-        elif not first_order:
-            u = rates[step] * carried * program.adapted
-            outputs, tangent = passes.jvp(program, theta, support, u, step)
-            context = RuleContext(step, support.mask, (True,), ())
-            program.loss.forward(context, outputs, support.y)
-            g, gd = program.loss.backward(context), program.loss.tangent_backward(context, tangent)
-            grad, product = passes.hvp(program, theta, support, u, g, gd, step)
-        if needs_lr:
-            lr_grad[min(step, lr.shape[0] - 1)] -= sum_to_rate(carried * grad * program.adapted, lr.shape[1])
-        carried = carried if product is None else carried - product
-        carried = carried + v[step] if v.dim() == 3 else carried
-    return carried, lr_grad if needs_lr else None
+    def loss_and_grad(
+        self, program: Program, params: Tensor, batch: Batch, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = self.inner.outputs(program, params, batch, step)
+        context = RuleContext(step, batch.mask, (True,), ())
+        losses = program.loss.forward(context, outputs, batch.y)
+        return losses, self.inner.outputs_vjp(program, params, batch, program.loss.backward(context), step), outputs
+
+    def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        trajectory = [params.expand(support.x.shape[0], -1)]
+        for step, rate in enumerate(rates_by_step(rates, loop.steps)):
+            _, grad, _ = self.loss_and_grad(program, trajectory[-1], support, step)
+            trajectory.append(trajectory[-1] - rate * grad * program.adapted)
+        return torch.stack(trajectory)
+
+    def adapt_vjp(
+        self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        steps = trajectory.shape[0] - 1
+        rate_of, rates_grad = rates_by_step(rates, steps), torch.zeros_like(rates)
+        carried = v[steps] if v.dim() == 3 else v
+        for step in reversed(range(steps)):
+            theta, product = trajectory[step], None
+            if loop.first_order and loop.learns_rates:
+                _, grad, _ = self.loss_and_grad(program, theta, support, step)
+            elif not loop.first_order:
+                u = rate_of[step] * carried * program.adapted
+                grad, product = self._gradient_and_hvp(program, theta, support, u, step)
+            if loop.learns_rates:
+                products = carried * grad * program.adapted
+                rates_grad[min(step, rates.shape[0] - 1)] -= sum_to_rate(products, rates.shape[1])
+            carried = carried if product is None else carried - product
+            carried = carried + v[step] if v.dim() == 3 else carried
+        return carried, rates_grad if loop.learns_rates else None
+
+    def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
+        u = u.expand(batch.x.shape[0], -1) * program.adapted
+        return self._gradient_and_hvp(program, params, batch, u, step)[1]
+
+    def _gradient_and_hvp(
+        self, program: Program, theta: Tensor, batch: Batch, u: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient in the adapted parameters, and ``H u`` in the rows of all, both ``[T, P]``."""
+        outputs, tangent = self.inner.outputs_jvp(program, theta, batch, u, step)
+        context = RuleContext(step, batch.mask, (True,), ())
+        program.loss.forward(context, outputs, batch.y)
+        g, gd = program.loss.backward(context), program.loss.tangent_backward(context, tangent)
+        return self.inner.outputs_hvp(program, theta, batch, u, g, gd, step)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from metafast.executors import Executor
-from metafast.executors.reference.inner_loop import unrolled
+from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
 from metafast.tasks import Batch, TaskBatch
 
 _ONCE = (
-    "a meta-gradient of metafast can be differentiated once: it is computed by a sweep that records no graph. "
+    "a meta-gradient of metafast can be differentiated once: it is computed by a way back that records no graph. "
     "For higher orders call learner(tasks, create_graph=True): it records the reference path, which has every order"
 )
 _MOVED = (
@@ -47,35 +48,35 @@ def _versions(program: Program) -> list[int]:
 
 
 class Adapt(torch.autograd.Function):
-    """``theta_0 [P], lr -> theta_1 .. theta_S``, each ``[T, P]``: ``theta_{s+1} = theta_s - lr_s grad L(theta_s)``."""
+    """The inner steps ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)`` from ``theta_0 [P]``.
+
+    Results are ``theta_1 .. theta_S``, each ``[T, P]``; gradients go to ``theta_0`` and to the rates ``alpha``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, params: Tensor, lr: Tensor, executor: Executor, program: Program, support: Batch, steps: int,
-        first_order: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        trajectory = executor.adapt(program, params.detach(), lr.detach(), support, steps)
-        ctx.save_for_backward(params, lr, trajectory)
+        ctx: Any, params: Tensor, rates: Tensor, executor: Executor, program: Program, loop: InnerLoop, support: Batch
+    ) -> tuple[Tensor, ...]:
+        trajectory = executor.adapt(program, loop, params.detach(), rates.detach(), support)
+        ctx.save_for_backward(params, rates, trajectory)
         ctx.versions = _versions(program)
-        ctx.executor, ctx.program, ctx.support, ctx.first_order = executor, program, support, first_order
+        ctx.executor, ctx.program, ctx.loop, ctx.support = executor, program, loop, support
         ctx.set_materialize_grads(False)
         return trajectory.unbind(0)[1:]
 
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
-        params, lr, trajectory = ctx.saved_tensors
+        params, rates, trajectory = ctx.saved_tensors
         if ctx.versions != _versions(ctx.program):
             raise RuntimeError(_MOVED)
         v = torch.zeros_like(trajectory)
         for step, adjoint in enumerate(adjoints):
             if adjoint is not None:
                 v[step + 1] = adjoint.detach()
-        needs_lr = ctx.needs_input_grad[1]
-        grad, lr_grad = ctx.executor.adapt_vjp(
-            ctx.program, trajectory, lr.detach(), ctx.support, v, first_order=ctx.first_order, needs_lr=needs_lr
-        )
-        sources = (params, lr, *(a for a in adjoints if a is not None))
-        return _once(grad.sum(0), *sources), _once(lr_grad, *sources), None, None, None, None, None
+        loop = ctx.loop._replace(learns_rates=ctx.needs_input_grad[1])
+        grad, rates_grad = ctx.executor.adapt_vjp(ctx.program, loop, trajectory, rates.detach(), ctx.support, v)
+        sources = (params, rates, *(a for a in adjoints if a is not None))
+        return _once(grad.sum(0), *sources), _once(rates_grad, *sources), None, None, None, None
 
 
 class TaskLoss(torch.autograd.Function):
@@ -97,16 +98,15 @@ class TaskLoss(torch.autograd.Function):
 
 
 def recorded(
-    program: Program, params: Tensor, lr: Tensor, tasks: TaskBatch, steps: int, weights: list[float]
+    program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, tasks: TaskBatch
 ) -> tuple[Tensor, Tensor]:
     """Losses ``[T]`` and outputs, with the unrolled computation recorded by autograd: every order of derivative."""
-    trajectory = unrolled(program, params.expand(len(tasks), -1), lr, tasks.support, steps)
+    unrolled = loop._replace(first_order=True, learns_rates=False)  # autograd finds the way back by itself
+    trajectory = InnerLoopRun(program, unrolled, rates, tasks.support).adapt(params.expand(len(tasks), -1))
     nothing = (False,) * len(program.parameters)
-    losses, outputs = params.new_zeros(len(tasks)), None
-    for step, weight in enumerate(weights):
-        if weight != 0 or step == steps:
-            run = Pass(program, trajectory[step], tasks.query, step, nothing)
-            outputs = run.forward()
-            losses = losses + weight * run.loss()
-    assert outputs is not None  # the last step always runs
+    losses = params.new_zeros(len(tasks))
+    for step, weight in loop.judged_steps:
+        run = Pass(program, trajectory[step], tasks.query, step, nothing)
+        outputs = run.forward()
+        losses = losses + weight * run.loss()
     return losses, outputs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
-from metafast.executors import Choice, check_backend, check_precision, choose
+from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
 from metafast.executors.reference.executor import ReferenceExecutor
 from metafast.inner.rates import Rate, Rates
 from metafast.kernels.batch_norm import MODES
@@ -20,9 +20,10 @@ from metafast.learners.checks import check_batch, check_like, check_padding, res
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.program import Program
 from metafast.program.capture import capture
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike, as_loss
 from metafast.program.running_statistics import track
-from metafast.tasks import Batch, TaskBatch
+from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,10 @@ class Adapted:
 
 
 class _Seen(NamedTuple):
-    """Of a kind of batch: the executor, samples of one batch, the shape of a sample's output, and whether the targets
-    of every batch are looked at."""
+    """Of a kind of batch: the executor, the shape of a sample's output, and whether the targets of every batch are
+    looked at."""
 
     choice: Choice
-    support_x: Tensor
-    query_x: Tensor
     output: tuple[int, ...]
     check_each: bool
 
@@ -97,7 +96,7 @@ class Learner(nn.Module):
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
             requires a gradient.
         bn: where batch norm takes its statistics from: ``"task"``, ``"per_step"``, ``"frozen"`` or ``"running"``.
-        backend: the executor, or ``"auto"`` for the fastest that can run the model.
+        backend: the name of an executor, or one itself, or ``"auto"`` for the fastest that can run the model.
         precision: ``"float32"``, or where an executor offers them ``"tf32x3"``, as exact on tensor cores, or ``"tf32"``
             or ``"bf16"``, which put a meta-gradient of several steps off by several per cent and more.
 
@@ -115,7 +114,7 @@ class Learner(nn.Module):
         steps: int = 1,
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
         bn: str = "task",
-        backend: str = "auto",
+        backend: str | Executor = "auto",
         precision: str = "float32",
     ) -> None:
         super().__init__()
@@ -167,16 +166,15 @@ class Learner(nn.Module):
     def explain(self, x: Tensor | None = None) -> str:
         """Which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
-            choice, query_x = choose(self.program, x, self.backend, precision=self.precision), x
+            choice = self._choose(TaskShapes.of_samples(x))
         elif self._seen:
-            choice, x, query_x, *_ = next(reversed(self._seen.values()))
+            choice = next(reversed(self._seen.values())).choice
         else:
             return "no batch has been seen yet; call explain(support_x)"
-        hows = choice.executor.explain(self.program, x)
-        memory = choice.executor.memory_plan(self.program, x, query_x, self.steps)
+        hows, memory = choice.plan.layers, choice.plan.memory()
         width = max(len(n.name) for n in self.program.nodes)
         sizes = [sum(self.program.parameters[k].size for k in n.params) for n in self.program.nodes]
-        lines = [f"executor: {choice.executor.name} (backend={self.backend!r})"]
+        lines = [f"executor: {choice.executor.name} (backend={name_of(self.backend)!r})"]
         lines += [f"  passed over {name}: {reason}" for name, reason in choice.passed_over]
         for node, size, how in zip(self.program.nodes, sizes, hows, strict=True):
             label = getattr(node.layer, "label", node.layer.kind)
@@ -186,12 +184,18 @@ class Learner(nn.Module):
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
+    @property
+    def loop(self) -> InnerLoop:
+        """The inner loop as the executors read it, by the settings of now."""
+        return InnerLoop.judged_last(self.steps)
+
     def flat_parameters(self) -> Tensor:
         """The meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
-        trajectory = choice.executor.adapt(self.program, self.flat_parameters(), self.rate(), support, steps)
+        loop = InnerLoop.judged_last(steps)
+        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.rate(), support)
         return trajectory[-1]
 
     def _capture(self) -> Program:
@@ -250,23 +254,21 @@ class Learner(nn.Module):
 
     def _kind(self, tasks: TaskBatch) -> tuple[object, ...]:
         """What all that holds of a batch depends on, but for the values of its labels."""
-        masked = tasks.support_mask is not None or tasks.query_mask is not None
-        x, y, q, z = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
         own = self._sources[0]
-        dtypes, devices = (x.dtype, y.dtype, q.dtype, z.dtype, own.dtype), (x.device, q.device, own.device)
-        return x.shape, y.shape, q.shape, z.shape, masked, dtypes, devices
+        return tasks.shapes, own.dtype, own.device
+
+    def _choose(self, shapes: TaskShapes) -> Choice:
+        return choose(self.program, self.loop, shapes, self.backend, self.precision)
 
     def _meet(self, tasks: TaskBatch) -> _Seen:
         check_like(tasks, self)
-        x, q = tasks.support_x, tasks.query_x
-        masked = tasks.support_mask is not None or tasks.query_mask is not None
-        if masked:
+        if tasks.shapes.ragged:
             check_padding(self.program, self.flat_parameters().detach(), tasks)
-        output = self._probe(x)
-        self._probe(q)
-        choice = choose(self.program, x, self.backend, masked, self.precision, q.shape[1])
+        output = self._probe(tasks.support_x)
+        self._probe(tasks.query_x)
+        choice = self._choose(tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        return _Seen(choice, x, q, output, self.program.loss.reads_targets and x.device.type == "cpu")
+        return _Seen(choice, output, self.program.loss.reads_targets and tasks.support_x.device.type == "cpu")
 
     def _check_targets(self, seen: _Seen, tasks: TaskBatch) -> None:
         self.program.loss.check(seen.output, tasks.support_y, "support_y")

@@ -11,6 +11,7 @@ from torch import nn
 from metafast.inner.autograd import Adapt, TaskLoss, recorded
 from metafast.inner.rates import Rate
 from metafast.learners.gradient import Learner, LearnerOutput, finite_weights
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.tasks import TaskBatch
 
@@ -64,15 +65,14 @@ class MAML(Learner):
         if create_graph:
             if self.first_order:
                 raise ValueError("create_graph=True records the exact gradient; it has no first-order form")
-            losses, outputs = recorded(self.program, theta, rate, tasks, self.steps, self.step_weights)
+            losses, outputs = recorded(self.program, self.loop, theta, rate, tasks)
         else:
             recording = torch.is_grad_enabled() and (theta.requires_grad or rate.requires_grad)
             if not recording:
                 theta, rate = theta.detach(), rate.detach()
-            steps = Adapt.apply(theta, rate, choice.executor, self.program, tasks.support, self.steps, self.first_order)
-            weighted = [(s, w) for s, w in enumerate(self.step_weights) if s and (w or s == self.steps)]
+            steps = Adapt.apply(theta, rate, choice.executor, self.program, self.loop, tasks.support)
             losses = theta.new_zeros(len(tasks))
-            for step, weight in weighted:
+            for step, weight in self.loop.judged_steps:
                 loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, self.program, tasks.query, step)
                 losses = losses + weight * loss
         return LearnerOutput(losses, outputs)
@@ -82,17 +82,13 @@ class MAML(Learner):
         choice = self._prepare(tasks)
         self._track(tasks)
         rate = self._rates()
-        losses, outputs, gradients, rate_gradient = choice.executor.gradients(
-            self.program,
-            self._sources,
-            rate,
-            tasks,
-            self.steps,
-            step_weights=self.step_weights,
-            first_order=self.first_order,
-            needs_lr=rate.requires_grad,
-        )
-        self._add_gradients(gradients)
+        found = choice.executor.meta_gradient(self.program, self.loop, self._sources, rate, tasks)
+        self._add_gradients(found.grads)
         if rate.requires_grad:
-            rate.backward(rate_gradient)
-        return LearnerOutput(losses, outputs)
+            rate.backward(found.rates_grad)
+        return LearnerOutput(found.losses, found.outputs)
+
+    @property
+    def loop(self) -> InnerLoop:
+        """The inner loop as the executors read it, by the settings of now."""
+        return InnerLoop(self.steps, tuple(self._weights), self.first_order, self.rate.value.requires_grad)

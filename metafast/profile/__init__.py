@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from metafast.bench.workloads import Workload
-from metafast.executors import Choice, CpuExecutor, CudaExecutor, Executor, TritonExecutor
+from metafast.executors import Executor, choose
 from metafast.files import check_writable
 from metafast.learners import MAML
 from metafast.machine import describe, rates
@@ -25,11 +24,6 @@ from metafast.profile.layered import Notes, Timed
 from metafast.profile.native import noted
 from metafast.profile.result import Profile, phases, rows
 from metafast.profile.spans import LOSS, Span, Timeline, around, undisturbed
-from metafast.program import Program
-from metafast.tasks import TaskBatch
-
-if TYPE_CHECKING:
-    from metafast.executors.triton.lowering import Lowered
 
 __all__ = ["Profile", "Timeline", "main_profile", "profile"]
 
@@ -126,16 +120,16 @@ class _Run:
 
     def __init__(self, workload: Workload, backend: str, device: torch.device) -> None:
         self.workload, self.device = workload, device
-        model = workload.network().to(device, torch.float32)
-        self.learner = _Watched(model, loss=workload.loss, lr=workload.lr, steps=workload.steps, backend=backend)
+        self.model = workload.network().to(device, torch.float32)
+        self.learner = self._learner(backend)
+        shapes = workload.draw().to(device).shapes
+        self.executor = choose(self.learner.program, self.learner.loop, shapes, backend).executor
         self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=1e-5)
         self.host: list[Span] | None = None
 
-    @property
-    def executor(self) -> Executor:
-        """The one that runs, once a batch has been seen."""
-        assert self.learner.executor is not None
-        return self.learner.executor
+    def _learner(self, backend: str | Executor) -> MAML:
+        work = self.workload
+        return MAML(self.model, loss=work.loss, lr=work.lr, steps=work.steps, backend=backend)
 
     def iterate(self, seed: int) -> None:
         """One iteration; on a GPU each part of it is waited for while it is recorded."""
@@ -158,10 +152,12 @@ class _Run:
         """Some iterations with all that they do, after one to warm up."""
         found: list[Span] = []
         rules: list[Span] = []
-        self.learner.recorded = True
+        unrecorded = self.learner
+        timed = Timed(self.executor) if self.executor.observed(lambda program: program) else None
+        self.learner = self._learner(timed or self.executor)
         self.iterate(0)
         self.host = []
-        with self._noted(found, rules):
+        with self._noted(timed, found, rules):
             moments = self.several(iterations)
         calls = [span for span in self.host if span.name == _CALL]
         threads = len({span.thread for span in found}) or 1
@@ -170,23 +166,21 @@ class _Run:
             edges, waits = around(calls, found)
             found += waits
             host = sorted([span for span in host if span.name != _CALL] + edges, key=lambda span: span.begin)
-        self.host, self.learner.recorded = None, False
+        self.host, self.learner = None, unrecorded
         everything = Timeline(iterations, 0.0, tuple(host), tuple(found), tuple(rules), threads)
         return undisturbed(everything, moments)
 
     @contextlib.contextmanager
-    def _noted(self, found: list[Span], rules: list[Span]) -> Iterator[None]:
-        executor = self.learner.watched
-        if isinstance(executor, CpuExecutor):
+    def _noted(self, timed: Timed | None, found: list[Span], rules: list[Span]) -> Iterator[None]:
+        """Fills both lists with what the executor does in the meantime; that on the CPU notes its times by itself."""
+        if timed is None:
             with noted(self.learner.program, found, rules):
                 yield
-        elif isinstance(executor, Timed):
-            executor.notes = notes = Notes(self.device)
-            yield
-            executor.notes = None
-            notes.tell(found, rules)
-        else:
-            yield
+            return
+        timed.notes = notes = Notes(self.device)
+        yield
+        timed.notes = None
+        notes.tell(found, rules)
 
     def _timed(self, name: str, call: Callable[[], Any]) -> Any:
         if self.host is None:
@@ -197,44 +191,3 @@ class _Run:
             torch.cuda.synchronize(self.device)
         self.host.append(Span(name, begin, time.perf_counter()))
         return result
-
-
-class _Watched(MAML):
-    """MAML that changes to an executor with timed layers while it is recorded; ``cpu`` notes its times by itself."""
-
-    executor: Executor | None = None
-    watched: Executor | None = None
-    recorded = False
-
-    def _prepare(self, tasks: TaskBatch) -> Choice:
-        choice = super()._prepare(tasks)
-        if self.watched is None:
-            self.executor, self.watched = choice.executor, _watched(choice.executor)
-        return replace(choice, executor=self.watched) if self.recorded else choice
-
-
-def _watched(executor: Executor) -> Executor:
-    if isinstance(executor, CpuExecutor | CudaExecutor):
-        return executor
-    return _TimedTriton(executor) if isinstance(executor, TritonExecutor) else Timed(executor)
-
-
-class _TimedTriton(Timed):
-    """Triton's layers are timed behind its lowering: one function of the executor after the other, without the CUDA
-    graph that hides them from the host."""
-
-    def __init__(self, inner: TritonExecutor) -> None:
-        super().__init__(_Lowering(inner, super()._timed))
-
-    def _timed(self, program: Program) -> Program:
-        return program
-
-
-class _Lowering(TritonExecutor):
-    def __init__(self, like: TritonExecutor, timed: Callable[[Program], Program]) -> None:
-        super().__init__(like.precision, like.interpreted, like.budget)
-        self.timed = timed
-
-    def _lowered(self, program: Program, x: Tensor) -> Lowered:
-        lowered = super()._lowered(program, x)
-        return replace(lowered, program=self.timed(lowered.program))

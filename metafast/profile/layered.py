@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.executors import Executor
+from metafast.executors import ExecutionPlan, Executor
 from metafast.kernels.contract.layer import Layer, Loss, RuleContext, Tangents, Tensors
 from metafast.profile.spans import LOSS, Span
 from metafast.program import Program
-from metafast.tasks import Batch
+from metafast.program.inner_loop import InnerLoop
+from metafast.tasks import Batch, TaskShapes
 
 Mark = float | torch.cuda.Event
 
@@ -101,18 +102,24 @@ class Notes:
 
 
 class Timed(Executor):
-    """``inner``, one of its four functions a phase, with timed layers."""
+    """``inner``, each of its functions a phase, with timed layers.
+
+    Raises:
+        ValueError: ``inner`` does not run layer by layer in Python.
+    """
 
     def __init__(self, inner: Executor) -> None:
-        self.inner, self.name = inner, inner.name
+        self.name = inner.name
         self.notes: Notes | None = None
         self._programs: dict[Program, Program] = {}
+        observed = inner.observed(self._timed)
+        if observed is None:
+            raise ValueError(f"executor {inner.name!r} does not run its layers one by one in Python")
+        self.inner = observed
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
-        return self.inner.refuses(program, x, masked, queries)
-
-    def explain(self, program: Program, x: Tensor) -> list[str]:
-        return self.inner.explain(program, x)
+    def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
+        plan = self.inner.plan_own(program, loop, shapes)
+        return plan if isinstance(plan, str) else replace(plan, executor=self)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.inner.predict(program, params, x, step)
@@ -121,27 +128,17 @@ class Timed(Executor):
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         with self._phase("query"):
-            return self.inner.loss_and_grad(self._timed(program), params, batch, step)
+            return self.inner.loss_and_grad(program, params, batch, step)
 
-    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
+    def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         with self._phase("inner step"):
-            return self.inner.adapt(self._timed(program), params, lr, support, steps)
+            return self.inner.adapt(program, loop, params, rates, support)
 
     def adapt_vjp(
-        self,
-        program: Program,
-        trajectory: Tensor,
-        lr: Tensor,
-        support: Batch,
-        v: Tensor,
-        *,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         with self._phase("reverse step"):
-            return self.inner.adapt_vjp(
-                self._timed(program), trajectory, lr, support, v, first_order=first_order, needs_lr=needs_lr
-            )
+            return self.inner.adapt_vjp(program, loop, trajectory, rates, support, v)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

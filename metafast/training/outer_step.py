@@ -110,9 +110,8 @@ def graph_obstacle(learner: MetaLearner, tasks: TaskBatch) -> str | None:
         return f"device {tasks.support_x.device} has no CUDA graphs"
     if isinstance(learner, Reptile) and learner.optimizer == "adam":
         return "Reptile's inner Adam takes its mask from the host"
-    queries = tasks.query_x.shape[1]
-    chosen = choose(learner.program, tasks.support_x, learner.backend, False, learner.precision, queries)
-    return chosen.executor.unrecordable(learner.program)
+    chosen = choose(learner.program, learner.loop, tasks.shapes, learner.backend, learner.precision)
+    return chosen.plan.graph_obstacle
 
 
 def record_graph(run: Callable[[], None], device: torch.device) -> Callable[[], None]:

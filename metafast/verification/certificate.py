@@ -18,7 +18,7 @@ from metafast.program import Program
 from metafast.program.losses import LossLike
 from metafast.tasks import TaskBatch
 from metafast.verification.agreement import GRADIENT, LOSSES, PARAMETER, Agreement, agreement
-from metafast.verification.layers import LayerCheck, Tolerances, Walk, by_name, hessian_times, rate_for
+from metafast.verification.layers import LayerCheck, LayerChecks, Tolerances, by_name
 from metafast.verification.truth import Truth
 
 __all__ = ["Certificate", "Check", "LayerCheck", "verify"]
@@ -136,7 +136,7 @@ def verify(
     steps: int = 1,
     adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
     bn: str = "task",
-    backend: str = "auto",
+    backend: str | Executor = "auto",
 ) -> Certificate:
     """Holds what the executor gives for ``model`` on ``tasks`` against the model itself, in float64, under autograd.
 
@@ -158,8 +158,7 @@ def verify(
     options["adapt"] = None if adapt is None else _named(model, adapt)
     learner = MAML(deepcopy(model), **options)
     learner.backward(tasks)  # what is wrong with the model or the tasks shows here
-    masked = tasks.support_mask is not None or tasks.query_mask is not None
-    executor = choose(learner.program, tasks.support_x, backend, masked, queries=tasks.query_x.shape[1]).executor
+    executor = choose(learner.program, learner.loop, tasks.shapes, backend).executor
     truth = Truth(learner)
     checks: list[Check] = []
     layers: list[LayerCheck] = []
@@ -167,11 +166,11 @@ def verify(
         twin = MAML(deepcopy(model).to(dtype), **options)
         twin.load_state_dict(learner.state_dict())
         batch = tasks.to(dtype)
-        if executor.refuses(twin.program, batch.support_x, masked, batch.query_x.shape[1]) is not None:
+        if isinstance(executor.plan(twin.program, twin.loop, batch.shapes), str):
             continue
         theta = twin.flat_parameters().detach()
         checks += _whole(truth, executor, twin, batch, theta)
-        layers += Walk(truth, executor, twin.program, batch.support, theta, TOLERANCES[dtype]).run()
+        layers += LayerChecks(truth, executor, twin.program, batch.support, theta, TOLERANCES[dtype]).run()
     settings = {
         "loss": learner.loss.kind, "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
         "steps": steps, "bn": bn, "adapted": [p.name for p in learner.program.parameters if p.adapted],
@@ -193,17 +192,18 @@ def _whole(truth: Truth, executor: Executor, learner: MAML, tasks: TaskBatch, th
     """The checks of the whole model in the dtype of ``tasks``."""
     limits, dtype = TOLERANCES[theta.dtype], str(theta.dtype).removeprefix("torch.")
     program, rate = learner.program, learner.rate().detach()
-    found, again = (executor.meta_gradient(program, theta, rate, tasks, learner.steps) for _ in range(2))
+    found, again = (executor.meta_gradient(program, learner.loop, (theta,), rate, tasks) for _ in range(2))
+    (grad,), (grad_again,) = found.grads, again.grads
     losses, gradient = truth.meta_gradient(tasks)
-    error = _agreement(program, (found.losses, found.grad), (losses, gradient))
+    error = _agreement(program, (found.losses, grad), (losses, gradient))
     yield Check("losses", dtype, error.losses, limits.outputs)
     yield Check("meta-gradient", dtype, error.gradient, limits.gradient)
     yield Check("meta-gradient of the worst parameter", dtype, error.parameter_error, limits.parameter, error.parameter)
     yield from _curvature(truth, executor, program, tasks, theta)
-    found_gradient = found.grad.detach().double().cpu()
+    found_gradient = grad.detach().double().cpu()
     yield Check("meta-gradient by finite differences", dtype, _secant_error(truth, found_gradient, tasks),
                 max(_SECANT, limits.gradient))  # fmt: skip
-    same = torch.equal(found.losses, again.losses) and torch.equal(found.grad, again.grad)
+    same = torch.equal(found.losses, again.losses) and torch.equal(grad, grad_again)
     yield Check("two runs give the same bits", dtype, 0.0 if same else float("inf"), 0.0)
 
 
@@ -216,13 +216,12 @@ def _curvature(truth: Truth, executor: Executor, program: Program, tasks: TaskBa
     wanted = truth.derivatives(program.output - 1, truth.loss, support, u)
     if float(wanted.product.norm()) == 0:
         return
-    scale = rate_for(u, wanted.product)
-    product = hessian_times(executor, program, theta, support, u, scale).double().cpu()
+    product = executor.hvp(program, theta, support, u.to(theta)).double().cpu()
     error = _agreement(program, (wanted.losses, product), (wanted.losses, wanted.product))
     yield Check("Hessian-vector product", dtype, error.gradient, limits.gradient, error.parameter)
     along = wanted.product.mean(0) * program.adapted
     v = along / along.norm() + noise / noise.norm()
-    other = hessian_times(executor, program, theta, support, v, scale * float(v.norm() / u.norm())).double().cpu()
+    other = executor.hvp(program, theta, support, v.to(theta)).double().cpu()
     left, right = product @ v, other @ u
     yield Check("Hessian symmetry", dtype, float((left - right).norm() / left.norm()), limits.gradient)
 
@@ -232,11 +231,11 @@ def _secant_error(truth: Truth, gradient: Tensor, tasks: TaskBatch) -> float:
     kink of the losses between the two points spoils any one of them, and a wrong gradient agrees with none."""
     noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     direction = gradient / gradient.norm() + noise / noise.norm()
-    slope = float(gradient @ direction)
+    wanted = float(gradient @ direction)
     best = float("inf")
     for h in _DIFFERENCES:
         ahead, behind = (truth.meta_loss(truth.theta + sign * h * direction, tasks) for sign in (1, -1))
-        best = min(best, abs((ahead - behind) / (2 * h) - slope) / abs(slope))
+        best = min(best, abs((ahead - behind) / (2 * h) - wanted) / abs(wanted))
         if best <= _SECANT:
             break
     return best

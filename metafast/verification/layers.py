@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafast.executors import Executor
+from metafast.executors import ExecutionPlan, Executor
 from metafast.kernels.mse import MSE
 from metafast.program import Program
-from metafast.tasks import Batch
+from metafast.program.inner_loop import InnerLoop
+from metafast.tasks import Batch, TaskBatch
 from metafast.verification.agreement import agreement
 from metafast.verification.truth import Truth
 
@@ -49,7 +50,7 @@ class Tolerances:
 
 
 @dataclass(frozen=True)
-class Walk:
+class LayerChecks:
     """From the first layer to the loss, each held against ``truth``; ``theta [P]`` and ``batch`` are in the dtype to
     check."""
 
@@ -63,7 +64,9 @@ class Walk:
     def run(self) -> Iterator[LayerCheck]:
         """Each layer in turn, and then the loss."""
         program = self.program
-        hows = self.executor.explain(program, self.batch.x)
+        plan = self._plan(program)
+        assert isinstance(plan, ExecutionPlan)  # of the whole model, which has run
+        hows = plan.layers
         for i, (node, how) in enumerate(zip(program.nodes, hows, strict=True)):
             part = program_up_to(program, i)
             kind = getattr(node.layer, "label", node.layer.kind)
@@ -71,17 +74,22 @@ class Walk:
         names = ("loss", program.loss.kind, hows[-1])
         yield self._check(program.output - 1, self.truth.loss, program, self.batch, names)
 
+    def _plan(self, program: Program) -> ExecutionPlan | str:
+        batch = self.batch
+        shapes = TaskBatch(batch.x, batch.y, batch.x, batch.y, batch.mask, batch.mask).shapes
+        return self.executor.plan(program, InnerLoop.judged_last(1), shapes)
+
     def _check(
         self, node: int, loss: Callable[..., Any], part: Program, batch: Batch, names: tuple[str, str, str]
     ) -> LayerCheck:
         name, kind, how = names
         dtype = str(self.theta.dtype).removeprefix("torch.")
-        reason = self.executor.refuses(part, batch.x, batch.mask is not None)
-        if reason is not None:
-            return LayerCheck(name, kind, f"not run by itself: {reason}", dtype, None, None, None, "")
+        plan = self._plan(part)
+        if isinstance(plan, str):
+            return LayerCheck(name, kind, f"not run by itself: {plan}", dtype, None, None, None, "")
         u = _direction(part)
         wanted = self.truth.derivatives(node, loss, batch, u)
-        losses, grad, outputs = self.executor.loss_and_grad(part, self.theta, batch)
+        losses, grad, outputs = plan.executor.loss_and_grad(part, self.theta, batch)
         kept = outputs.flatten(0, 1) if batch.mask is None else outputs[batch.mask]
         found: dict[str, float | None] = {
             "outputs": max(_relative(kept, wanted.outputs), _relative(losses, wanted.losses)),
@@ -91,7 +99,7 @@ class Walk:
         if any(n.params for n in part.nodes):
             found["gradient"] = _worst(part, (losses, grad), (wanted.losses, wanted.grad))
         if float(wanted.product.norm()) > 0:
-            product = hessian_times(self.executor, part, self.theta, batch, u, rate_for(u, wanted.product))
+            product = plan.executor.hvp(part, self.theta, batch, u.to(self.theta))
             found["product"] = _worst(part, (wanted.losses, product), (wanted.losses, wanted.product))
         return LayerCheck(name, kind, how, dtype, **found, wrong=_wrong(found, self.tolerances, name == "loss"))
 
@@ -106,23 +114,6 @@ def program_up_to(program: Program, last: int) -> Program:
     nodes = [program.nodes[i] for i in sorted(needed)]
     renumbered = tuple(replace(node, inputs=tuple(number[v] for v in node.inputs)) for node in nodes)
     return Program(renumbered, program.parameters, number[last + 1], MSE())
-
-
-def hessian_times(executor: Executor, program: Program, theta: Tensor, batch: Batch, u: Tensor, scale: float) -> Tensor:
-    """``H u [T, P]`` of each task's loss, out of ``adapt_vjp``: one step back at rate ``scale`` gives
-    ``u - scale H u``."""
-    tasks = batch.x.shape[0]
-    v = u.to(theta).expand(tasks, -1).contiguous()
-    trajectory = theta.expand(2, tasks, -1).contiguous()
-    rate = theta.new_full((1, 1), scale)
-    pulled, _ = executor.adapt_vjp(program, trajectory, rate, batch, v, needs_lr=False)
-    return (v - pulled) / scale
-
-
-def rate_for(u: Tensor, product: Tensor) -> float:
-    """The rate at which ``u`` and ``scale H u`` are of one size, so that neither drowns in the other's rounding."""
-    tasks = product.shape[0]
-    return float(u.norm()) * tasks**0.5 / max(float(product.norm()), 1e-30)
 
 
 def by_name(program: Program, rows: Tensor) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ def probes(device: str) -> list[Probe]:
 def gradients(executor: Executor, device: str) -> dict[str, Certificate]:
     """A certificate by the name of each probe that the executor runs on ``device``."""
     return {
-        probe.name: verify(probe.model, probe.tasks, loss=probe.loss, lr=0.01, steps=3, backend=executor.name)
+        probe.name: verify(probe.model, probe.tasks, loss=probe.loss, lr=0.01, steps=3, backend=executor)
         for probe in probes(device)
         if refusal(executor, probe) is None
     }
@@ -68,7 +68,8 @@ def gradients(executor: Executor, device: str) -> dict[str, Certificate]:
 def refusal(executor: Executor, probe: Probe) -> str | None:
     """Why the executor does not run the probe; ``None`` where it does."""
     learner = MAML(probe.model, loss=probe.loss, lr=0.01, steps=3)
-    return executor.refuses(learner.program, probe.tasks.support_x, queries=probe.tasks.query_x.shape[1])
+    plan = executor.plan(learner.program, learner.loop, probe.tasks.shapes)
+    return plan if isinstance(plan, str) else None
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Speed:
 def speed(executor: Executor, device: str) -> Speed:
     """Medians of what a second holds."""
     tasks, model = SinusoidSampler(10, 10, 25, device=device).batch(0), mlp().to(device)
-    learner = MAML(model, loss="mse", lr=_RATE, steps=_STEPS, backend=executor.name)
+    learner = MAML(model, loss="mse", lr=_RATE, steps=_STEPS, backend=executor)
     names = {name for name, _ in model.named_parameters()}
     loop = _median(
         lambda: torch_loop.meta_gradient(model, nn.functional.mse_loss, tasks, _RATE, _STEPS, names), device

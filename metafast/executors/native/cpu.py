@@ -1,23 +1,21 @@
-"""The native executor: the whole meta-step of a batch of tasks in one C++ call, on the CPU in float32 or float64.
+"""The CPU executor: the whole inner loop of a batch of tasks and its way back in one C++ call, float32 or float64.
 
-Each task's inner loop and reverse sweep run on one core, tasks are spread over torch's threads; where there are fewer
-tasks than threads, several share a task. Of small networks a core runs as many tasks at once as a vector has lanes. The
-numbers depend on neither. The extension is built for
-several instruction sets; the best one is used. Of ragged tasks each runs on its own samples alone. A loss without
-rules in C++ makes one call a pass instead.
+Each task runs on one core and tasks are spread over torch's threads; where there are fewer tasks than threads, several
+threads share a task. Of small networks a core runs as many tasks at once as a vector has lanes. The numbers depend on
+neither. The extension is built for several instruction sets, of which the best that the processor has is used. Of
+ragged tasks each runs on its own samples alone. A loss without rules in C++ makes one call a pass instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from metafast.executors import python_loss
-from metafast.executors.base import Executor, MetaGradient, query_weights
-from metafast.executors.memory import Plan
+from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
+from metafast.executors.memory import MemoryPlan
 from metafast.executors.native.encode import (
     LOSSES,
     Model,
@@ -30,18 +28,25 @@ from metafast.executors.native.encode import (
     targets,
     unsupported_layer,
 )
+from metafast.executors.python_loss import PythonLoss
 from metafast.program import Program
-from metafast.tasks import Batch, TaskBatch
+from metafast.program.inner_loop import InnerLoop
+from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _META_GRADIENT = None if extension is None else torch.ops.metafast.meta_gradient.default
 _BUDGET = 256 << 20
 _TEAM_FROM = 1 << 18  # some ten microseconds of a core, beside which a barrier is short
 
 
-class CpuExecutor(Executor, python_loss.Passes):
-    """C++ on the CPU. ``budget`` bounds the bytes of activations kept from the inner loop for the way back; beyond it
-    they are computed again. ``isa`` names one of ``CpuExecutor.isas()``; ``None`` takes the best. Where there are
-    fewer tasks than threads, several threads share a task whose contractions have ``team_from`` products on average."""
+class CpuExecutor(Executor):
+    """C++ on the CPU.
+
+    Args:
+        budget: bytes of activations kept from the inner loop for the way back; beyond it they are computed again.
+        isa: one of ``CpuExecutor.isas()``; ``None`` takes the best.
+        team_from: products that the contractions of a task have on average, from which on several threads share it
+            where there are fewer tasks than threads.
+    """
 
     name = "cpu"
 
@@ -49,6 +54,7 @@ class CpuExecutor(Executor, python_loss.Passes):
         self.budget, self.team_from = budget, team_from
         self._isa = isa
         self._models = Models(Model)
+        self._models_under_external_loss = Models(partial(Model, external_loss=True))
 
     @staticmethod
     @lru_cache
@@ -65,48 +71,43 @@ class CpuExecutor(Executor, python_loss.Passes):
     def _build(self) -> int:
         return self.isas().index(self.isa)
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
+    def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         if extension_error is not None:
             return extension_error
         if self.isa not in self.isas():
             return f"isa={self.isa!r} is not among {list(self.isas())}"
-        if x.device.type != "cpu":
-            return f"device {x.device}: it runs on the CPU"
-        if x.dtype not in (torch.float32, torch.float64):
-            return f"dtype {x.dtype}: it runs float32 and float64"
-        reason = unsupported_layer(program, x)
+        if shapes.device.type != "cpu":
+            return f"device {shapes.device}: it runs on the CPU"
+        if shapes.dtype not in (torch.float32, torch.float64):
+            return f"dtype {shapes.dtype}: it runs float32 and float64"
+        reason = unsupported_layer(program, shapes.sample)
         if reason is not None:
             return reason
         try:
-            self._memory(program, x, x.shape[1])
+            *_, more, together, _ = self._memory(program, shapes, loop.steps)
         except ValueError as error:
             return str(error)
-        return None
-
-    def explain(self, program: Program, x: Tensor) -> list[str]:
-        *_, more, together, _ = self._memory(program, x, x.shape[1])
-        several = more and _chunks(len(x)) < torch.get_num_threads()
+        several = more and _chunks(shapes.tasks) < torch.get_num_threads()
         alone = f"{'several cores' if several else 'a core'} for each task"
-        where = f"a core for {together} tasks at once" if together else alone
-        return [f"C++ ({self.isa}), {where}" for _ in program.nodes]
+        where = f"C++ ({self.isa}), " + (f"a core for {together} tasks at once" if together else alone)
+        return ExecutionPlan(
+            self if program.loss.kind in LOSSES else PythonLoss(self),
+            tuple(where for _ in program.nodes),
+            f"executor {self.name!r} may wait for the host",
+            lambda: str(self.memory(program, loop, shapes)),
+        )
 
-    def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:
-        keep, peak = self.memory(program, support_x, query_x, steps)
-        together = self._memory(program, support_x, query_x.shape[1], steps)[4] or 1
-        return str(Plan(min(torch.get_num_threads() * together, len(support_x)), keep, peak))
-
-    def memory(self, program: Program, support: Tensor, query: Tensor, steps: int) -> tuple[bool, int]:
-        """Are the activations of every inner step kept, and the bytes of working memory that a meta-gradient takes.
-
-        ``support`` and ``query`` are batches ``[T, n, ...]``.
-        """
-        tape, tangents, plain, more, _, in_lanes = self._memory(program, support, query.shape[1], steps)
+    def memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> MemoryPlan:
+        """How many tasks run at once, whether the activations of every inner step are kept, and the bytes of working
+        memory that a meta-gradient takes."""
+        tape, tangents, query_tape, more, together, in_lanes = self._memory(program, shapes, loop.steps)
         cores = torch.get_num_threads()
-        tasks = min(cores, _chunks(support.shape[0]))
-        keep = program.loss.kind in LOSSES and steps * tape * tasks <= self.budget
-        parameters = (2 * steps + 4) * program.size * support.element_size()
-        each = (steps if keep else 1) * tape + max(tangents, plain) + parameters
-        return keep, tasks * max(each, in_lanes) + (cores - tasks) * more
+        tasks = min(cores, _chunks(shapes.tasks))
+        keep = program.loss.kind in LOSSES and loop.steps * tape * tasks <= self.budget
+        parameters = (2 * loop.steps + 4) * program.size * shapes.dtype.itemsize
+        each = (loop.steps if keep else 1) * tape + max(tangents, query_tape) + parameters
+        peak = tasks * max(each, in_lanes) + (cores - tasks) * more
+        return MemoryPlan(min(cores * (together or 1), shapes.tasks), keep, peak)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.outputs(program, params, Batch(x, x), step)
@@ -114,144 +115,99 @@ class CpuExecutor(Executor, python_loss.Passes):
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if program.loss.kind not in LOSSES:
-            return python_loss.loss_and_grad(self, program, params, batch, step)
-        return self._loss_and_grad(program, params, batch, targets(program, batch), step)
+        model = self._models.of(program, batch.x.shape[2:])
+        return self._loss_and_grad(model, params, batch, targets(program, batch), step)
 
-    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
-        if program.loss.kind not in LOSSES:
-            return python_loss.adapt(self, program, params, lr, support, steps)
-        model, packing = self._models.of(program, support.x), RaggedPacking(support.mask)
-        head = self._head(model, params.dtype)
+    def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        model, packing = self._models.of(program, support.x.shape[2:]), RaggedPacking(support.mask)
         trajectory: Tensor = call_op(
-            torch.ops.metafast.adapt, *head, as_input(params), as_input(lr.to(params.dtype)),
-            packing.pack(support.x), packing.pack(targets(program, support)), packing.sizes, steps,
+            torch.ops.metafast.adapt, *self._head(model, params.dtype), as_input(params),
+            as_input(rates.to(params.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
+            packing.sizes, loop.steps,
         )  # fmt: skip
         return trajectory
 
     def adapt_vjp(
-        self,
-        program: Program,
-        trajectory: Tensor,
-        lr: Tensor,
-        support: Batch,
-        v: Tensor,
-        *,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        options = {"first_order": first_order, "needs_lr": needs_lr}
-        if program.loss.kind not in LOSSES:
-            return python_loss.adapt_vjp(self, program, trajectory, lr, support, v, **options)
-        model, packing = self._models.of(program, support.x), RaggedPacking(support.mask)
-        head = self._head(model, trajectory.dtype)
-        grads, lr_grad = call_op(
-            torch.ops.metafast.adapt_vjp, *head, as_input(trajectory), as_input(lr.to(trajectory.dtype)),
-            packing.pack(support.x), packing.pack(targets(program, support)), packing.sizes, as_input(v),
-            first_order, needs_lr,
+        model, packing = self._models.of(program, support.x.shape[2:]), RaggedPacking(support.mask)
+        grads, rates_grad = call_op(
+            torch.ops.metafast.adapt_vjp, *self._head(model, trajectory.dtype), as_input(trajectory),
+            as_input(rates.to(trajectory.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
+            packing.sizes, as_input(v), loop.first_order, loop.learns_rates,
         )  # fmt: skip
-        return grads, lr_grad if needs_lr else None
+        return grads, rates_grad if loop.learns_rates else None
+
+    def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
+        return PythonLoss(self).hvp(program, params, batch, u, step)
 
     def meta_gradient(
-        self,
-        program: Program,
-        params: Tensor,
-        lr: Tensor,
-        tasks: TaskBatch,
-        steps: int,
-        *,
-        step_weights: list[float] | None = None,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        if program.loss.kind not in LOSSES:
-            return super().meta_gradient(
-                program, params, lr, tasks, steps,
-                step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
-            )  # fmt: skip
-        losses, outputs, (grad,), lr_grad = self.gradients(
-            program, (params,), lr, tasks, steps,
-            step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
-        )  # fmt: skip
-        return MetaGradient(losses, outputs, grad, lr_grad)
-
-    def gradients(
-        self,
-        program: Program,
-        parameters: Sequence[Tensor],
-        lr: Tensor,
-        tasks: TaskBatch,
-        steps: int,
-        *,
-        step_weights: list[float] | None = None,
-        first_order: bool = False,
-        needs_lr: bool = True,
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor], Tensor | None]:
-        if program.loss.kind not in LOSSES:
-            return super().gradients(
-                program, parameters, lr, tasks, steps,
-                step_weights=step_weights, first_order=first_order, needs_lr=needs_lr,
-            )  # fmt: skip
         x, dtype = tasks.support_x, parameters[0].dtype
-        model = self._models.of(program, x)
+        model = self._models.of(program, x.shape[2:])
         support, query = RaggedPacking(tasks.support_mask), RaggedPacking(tasks.query_mask)
-        losses, outputs, grads, lr_grad = call_op(
-            _META_GRADIENT, *self._head(model, dtype), parameters, as_input(lr if lr.dtype == dtype else lr.to(dtype)),
+        losses, outputs, grads, rates_grad = call_op(
+            _META_GRADIENT, *self._head(model, dtype), parameters,
+            as_input(rates if rates.dtype == dtype else rates.to(dtype)),
             support.pack(x), support.pack(targets(program, tasks.support)), support.sizes,
             query.pack(tasks.query_x), query.pack(targets(program, tasks.query)), query.sizes,
-            query_weights(step_weights, steps), first_order, needs_lr, self.budget,
+            loop.step_weights, loop.first_order, loop.learns_rates, self.budget,
         )  # fmt: skip
-        return losses, query.unpack(outputs), grads, lr_grad if needs_lr else None
+        return MetaGradient(losses, query.unpack(outputs), grads, rates_grad if loop.learns_rates else None)
 
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
-        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
+        model, packing = self._models.of(program, batch.x.shape[2:]), RaggedPacking(batch.mask)
         head = self._head(model, params.dtype)
         found = call_op(torch.ops.metafast.predict, *head, as_input(params), packing.pack(batch.x), packing.sizes, step)
         return packing.unpack(found)
 
-    def vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
-        return self._loss_and_grad(program, params, batch, g, step)[1]
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
+        model = self._models_under_external_loss.of(program, batch.x.shape[2:])
+        return self._loss_and_grad(model, params, batch, g, step)[1]
 
-    def jvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
-        head = self._head(model, params.dtype)
+    def outputs_jvp(
+        self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        model, packing = self._models.of(program, batch.x.shape[2:]), RaggedPacking(batch.mask)
         found = call_op(
-            torch.ops.metafast.tangent, *head, as_input(params), as_input(u), packing.pack(batch.x), packing.sizes, step
-        )
+            torch.ops.metafast.tangent, *self._head(model, params.dtype), as_input(params), as_input(u),
+            packing.pack(batch.x), packing.sizes, step,
+        )  # fmt: skip
         outputs, tangents = (packing.unpack(part) for part in found)
         return outputs, tangents
 
-    def hvp(
+    def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
-        head = self._head(model, params.dtype)
+        model = self._models_under_external_loss.of(program, batch.x.shape[2:])
+        packing = RaggedPacking(batch.mask)
         grads, products = call_op(
-            torch.ops.metafast.hessian_times, *head, as_input(params), as_input(u),
+            torch.ops.metafast.hessian_times, *self._head(model, params.dtype), as_input(params), as_input(u),
             packing.pack(batch.x), packing.pack(g), packing.pack(gd), packing.sizes, step,
         )  # fmt: skip
         return grads, products
 
     def _loss_and_grad(
-        self, program: Program, params: Tensor, batch: Batch, y: Tensor, step: int
+        self, model: Model, params: Tensor, batch: Batch, y: Tensor, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        model, packing = self._models.of(program, batch.x), RaggedPacking(batch.mask)
-        head = self._head(model, params.dtype)
+        packing = RaggedPacking(batch.mask)
         losses, grads, outputs = call_op(
-            torch.ops.metafast.loss_and_grad, *head, as_input(params),
+            torch.ops.metafast.loss_and_grad, *self._head(model, params.dtype), as_input(params),
             packing.pack(batch.x), packing.pack(y), packing.sizes, step,
         )  # fmt: skip
         return losses, grads, packing.unpack(outputs)
 
-    def _memory(self, program: Program, x: Tensor, queries: int, steps: int = 1) -> list[int]:
+    def _memory(self, program: Program, shapes: TaskShapes, steps: int) -> list[int]:
         """Bytes of a tape, of its tangents, of a query's tape and of a thread more for a task; how many tasks a core
         runs at once, and their bytes."""
-        model, like = self._models.of(program, x), _nothing(x.dtype)
+        model, like = self._models.of(program, shapes.sample), _nothing(shapes.dtype)
         *sizes, together, in_lanes = call_op(
             torch.ops.metafast.memory, model.description, self._build, self.team_from, like,
-            x.shape[1], queries, len(x), steps, self.budget,
+            *shapes.samples, shapes.tasks, steps, self.budget,
         ).tolist()  # fmt: skip
-        return [*(int(v) * x.element_size() for v in sizes), int(together), int(in_lanes) * x.element_size()]
+        itemsize = shapes.dtype.itemsize
+        return [*(int(v) * itemsize for v in sizes), int(together), int(in_lanes) * itemsize]
 
     def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, int, int, int, Tensor]:
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]

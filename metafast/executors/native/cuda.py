@@ -8,14 +8,16 @@ after another, as the twin that tests hold against the truth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from metafast.executors.base import Executor, MetaGradient, query_weights
+from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.native.encode import (
     LOSSES,
     Model,
@@ -28,7 +30,8 @@ from metafast.executors.native.encode import (
     unsupported_layer,
 )
 from metafast.program import Program
-from metafast.tasks import Batch, TaskBatch
+from metafast.program.inner_loop import InnerLoop
+from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _BUILD = "METAFAST_CUDA=1 pip install --no-build-isolation -e ."
 # In the order of csrc/cuda/job.h.
@@ -83,6 +86,7 @@ class CudaExecutor(Executor):
 
     name = "cuda"
     proven = False
+    precisions = PRECISIONS
 
     def __init__(
         self,
@@ -95,74 +99,62 @@ class CudaExecutor(Executor):
             raise ValueError(f"precision={precision!r} is unknown; choose from {list(PRECISIONS)}")
         self.twin, self.threads, self.clusters, self.precision = twin, threads, clusters, precision
         self._models = Models(_Model)
-        self._others: dict[str, CudaExecutor] = {precision: self}
 
-    def at(self, precision: str) -> CudaExecutor | None:
-        if precision not in PRECISIONS:
-            return None
-        if precision not in self._others:
-            self._others[precision] = CudaExecutor(self.twin, self.threads, self.clusters, precision)
-        return self._others[precision]
+    def copy_with(self, precision: str) -> CudaExecutor:
+        return CudaExecutor(self.twin, self.threads, self.clusters, precision)
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
+    def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         if extension_error is not None:
             return extension_error
-        reason = self._wrong_place(x)
+        reason = self._wrong_place(shapes)
         if reason is not None:
             return reason
-        if masked:
+        if shapes.ragged:
             return "tasks of different sizes (sample masks)"
         if program.loss.kind not in LOSSES:
             return f"loss {program.loss.kind!r}: it has {' and '.join(LOSSES)}"
-        reason = unsupported_layer(program, x)
+        reason = unsupported_layer(program, shapes.sample)
         if reason is not None:
             return reason
         try:
-            cluster, needed = self.shared_memory(program, x, x.shape[1] if queries is None else queries)
+            cluster, needed = self.shared_memory(program, shapes)
         except ValueError as error:
             return str(error)
-        return _wrong_size(cluster, needed, self._machine(x))
-
-    def unrecordable(self, program: Program) -> str | None:
-        return None
-
-    def explain(self, program: Program, x: Tensor) -> list[str]:
-        cluster, needed = self.shared_memory(program, x, x.shape[1])
+        reason = _wrong_size(cluster, needed, self.limits(shapes.device))
+        if reason is not None:
+            return reason
         blocks = "one block a task" if cluster == 1 else f"a cluster of {cluster} blocks for each task"
         where = f"CUDA C++, {blocks}, {needed / 1024:.0f} KiB of shared memory{' in each' * (cluster > 1)}"
         if self.precision != "float32":
             where += f"; {PRECISIONS[self.precision]}, on tensor cores where they are filled"
-        return [where for _ in program.nodes]
+        return ExecutionPlan(self, tuple(where for _ in program.nodes), None, lambda: None)
 
-    def shared_memory(self, program: Program, x: Tensor, queries: int) -> tuple[int, int]:
-        """The blocks for each task with samples ``x [T, n, ...]``, and the bytes of shared memory that its
-        meta-gradient takes at least in each of them: more than a block has, where no number of blocks is enough.
+    def shared_memory(self, program: Program, shapes: TaskShapes) -> tuple[int, int]:
+        """The blocks for each task, and the bytes of shared memory that its meta-gradient takes at least in each of
+        them: more than a block has, where no number of blocks is enough.
 
         Raises:
             ValueError: a block cannot run the model; the text says which layer.
         """
-        return self._models.of(program, x).fit(self._machine(x), (x.shape[1], queries, False), x.dtype)
+        model = self._models.of(program, shapes.sample)
+        return model.fit(self.limits(shapes.device), (*shapes.samples, False), shapes.dtype)
 
-    def launch(
-        self, program: Program, tasks: TaskBatch, steps: int, *, count: int | None = None, first_order: bool = False,
-        needs_lr: bool = True,
-    ) -> Launch:  # fmt: skip
-        """How the meta-gradient of ``tasks`` is launched, or that of ``count`` tasks like these.
+    def launch(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> Launch:
+        """How the meta-gradient of tasks of these shapes is launched.
 
         Raises:
             ValueError: blocks cannot run it; the text says why.
         """
-        x, m = tasks.support_x, tasks.query_x.shape[1]
-        model = self._models.of(program, x)
-        numbers = self._numbers(model, x, (x.shape[1], m, False))
+        model, samples = self._models.of(program, shapes.sample), shapes.samples
+        numbers = self._numbers(model, shapes.device, shapes.dtype, (*samples, False))
         threads, blocks, shared, record = call_op(
-            torch.ops.metafast.block_launch, model.description, x.dtype == torch.float64, numbers,
-            len(tasks) if count is None else count, x.shape[1], m, steps, first_order, needs_lr,
+            torch.ops.metafast.block_launch, model.description, shapes.dtype == torch.float64, numbers,
+            shapes.tasks, *samples, loop.steps, loop.first_order, loop.learns_rates,
         )  # fmt: skip
         return Launch(threads, blocks, numbers[3], shared, record)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        model = self._models.of(program, x)
+        model = self._models.of(program, x.shape[2:])
         head = self._head(model, x, 0, x.shape[1], predicts=True)
         out = call_op(torch.ops.metafast.block_predict, *head, as_input(params), as_input(x), step)
         return model.shaped(out)
@@ -170,92 +162,82 @@ class CudaExecutor(Executor):
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        model = self._models.of(program, batch.x)
+        model = self._models.of(program, batch.x.shape[2:])
         losses, grads, outputs = call_op(
             torch.ops.metafast.block_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
             as_input(params), *_samples(program, batch), step,
         )  # fmt: skip
         return losses, grads, model.shaped(outputs)
 
-    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
-        head = self._head(self._models.of(program, support.x), support.x, support.x.shape[1], 0)
+    def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         trajectory: Tensor = call_op(
-            torch.ops.metafast.block_adapt, *head, as_input(params), as_input(lr.to(params.dtype)),
-            *_samples(program, support), steps,
+            torch.ops.metafast.block_adapt, *self._support_head(program, support), as_input(params),
+            as_input(rates.to(params.dtype)), *_samples(program, support), loop.steps,
         )  # fmt: skip
         return trajectory
 
     def adapt_vjp(
-        self,
-        program: Program,
-        trajectory: Tensor,
-        lr: Tensor,
-        support: Batch,
-        v: Tensor,
-        *,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        head = self._head(self._models.of(program, support.x), support.x, support.x.shape[1], 0)
-        grads, lr_grad = call_op(
-            torch.ops.metafast.block_adapt_vjp, *head, as_input(trajectory),
-            as_input(lr.to(trajectory.dtype)), *_samples(program, support), as_input(v),
-            first_order, needs_lr,
+        grads, rates_grad = call_op(
+            torch.ops.metafast.block_adapt_vjp, *self._support_head(program, support), as_input(trajectory),
+            as_input(rates.to(trajectory.dtype)), *_samples(program, support), as_input(v),
+            loop.first_order, loop.learns_rates,
         )  # fmt: skip
-        return grads, lr_grad if needs_lr else None
+        return grads, rates_grad if loop.learns_rates else None
 
+    @torch.no_grad()
     def meta_gradient(
-        self,
-        program: Program,
-        params: Tensor,
-        lr: Tensor,
-        tasks: TaskBatch,
-        steps: int,
-        *,
-        step_weights: list[float] | None = None,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
         x, m = tasks.support_x, tasks.query_x.shape[1]
-        model = self._models.of(program, x)
-        weights = query_weights(step_weights, steps)
-        losses, outputs, grad, lr_grad = call_op(
-            torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), as_input(params),
-            as_input(lr.to(params.dtype)), *_samples(program, tasks.support),
-            *_samples(program, tasks.query), in_double(weights, x.device), first_order, needs_lr,
+        model, theta = self._models.of(program, x.shape[2:]), _flatten_dense_tensors(parameters)
+        losses, outputs, grad, rates_grad = call_op(
+            torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), as_input(theta),
+            as_input(rates.to(theta.dtype)), *_samples(program, tasks.support),
+            *_samples(program, tasks.query), in_double(loop.step_weights, x.device), loop.first_order,
+            loop.learns_rates,
         )  # fmt: skip
-        return MetaGradient(losses, model.shaped(outputs), grad, lr_grad if needs_lr else None)
+        grads = _unflatten_dense_tensors(grad, parameters)
+        return MetaGradient(losses, model.shaped(outputs), grads, rates_grad if loop.learns_rates else None)
 
-    def _wrong_place(self, x: Tensor) -> str | None:
-        if self.precision != "float32" and x.dtype != torch.float32:
-            return f"dtype {x.dtype}: precision={self.precision!r} is of float32"
+    def _wrong_place(self, shapes: TaskShapes) -> str | None:
+        if self.precision != "float32" and shapes.dtype != torch.float32:
+            return f"dtype {shapes.dtype}: precision={self.precision!r} is of float32"
         if self.twin is not None:
-            real = x.dtype in (torch.float32, torch.float64)
-            return None if x.device.type == "cpu" and real else f"{x.dtype} on {x.device}: the twin runs on the CPU"
-        if x.device.type != "cuda":
-            return f"device {x.device}: it runs on NVIDIA GPUs"
+            real = shapes.dtype in (torch.float32, torch.float64)
+            where = f"{shapes.dtype} on {shapes.device}"
+            return None if shapes.device.type == "cpu" and real else f"{where}: the twin runs on the CPU"
+        if shapes.device.type != "cuda":
+            return f"device {shapes.device}: it runs on NVIDIA GPUs"
         if not torch.ops.metafast.block_built():
             return f"the extension is built without CUDA; with nvcc on PATH: {_BUILD}"
-        if x.dtype != torch.float32:
-            return f"dtype {x.dtype}: it runs float32"
-        if (capability := torch.cuda.get_device_capability(x.device)) < (8, 0):
+        if shapes.dtype != torch.float32:
+            return f"dtype {shapes.dtype}: it runs float32"
+        if (capability := torch.cuda.get_device_capability(shapes.device)) < (8, 0):
             return f"compute capability {capability[0]}.{capability[1]}: it runs on 8.0 and later"
         return None
 
-    def _machine(self, x: Tensor) -> BlockLimits:
-        return self.twin if self.twin is not None else _gpu(x.device.index, self.threads, self.clusters)
+    def limits(self, device: torch.device) -> BlockLimits:
+        """What runs the blocks on ``device``."""
+        return self.twin if self.twin is not None else _gpu(device.index, self.threads, self.clusters)
 
-    def _numbers(self, model: _Model, x: Tensor, samples: tuple[int, int, bool]) -> list[int]:
+    def _numbers(
+        self, model: _Model, device: torch.device, dtype: torch.dtype, samples: tuple[int, int, bool]
+    ) -> list[int]:
         """Where and how a call runs, as csrc/bindings_cuda.cpp reads it."""
-        machine = self._machine(x)
-        stream = 0 if self.twin is not None else torch.cuda.current_stream(x.device).cuda_stream
-        cluster, _ = model.fit(machine, samples, x.dtype)
+        limits = self.limits(device)
+        stream = 0 if self.twin is not None else torch.cuda.current_stream(device).cuda_stream
+        cluster, _ = model.fit(limits, samples, dtype)
         precision = list(PRECISIONS).index(self.precision)
-        return [machine.shared, machine.processors, machine.threads, cluster, precision, stream]
+        return [limits.shared, limits.processors, limits.threads, cluster, precision, stream]
+
+    def _support_head(self, program: Program, support: Batch) -> tuple[Any, ...]:
+        return self._head(self._models.of(program, support.x.shape[2:]), support.x, support.x.shape[1], 0)
 
     def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
         samples = (support, query, predicts)
-        numbers = self._numbers(model, x, samples)
+        numbers = self._numbers(model, x.device, x.dtype, samples)
         cluster, stream = numbers[3], numbers[5]
         key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
@@ -275,16 +257,16 @@ class _Model(Model):
         self.tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._fits: dict[tuple[Any, ...], tuple[int, int]] = {}
 
-    def fit(self, machine: BlockLimits, samples: tuple[int, int, bool], dtype: torch.dtype) -> tuple[int, int]:
+    def fit(self, limits: BlockLimits, samples: tuple[int, int, bool], dtype: torch.dtype) -> tuple[int, int]:
         """Blocks for each task of ``samples``: of the support set, of the query set, and whether these are only
         predicted; with the bytes that each block takes."""
-        key = (machine, samples, dtype)
+        key = (limits, samples, dtype)
         if key not in self._fits:
-            for cluster in machine.clusters:
+            for cluster in limits.clusters:
                 needs = torch.ops.metafast.block_needs
                 needed = int(call_op(needs, self.description, dtype == torch.float64, *samples, cluster))
                 self._fits[key] = cluster, needed
-                if needed <= machine.shared or needed > machine.shared * machine.clusters[-1]:
+                if needed <= limits.shared or needed > limits.shared * limits.clusters[-1]:
                     break
         return self._fits[key]
 
@@ -293,13 +275,13 @@ def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
     return as_input(batch.x), as_input(targets(program, batch))
 
 
-def _wrong_size(cluster: int, needed: int, machine: BlockLimits) -> str | None:
-    if needed <= machine.shared:
+def _wrong_size(cluster: int, needed: int, limits: BlockLimits) -> str | None:
+    if needed <= limits.shared:
         return None
     where = "" if cluster == 1 else f" in each of {cluster} blocks"
-    only = "" if len(machine.clusters) > 1 else "; clusters of blocks need compute capability 9.0"
-    taken, given = (f"{count / 1024:.0f} KiB" for count in (needed, machine.shared))
-    return f"a task takes {taken} of shared memory{where} and a block has {given}{only}"
+    only = "" if len(limits.clusters) > 1 else "; clusters of blocks need compute capability 9.0"
+    taken, available = (f"{count / 1024:.0f} KiB" for count in (needed, limits.shared))
+    return f"a task takes {taken} of shared memory{where} and a block has {available}{only}"
 
 
 @lru_cache

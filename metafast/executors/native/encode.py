@@ -31,7 +31,7 @@ _KINDS = {
 }  # fmt: skip
 LOSSES = {"cross_entropy": 0, "mse": 1}
 """Those with rules in C++; of any other the gradient in the outputs is given to it."""
-_GIVEN = 2
+_EXTERNAL = 2
 _OPTIONS = 10
 _ALL = torch.empty(0, dtype=torch.int64)
 
@@ -39,8 +39,8 @@ _ALL = torch.empty(0, dtype=torch.int64)
 class Model:
     """A Program, of which ``unsupported_layer`` names nothing, for samples of one shape."""
 
-    def __init__(self, program: Program, sample: tuple[int, ...]) -> None:
-        self.description = _describe(program, sample)
+    def __init__(self, program: Program, sample: tuple[int, ...], external_loss: bool = False) -> None:
+        self.description = _describe(program, sample, external_loss)
         self.constants = tuple(c for node in program.nodes for c in node.constants)
         self.rank = _ranks(program, len(sample))[program.output]
 
@@ -59,12 +59,11 @@ class Models(Generic[SomeModel]):
         self._make = make
         self._known: WeakKeyDictionary[Program, dict[tuple[int, ...], SomeModel]] = WeakKeyDictionary()
 
-    def of(self, program: Program, x: Tensor) -> SomeModel:
-        """For samples like those of ``x [T, n, ...]``."""
+    def of(self, program: Program, sample: tuple[int, ...]) -> SomeModel:
+        """For samples of that shape."""
         known = self._known.get(program)
         if known is None:
             known = self._known[program] = {}
-        sample = x.shape[2:]
         if sample not in known:
             known[sample] = self._make(program, sample)
         return known[sample]
@@ -89,17 +88,17 @@ class RaggedPacking:
         return x if self._at is None else torch.empty_like(x).index_put_(self._at, x)
 
 
-def unsupported_layer(program: Program, x: Tensor) -> str | None:
-    """The first layer without rules in C++, in words, or what it cannot take of samples ``x [T, n, ...]``."""
+def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
+    """The first layer without rules in C++, in words, or what it cannot take of samples of that shape."""
     for node in program.nodes:
         layer: Any = node.layer
         if layer.kind not in _KINDS:
             return f"{node.name}: no rules for {layer.kind!r}"
         if layer.kind == "flatten" and (layer.start, layer.end) not in ((1, -1), (1, 3)):
             return f"{node.name}: flatten of axes {layer.start}..{layer.end}; it flattens whole samples"
-    if x.dim() not in (3, 5):
-        return f"samples of shape {tuple(x.shape[2:])}: it takes [features] and [C, H, W]"
-    ranks = _ranks(program, x.dim() - 2)
+    if len(sample) not in (1, 3):
+        return f"samples of shape {tuple(sample)}: it takes [features] and [C, H, W]"
+    ranks = _ranks(program, len(sample))
     wanted = {"linear": 1, "conv2d": 3, "max_pool2d": 3, "avg_pool2d": 3, "adaptive_avg_pool2d": 3}
     for node in program.nodes:
         rank = ranks[node.inputs[0]]
@@ -114,7 +113,13 @@ def as_input(x: Tensor) -> Tensor:
 
 
 def targets(program: Program, batch: Batch) -> Tensor:
-    """As the loss in C++ reads them."""
+    """As the loss in C++ reads them.
+
+    Raises:
+        ValueError: C++ has no rules for this loss; the executor of its plan computes it in Python.
+    """
+    if program.loss.kind not in LOSSES:
+        raise ValueError(f"no rules in C++ for the loss {program.loss.kind!r}: call the executor that plan() gives")
     dtype = torch.int64 if program.loss.kind == "cross_entropy" else batch.x.dtype
     return batch.y if batch.y.dtype == dtype else batch.y.to(dtype)
 
@@ -143,9 +148,10 @@ def _ranks(program: Program, rank: int) -> list[int]:
     return ranks
 
 
-def _describe(program: Program, sample: tuple[int, ...]) -> Tensor:
+def _describe(program: Program, sample: tuple[int, ...], external_loss: bool) -> Tensor:
     channels, height, width = sample if len(sample) == 3 else (*sample, 1, 1)
-    numbers: list[float] = [LOSSES.get(program.loss.kind, _GIVEN), program.output, height, width, channels]
+    loss = _EXTERNAL if external_loss else LOSSES.get(program.loss.kind, _EXTERNAL)
+    numbers: list[float] = [loss, program.output, height, width, channels]
     numbers += [len(program.parameters), len(program.nodes)]
     for p in program.parameters:
         numbers += [p.offset, p.size, p.adapted]

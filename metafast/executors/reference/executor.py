@@ -7,100 +7,125 @@ activations of a step again when it gets there, so memory does not grow with the
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from metafast.executors.base import Executor
-from metafast.executors.reference.inner_loop import InnerLoopRun, query, unrolled
+from metafast.executors.base import ExecutionPlan, Executor
+from metafast.executors.reference import inner_loop
+from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
-from metafast.tasks import Batch
+from metafast.tasks import Batch, TaskShapes
 
 _BUDGET = 2 << 30
 _COPIES = 12  # values, saved quantities, adjoints and their tangents alive at once, in units of one pass's values
 
+Found = TypeVar("Found")
+
 
 class ReferenceExecutor(Executor):
-    """Every layer, every loss, every device; ``budget`` bounds the bytes of activations alive at once, ``most`` the
-    tasks."""
+    """Every layer, every loss, every device.
+
+    Args:
+        budget: bytes of activations alive at once.
+        max_tasks: tasks alive at once; ``None``: as many as the budget allows.
+        wrap: gives the Program to run in the place of another (see ``Executor.observed``).
+    """
 
     name = "reference"
 
-    def __init__(self, budget: int = _BUDGET, most: int | None = None) -> None:
-        self.budget, self.most = budget, most
+    def __init__(
+        self,
+        budget: int = _BUDGET,
+        max_tasks: int | None = None,
+        wrap: Callable[[Program], Program] = lambda program: program,
+    ) -> None:
+        self.budget, self.max_tasks, self.wrap = budget, max_tasks, wrap
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
-        if x.dtype not in (torch.float32, torch.float64):
-            return f"dtype {x.dtype}: it runs float32 and float64"
-        return None
+    def observed(self, wrap: Callable[[Program], Program]) -> ReferenceExecutor:
+        return ReferenceExecutor(self.budget, self.max_tasks, wrap)
 
-    def explain(self, program: Program, x: Tensor) -> list[str]:
-        return [
+    def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
+        if shapes.dtype not in (torch.float32, torch.float64):
+            return f"dtype {shapes.dtype}: it runs float32 and float64"
+        layers = (
             "rules derived by torch.func" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
             for node in program.nodes
-        ]
+        )
+        return ExecutionPlan(self, tuple(layers), f"executor {self.name!r} may wait for the host", lambda: None)
 
     @torch.no_grad()
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        theta = _by_task(params, x)
-        nothing = (False,) * len(program.parameters)
-        parts = []
-        for chunk in self._chunks(program, x):
-            batch = Batch(x[chunk], x[chunk])
-            parts.append(Pass(program, theta[chunk], batch, step, nothing).forward())
-        return torch.cat(parts)
+        program, theta, nothing = self.wrap(program), _by_task(params, x), (False,) * len(program.parameters)
+
+        def chunk(tasks: slice) -> Tensor:
+            return Pass(program, theta[tasks], Batch(x[tasks], x[tasks]), step, nothing).forward()
+
+        return torch.cat(self._in_chunks(program, x, chunk))
 
     @torch.no_grad()
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        theta = _by_task(params, batch.x)
-        parts = []
-        for chunk in self._chunks(program, batch.x):
-            parts.append(query(program, theta[chunk], batch.tasks(chunk), step))
+        program, theta = self.wrap(program), _by_task(params, batch.x)
+
+        def chunk(tasks: slice) -> tuple[Tensor, Tensor, Tensor]:
+            return inner_loop.loss_and_grad(program, theta[tasks], batch.tasks(tasks), step)
+
+        parts = self._in_chunks(program, batch.x, chunk)
         losses, grads, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
         return losses, grads, outputs
 
     @torch.no_grad()
-    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
-        theta = _by_task(params, support.x)
-        chunks = [
-            torch.stack(unrolled(program, theta[chunk], lr, support.tasks(chunk), steps))
-            for chunk in self._chunks(program, support.x)
-        ]
-        return torch.cat(chunks, 1)
+    def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        program, theta = self.wrap(program), _by_task(params, support.x)
+        loop = loop._replace(first_order=True, learns_rates=False)  # nothing is kept for a way back
+
+        def chunk(tasks: slice) -> Tensor:
+            return torch.stack(InnerLoopRun(program, loop, rates, support.tasks(tasks)).adapt(theta[tasks]))
+
+        return torch.cat(self._in_chunks(program, support.x, chunk), 1)
 
     @torch.no_grad()
     def adapt_vjp(
-        self,
-        program: Program,
-        trajectory: Tensor,
-        lr: Tensor,
-        support: Batch,
-        v: Tensor,
-        *,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         if v.dim() == 2:
             v = torch.cat([v.new_zeros(trajectory.shape[0] - 1, *v.shape), v[None]])
-        if first_order and not needs_lr:
+        if loop.first_order and not loop.learns_rates:
             return v.sum(0), None
-        lr_grad = torch.zeros_like(lr) if needs_lr else None
-        parts = []
-        for chunk in self._chunks(program, support.x):
-            sweep = InnerLoopRun(program, lr, support.tasks(chunk), first_order=first_order, needs_lr=needs_lr)
-            parts.append(sweep.reverse(trajectory[:, chunk].unbind(0), v[:, chunk].unbind(0)))
-            if lr_grad is not None and sweep.lr_grad is not None:
-                lr_grad += sweep.lr_grad
-        return torch.cat(parts), lr_grad
+        program, rates_grad = self.wrap(program), torch.zeros_like(rates) if loop.learns_rates else None
+
+        def chunk(tasks: slice) -> Tensor:
+            run = InnerLoopRun(program, loop, rates, support.tasks(tasks))
+            grad = run.reverse(trajectory[:, tasks].unbind(0), v[:, tasks].unbind(0))
+            if rates_grad is not None and run.rates_grad is not None:
+                rates_grad.add_(run.rates_grad)
+            return grad
+
+        return torch.cat(self._in_chunks(program, support.x, chunk)), rates_grad
+
+    @torch.no_grad()
+    def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
+        program, theta, u = self.wrap(program), _by_task(params, batch.x), _by_task(u, batch.x)
+
+        def chunk(tasks: slice) -> Tensor:
+            return inner_loop.hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
+
+        return torch.cat(self._in_chunks(program, batch.x, chunk))
+
+    def _in_chunks(self, program: Program, x: Tensor, of: Callable[[slice], Found]) -> list[Found]:
+        return [of(tasks) for tasks in self._chunks(program, x)]
 
     def _chunks(self, program: Program, x: Tensor) -> Iterator[slice]:
+        """The ranges of tasks that fit into the budget."""
         tasks = x.shape[0]
         elements = _COPIES * _elements(program, tuple(x.shape[1:]), x.dtype, x.device) + 4 * program.size
-        size = min(max(1, self.budget // (x.element_size() * elements)), self.most or tasks)
+        size = min(max(1, self.budget // (x.element_size() * elements)), self.max_tasks or tasks)
         for start in range(0, tasks, size):
             yield slice(start, min(tasks, start + size))
 

@@ -1,7 +1,7 @@
-"""The Triton executor: the shared sweep over layers that run as kernels over (task, tile) on an NVIDIA GPU.
+"""The Triton executor: the reference's inner loop over layers that run as kernels over (task, tile) on an NVIDIA GPU.
 
 For networks too large for one thread block. Parameters and images are put into the kernels' memory order on the way
-in and back on the way out; in between the sweep is that of the reference executor.
+in and back on the way out; in between the inner loop is that of the reference executor.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from metafast.executors.base import Executor, MetaGradient, query_weights
+from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.cuda_graphs import Graphs, Results
-from metafast.executors.memory import Plan, choose_plan, peak_bytes
+from metafast.executors.memory import MemoryPlan, choose_memory_plan, peak_bytes
 from metafast.executors.reference.executor import ReferenceExecutor
-from metafast.executors.reference.inner_loop import MetaStep
+from metafast.executors.reference.inner_loop import meta_gradient
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.program import Program
-from metafast.tasks import Batch, TaskBatch
+from metafast.program.inner_loop import InnerLoop
+from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 if TYPE_CHECKING:
     from metafast.executors.triton.lowering import Lowered
@@ -45,175 +48,182 @@ class TritonExecutor(Executor):
         interpreted: take batches on the CPU too, where kernels run one program after another, to be tested. That
             needs TRITON_INTERPRET=1 in the environment before Triton is imported.
         budget: bytes of activations alive at once; ``None``: half of the GPU's memory.
+        wrap: gives the lowered Program to run in the place of another (see ``Executor.observed``), without the CUDA
+            graph that would hide its layers from the host; ``None``: nothing looks at them.
     """
 
     name = "triton"
     proven = False
+    precisions = PRECISIONS
 
-    def __init__(self, precision: str = "float32", interpreted: bool = False, budget: int | None = None) -> None:
+    def __init__(
+        self,
+        precision: str = "float32",
+        interpreted: bool = False,
+        budget: int | None = None,
+        wrap: Callable[[Program], Program] | None = None,
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} is unknown; choose from {list(PRECISIONS)}")
-        self.precision, self.interpreted, self.budget = precision, interpreted, budget
+        self.precision, self.interpreted, self.budget, self.wrap = precision, interpreted, budget, wrap
         self.graphs = Graphs()
-        self.plans: dict[tuple[object, ...], Plan] = {}
-        self.others: dict[str, TritonExecutor] = {precision: self}
+        self.memory_plans: dict[tuple[object, ...], MemoryPlan] = {}
 
-    def at(self, precision: str) -> TritonExecutor | None:
-        if precision not in PRECISIONS:
-            return None
-        if precision not in self.others:
-            self.others[precision] = TritonExecutor(precision, self.interpreted, self.budget)
-        return self.others[precision]
+    def copy_with(self, precision: str) -> TritonExecutor:
+        return TritonExecutor(precision, self.interpreted, self.budget, self.wrap)
 
-    def refuses(self, program: Program, x: Tensor, masked: bool = False, queries: int | None = None) -> str | None:
-        if x.dtype != torch.float32:
-            return f"dtype {x.dtype}: it runs float32"
+    def observed(self, wrap: Callable[[Program], Program]) -> TritonExecutor:
+        return TritonExecutor(self.precision, self.interpreted, self.budget, wrap)
+
+    def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
+        if shapes.dtype != torch.float32:
+            return f"dtype {shapes.dtype}: it runs float32"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'metafast[triton]'"
-        if not x.is_cuda and not self.interpreted:
-            return f"the batch is on {x.device}: it needs an NVIDIA GPU"
-        if masked and any(isinstance(n.layer, BatchNorm) and not n.layer.fixed_statistics for n in program.nodes):
+        if shapes.device.type != "cuda" and not self.interpreted:
+            return f"the batch is on {shapes.device}: it needs an NVIDIA GPU"
+        norms = [node.layer for node in program.nodes if isinstance(node.layer, BatchNorm)]
+        if shapes.ragged and not all(norm.fixed_statistics for norm in norms):
             return "ragged tasks in a batch norm that measures its statistics"
         derived = _derived(program)
         if self.precision == "bf16" and derived:
             return f"precision='bf16' needs kernels for every layer and the loss, and {derived!r} has none"
-        return None
-
-    def unrecordable(self, program: Program) -> str | None:
-        derived = _derived(program)
-        return derived if derived is None else f"{derived}: a function of PyTorch's or the user's that may read values"
-
-    def explain(self, program: Program, x: Tensor) -> list[str]:
-        return [f"{note} ({self.precision})" for note in self._lowered(program, x).notes]
-
-    def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:
-        if _derived(program):
-            return "measured on one task when the first batch comes"
-        lowered = self._lowered(program, support_x)
-        step = MetaStep(lowered.program, steps, query_weights(None, steps), first_order=False, needs_lr=False)
-        parts = [(x, x.new_empty(x.shape[:2], dtype=torch.int64)) for x in (support_x, query_x)]
-        return str(self._plan(step, lowered.most, support_x.new_empty(1, 1), TaskBatch(*parts[0], *parts[1])))
+        layers = tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
+        obstacle = derived and f"{derived}: a function of PyTorch's or the user's that may read values"
+        return ExecutionPlan(self, layers, obstacle, lambda: self._describe_memory(program, loop, shapes))
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        lowered = self._lowered(program, x)
-        with _on(x):
-            return self._sweep(lowered, x).predict(lowered.program, lowered.pack(params), self._enter(x), step).float()
+        lowered, inner = self._lowered(program, x.device), self._layered(program, x.device)
+        with _on(x.device):
+            return inner.predict(lowered.program, lowered.pack(params), self._enter(x), step).float()
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        lowered = self._lowered(program, batch.x)
-        packed, sweep = lowered.pack(params), self._sweep(lowered, batch.x)
-        with _on(batch.x):
-            losses, grad, outputs = sweep.loss_and_grad(lowered.program, packed, self._entered(batch), step)
+        device = batch.x.device
+        lowered, inner = self._lowered(program, device), self._layered(program, device)
+        with _on(device):
+            found = inner.loss_and_grad(lowered.program, lowered.pack(params), self._entered(batch), step)
+        losses, grad, outputs = found
         return losses, lowered.unpack(grad), outputs.float()
 
-    def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
-        lowered = self._lowered(program, support.x)
-        packed, rates, sweep = lowered.pack(params), _pack_rates(lowered, lr), self._sweep(lowered, support.x)
-        with _on(support.x):
-            return lowered.unpack(sweep.adapt(lowered.program, packed, rates, self._entered(support), steps))
+    def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        device = support.x.device
+        lowered, inner = self._lowered(program, device), self._layered(program, device)
+        packed, packed_rates = lowered.pack(params), _pack_rates(lowered, rates)
+        with _on(device):
+            return lowered.unpack(inner.adapt(lowered.program, loop, packed, packed_rates, self._entered(support)))
 
     def adapt_vjp(
-        self,
-        program: Program,
-        trajectory: Tensor,
-        lr: Tensor,
-        support: Batch,
-        v: Tensor,
-        *,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        lowered = self._lowered(program, support.x)
-        with _on(support.x):
-            grad, lr_grad = self._sweep(lowered, support.x).adapt_vjp(
-                lowered.program, lowered.pack(trajectory), _pack_rates(lowered, lr), self._entered(support),
-                lowered.pack(v), first_order=first_order, needs_lr=needs_lr,
+        device = support.x.device
+        lowered, inner = self._lowered(program, device), self._layered(program, device)
+        with _on(device):
+            grad, rates_grad = inner.adapt_vjp(
+                lowered.program, loop, lowered.pack(trajectory), _pack_rates(lowered, rates), self._entered(support),
+                lowered.pack(v),
             )  # fmt: skip
-        return lowered.unpack(grad), _unpack_rates(lowered, lr_grad)
+        return lowered.unpack(grad), _unpack_rates(lowered, rates_grad)
 
+    def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
+        device = batch.x.device
+        lowered, inner = self._lowered(program, device), self._layered(program, device)
+        packed, along = lowered.pack(params), lowered.pack(u)
+        with _on(device):
+            return lowered.unpack(inner.hvp(lowered.program, packed, self._entered(batch), along, step))
+
+    @torch.no_grad()
     def meta_gradient(
-        self,
-        program: Program,
-        params: Tensor,
-        lr: Tensor,
-        tasks: TaskBatch,
-        steps: int,
-        *,
-        step_weights: list[float] | None = None,
-        first_order: bool = False,
-        needs_lr: bool = True,
+        self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        lowered = self._lowered(program, tasks.support_x)
-        step = MetaStep(lowered.program, steps, query_weights(step_weights, steps), first_order, needs_lr)
-        plan = self._plan(step, lowered.most, lr, tasks)
+        if self.wrap is not None:
+            return super().meta_gradient(program, loop, parameters, rates, tasks)
+        device = tasks.support_x.device
+        lowered, theta = self._lowered(program, device), _flatten_dense_tensors(parameters)
+        plan = self._memory_plan(lowered, loop, rates, tasks)
 
-        def compute(params: Tensor, lr: Tensor, *parts: Any) -> Results:
-            found = self._in_chunks(step, plan, lowered.pack(params), _pack_rates(lowered, lr), TaskBatch(*parts))
-            lr_grad = _unpack_rates(lowered, found.lr_grad)
-            results = found.losses, found.outputs.float(), lowered.unpack(found.grad)
-            return results if lr_grad is None else (*results, lr_grad)
+        def compute(theta: Tensor, rates: Tensor, *parts: Any) -> Results:
+            packed, packed_rates = lowered.pack(theta), _pack_rates(lowered, rates)
+            found = self._in_chunks(lowered.program, loop, plan, packed, packed_rates, TaskBatch(*parts))
+            rates_grad = _unpack_rates(lowered, found.rates_grad)
+            results = found.losses, found.outputs.float(), lowered.unpack(found.grads[0])
+            return results if rates_grad is None else (*results, rates_grad)
 
         parts = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-        with torch.no_grad(), _on(tasks.support_x):
+        with _on(device):
             if _recordable(lowered.program, tasks):
-                found = self.graphs.run((step, plan), compute, (params, lr, *parts))
+                found = self.graphs.run((lowered.program, loop, plan), compute, (theta, rates, *parts))
             else:
-                found = compute(params, lr, *parts, tasks.support_mask, tasks.query_mask)
-        losses, outputs, grad, *lr_grad = found
-        return MetaGradient(losses, outputs, grad, lr_grad[0] if lr_grad else None)
+                found = compute(theta, rates, *parts, tasks.support_mask, tasks.query_mask)
+        losses, outputs, grad, *rates_grad = found
+        grads = _unflatten_dense_tensors(grad, parameters)
+        return MetaGradient(losses, outputs, grads, rates_grad[0] if rates_grad else None)
 
-    def _in_chunks(self, step: MetaStep, plan: Plan, params: Tensor, lr: Tensor, tasks: TaskBatch) -> MetaGradient:
+    def _in_chunks(
+        self, program: Program, loop: InnerLoop, plan: MemoryPlan, theta: Tensor, rates: Tensor, tasks: TaskBatch
+    ) -> MetaGradient:
         parts = []
         for chunk in plan.chunks(len(tasks)):
             some = tasks.tasks(chunk)
             batches = self._entered(some.support), self._entered(some.query)
-            parts.append(step.run(params, lr, *batches, share=1 / len(tasks), keep=plan.keep))
+            parts.append(meta_gradient(program, loop, theta, rates, batches, share=1 / len(tasks), keep=plan.keep))
         if len(parts) == 1:
             return parts[0]
         losses, outputs = (torch.cat([getattr(p, name) for p in parts]) for name in ("losses", "outputs"))
-        grad = torch.stack([p.grad for p in parts]).sum(0)
-        lr_grads = [p.lr_grad for p in parts if p.lr_grad is not None]
-        return MetaGradient(losses, outputs, grad, torch.stack(lr_grads).sum(0) if lr_grads else None)
+        grad = torch.stack([p.grads[0] for p in parts]).sum(0)
+        rates_grads = [p.rates_grad for p in parts if p.rates_grad is not None]
+        return MetaGradient(losses, outputs, (grad,), torch.stack(rates_grads).sum(0) if rates_grads else None)
 
-    def _plan(self, step: MetaStep, most: int, lr: Tensor, tasks: TaskBatch) -> Plan:
-        """The plan for batches of these shapes, with at most ``most`` tasks at once."""
-        x, q = tasks.support_x, tasks.query_x
-        shapes = (x.shape, q.shape, tasks.support_y.shape, tasks.query_y.shape, lr.shape, x.device)
-        key = (step.program, step.steps, tuple(w != 0 for w in step.weights), step.first_order, step.needs_lr, shapes)
-        if key not in self.plans:
-            if len(self.plans) >= _PLANS:
-                self.plans.clear()
-            with torch.no_grad(), _on(x):
-                peak = functools.partial(self._peak, step, lr, tasks)
-                self.plans[key] = choose_plan(peak, len(tasks), self._budget(x), most)
-        return self.plans[key]
+    def _describe_memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> str:
+        if _derived(program):
+            return "measured on one task when the first batch comes"
+        lowered = self._lowered(program, shapes.device)
+        return str(self._memory_plan(lowered, loop, torch.empty(1, 1, device=shapes.device), _without_memory(shapes)))
 
-    def _peak(self, step: MetaStep, lr: Tensor, tasks: TaskBatch, chunk: int, keep: bool) -> int:
+    def _memory_plan(self, lowered: Lowered, loop: InnerLoop, rates: Tensor, tasks: TaskBatch) -> MemoryPlan:
+        """The plan for batches of these shapes."""
+        device = rates.device
+        counted = loop._replace(step_weights=tuple(float(w != 0) for w in loop.step_weights))
+        key = (lowered.program, counted, tasks.shapes._replace(devices=(device, device)), rates.shape)
+        if key not in self.memory_plans:
+            if len(self.memory_plans) >= _PLANS:
+                self.memory_plans.clear()
+            with torch.no_grad(), _on(device):
+                peak = functools.partial(self._peak, lowered.program, loop, rates, tasks)
+                plan = choose_memory_plan(peak, len(tasks), self._budget(device), lowered.max_tasks)
+                self.memory_plans[key] = plan
+        return self.memory_plans[key]
+
+    def _peak(
+        self, program: Program, loop: InnerLoop, rates: Tensor, tasks: TaskBatch, chunk: int, keep: bool
+    ) -> int:
         """Bytes at the peak for ``chunk`` tasks, from a run without memory; where rules derived by torch.func or a
         user's own loss might look at values, from a run of one task."""
-        if _derived(step.program):
-            some, lr, copies = tasks.tasks(slice(0, 1)), lr.detach(), chunk
+        if _derived(program):
+            some, rates, copies = tasks.tasks(slice(0, 1)), rates.detach(), chunk
         else:
-            some, lr, copies = _shapes(tasks, chunk), torch.empty_like(lr, device="meta"), 1
-        params = torch.zeros(step.program.size, device=lr.device)
-        rates = lr if lr.shape[-1] == 1 else params.expand(*lr.shape[:-1], -1)
+            some, rates, copies = _chunk_without_memory(tasks, chunk), torch.empty_like(rates, device="meta"), 1
+        theta = torch.zeros(program.size, device=rates.device)
+        rates = rates if rates.shape[-1] == 1 else theta.expand(*rates.shape[:-1], -1)
         batches = self._entered(some.support), self._entered(some.query)
-        return copies * peak_bytes(lambda: step.run(params, rates, *batches, share=1.0, keep=keep))
+        run = functools.partial(meta_gradient, program, loop, theta, rates, batches, share=1.0, keep=keep)
+        return copies * peak_bytes(run)
 
-    def _budget(self, x: Tensor) -> int:
+    def _budget(self, device: torch.device) -> int:
         if self.budget is not None:
             return self.budget
-        return torch.cuda.get_device_properties(x.device).total_memory // 2 if x.is_cuda else _BUDGET
+        return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _BUDGET
 
-    def _sweep(self, lowered: Lowered, x: Tensor) -> ReferenceExecutor:
-        return ReferenceExecutor(self._budget(x), lowered.most)
+    def _layered(self, program: Program, device: torch.device) -> ReferenceExecutor:
+        """What runs the lowered Program, layer by layer."""
+        inner = ReferenceExecutor(self._budget(device), self._lowered(program, device).max_tasks)
+        return inner if self.wrap is None else inner.observed(self.wrap)
 
-    def _lowered(self, program: Program, x: Tensor) -> Lowered:
+    def _lowered(self, program: Program, device: torch.device) -> Lowered:
         from metafast.executors.triton.lowering import lower
 
-        return lower(program, self.precision, x.device)
+        return lower(program, self.precision, device)
 
     def _enter(self, x: Tensor) -> Tensor:
         """Images ``[T,n,C,H,W]`` with their memory in the order ``[T,n,H,W,C]``, in the type that activations have."""
@@ -224,9 +234,9 @@ class TritonExecutor(Executor):
         return Batch(self._enter(batch.x), batch.y, batch.mask)
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Kernels are launched on the current device: makes it that of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Kernels are launched on the current device: makes it ``device``."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _derived(program: Program) -> str | None:
@@ -242,15 +252,22 @@ def _recordable(program: Program, tasks: TaskBatch) -> bool:
     return _derived(program) is None and not any(node.constants for node in program.nodes)
 
 
-def _shapes(tasks: TaskBatch, count: int) -> TaskBatch:
+def _chunk_without_memory(tasks: TaskBatch, count: int) -> TaskBatch:
     """``count`` tasks alike, without memory and padding."""
     parts = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
     return TaskBatch(*(torch.empty(count, *x.shape[1:], dtype=x.dtype, device="meta") for x in parts))
 
 
-def _pack_rates(lowered: Lowered, lr: Tensor) -> Tensor:
-    return lr if lr.shape[-1] == 1 else lowered.pack(lr)
+def _without_memory(shapes: TaskShapes) -> TaskBatch:
+    """Tasks of these shapes."""
+    sizes = (shapes.support_x, shapes.support_y, shapes.query_x, shapes.query_y)
+    parts = zip(sizes, shapes.dtypes, strict=True)
+    return TaskBatch(*(torch.empty(size, dtype=dtype, device="meta") for size, dtype in parts))
 
 
-def _unpack_rates(lowered: Lowered, lr_grad: Tensor | None) -> Tensor | None:
-    return lr_grad if lr_grad is None or lr_grad.shape[-1] == 1 else lowered.unpack(lr_grad)
+def _pack_rates(lowered: Lowered, rates: Tensor) -> Tensor:
+    return rates if rates.shape[-1] == 1 else lowered.pack(rates)
+
+
+def _unpack_rates(lowered: Lowered, rates_grad: Tensor | None) -> Tensor | None:
+    return rates_grad if rates_grad is None or rates_grad.shape[-1] == 1 else lowered.unpack(rates_grad)

@@ -52,13 +52,13 @@ _MOST_BLOCKS = 65535  # of a grid along its second axis, that of tasks and group
 class Lowered:
     """``program`` runs on Triton; element ``i`` of the user's flat vector lies at ``order[i]`` of its own.
 
-    ``notes`` say for each node of the user's program how it runs; ``most`` tasks fit into one launch.
+    ``notes`` say for each node of the user's program how it runs; ``max_tasks`` fit into one launch.
     """
 
     program: Program
     order: Tensor
     notes: tuple[str, ...]
-    most: int
+    max_tasks: int
 
     def pack(self, flat: Tensor) -> Tensor:
         """``[..., P]`` of the user -> ``[..., P']``, zero in the gaps."""
