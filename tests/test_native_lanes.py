@@ -97,7 +97,7 @@ def together(program, tasks, threads=1):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return CpuExecutor()._memory(program, tasks.support_x, tasks.query_x.shape[1])[4]
+        return CpuExecutor()._memory(program, tasks.shapes, 1)[4]
     finally:
         torch.set_num_threads(before)
 

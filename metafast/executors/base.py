@@ -59,6 +59,8 @@ class Executor(ABC):
     precisions: ClassVar[Mapping[str, str]] = {"float32": "products and sums as exact as the model's own type"}
     """What the operands of products may be rounded to, and what each name means."""
     precision = "float32"
+    remedy = ""
+    """What makes it available where it has no plan for want of something that can be installed."""
 
     def plan(
         self, program: Program, loop: InnerLoop, shapes: TaskShapes, precision: str = "float32"

@@ -20,7 +20,7 @@ Gradients = dict[int, Tensor]  # by parameter
 class FixedPrefix:
     """The part of a support pass that no inner step changes: values and contexts by node, computed once.
 
-    ``adjoint`` gathers over the reverse sweep what flows back into its values. ``zero`` is the gradient of whatever no
+    ``adjoint`` gathers on the way back what flows into its values. ``zero`` is the gradient of whatever no
     node reads.
     """
 

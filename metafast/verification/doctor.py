@@ -27,11 +27,6 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "--tensorboard"),
 }
 _LEAST_SPEED_UP = 1.5  # over a torch loop; the slowest executor on a busy machine has 5
-_REMEDIES = {
-    "cpu": "pip install --no-build-isolation -e .",
-    "cuda": "a machine with an NVIDIA GPU and nvcc: METAFAST_CUDA=1 pip install --no-build-isolation -e .",
-    "triton": "a machine with an NVIDIA GPU: pip install 'metafast[triton]'",
-}
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ def _executor(executor: Executor, devices: list[str]) -> Iterator[Finding]:
     if not any(certificates.values()):
         reasons = dict.fromkeys(str(refusal(executor, probe)) for device in devices for probe in probes(device))
         text = f"cannot run here ({'; '.join(reasons)}); a slower one takes its work"
-        return (yield Finding("missing", subject, text, _REMEDIES.get(executor.name, "")))
+        return (yield Finding("missing", subject, text, executor.remedy))
     for device, found in certificates.items():
         for name, certificate in found.items():
             error = max(check.error for check in certificate.checks if check.name == "meta-gradient")

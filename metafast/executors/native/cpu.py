@@ -49,6 +49,7 @@ class CpuExecutor(Executor):
     """
 
     name = "cpu"
+    remedy = "pip install --no-build-isolation -e ."
 
     def __init__(self, budget: int = _BUDGET, isa: str | None = None, team_from: int = _TEAM_FROM) -> None:
         self.budget, self.team_from = budget, team_from

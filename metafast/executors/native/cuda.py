@@ -87,6 +87,7 @@ class CudaExecutor(Executor):
     name = "cuda"
     proven = False
     precisions = PRECISIONS
+    remedy = f"a machine with an NVIDIA GPU and nvcc: {_BUILD}"
 
     def __init__(
         self,

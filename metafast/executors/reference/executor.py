@@ -1,6 +1,6 @@
 """The reference executor: plain PyTorch, any device, float32 or float64. The truth and the fallback.
 
-Tasks go through in chunks that fit a memory budget. The reverse sweep keeps only ``theta_s`` and computes the
+Tasks go through in chunks that fit a memory budget. The way back keeps only ``theta_s`` and computes the
 activations of a step again when it gets there, so memory does not grow with the number of inner steps.
 """
 

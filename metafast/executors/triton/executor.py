@@ -55,6 +55,7 @@ class TritonExecutor(Executor):
     name = "triton"
     proven = False
     precisions = PRECISIONS
+    remedy = "a machine with an NVIDIA GPU: pip install 'metafast[triton]'"
 
     def __init__(
         self,
