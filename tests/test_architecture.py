@@ -37,8 +37,8 @@ def imported(path: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "metafast" else [node.module]
-            found += names
+            of_root = node.module == "metafast"
+            found += [f"metafast.{alias.name}" for alias in node.names] if of_root else [node.module]
         elif isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
     return [name for name in found if name.split(".")[0] == "metafast"]
@@ -91,7 +91,8 @@ SAID_OTHERWISE = {
         r"\bforeign\b|\bclass Order\b|\bdef ready\b": "unsupported_layer, RaggedPacking, as_input",
         r"\bdef (at|refuses|unrecordable|memory_plan|gradients)\(self": "plan, with_precision, meta_gradient",
         r"\bneeds_lr\b|\blr_grad\b": "learns_rates, rates_grad",
-        r"\bNativeExecutor\b|\bNativeCudaExecutor\b|native-cuda|\bBlockMachine\b": "CpuExecutor, CudaExecutor, BlockLimits",
+        r"\bNativeExecutor\b|\bNativeCudaExecutor\b|native-cuda": "CpuExecutor, CudaExecutor",
+        r"\bBlockMachine\b": "BlockLimits",
         r"\blayer\.given\b|\.given\b": "fixed_statistics",
     },
     "cpp": {
