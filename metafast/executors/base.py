@@ -104,22 +104,9 @@ class Executor(ABC):
         """``H u [T, P]``: the Hessian of each task's loss times ``u [T, P]`` or ``[P]``, in the rows of all parameters
         and the columns of the adapted ones.
 
-        By default out of ``adapt_vjp``: one step back at the rate ``a`` gives ``u - a H u``. ``a`` is chosen anew until
-        both terms are of one size, so that neither drowns in the other's rounding.
+        By default by way of ``adapt_vjp``.
         """
-        tasks = batch.x.shape[0]
-        u = u.expand(tasks, -1).contiguous()
-        trajectory = params.expand(step + 2, tasks, -1).contiguous()
-        loop, rates = InnerLoop.judged_last(step + 1), u.new_zeros(step + 1, 1)
-        rates[step] = 1.0
-        for _ in range(_TRIALS):
-            back, _ = self.adapt_vjp(program, loop, trajectory, rates, batch, u)
-            product = (u - back) / rates[step]
-            share = float((u - back).norm() / u.norm())
-            if _LEAST_SHARE < share < 1 / _LEAST_SHARE:
-                break
-            rates[step] /= share if share > 0 else torch.finfo(u.dtype).eps
-        return product
+        return hvp_by_adapt_vjp(self, program, params, batch, u, step)
 
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
@@ -165,3 +152,25 @@ class Executor(ABC):
 
 _TRIALS = 4
 _LEAST_SHARE = 0.1  # of ``a H u`` in ``u``, below which rounding would cost it more than one digit
+
+
+def hvp_by_adapt_vjp(
+    executor: Executor, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0
+) -> Tensor:
+    """``H u [T, P]`` as the way back of an inner loop computes it: one step at the rate ``a`` gives ``u - a H u``.
+
+    ``a`` is chosen anew until both terms are of one size, so that neither drowns in the other's rounding.
+    """
+    tasks = batch.x.shape[0]
+    u = u.expand(tasks, -1).contiguous()
+    trajectory = params.expand(step + 2, tasks, -1).contiguous()
+    loop, rates = InnerLoop.judged_last(step + 1), u.new_zeros(step + 1, 1)
+    rates[step] = 1.0
+    for _ in range(_TRIALS):
+        back, _ = executor.adapt_vjp(program, loop, trajectory, rates, batch, u)
+        product = (u - back) / rates[step]
+        share = float((u - back).norm() / u.norm())
+        if _LEAST_SHARE < share < 1 / _LEAST_SHARE:
+            break
+        rates[step] /= share if share > 0 else torch.finfo(u.dtype).eps
+    return product

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.executors import Executor, choose
+from metafast.executors.base import hvp_by_adapt_vjp
 from metafast.inner.rates import Rate
 from metafast.learners import MAML
 from metafast.program import Program
@@ -216,12 +217,12 @@ def _curvature(truth: Truth, executor: Executor, program: Program, tasks: TaskBa
     wanted = truth.derivatives(program.output - 1, truth.loss, support, u)
     if float(wanted.product.norm()) == 0:
         return
-    product = executor.hvp(program, theta, support, u.to(theta)).double().cpu()
+    product = hvp_by_adapt_vjp(executor, program, theta, support, u.to(theta)).double().cpu()
     error = _agreement(program, (wanted.losses, product), (wanted.losses, wanted.product))
     yield Check("Hessian-vector product", dtype, error.gradient, limits.gradient, error.parameter)
     along = wanted.product.mean(0) * program.adapted
     v = along / along.norm() + noise / noise.norm()
-    other = executor.hvp(program, theta, support, v.to(theta)).double().cpu()
+    other = hvp_by_adapt_vjp(executor, program, theta, support, v.to(theta)).double().cpu()
     left, right = product @ v, other @ u
     yield Check("Hessian symmetry", dtype, float((left - right).norm() / left.norm()), limits.gradient)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metafast.executors import ExecutionPlan, Executor
+from metafast.executors.base import hvp_by_adapt_vjp
 from metafast.kernels.mse import MSE
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
@@ -99,7 +100,7 @@ class LayerChecks:
         if any(n.params for n in part.nodes):
             found["gradient"] = _worst(part, (losses, grad), (wanted.losses, wanted.grad))
         if float(wanted.product.norm()) > 0:
-            product = plan.executor.hvp(part, self.theta, batch, u.to(self.theta))
+            product = hvp_by_adapt_vjp(plan.executor, part, self.theta, batch, u.to(self.theta))
             found["product"] = _worst(part, (wanted.losses, product), (wanted.losses, wanted.product))
         return LayerCheck(name, kind, how, dtype, **found, wrong=_wrong(found, self.tolerances, name == "loss"))
 
