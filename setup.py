@@ -26,7 +26,7 @@ ISAS = {
     "avx512": (64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
 }
 WANTED = os.environ.get("METAFAST_ISAS", "avx2,avx512" if platform.machine() in ("x86_64", "AMD64") else "")
-BUILDS = {"plain": (16, [])} | {name: ISAS[name] for name in WANTED.split(",") if name}
+BUILDS = {"generic": (16, [])} | {name: ISAS[name] for name in WANTED.split(",") if name}
 EXTRA = os.environ.get("METAFAST_CXXFLAGS", "").split()
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", *EXTRA]
 BINDINGS, INNER_LOOP = sorted(map(str, Path("csrc").glob("*.cpp"))), "csrc/cpu/inner_loop.cpp"

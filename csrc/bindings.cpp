@@ -10,11 +10,11 @@ namespace {
 Tensor predict(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
                Tensor x, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
-    Call<decltype(real)> call(Goal::predict, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<decltype(real)> call(Goal::predict, description, isa, team_from, rank, constants, x.sizes()[0]);
     call.params(params);
     call.job.query = call.samples(x, sizes);
     call.job.step = static_cast<int32_t>(step);
-    call.job.plain = call.passes(call.job.query, PassKind::predict);
+    call.job.query_layouts = call.pass_layouts(call.job.query, PassKind::predict);
     Tensor outputs = call.outputs(x, call.job.query.n);
     call.run(false, false, 0);
     return outputs;
@@ -26,12 +26,12 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, int64_t isa
                                                  int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::loss_and_grad, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<T> call(Goal::loss_and_grad, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     job.query = call.samples(x, y, sizes);
     job.step = static_cast<int32_t>(step);
-    job.plain = call.passes(job.query, PassKind::plain);
+    job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
     Tensor outputs = call.outputs(x, job.query.n), losses = empty(x, {job.tasks});
     Tensor grads = empty(x, {job.tasks, job.n_params});
     job.losses = data<T>(losses), job.grads = data<T>(grads);
@@ -41,17 +41,17 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, int64_t isa
 }
 
 // For a loss that is computed elsewhere: outputs, and their tangent along u [T, P].
-std::tuple<Tensor, Tensor> tangent(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
-                                   Tensor params, Tensor u, Tensor x, Tensor sizes, int64_t step) {
+std::tuple<Tensor, Tensor> jvp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
+                               Tensor params, Tensor u, Tensor x, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::tangent, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<T> call(Goal::jvp, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.direction(u);
     job.support = call.samples(x, sizes);
     job.step = static_cast<int32_t>(step);
-    job.taped = call.passes(job.support, PassKind::taped);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     Tensor tangents = call.outputs(x, job.support.n);
     job.tangents = data<T>(tangents);
     Tensor outputs = call.outputs(x, job.support.n);
@@ -62,19 +62,18 @@ std::tuple<Tensor, Tensor> tangent(Tensor description, int64_t isa, int64_t team
 
 // Likewise, with the gradient g of the loss in the outputs and its tangent gd: the gradients of the adapted parameters,
 // and the Hessians times u.
-std::tuple<Tensor, Tensor> hessian_times(Tensor description, int64_t isa, int64_t team_from, int64_t rank,
-                                         Tensor constants, Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd,
-                                         Tensor sizes, int64_t step) {
+std::tuple<Tensor, Tensor> hvp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
+                               Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::hessian_times, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<T> call(Goal::hvp, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.direction(u);
     job.support = call.samples(x, g, sizes);
     job.support.d_targets = call.targets(gd, job.support);
     job.step = static_cast<int32_t>(step);
-    job.taped = call.passes(job.support, PassKind::taped);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     Tensor grads = empty(x, {job.tasks, job.n_params}), products = empty(x, {job.tasks, job.n_params});
     job.grads = data<T>(grads), job.products = data<T>(products);
     call.run(false, false, 0);
@@ -86,12 +85,12 @@ Tensor adapt(Tensor description, int64_t isa, int64_t team_from, int64_t rank, T
              Tensor lr, Tensor x, Tensor y, Tensor sizes, int64_t steps) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::adapt, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<T> call(Goal::adapt, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.rates(lr, steps);
     job.support = call.samples(x, y, sizes);
-    job.taped = call.passes(job.support, PassKind::taped);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
     job.trajectory = data<T>(trajectory);
     call.run(false, false, 0);
@@ -104,12 +103,12 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t te
                                      bool first_order, bool needs_lr) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::adapt_vjp, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<T> call(Goal::adapt_vjp, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     const int64_t steps = trajectory.sizes()[0] - 1;
     call.rates(lr, steps);
     job.support = call.samples(x, y, sizes);
-    job.taped = call.passes(job.support, PassKind::taped);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     job.trajectory = data<T>(trajectory), job.v = data<T>(v);
     job.v_everywhere = v.dim() == 3;
     job.first_order = first_order, job.needs_lr = needs_lr;
@@ -131,7 +130,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
     Tensor query_sizes, std::vector<double> step_weights, bool first_order, bool needs_lr, int64_t budget) {
   return by_dtype(params.at(0), [&](auto real) {
     using T = decltype(real);
-    Call<T> call(Goal::meta_gradient, description, isa, team_from, rank, constants, support_x.sizes()[0]);
+    CpuCall<T> call(Goal::meta_gradient, description, isa, team_from, rank, constants, support_x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.rates(lr, static_cast<int64_t>(step_weights.size()) - 1);
@@ -139,8 +138,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
     job.first_order = first_order, job.needs_lr = needs_lr;
     job.support = call.samples(support_x, support_y, support_sizes);
     job.query = call.samples(query_x, query_y, query_sizes);
-    job.taped = call.passes(job.support, PassKind::taped);
-    job.plain = call.passes(job.query, PassKind::plain);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
+    job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
     Tensor outputs = call.outputs(query_x, job.query.n), losses = empty(query_x, {job.tasks});
     job.losses = data<T>(losses);
     call.run(true, needs_lr, budget);
@@ -159,21 +158,22 @@ Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, i
     using T = decltype(real);
     const Isa<T>* found = build<T>(isa);
     auto plan = find_plan(numbers(description), found->layout, sizeof(T));
-    const Pass &taped = plan->pass(static_cast<int>(n), PassKind::taped),
-               &plain = plan->pass(static_cast<int>(m), PassKind::plain);
+    const PassLayout &support_layout = plan->pass_layout(static_cast<int>(n), PassKind::gradient_and_tangent),
+                     &query_layout = plan->pass_layout(static_cast<int>(m), PassKind::gradient);
     Job<T> job{};
     job.program = &plan->program();
     job.support.n = static_cast<int32_t>(n), job.query.n = static_cast<int32_t>(m);
-    const Pass *of_support[] = {&taped}, *of_query[] = {&plain};
+    const PassLayout *of_support[] = {&support_layout}, *of_query[] = {&query_layout};
     job.goal = Goal::meta_gradient, job.tasks = tasks, job.steps = static_cast<int32_t>(steps);
-    job.taped = {of_support, taped.tape, taped.scratch}, job.plain = {of_query, plain.tape, 0};
+    job.support_layouts = {of_support, support_layout.tape, support_layout.scratch},
+    job.query_layouts = {of_query, query_layout.tape, 0};
     const int64_t team = found->team_workspace(job, team_from), chunk = chunk_of(tasks);
     const LaneGroups<T> groups(*found, numbers(description), job, chunk, torch::stable::get_num_threads(), budget);
     const bool some = groups.chunks() > 0;
     Tensor out = empty(description, {6});
     auto* to = data<double>(out);
-    for (const int64_t elements : {taped.tape, taped.scratch, plain.tape, team, some ? groups.lanes : 0,
-                                   some ? found->lanes_memory(groups.job) : 0}) {
+    for (const int64_t elements : {support_layout.tape, support_layout.scratch, query_layout.tape, team,
+                                   some ? groups.lanes : 0, some ? found->lanes_memory(groups.job) : 0}) {
       *to++ = static_cast<double>(elements);
     }
     return out;
@@ -184,55 +184,61 @@ Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, i
 
 STABLE_TORCH_LIBRARY(metafast, m) {
   m.def(
-      "predict(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor x, Tensor "
+      "cpu_predict(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor x, "
+      "Tensor "
       "sizes, "
       "int step) -> "
       "Tensor");
   m.def(
-      "loss_and_grad(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor x, "
+      "cpu_loss_and_grad(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor "
+      "x, "
       "Tensor y, "
       "Tensor sizes, "
       "int step) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "tangent(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, Tensor "
+      "cpu_jvp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, Tensor "
       "x, Tensor "
       "sizes, "
       "int step) -> (Tensor, Tensor)");
   m.def(
-      "hessian_times(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, "
+      "cpu_hvp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, "
       "Tensor x, "
       "Tensor g, "
       "Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
   m.def(
-      "adapt(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor lr, Tensor "
+      "cpu_adapt(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor lr, "
+      "Tensor "
       "x, Tensor "
       "y, "
       "Tensor sizes, int steps) -> Tensor");
   m.def(
-      "adapt_vjp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor trajectory, Tensor lr, "
+      "cpu_adapt_vjp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor trajectory, Tensor "
+      "lr, "
       "Tensor x, "
       "Tensor y, "
       "Tensor sizes, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
   m.def(
-      "meta_gradient(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor[] params, Tensor "
+      "cpu_meta_gradient(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor[] params, "
+      "Tensor "
       "lr, Tensor "
       "support_x, "
       "Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y, Tensor query_sizes, "
       "float[] step_weights, bool first_order, bool needs_lr, int budget) -> (Tensor, Tensor, Tensor[], Tensor)");
   m.def(
-      "memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, int budget) "
+      "cpu_memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, int "
+      "budget) "
       "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
-  m.impl("predict", TORCH_BOX(&predict));
-  m.impl("loss_and_grad", TORCH_BOX(&loss_and_grad));
-  m.impl("tangent", TORCH_BOX(&tangent));
-  m.impl("hessian_times", TORCH_BOX(&hessian_times));
-  m.impl("adapt", TORCH_BOX(&adapt));
-  m.impl("adapt_vjp", TORCH_BOX(&adapt_vjp));
-  m.impl("meta_gradient", TORCH_BOX(&meta_gradient));
-  m.impl("memory", TORCH_BOX(&memory));
+  m.impl("cpu_predict", TORCH_BOX(&predict));
+  m.impl("cpu_loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("cpu_jvp", TORCH_BOX(&jvp));
+  m.impl("cpu_hvp", TORCH_BOX(&hvp));
+  m.impl("cpu_adapt", TORCH_BOX(&adapt));
+  m.impl("cpu_adapt_vjp", TORCH_BOX(&adapt_vjp));
+  m.impl("cpu_meta_gradient", TORCH_BOX(&meta_gradient));
+  m.impl("cpu_memory", TORCH_BOX(&memory));
 }
 
 // Names of the builds for this processor, the best first.
@@ -250,10 +256,10 @@ PyObject* trace(PyObject*, PyObject* on) {
   const int wanted = PyObject_IsTrue(on);
   if (wanted < 0) return nullptr;
   if (wanted) {
-    record();
+    start_tracing();
     Py_RETURN_NONE;
   }
-  const std::vector<Span> spans = recorded();
+  const std::vector<Span> spans = stop_tracing();
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(spans.data()), spans.size() * sizeof(Span));
 }
 

@@ -1,4 +1,4 @@
-// The operators torch.ops.metafast.block_*: tasks run by thread blocks on a GPU or, on CPU tensors, by their twin.
+// The operators torch.ops.metafast.cuda_*: tasks run by thread blocks on a GPU or, on CPU tensors, by their twin.
 #include <cstring>
 
 #include "cuda/launch.h"
@@ -20,8 +20,8 @@ namespace {
 
 // Where and how a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), blocks of a
 // task, Precision, stream].
-struct Machine {
-  explicit Machine(const std::vector<int64_t>& numbers)
+struct LaunchSettings {
+  explicit LaunchSettings(const std::vector<int64_t>& numbers)
       : limits{numbers.at(0), numbers.at(1)},
         threads(static_cast<int>(numbers.at(2))),
         cluster(static_cast<int>(numbers.at(3))),
@@ -50,12 +50,13 @@ void sum_anywhere(const Sum<T>& sum, const Tensor& like, int64_t stream) {
 }
 
 // The passes that tables hold, by the numbers of samples; zero: none.
-struct Passes {
-  const Pass *taped, *plain;
+struct PassLayouts {
+  const PassLayout *support, *query;
 
-  Passes(Plan& plan, int64_t support, int64_t query, bool predicts)
-      : taped(support ? &plan.pass(static_cast<int>(support), PassKind::taped) : nullptr),
-        plain(query ? &plan.pass(static_cast<int>(query), predicts ? PassKind::predict : PassKind::plain) : nullptr) {}
+  PassLayouts(Plan& plan, int64_t support, int64_t query, bool predicts)
+      : support(support ? &plan.pass_layout(static_cast<int>(support), PassKind::gradient_and_tangent) : nullptr),
+        query(query ? &plan.pass_layout(static_cast<int>(query), predicts ? PassKind::predict : PassKind::gradient)
+                    : nullptr) {}
 };
 
 template <class T>
@@ -65,12 +66,12 @@ std::shared_ptr<Plan> block_plan(const Tensor& description, int64_t cluster) {
 
 // One call: a job, and the tensors that it points to.
 template <class T>
-class BlockCall {
+class CudaCall {
  public:
-  BlockCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& machine,
-            const Tensor& like)
-      : machine(machine), plan(block_plan<T>(description, this->machine.cluster)), like(like) {
-    job.goal = goal, job.precision = this->machine.precision;
+  CudaCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& settings,
+           const Tensor& like)
+      : settings(settings), plan(block_plan<T>(description, this->settings.cluster)), like(like) {
+    job.goal = goal, job.precision = this->settings.precision;
     if (job.precision != Precision::float32 && sizeof(T) != sizeof(float)) fail("tensor cores take float32");
     job.tables = *static_cast<const BlockTables*>(head.data_ptr());
     job.n_params = static_cast<int64_t>(plan->inner().size());
@@ -147,15 +148,15 @@ class BlockCall {
 
   void run(bool wants_sums) {
     const Program& p = plan->program();
-    const Passes passes(*plan, job.support.n, job.query.n, job.goal == Goal::predict);
-    const BlockWork work{job.goal,        &p,           passes.taped,   passes.plain, job.steps,
-                         job.first_order, job.needs_lr, machine.cluster};
-    shape = block_shape(work, job.tasks, machine.threads, machine.limits, sizeof(T), job.memory);
+    const PassLayouts layouts(*plan, job.support.n, job.query.n, job.goal == Goal::predict);
+    const BlockWork work{job.goal,        &p,           layouts.support, layouts.query, job.steps,
+                         job.first_order, job.needs_lr, settings.cluster};
+    shape = block_shape(work, job.tasks, settings.threads, settings.limits, sizeof(T), job.memory);
     const int64_t blocks = shape.blocks;
     if (wants_sums) job.sums = take(blocks * p.size);
     if (job.needs_lr) job.lr_sums = take(blocks * job.lr_rows * (job.lr_width > 1 ? p.size : 1));
     if (job.memory.record) job.history = take(blocks * job.steps * job.memory.record);
-    run_anywhere(job, shape, like, machine.stream);
+    run_anywhere(job, shape, like, settings.stream);
   }
 
   // Over the tasks, of the parameters.
@@ -163,7 +164,7 @@ class BlockCall {
     Tensor out = empty(like, {job.n_params});
     const int64_t clusters = shape.blocks / shape.cluster, size = plan->program().size * shape.cluster;
     sum_anywhere<T>({job.sums, clusters, size, 1, size, job.tables.inner, job.n_params, scale, data<T>(out)}, like,
-                    machine.stream);
+                    settings.stream);
     return out;
   }
 
@@ -176,7 +177,7 @@ class BlockCall {
     const int32_t* index = each ? job.tables.inner : nullptr;
     if (rows)
       sum_anywhere<T>({job.lr_sums, parts, rows * width, rows, width, index, job.lr_width, scale, data<T>(out)}, like,
-                      machine.stream);
+                      settings.stream);
     return out;
   }
 
@@ -188,16 +189,16 @@ class BlockCall {
     return data<T>(workspace.back());
   }
 
-  Machine machine;
+  LaunchSettings settings;
   std::shared_ptr<Plan> plan;
   Tensor like;
   BlockShape shape{};
   std::vector<Tensor> workspace;
 };
 
-Tensor predict(Tensor description, Tensor head, std::vector<int64_t> machine, Tensor params, Tensor x, int64_t step) {
+Tensor predict(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor x, int64_t step) {
   return by_dtype(params, [&](auto real) {
-    BlockCall<decltype(real)> call(Goal::predict, description, head, machine, x);
+    CudaCall<decltype(real)> call(Goal::predict, description, head, settings, x);
     call.params(params);
     call.job.query = call.samples(x, nullptr);
     call.job.step = static_cast<int32_t>(step);
@@ -207,10 +208,10 @@ Tensor predict(Tensor description, Tensor head, std::vector<int64_t> machine, Te
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, Tensor head, std::vector<int64_t> machine,
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, Tensor head, std::vector<int64_t> settings,
                                                  Tensor params, Tensor x, Tensor y, int64_t step) {
   return by_dtype(params, [&](auto real) {
-    BlockCall<decltype(real)> call(Goal::loss_and_grad, description, head, machine, x);
+    CudaCall<decltype(real)> call(Goal::loss_and_grad, description, head, settings, x);
     call.params(params);
     call.job.query = call.samples(x, &y);
     call.job.step = static_cast<int32_t>(step);
@@ -220,10 +221,10 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, Tensor head
   });
 }
 
-Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> machine, Tensor params, Tensor lr, Tensor x,
+Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor lr, Tensor x,
              Tensor y, int64_t steps) {
   return by_dtype(params, [&](auto real) {
-    BlockCall<decltype(real)> call(Goal::adapt, description, head, machine, x);
+    CudaCall<decltype(real)> call(Goal::adapt, description, head, settings, x);
     auto& job = call.job;
     call.params(params);
     call.rates(lr, steps, false);
@@ -235,11 +236,11 @@ Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> machine, Tens
   });
 }
 
-std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vector<int64_t> machine, Tensor trajectory,
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor trajectory,
                                      Tensor lr, Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
-    BlockCall<T> call(Goal::adapt_vjp, description, head, machine, x);
+    CudaCall<T> call(Goal::adapt_vjp, description, head, settings, x);
     auto& job = call.job;
     const int64_t steps = trajectory.sizes()[0] - 1;
     call.rates(lr, steps, needs_lr);
@@ -255,13 +256,13 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vecto
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Tensor head, std::vector<int64_t> machine,
+std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Tensor head, std::vector<int64_t> settings,
                                                          Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
                                                          Tensor query_x, Tensor query_y, Tensor step_weights,
                                                          bool first_order, bool needs_lr) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    BlockCall<T> call(Goal::meta_gradient, description, head, machine, support_x);
+    CudaCall<T> call(Goal::meta_gradient, description, head, settings, support_x);
     auto& job = call.job;
     if (params.dim() != 1) fail("a meta-gradient is of parameters [P] that all tasks share");
     call.params(params);
@@ -282,13 +283,13 @@ std::tuple<Tensor, Tensor> tables(Tensor description, Tensor like, int64_t suppo
                                   int64_t cluster, int64_t stream) {
   return by_dtype(like, [&](auto real) {
     const auto plan = block_plan<decltype(real)>(description, cluster);
-    const Passes passes(*plan, support, query, predicts);
+    const PassLayouts layouts(*plan, support, query, predicts);
     BlockTables head;
-    const int64_t size = block_tables(*plan, passes.taped, passes.plain, 0, head).size();
+    const int64_t size = block_tables(*plan, layouts.support, layouts.query, 0, head).size();
     Tensor out = empty(like, {size / static_cast<int64_t>(sizeof(real)) + 1});
     Tensor out_head = empty(description, {static_cast<int64_t>(sizeof head / sizeof(double)) + 1});
     const auto address = reinterpret_cast<uint64_t>(out.data_ptr());
-    const auto bytes = block_tables(*plan, passes.taped, passes.plain, address, head);
+    const auto bytes = block_tables(*plan, layouts.support, layouts.query, address, head);
     std::memcpy(out_head.data_ptr(), &head, sizeof head);
     if (like.is_cuda()) {
       cuda_upload(out.data_ptr(), bytes.data(), size, queue(like, stream));
@@ -306,25 +307,25 @@ int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query
   const auto plan = in_double ? block_plan<double>(description, cluster) : block_plan<float>(description, cluster);
   const std::string reason = block_refusal(plan->program());
   if (!reason.empty()) fail(reason);
-  const Passes passes(*plan, support, query, predicts);
+  const PassLayouts layouts(*plan, support, query, predicts);
   const int size = in_double ? 8 : 4;
   const Goal alone = predicts ? Goal::predict : support ? Goal::adapt_vjp : Goal::loss_and_grad;
   const Goal goal = support && query ? Goal::meta_gradient : alone;
-  const BlockWork work{goal,        &plan->program(),         passes.taped, passes.plain, 1, false,
-                       support > 0, static_cast<int>(cluster)};
+  const BlockWork work{goal,  &plan->program(), layouts.support,          layouts.query, 1,
+                       false, support > 0,      static_cast<int>(cluster)};
   return int64_t{size} * block_memory(work, false, size).size;
 }
 
 // How a meta-gradient of so many tasks is launched: threads in a block, blocks, bytes of shared memory in each, and
 // bytes that each keeps of an inner step in global memory; zero: none, all steps stay in shared memory.
-std::tuple<int64_t, int64_t, int64_t, int64_t> launch(Tensor description, bool in_double, std::vector<int64_t> machine,
+std::tuple<int64_t, int64_t, int64_t, int64_t> launch(Tensor description, bool in_double, std::vector<int64_t> settings,
                                                       int64_t tasks, int64_t support, int64_t query, int64_t steps,
                                                       bool first_order, bool needs_lr) {
-  const Machine m(machine);
+  const LaunchSettings m(settings);
   const auto plan = in_double ? block_plan<double>(description, m.cluster) : block_plan<float>(description, m.cluster);
-  const Passes passes(*plan, support, query, false);
+  const PassLayouts layouts(*plan, support, query, false);
   const int size = in_double ? 8 : 4;
-  const BlockWork work{Goal::meta_gradient, &plan->program(), passes.taped, passes.plain, steps,
+  const BlockWork work{Goal::meta_gradient, &plan->program(), layouts.support, layouts.query, steps,
                        first_order,         needs_lr,         m.cluster};
   BlockMemory memory;
   const BlockShape shape = block_shape(work, tasks, m.threads, m.limits, size, memory);
@@ -336,49 +337,49 @@ bool built() { return has_cuda; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(metafast, m) {
-  m.def("block_predict(Tensor description, Tensor head, int[] machine, Tensor params, Tensor x, int step) -> Tensor");
+  m.def("cuda_predict(Tensor description, Tensor head, int[] settings, Tensor params, Tensor x, int step) -> Tensor");
   m.def(
-      "block_loss_and_grad(Tensor description, Tensor head, int[] machine, Tensor params, Tensor x, Tensor y, int "
+      "cuda_loss_and_grad(Tensor description, Tensor head, int[] settings, Tensor params, Tensor x, Tensor y, int "
       "step) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "block_adapt(Tensor description, Tensor head, int[] machine, Tensor params, Tensor lr, Tensor x, Tensor y, "
+      "cuda_adapt(Tensor description, Tensor head, int[] settings, Tensor params, Tensor lr, Tensor x, Tensor y, "
       "int steps) -> Tensor");
   m.def(
-      "block_adapt_vjp(Tensor description, Tensor head, int[] machine, Tensor trajectory, Tensor lr, Tensor x, "
+      "cuda_adapt_vjp(Tensor description, Tensor head, int[] settings, Tensor trajectory, Tensor lr, Tensor x, "
       "Tensor y, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
   m.def(
-      "block_meta_gradient(Tensor description, Tensor head, int[] machine, Tensor params, Tensor lr, "
+      "cuda_meta_gradient(Tensor description, Tensor head, int[] settings, Tensor params, Tensor lr, "
       "Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, "
       "bool needs_lr) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "block_tables(Tensor description, Tensor like, int support, int query, bool predicts, int cluster, int stream) "
+      "cuda_tables(Tensor description, Tensor like, int support, int query, bool predicts, int cluster, int stream) "
       "-> (Tensor, Tensor)");
-  m.def("block_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster) -> int");
+  m.def("cuda_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster) -> int");
   m.def(
-      "block_launch(Tensor description, bool in_double, int[] machine, int tasks, int support, int query, int steps, "
+      "cuda_launch(Tensor description, bool in_double, int[] settings, int tasks, int support, int query, int steps, "
       "bool first_order, bool needs_lr) -> (int, int, int, int)");
-  m.def("block_built() -> bool");
+  m.def("cuda_built() -> bool");
 }
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("block_predict", TORCH_BOX(&predict));
-  m.impl("block_loss_and_grad", TORCH_BOX(&loss_and_grad));
-  m.impl("block_adapt", TORCH_BOX(&adapt));
-  m.impl("block_adapt_vjp", TORCH_BOX(&adapt_vjp));
-  m.impl("block_meta_gradient", TORCH_BOX(&meta_gradient));
-  m.impl("block_tables", TORCH_BOX(&tables));
+  m.impl("cuda_predict", TORCH_BOX(&predict));
+  m.impl("cuda_loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("cuda_adapt", TORCH_BOX(&adapt));
+  m.impl("cuda_adapt_vjp", TORCH_BOX(&adapt_vjp));
+  m.impl("cuda_meta_gradient", TORCH_BOX(&meta_gradient));
+  m.impl("cuda_tables", TORCH_BOX(&tables));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
   implement(m);
-  m.impl("block_needs", TORCH_BOX(&needs));
-  m.impl("block_launch", TORCH_BOX(&launch));
+  m.impl("cuda_needs", TORCH_BOX(&needs));
+  m.impl("cuda_launch", TORCH_BOX(&launch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CUDA, m) { implement(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(metafast, CompositeExplicitAutograd, m) { m.impl("block_built", TORCH_BOX(&built)); }
+STABLE_TORCH_LIBRARY_IMPL(metafast, CompositeExplicitAutograd, m) { m.impl("cuda_built", TORCH_BOX(&built)); }
 
 }  // namespace metafast

@@ -8,7 +8,7 @@
 #include "core/plan.h"
 #include "cpu/arena.h"
 #include "cpu/isa.h"
-#include "cpu/recording.h"
+#include "cpu/trace_buffer.h"
 #include "lane_groups.h"
 #include "tensors.h"
 
@@ -28,10 +28,10 @@ const Isa<T>* build(int64_t isa) {
 
 // A Job and what it points to.
 template <class T>
-class Call {
+class CpuCall {
  public:
-  Call(Goal goal, const Tensor& description, int64_t isa, int64_t team_from, int64_t rank, const Tensor& constants,
-       int64_t tasks)
+  CpuCall(Goal goal, const Tensor& description, int64_t isa, int64_t team_from, int64_t rank, const Tensor& constants,
+          int64_t tasks)
       : isa(build<T>(isa)), description_(numbers(description)), team_from_(team_from), rank_(rank) {
     plan = find_plan(description_, this->isa->layout, sizeof(T));
     constants_ = plan->template constants<T>(data<const T>(constants));
@@ -118,12 +118,12 @@ class Call {
     return data<T>(y);
   }
 
-  TaskPasses passes(const Samples<T>& s, PassKind kind) {
-    auto& of = passes_[kind == PassKind::taped];
-    TaskPasses all{};
+  TaskPassLayouts pass_layouts(const Samples<T>& s, PassKind kind) {
+    auto& of = layouts_[kind == PassKind::gradient_and_tangent];
+    TaskPassLayouts all{};
     for (int64_t t = 0; t < job.tasks; ++t) {
       const int n = static_cast<int>(s.counts ? s.counts[t] : s.n);
-      of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass(n, kind));
+      of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass_layout(n, kind));
       all.tape = std::max(all.tape, of.back()->tape), all.scratch = std::max(all.scratch, of.back()->scratch);
     }
     all.of = of.data();
@@ -139,13 +139,14 @@ class Call {
     if (sums || lr_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
     if (sums) job.sums = static_cast<T*>(partial->data());
     if (lr_sums) job.lr_sums = static_cast<T*>(partial->data()) + in_sums;
-    job.keep = needs_tapes(job) && job.steps * job.taped.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
+    job.keeps_tapes =
+        needs_tapes(job) && job.steps * job.support_layouts.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t workspace = chunks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
     if (workspace > 0) {
       run_in_teams(chunks, chunk, workspace);
     } else {
       LaneGroups<T> groups(*isa, description_, job, chunk, threads, budget);
-      run_apart(threads, chunk, groups);
+      run_separately(threads, chunk, groups);
       if (groups.chunks() > 0) {
         collect(groups, chunks);
         return;
@@ -200,7 +201,7 @@ class Call {
 
  private:
   // Each thread takes group after group, then chunk after chunk, so that none waits for one that began late.
-  void run_apart(int64_t threads, int64_t chunk, LaneGroups<T>& groups) {
+  void run_separately(int64_t threads, int64_t chunk, LaneGroups<T>& groups) {
     const bool some = groups.chunks() > 0;
     groups.job.sums = job.sums, groups.job.lr_sums = job.lr_sums;
     const int64_t memory = std::max(isa->memory(job), some ? isa->lanes_memory(groups.job) : 0) * sizeof(T);
@@ -208,9 +209,9 @@ class Call {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
       const Arena arena(memory, thread);
       T* const base = static_cast<T*>(arena.data());
-      Recording recording(*job.program, job.steps, job.tasks);
-      if (some) isa->run_lanes(groups.job, groups.groups(&next_group), base, recording.trace());
-      isa->run(job, chunk, &next, base, recording.trace());
+      TraceBuffer trace(*job.program, job.steps, job.tasks);
+      if (some) isa->run_lanes(groups.job, groups.groups(&next_group), base, trace.trace());
+      isa->run(job, chunk, &next, base, trace.trace());
     });
   }
 
@@ -240,12 +241,12 @@ class Call {
       const Arena own(workspace * sizeof(T), chunks + first);
       for (int64_t i = first; i < end; ++i) {
         const int64_t k = i % chunks;
-        Recording recording(*job.program, job.steps, chunk);
+        TraceBuffer trace(*job.program, job.steps, chunk);
         Team& team = teams[k];
         const int rank = team.join();
         if (rank < 0) continue;
-        isa->run_together(job, chunk, k, static_cast<T*>(memories[k].data()), static_cast<T*>(own.data()),
-                          {&team, rank, team.size()}, rank == 0 ? recording.trace() : nullptr);
+        isa->run_as_team(job, chunk, k, static_cast<T*>(memories[k].data()), static_cast<T*>(own.data()),
+                         {&team, rank, team.size()}, rank == 0 ? trace.trace() : nullptr);
       }
     });
   }
@@ -293,7 +294,7 @@ class Call {
   std::vector<T> constants_, inner_params, alpha, sums_, lr_sums_;
   const int64_t team_from_, rank_;
   std::optional<Arena> partial;  // the sums of each chunk
-  std::vector<const Pass*> passes_[2];
+  std::vector<const PassLayout*> layouts_[2];
 };
 
 }  // namespace metafast

@@ -27,15 +27,16 @@ class LaneGroups {
     if (count == 0) return;
     plan_ = find_plan(description, isa.lanes, sizeof(T));
     job = all;
-    job.keep = needs_tapes(all);
+    job.keeps_tapes = needs_tapes(all);
     while ((lanes >> shift_) > 1) ++shift_;
     job.program = &plan_->program();
     job.inner = plan_->inner().data();
-    job.next = chunk;
-    job.taped = passes(all.taped, all.support.n, PassKind::taped, taped_);
-    job.plain = passes(all.plain, all.query.n, all.goal == Goal::predict ? PassKind::predict : PassKind::plain, plain_);
-    const int64_t tape = job.taped.tape * sizeof(T), vectors = 5 * job.program->size * sizeof(T);
-    const int64_t query = job.plain.tape * sizeof(T), cache = lanes * sizeof(T) * cache_of_a_byte;
+    job.task_stride = chunk;
+    job.support_layouts = pass_layouts(all.support_layouts, all.support.n, PassKind::gradient_and_tangent, support_);
+    job.query_layouts = pass_layouts(all.query_layouts, all.query.n,
+                                     all.goal == Goal::predict ? PassKind::predict : PassKind::gradient, query_);
+    const int64_t tape = job.support_layouts.tape * sizeof(T), vectors = 5 * job.program->size * sizeof(T);
+    const int64_t query = job.query_layouts.tape * sizeof(T), cache = lanes * sizeof(T) * cache_of_a_byte;
     if (vectors + std::max(tape, query) > cache) return;
     if (needs_tapes(all) && job.steps * tape * threads > budget) return;
     lay_out(all);
@@ -45,20 +46,20 @@ class LaneGroups {
   // What the groups have summed, `rows` vectors each: one after another into `to`, in the layout `inner` of other
   // tasks.
   void collect(T* sums, int64_t rows, const int32_t* inner, std::vector<T>& to) const {
-    const int64_t width = job.program->size / lanes, apart = groups_.apart;
-    to.assign(rows * apart, T(0));
+    const int64_t width = job.program->size / lanes, stride = groups_.stride;
+    to.assign(rows * stride, T(0));
     for (int64_t r = 0; r < rows; ++r) {
-      T* const sum = sums + r * apart;
+      T* const sum = sums + r * stride;
       for (int64_t k = 1; k < groups_.count; ++k) {
-        const T* const part = sum + k * rows * apart;
+        const T* const part = sum + k * rows * stride;
         for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
       }
-      for (int64_t i = 0; i < job.n_params; ++i) to[r * apart + inner[i]] = sum[element(i)];
+      for (int64_t i = 0; i < job.n_params; ++i) to[r * stride + inner[i]] = sum[element(i)];
     }
   }
 
   // That next() of them have been begun.
-  Groups groups(int64_t* next) const { return {groups_.count, groups_.apart, next}; }
+  Groups groups(int64_t* next) const { return {groups_.count, groups_.stride, next}; }
   int64_t chunks() const { return groups_.count * lanes; }
 
   const int64_t lanes;
@@ -86,11 +87,12 @@ class LaneGroups {
   // Of a parameter, among those of one lane. Lanes are a power of two: a division would cost more than all the rest.
   int64_t element(int64_t parameter) const { return job.inner[parameter] >> shift_; }
 
-  TaskPasses passes(const TaskPasses& like, int n, PassKind kind, std::vector<const Pass*>& of) const {
+  TaskPassLayouts pass_layouts(const TaskPassLayouts& like, int n, PassKind kind,
+                               std::vector<const PassLayout*>& of) const {
     if (!like.of) return {};
-    const Pass& pass = plan_->pass(n, kind);
-    of.assign(job.tasks, &pass);
-    return {of.data(), pass.tape, pass.scratch};
+    const PassLayout& layout = plan_->pass_layout(n, kind);
+    of.assign(job.tasks, &layout);
+    return {of.data(), layout.tape, layout.scratch};
   }
 
   // What all tasks share is there once for all lanes.
@@ -106,14 +108,14 @@ class LaneGroups {
     }
     if (!all.alpha) return;
     alpha_.assign(all.lr_rows * size, T(0));
-    for (int64_t r = 0; r < all.lr_rows; ++r) move(all.alpha + r * groups_.apart, alpha_.data() + r * size);
+    for (int64_t r = 0; r < all.lr_rows; ++r) move(all.alpha + r * groups_.stride, alpha_.data() + r * size);
     job.alpha = alpha_.data();
   }
 
   Groups groups_;
   int shift_ = 0;
   std::shared_ptr<Plan> plan_;
-  std::vector<const Pass*> taped_, plain_;
+  std::vector<const PassLayout*> support_, query_;
   std::vector<T> params_, alpha_;
 };
 

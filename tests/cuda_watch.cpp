@@ -11,7 +11,7 @@
 namespace {
 
 using namespace metafast::twin;
-using M = Block<float, Alone>;
+using M = BlockMachine<float, SingleBlock>;
 
 constexpr int samples = 2, classes = 3, row = 4;
 
@@ -22,9 +22,9 @@ struct Places {
 
 struct Piece {
   alignas(16) float memory[128] = {};
-  std::vector<Watch*> cluster{1};
-  Watch watch{memory, sizeof memory, 0, cluster};
-  M machine{Alone{}, metafast::Precision::float32, 64, memory, nullptr};
+  std::vector<RaceChecker*> cluster{1};
+  RaceChecker watch{memory, sizeof memory, 0, cluster};
+  M machine{SingleBlock{}, metafast::Precision::float32, 64, memory, nullptr};
 };
 
 void check(const char* name, const std::function<void(Piece&)>& f) {
@@ -39,18 +39,18 @@ void check(const char* name, const std::function<void(Piece&)>& f) {
 
 void all_of_cross_entropy(Piece& piece, const Places& at) {
   float* m = piece.memory;
-  const LossFrame<M> f{piece.machine,
-                       {1, 1, classes, row},
-                       samples,
-                       reinterpret_cast<int64_t*>(m + at.labels),
-                       0,
-                       nullptr,
-                       m + at.saved,
-                       m + at.y,
-                       m + at.g,
-                       m + at.yd,
-                       m + at.gd,
-                       nullptr};
+  const LossContext<M> f{piece.machine,
+                         {1, 1, classes, row},
+                         samples,
+                         reinterpret_cast<int64_t*>(m + at.labels),
+                         0,
+                         nullptr,
+                         m + at.saved,
+                         m + at.y,
+                         m + at.g,
+                         m + at.yd,
+                         m + at.gd,
+                         nullptr};
   CrossEntropy::forward(f);
   CrossEntropy::backward(f);
   CrossEntropy::tangent_backward(f);
@@ -97,11 +97,11 @@ void threads() {
   const auto two = [](bool barrier, bool first_writes, int second) {
     return [=](Piece& piece) {
       const auto touch = [&](int thread, bool writes) {
-        Watch::enter(thread);
+        RaceChecker::enter(thread);
         writes ? M::store(piece.memory, 1) : static_cast<void>(M::load(piece.memory));
       };
       touch(0, first_writes);
-      if (barrier) Watch::barrier();
+      if (barrier) RaceChecker::barrier();
       touch(second, !first_writes);
     };
   };

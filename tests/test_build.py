@@ -60,4 +60,4 @@ def test_the_extension_is_there_where_it_is_promised():
     """Without it the tests of the native executors are skipped, and nobody hears of it."""
     from metafast import _C  # noqa: F401
 
-    assert torch.ops.metafast.block_built() or os.environ.get("METAFAST_CUDA") != "1"
+    assert torch.ops.metafast.cuda_built() or os.environ.get("METAFAST_CUDA") != "1"

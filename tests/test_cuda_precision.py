@@ -14,7 +14,7 @@ from test_meta_gradients import check_against_oracle
 from torch import nn
 
 from metafast import executors
-from metafast.executors.cuda import PRECISIONS, BlockMachine, NativeCudaExecutor
+from metafast.executors.cuda import PRECISIONS, BlockLimits, NativeCudaExecutor
 from metafast.tasks import Batch
 
 pytest.importorskip("metafast._C")
@@ -23,7 +23,7 @@ BITS = {"tf32": 11, "bf16": 8}  # of the significand
 
 
 def twin(clusters=(1,), precision="float32"):
-    return NativeCudaExecutor(BlockMachine(H100, 132, clusters=clusters), precision=precision)
+    return NativeCudaExecutor(BlockLimits(H100, 132, clusters=clusters), precision=precision)
 
 
 def rounded(x, bits):

@@ -24,18 +24,18 @@ import metafast as mf
 from metafast import executors
 from metafast.capture import capture
 from metafast.executors import ReferenceExecutor
-from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+from metafast.executors.cuda import BlockLimits, NativeCudaExecutor
 from metafast.losses import as_loss
 
 pytest.importorskip("metafast._C")
 
 H100, A100 = 232448, 166912
 TWINS = {
-    "all steps in a block's memory": BlockMachine(H100, 132),
-    "steps through global memory": BlockMachine(A100, 1),
-    "a warp a block": BlockMachine(H100, 1, threads=32),
-    "2 blocks a task": BlockMachine(H100, 132, clusters=(2,)),
-    "4 blocks a task, steps through global memory": BlockMachine(H100, 1, threads=64, clusters=(4,)),
+    "all steps in a block's memory": BlockLimits(H100, 132),
+    "steps through global memory": BlockLimits(A100, 1),
+    "a warp a block": BlockLimits(H100, 1, threads=32),
+    "2 blocks a task": BlockLimits(H100, 132, clusters=(2,)),
+    "4 blocks a task, steps through global memory": BlockLimits(H100, 1, threads=64, clusters=(4,)),
 }
 FOREIGN = {
     "custom loss", "ragged regression", "PReLU, derived", "SiLU, derived", "gates by chunk and slice", "buffers",
@@ -186,7 +186,7 @@ def parts(executor, learner, tasks, **options):
 @pytest.mark.parametrize(
     "machine",
     [
-        BlockMachine(H100, 5), BlockMachine(A100, 2), BlockMachine(A100, 1, 64), BlockMachine(H100, 7, clusters=(2,)),
+        BlockLimits(H100, 5), BlockLimits(A100, 2), BlockLimits(A100, 1, 64), BlockLimits(H100, 7, clusters=(2,)),
     ],
     ids=str,
 )  # fmt: skip
@@ -202,13 +202,13 @@ def test_no_inner_step_is_a_plain_gradient():
     setup = next(s for s in RUNS if s.name == "classifier")
     learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)
     program, params = learner.program, learner.flat_parameters().detach()
-    found = NativeCudaExecutor(BlockMachine(A100, 1)).meta_gradient(program, params, learner.rate().detach(), tasks, 0)
+    found = NativeCudaExecutor(BlockLimits(A100, 1)).meta_gradient(program, params, learner.rate().detach(), tasks, 0)
     close(found.grad, ReferenceExecutor().loss_and_grad(program, params.expand(3, -1), tasks.query)[1].mean(0), 1e-12)
 
 
 def test_a_task_that_does_not_fit_is_refused_with_its_size():
     learner, tasks = make_learner(OWN[0]), make_tasks(OWN[0]).to(torch.float64)
-    executor = NativeCudaExecutor(BlockMachine(80_000, 132, clusters=(1,)))
+    executor = NativeCudaExecutor(BlockLimits(80_000, 132, clusters=(1,)))
     reason = executor.refuses(learner.program, tasks.support_x)
     assert reason == (
         "a task takes 83 KiB of shared memory and a block has 78 KiB; clusters of blocks need compute capability 9.0"
@@ -250,14 +250,14 @@ TURNS = [(s, size) for s in (*RESIDENT, *NORMED[1:]) for size in (1, 2, 8)] + [(
 @pytest.mark.parametrize("needs_lr", [True, False])
 @pytest.mark.parametrize(("setup", "size"), TURNS, ids=str)
 def test_tasks_that_take_turns(setup, size, needs_lr):
-    twin = NativeCudaExecutor(BlockMachine(H100, size, clusters=(size,)))
+    twin = NativeCudaExecutor(BlockLimits(H100, size, clusters=(size,)))
     check_tasks_that_take_turns(twin, setup, "cpu", torch.float32, 1e-4, needs_lr)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize("setup", RESIDENT, ids=str)
 def test_a_full_device(setup, size):
-    twin = NativeCudaExecutor(BlockMachine(H100, 6 * size, clusters=(size,)))
+    twin = NativeCudaExecutor(BlockLimits(H100, 6 * size, clusters=(size,)))
     check_a_full_device(twin, setup, "cpu", torch.float32, 1e-4)
 
 
@@ -265,7 +265,7 @@ def test_a_full_device(setup, size):
 @pytest.mark.parametrize("setup", NORMED, ids=str)
 def test_blocks_that_have_few_columns_or_none(setup, size, monkeypatch):
     """61 features are 16 quads; 45 are 12, of which the last two of eight blocks have none."""
-    twin = NativeCudaExecutor(BlockMachine(H100, 132, clusters=(size,)))
+    twin = NativeCudaExecutor(BlockLimits(H100, 132, clusters=(size,)))
     monkeypatch.setattr(executors, "_EXECUTORS", [twin])
     check_against_oracle(make_learner(setup, backend=twin.name), make_tasks(setup).to(torch.float64), 1e-9)
 
@@ -276,13 +276,13 @@ def test_a_task_that_needs_a_cluster_gets_the_smallest():
         learner, tasks = make_learner(setup, torch.float32), make_tasks(setup)
         return executor.shared_memory(learner.program, tasks.support_x, queries)[0]
 
-    executor = NativeCudaExecutor(BlockMachine(H100, 132))
+    executor = NativeCudaExecutor(BlockLimits(H100, 132))
     assert [chosen(hidden) for hidden in (64, 128, 200, 256)] == [1, 2, 4, 8]
     assert chosen(64, queries=500) == 8
 
 
 def test_a_task_in_eight_blocks(monkeypatch):
-    twin = NativeCudaExecutor(BlockMachine(H100, 132))
+    twin = NativeCudaExecutor(BlockLimits(H100, 132))
     monkeypatch.setattr(executors, "_EXECUTORS", [twin, ReferenceExecutor()])
     learner, tasks = make_learner(WIDE, torch.float32, twin.name), make_tasks(WIDE, tasks=1)
     check_against_oracle(learner, tasks, 1e-4)
@@ -296,11 +296,11 @@ def test_a_layer_of_gigabytes_is_refused(inputs):
     with torch.device("meta"):
         model = nn.Linear(inputs, 9000)
     program = capture(model, as_loss("mse"), bn="task", adapt={"weight", "bias"}, steps=1)
-    assert "memory" in NativeCudaExecutor(BlockMachine(H100, 132)).refuses(program, torch.empty(2, 3, inputs))
+    assert "memory" in NativeCudaExecutor(BlockLimits(H100, 132)).refuses(program, torch.empty(2, 3, inputs))
 
 
 def test_a_query_set_that_does_not_fit_goes_to_the_next_executor(monkeypatch):
-    twin, setup = NativeCudaExecutor(BlockMachine(30_000, 132, clusters=(1,))), OWN[1]
+    twin, setup = NativeCudaExecutor(BlockLimits(30_000, 132, clusters=(1,))), OWN[1]
     monkeypatch.setattr(twin, "proven", True)
     monkeypatch.setattr(executors, "_EXECUTORS", [twin, ReferenceExecutor()])
     learner = make_learner(setup, backend="auto")
@@ -316,7 +316,7 @@ def test_a_query_set_that_does_not_fit_goes_to_the_next_executor(monkeypatch):
 def test_a_block_has_whole_warps(threads):
     learner, tasks = make_learner(OWN[1]), make_tasks(OWN[1]).to(torch.float64)
     with pytest.raises(ValueError, match=f"threads={threads}: a block has 32, 64, ... or 256 threads"):
-        parts(NativeCudaExecutor(BlockMachine(H100, 1, threads)), learner, tasks)
+        parts(NativeCudaExecutor(BlockLimits(H100, 1, threads)), learner, tasks)
 
 
 def test_without_a_gpu_it_says_what_it_needs():

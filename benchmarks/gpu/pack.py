@@ -50,10 +50,10 @@ CHECK = """
 import torch, metafast
 from metafast import MAML, executors
 from metafast.benchmarks.workloads import workload
-from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+from metafast.executors.cuda import BlockLimits, NativeCudaExecutor
 chosen, found = workload("sin25-5"), {}
 tasks = chosen.draw()
-executors._EXECUTORS[0] = NativeCudaExecutor(BlockMachine(232448, 132))
+executors._EXECUTORS[0] = NativeCudaExecutor(BlockLimits(232448, 132))
 for backend in ("reference", "native", "native-cuda"):
     model = chosen.network()
     MAML(model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, backend=backend).backward(tasks)
@@ -62,7 +62,7 @@ for backend, gradient in found.items():
     error = float((gradient - found["reference"]).norm() / found["reference"].norm())
     if not error < 1e-4:
         raise SystemExit(f"{backend} is off by {error:.1e} of the reference's gradient")
-if not torch.ops.metafast.block_built():
+if not torch.ops.metafast.cuda_built():
     raise SystemExit("the extension is built without its CUDA kernels")
 print(f"torch {torch.__version__}: CPU executor and twin agree with the reference")
 """

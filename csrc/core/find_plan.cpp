@@ -17,7 +17,7 @@ std::shared_ptr<Plan> find_plan(const std::vector<double>& description, Layout l
   for (const Entry& e : entries) {
     const Layout& l = e.layout;
     const bool same = l.lanes == layout.lanes && l.panel == layout.panel && l.rows == layout.rows &&
-                      l.apart == layout.apart && l.blocks == layout.blocks;
+                      l.task_per_lane == layout.task_per_lane && l.blocks == layout.blocks;
     if (same && e.element_size == element_size && e.description == description) return e.plan;
   }
   if (entries.size() >= 32) entries.erase(entries.begin());

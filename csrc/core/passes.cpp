@@ -1,7 +1,7 @@
 // Where a pass keeps things. What must outlive the pass has a place of its own; the rest shares memory by lifetime.
 #include <algorithm>
 
-#include "guard.h"
+#include "asan.h"
 #include "plan.h"
 
 namespace metafast {
@@ -53,20 +53,20 @@ bool runs_in_place(Kind k) {
   return k == Kind::batch_norm || k == Kind::norm_relu_pool || k == Kind::leaky_relu || k == Kind::gelu;
 }
 // Its rules for adjoints' tangents read the adjoint of its output and the tangent of its input.
-bool bends(Kind k) {
+bool has_second_derivative(Kind k) {
   return k != Kind::relu && k != Kind::leaky_relu && k != Kind::add && k != Kind::max_pool2d && k != Kind::avg_pool2d;
 }
 
 }  // namespace
 
-const Pass& Plan::pass(int n, PassKind kind) {
+const PassLayout& Plan::pass_layout(int n, PassKind kind) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  auto& slot = passes_[{n, static_cast<int>(kind)}];
+  auto& slot = layouts_[{n, static_cast<int>(kind)}];
   if (!slot) {
-    slot = std::make_unique<OwnedPass>();
-    build_pass(n, kind, *slot);
+    slot = std::make_unique<OwnedPassLayout>();
+    build_pass_layout(n, kind, *slot);
   }
-  return slot->pass;
+  return slot->layout;
 }
 
 int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
@@ -77,7 +77,7 @@ int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
       // The transposed weights of a layer of vectors, whose tangents use them again: there they cost as much as a few
       // samples do. Machines without tables need none.
       const bool vectors = op.x.h * op.x.w * op.window.kh * op.window.kw == 1 && op.backward;
-      return vectors && kind == PassKind::taped ? static_cast<int64_t>(op.y.ld) * op.x.ld : 0;
+      return vectors && kind == PassKind::gradient_and_tangent ? static_cast<int64_t>(op.y.ld) * op.x.ld : 0;
     }
     case Kind::batch_norm:
       return 8 * op.x.ld;
@@ -86,7 +86,7 @@ int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
     case Kind::max_pool2d:
       return bytes(outputs);
     case Kind::norm_relu_pool:
-      return 8 * op.x.ld + outputs * (kind == PassKind::taped ? 2 : 1) + bytes(outputs);
+      return 8 * op.x.ld + outputs * (kind == PassKind::gradient_and_tangent ? 2 : 1) + bytes(outputs);
     default:
       return 0;
   }
@@ -94,12 +94,12 @@ int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
 
 // Time runs through the forward rules 0 .. L-1, the loss at L, and the backward rules of L-1 .. 0 at L+1 .. 2L. Tangent
 // rules read of the values what the backward rules read.
-void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
+void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
   const int values = static_cast<int>(grids_.size()), L = static_cast<int>(ops_.size()), end = 2 * L + 1;
   for (auto* v : {&out.value, &out.adjoint, &out.tangent, &out.d_adjoint}) v->assign(values, -1);
   out.saved.assign(L + 1, -1);
   std::vector<int> made(values, 0), first_reader(values, L), last_reader(values, -1), needed(values, 0),
-      bent(values, 0);
+      tangent_needed(values, 0);
   const int output = program_.output;
   const bool backward = kind != PassKind::predict;
   for (int k = 0; k < L; ++k) {
@@ -109,44 +109,46 @@ void Plan::build_pass(int n, PassKind kind, OwnedPass& out) const {
       if (v < 0) continue;
       first_reader[v] = std::min(first_reader[v], k), last_reader[v] = std::max(last_reader[v], k);
       needed[v] = std::max(needed[v], backward && depends_[op.output] && reads_x(op.kind) ? 2 * L - k : k);
-      if (bends(op.kind)) bent[v] = std::max(bent[v], 2 * L - k);
-      bent[v] = std::max(bent[v], k);
+      if (has_second_derivative(op.kind)) tangent_needed[v] = std::max(tangent_needed[v], 2 * L - k);
+      tangent_needed[v] = std::max(tangent_needed[v], k);
     }
     if (backward && reads_y(op.kind)) needed[op.output] = std::max(needed[op.output], 2 * L - k);
   }
   needed[output] = std::max(needed[output], L + 1);
-  bent[output] = std::max(bent[output], L);
+  tangent_needed[output] = std::max(tangent_needed[output], L);
   last_reader[output] = L;
 
   const auto size = [&](int v) {
     return (static_cast<int64_t>(n) * grids_[v].h * grids_[v].w * grids_[v].ld + 15) / 16 * 16;
   };
-  const bool taped = kind == PassKind::taped;
+  const bool with_tangent = kind == PassKind::gradient_and_tangent;
   std::vector<Interval> tape, scratch;
   std::vector<int> in_place;  // values whose adjoints take their place
   // `followed`: by tangent rules that read it.
   const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies, bool followed) {
-    if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, born, taped && followed ? end : dies});
+    if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, born, with_tangent && followed ? end : dies});
   };
   for (int k = 0; k < L; ++k) keep(out.saved[k], saved_elements(ops_[k], n, kind), k, backward ? 2 * L - k : k, true);
   for (const Op& op : ops_) {
     const int v = op.output;
     const int adjoint_born = 2 * L - last_reader[v], adjoint_dies = 2 * L - made[v];
-    const bool pulls = backward && (taped ? moving_[v] : depends_[v]);
-    const bool over = pulls && !taped && last_reader[v] < L && first_reader[v] == last_reader[v] &&
-                      needed[v] == adjoint_born && runs_in_place(ops_[last_reader[v]].kind);
-    if (over) in_place.push_back(v);
-    keep(out.value[v], size(v), made[v], over ? adjoint_dies : needed[v], needed[v] > L);
-    if (pulls && !over) keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies, bends(op.kind));
-    if (taped && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], bent[v]});
-    if (taped && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies});
+    const bool has_adjoint = backward && (with_tangent ? moving_[v] : depends_[v]);
+    const bool shares_place = has_adjoint && !with_tangent && last_reader[v] < L && first_reader[v] == last_reader[v] &&
+                              needed[v] == adjoint_born && runs_in_place(ops_[last_reader[v]].kind);
+    if (shares_place) in_place.push_back(v);
+    keep(out.value[v], size(v), made[v], shares_place ? adjoint_dies : needed[v], needed[v] > L);
+    if (has_adjoint && !shares_place)
+      keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies, has_second_derivative(op.kind));
+    if (with_tangent && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], tangent_needed[v]});
+    if (with_tangent && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies});
   }
   const Grid& o = program_.out;
   if (program_.loss == LossKind::cross_entropy) keep(out.saved[L], static_cast<int64_t>(n) * o.ld, L, L, true);
   const int64_t height = arrange(tape), scratch_height = arrange(scratch);
   for (int v : in_place) out.adjoint[v] = out.value[v];
-  out.pass = {n,      out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
-              height, scratch_height};
+  out.layout = {
+      n,      out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
+      height, scratch_height};
 }
 
 }  // namespace metafast

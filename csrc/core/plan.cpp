@@ -83,7 +83,7 @@ class PlanBuilder {
     }
     if (reads[output]) refuse("the model hands on its input unchanged");
     const bool dense = !plan.layout_.rows && (input.c < lanes || input.h * input.w == 1);
-    input.ld = contractions && dense && !plan.layout_.apart ? input.c : padded(input.c);
+    input.ld = contractions && dense && !plan.layout_.task_per_lane ? input.c : padded(input.c);
     Program& p = plan.program_;
     if (contractions && border && py >= 0) {
       p.border_y = py, p.border_x = px;
@@ -135,9 +135,9 @@ class PlanBuilder {
         return make_conv(k, op, vector);
       case Kind::batch_norm:
         if (vector && op.x.h * op.x.w > 1) refuse("batch norm of flattened images");
-        op.eps = n.option[0], op.given = option(1) != 0;
+        op.eps = n.option[0], op.fixed_statistics = option(1) != 0;
         if (op.eps <= 0) refuse("batch norm with eps = 0");
-        if (op.given) {
+        if (op.fixed_statistics) {
           op.constants = plan.constants_size_;
           plan.constants_.push_back({n.constants, op.constants, op.x.c, op.x.ld});
           plan.constants_size_ += 2 * op.x.ld;
@@ -179,7 +179,7 @@ class PlanBuilder {
     op.kind = Kind::conv2d;
     op.window = {1, 1, 1, 1, 0, 0, 1, 1};
     const int inputs = x.h * x.w * x.ld;
-    if (x.ld >= x.c) op.x = {1, 1, plan.layout_.apart ? inputs / plan.layout_.lanes : inputs, inputs};
+    if (x.ld >= x.c) op.x = {1, 1, plan.layout_.task_per_lane ? inputs / plan.layout_.lanes : inputs, inputs};
     op.y = {1, 1, outputs, features(k, outputs)};
     op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, whole(x), columns(outputs), 0, 0});
     op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
@@ -232,7 +232,7 @@ class PlanBuilder {
     for (int p : n.param) {
       if (p >= 0) depend = true, move |= parameters[p].adapted;
     }
-    if (op.kind == Kind::conv2d && !plan.layout_.rows && !plan.layout_.apart)
+    if (op.kind == Kind::conv2d && !plan.layout_.rows && !plan.layout_.task_per_lane)
       plan.tables_.tabulate(op, depends[op.input[0]]);
     depends.push_back(depend), moves.push_back(move);
     plan.ops_.push_back(op);
@@ -241,11 +241,11 @@ class PlanBuilder {
   // Elements from pixel to pixel of so many channels.
   int padded(int channels) const {
     const Layout& l = plan.layout_;
-    return l.apart ? channels * l.lanes : round_up(channels, l.lanes);
+    return l.task_per_lane ? channels * l.lanes : round_up(channels, l.lanes);
   }
 
   int columns(int outputs) const {
-    if (plan.layout_.apart) return outputs;
+    if (plan.layout_.task_per_lane) return outputs;
     const int packs = share(outputs) / plan.layout_.lanes;
     return (plan.layout_.rows ? packs | 1 : packs) * plan.layout_.lanes;
   }
@@ -326,11 +326,11 @@ class PlanBuilder {
       const Parameter& q = parameters[index];
       count = std::max(count, q.at + q.size);
       if (placed.count(static_cast<int>(index))) continue;  // else it is read by nothing that counts
-      const int elements = static_cast<int>(q.size), ld = plan.layout_.apart ? padded(elements) : elements;
+      const int elements = static_cast<int>(q.size), ld = plan.layout_.task_per_lane ? padded(elements) : elements;
       place(static_cast<int>(index), {1, elements, 1, 1, ld, 0, 0, 0});
     }
     const Layout& l = plan.layout_;
-    plan.program_.size = round_up(static_cast<int>(size + own), l.apart ? l.lanes * l.lanes : 64);
+    plan.program_.size = round_up(static_cast<int>(size + own), l.task_per_lane ? l.lanes * l.lanes : 64);
     plan.program_.common = l.blocks > 1 ? size : plan.program_.size;
     for (auto& [index, slot] : placed) slot.second += spreads(slot.first) ? size : 0;
     for (Op& op : plan.ops_) {
@@ -356,7 +356,7 @@ class PlanBuilder {
   // The last panel is as wide as what is left of the columns.
   int64_t position(const Placement& p, int row, int c, int pixel) const {
     const Layout& l = plan.layout_;
-    const int64_t at = static_cast<int64_t>(pixel) * p.ld + (l.apart ? c * l.lanes : c);
+    const int64_t at = static_cast<int64_t>(pixel) * p.ld + (l.task_per_lane ? c * l.lanes : c);
     if (spreads(p)) return p.columns ? at * p.columns + spread(row, share(p.rows)) : spread(c, p.ld);
     if (!p.columns) return row * p.stride + at;
     const int panel = l.rows ? p.columns : l.panel, begin = row / panel * panel;

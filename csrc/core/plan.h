@@ -12,7 +12,7 @@
 
 namespace metafast {
 
-enum class PassKind : int32_t { predict, plain, taped };
+enum class PassKind : int32_t { predict, gradient, gradient_and_tangent };
 
 // Owns everything that a Program and its passes point to.
 class Plan {
@@ -23,7 +23,7 @@ class Plan {
   Plan(const Plan&) = delete;
 
   const Program& program() const { return program_; }
-  const Pass& pass(int n, PassKind kind);
+  const PassLayout& pass_layout(int n, PassKind kind);
   // [P]: where an element of the user's flat vector lies in the inner one, or where several blocks share the weights in
   // the row of their inner vectors.
   const std::vector<int32_t>& inner() const { return inner_; }
@@ -49,12 +49,12 @@ class Plan {
     int32_t c, ld;
   };
 
-  struct OwnedPass {
+  struct OwnedPassLayout {
     std::vector<int64_t> value, adjoint, saved, tangent, d_adjoint;
-    Pass pass;
+    PassLayout layout;
   };
 
-  void build_pass(int n, PassKind kind, OwnedPass& out) const;
+  void build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const;
   int64_t saved_elements(const Op& op, int n, PassKind kind) const;
 
   Layout layout_;
@@ -69,7 +69,7 @@ class Plan {
   int64_t constants_size_ = 0;
   Tables tables_;
   std::mutex mutex_;  // of the passes
-  std::map<std::pair<int, int>, std::unique_ptr<OwnedPass>> passes_;
+  std::map<std::pair<int, int>, std::unique_ptr<OwnedPassLayout>> layouts_;
 };
 
 // The plan of a model, from those made lately.

@@ -9,8 +9,8 @@ const int32_t* Tables::table(std::vector<int32_t> values) {
   return tables_.back()->data();
 }
 
-const Gather* Tables::gather(std::vector<Gather> values) {
-  gathers_.push_back(std::make_unique<std::vector<Gather>>(std::move(values)));
+const GatherTable* Tables::gather(std::vector<GatherTable> values) {
+  gathers_.push_back(std::make_unique<std::vector<GatherTable>>(std::move(values)));
   return gathers_.back()->data();
 }
 
@@ -44,7 +44,7 @@ void Tables::tabulate(Op& op, bool backward) {
 void Tables::tabulate_backward(Op& op) {
   const Window& w = op.window;
   const Grid &x = op.x, &y = op.y;
-  std::vector<Gather> classes;
+  std::vector<GatherTable> classes;
   for (int ry = 0; ry < std::min(w.sy, x.h); ++ry) {
     for (int rx = 0; rx < std::min(w.sx, x.w); ++rx) {
       std::vector<int32_t> taps, source, target, first;

@@ -16,11 +16,11 @@ class Tables {
 
  private:
   const int32_t* table(std::vector<int32_t> values);
-  const Gather* gather(std::vector<Gather> values);
+  const GatherTable* gather(std::vector<GatherTable> values);
   void tabulate_backward(Op& op);
 
   std::vector<std::unique_ptr<std::vector<int32_t>>> tables_;
-  std::vector<std::unique_ptr<std::vector<Gather>>> gathers_;
+  std::vector<std::unique_ptr<std::vector<GatherTable>>> gathers_;
 };
 
 }  // namespace metafast

@@ -20,7 +20,7 @@ static inline bool of_vectors(const Op& op) {
 }
 
 template <class T>
-void Core<T>::correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
+void CoreMachine<T>::correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
   using D = Direct<T>;
   using W = Winograd<T>;
   const Window& w = op.window;
@@ -44,7 +44,7 @@ void Core<T>::correlate(const Op& op, int n, const Term* terms, int count, const
 }
 
 template <class T>
-void Core<T>::correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const {
+void CoreMachine<T>::correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const {
   using D = Direct<T>;
   using W = Winograd<T>;
   const int taps = op.window.kh * op.window.kw;
@@ -80,14 +80,14 @@ void Core<T>::correlate_transposed(const Op& op, int n, const Term* terms, int c
 
 // to (+)= sum of terms W a (+ bias), of vectors.
 template <class T>
-void Core<T>::multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias,
-                               bool add, T* y) const {
+void CoreMachine<T>::multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count,
+                                      const T* bias, bool add, T* y) const {
   using D = Direct<T>;
   D::matrix_product({terms, count, from.ld, from.c, from.ld, y, to.ld, bias, add}, share(n), to.ld);
 }
 
 template <class T>
-void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
+void CoreMachine<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
   using D = Direct<T>;
   constexpr int run_pixels = 256;  // what stays in the first-level cache beside a panel of the result
   const Window& w = op.window;
@@ -124,17 +124,17 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
         if (y0 < top) y0 = top;
         if (y1 > top + lines) y1 = top + lines;
         if (y0 >= y1 || x0 >= x1) continue;
-        const typename D::Run run{samples < n - s ? samples : n - s,
-                                  y1 - y0,
-                                  x1 - x0,
-                                  image_size(gx),
-                                  static_cast<long>(w.sy) * gx.w * gx.ld,
-                                  static_cast<long>(w.sx) * gx.ld,
-                                  image_size(gy),
-                                  static_cast<long>(gy.w) * gy.ld,
-                                  gy.ld,
-                                  pixel(gx, s, y0 * w.sy - w.py + ky * w.dy, x0 * w.sx - w.px + kx * w.dx),
-                                  pixel(gy, s, y0, x0)};
+        const typename D::PixelRun run{samples < n - s ? samples : n - s,
+                                       y1 - y0,
+                                       x1 - x0,
+                                       image_size(gx),
+                                       static_cast<long>(w.sy) * gx.w * gx.ld,
+                                       static_cast<long>(w.sx) * gx.ld,
+                                       image_size(gy),
+                                       static_cast<long>(gy.w) * gy.ld,
+                                       gy.ld,
+                                       pixel(gx, s, y0 * w.sy - w.py + ky * w.dy, x0 * w.sx - w.px + kx * w.dx),
+                                       pixel(gy, s, y0, x0)};
         D::outer(pairs, count, run, {g_w, gy.ld, depth, static_cast<long>(tap) * gx.ld, op.offsets, rows});
       }
     }
@@ -144,17 +144,17 @@ void Core<T>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) c
 
 // The parts of the workspace, in elements: a run of zeros as long as any that is read, transposed weights of two terms,
 // and for Winograd's way transformed weights of two terms and the transforms of two more.
-struct Parts {
+struct WorkspaceParts {
   long zeros, packed, transformed, scratch;
   long size() const { return zeros + packed + transformed + scratch; }
 };
 
 template <class T>
-Parts parts(const Program& program) {
+WorkspaceParts parts(const Program& program) {
   using W = Winograd<T>;
   constexpr int panel = Direct<T>::panel;
   const auto larger = [](long a, long b) { return a > b ? a : b; };
-  Parts need{0, 0, 0, 0};
+  WorkspaceParts need{0, 0, 0, 0};
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
     if (op.kind != Kind::conv2d) continue;
@@ -173,13 +173,13 @@ Parts parts(const Program& program) {
 }
 
 template <class T>
-long Core<T>::workspace_size(const Program& program) {
+long CoreMachine<T>::workspace_size(const Program& program) {
   return parts<T>(program).size();
 }
 
 template <class T>
-Core<T>::Core(const Program& program, T* own, T* shared, Member member) : member(member) {
-  const Parts need = parts<T>(program);
+CoreMachine<T>::CoreMachine(const Program& program, T* own, T* shared, Member member) : member(member) {
+  const WorkspaceParts need = parts<T>(program);
   zeros = own;
   scratch = own + need.size() - need.scratch;
   packed = shared + need.zeros;

@@ -9,7 +9,7 @@ namespace METAFAST_NAMESPACE {
 // R x V sums in registers. Indices are constants from the start (no loops to unroll), or the compiler keeps the sums in
 // memory.
 template <class T, int R, int V>
-class Sums {
+class RegisterTile {
   using S = Simd<T>;
   using Pack = typename S::Pack;
   template <class F, size_t... I>
@@ -62,14 +62,14 @@ class Sums {
 template <class T>
 struct Direct {
   template <int R, int V>
-  using Sums = METAFAST_NAMESPACE::Sums<T, R, V>;
+  using RegisterTile = METAFAST_NAMESPACE::RegisterTile<T, R, V>;
   using S = Simd<T>;
   using Pack = typename S::Pack;
   static constexpr int lanes = S::lanes, panel = 2 * lanes, max_rows = sizeof(Pack) == 64 ? 12 : 6;
 
   // One factor as rows of images; `zeros` stands in for what lies outside.
-  struct Rows {
-    const Gather* gather;
+  struct GatheredRows {
+    const GatherTable* gather;
     long image;  // elements from sample to sample of the rows read
     const T* zeros;
   };
@@ -96,9 +96,9 @@ struct Direct {
   };
 
   template <int R, int V>
-  METAFAST_KERNEL static void gather_tiles(const Rows& rows, const Term<T>* terms, int count, const Range& range,
-                                           long depth, const Target& to) {
-    const Gather& g = *rows.gather;
+  METAFAST_KERNEL static void gather_tiles(const GatheredRows& rows, const Term<T>* terms, int count,
+                                           const Range& range, long depth, const Target& to) {
+    const GatherTable& g = *rows.gather;
     for (int column = range.column; column < range.column + range.panels * V * lanes; column += V * lanes) {
       Place at{0, 0};
       at.advance(range.first, g.rows);
@@ -111,7 +111,7 @@ struct Direct {
           image[i] = at.sample * rows.image;
           out[i] = to.base + at.sample * to.image + g.target[at.row] + column;
         }
-        Sums<R, V> sums{};
+        RegisterTile<R, V> sums{};
         if (to.bias) sums.start(to.bias + column, 0);
         for (int t = 0; t < count; ++t) {
           for (int s = 0; s < g.segments; ++s) {
@@ -127,7 +127,7 @@ struct Direct {
   }
 
   // Some of the rows of all samples times all panels of `columns` output elements; a panel is `depth` rows deep.
-  static void product(const Rows& rows, Share some, const Term<T>* terms, int count, long depth, int columns,
+  static void product(const GatheredRows& rows, Share some, const Term<T>* terms, int count, long depth, int columns,
                       const Target& to) {
     in_tiles(some, columns, [&](const Range& range, auto r, auto v) {
       gather_tiles<decltype(r)::value, decltype(v)::value>(rows, terms, count, range, depth, to);
@@ -152,7 +152,7 @@ struct Direct {
       T* to = m.out + range.first * m.out_stride + column;
       long first = range.first * m.a_stride;
       for (int tile = 0; tile < range.tiles; ++tile, first += R * m.a_stride, to += R * m.out_stride) {
-        Sums<R, V> sums{};
+        RegisterTile<R, V> sums{};
         if (m.bias) sums.start(m.bias + column, 0);
         for (int t = 0; t < m.count; ++t) {
           const T* const a = m.terms[t].a + first;
@@ -182,9 +182,9 @@ struct Direct {
   }
 
   template <int V, class F>
-  static void in_heights(Share share, unsigned most, Range range, const F& f) {
+  static void in_heights(Share share, unsigned max_height, Range range, const F& f) {
     const unsigned begin = static_cast<unsigned>(share.first), rows = static_cast<unsigned>(share.end) - begin;
-    const unsigned tiles = (rows + most - 1) / most, height = rows / tiles, taller = rows - height * tiles;
+    const unsigned tiles = (rows + max_height - 1) / max_height, height = rows / tiles, taller = rows - height * tiles;
     const auto run = [&](unsigned first, unsigned count, unsigned high) {
       range.first = static_cast<int>(first), range.tiles = static_cast<int>(count);
       with_rows<V == 2 ? max_rows : 2 * max_rows>(static_cast<int>(high),
@@ -205,19 +205,19 @@ struct Direct {
 
   // A run of pixels that a weight gradient is summed over: `samples` x `lines` x `length`, with the distances between
   // them in x and in g, and where they begin.
-  struct Run {
+  struct PixelRun {
     int samples, lines, length;
     long x_sample, x_line, x_pixel, g_sample, g_line, g_pixel, x_at, g_at;
   };
 
   // Vectors that a weight gradient [panel][depth][width] is summed over.
-  struct Vectors {
+  struct OuterVectors {
     long length, x_stride, g_stride, depth;
     T* out;
   };
 
   // A part of a weight gradient [panel][depth][width]: rows from `first`, at x + offset[i].
-  struct Part {
+  struct GradientPart {
     T* base;
     int columns;
     long depth, first;
@@ -227,13 +227,13 @@ struct Direct {
 
   // out[i][width] += sum over the run of x[offset[i]] * g[column].
   template <int R, int V>
-  METAFAST_KERNEL static void outer_tiles(const Pair<T>* pairs, int count, const Run& run, const Part& to,
+  METAFAST_KERNEL static void outer_tiles(const Pair<T>* pairs, int count, const PixelRun& run, const GradientPart& to,
                                           const Range& range) {
     for (int column = range.column; column < range.column + range.panels * V * lanes; column += V * lanes) {
       const int32_t* offset = to.offset + range.first;
       T* out = to.base + column * to.depth + (to.first + range.first) * V * lanes;
       for (int tile = 0; tile < range.tiles; ++tile, offset += R, out += R * V * lanes) {
-        Sums<R, V> sums;
+        RegisterTile<R, V> sums;
         sums.start(out, V * lanes);
         for (int t = 0; t < count; ++t) {
           for (int s = 0; s < run.samples; ++s) {
@@ -251,7 +251,7 @@ struct Direct {
     }
   }
 
-  static void outer(const Pair<T>* pairs, int count, const Run& run, const Part& to) {
+  static void outer(const Pair<T>* pairs, int count, const PixelRun& run, const GradientPart& to) {
     in_tiles(to.rows, to.columns, [&](const Range& range, auto r, auto v) {
       outer_tiles<decltype(r)::value, decltype(v)::value>(pairs, count, run, to, range);
     });
@@ -259,13 +259,13 @@ struct Direct {
 
   // The same for vectors: out[i][width] += sum over k < length of x[k * x_stride + i] * g[k * g_stride + column].
   template <int R, int V>
-  METAFAST_KERNEL static void vector_outer_tiles(const Pair<T>* pairs, int count, const Vectors& of,
+  METAFAST_KERNEL static void vector_outer_tiles(const Pair<T>* pairs, int count, const OuterVectors& of,
                                                  const Range& range) {
     for (int column = range.column; column < range.column + range.panels * V * lanes; column += V * lanes) {
       T* out = of.out + column * of.depth + range.first * V * lanes;
       int first = range.first;
       for (int tile = 0; tile < range.tiles; ++tile, first += R, out += R * V * lanes) {
-        Sums<R, V> sums;
+        RegisterTile<R, V> sums;
         sums.start(out, V * lanes);
         for (int t = 0; t < count; ++t) {
           const T* const x = pairs[t].x + first;
@@ -277,7 +277,7 @@ struct Direct {
     }
   }
 
-  static void vector_outer(const Pair<T>* pairs, int count, const Vectors& of, Share rows, int columns) {
+  static void vector_outer(const Pair<T>* pairs, int count, const OuterVectors& of, Share rows, int columns) {
     in_tiles(rows, columns, [&](const Range& range, auto r, auto v) {
       vector_outer_tiles<decltype(r)::value, decltype(v)::value>(pairs, count, of, range);
     });

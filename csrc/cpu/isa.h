@@ -10,7 +10,7 @@ namespace metafast {
 // Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; what they sum up lies
 // `apart`.
 struct Groups {
-  int64_t count, apart;
+  int64_t count, stride;
   int64_t* next;
 };
 
@@ -30,7 +30,7 @@ struct Isa {
   // its contractions a task is too small for a team.
   int64_t (*team_workspace)(const Job<T>&, int64_t products);
   // Runs chunk k as a member of a team that shares `memory`.
-  void (*run_together)(const Job<T>&, int64_t chunk, int64_t k, T* memory, T* own, Member, Trace*);
+  void (*run_as_team)(const Job<T>&, int64_t chunk, int64_t k, T* memory, T* own, Member, Trace*);
 };
 
 // Names of the builds that this processor can run, the best one first.

@@ -1,6 +1,6 @@
 // The Machine that runs several tasks at once, one in each lane: elements are packs, so layers of vectors need neither
-// padding nor transposes, and a call is made once for all. Every number is computed as Core computes it, in the same
-// order: a task comes out the same, bit by bit, however it is run.
+// padding nor transposes, and a call is made once for all. Every number is computed as CoreMachine computes it, in the
+// same order: a task comes out the same, bit by bit, however it is run.
 #pragma once
 #include <type_traits>
 
@@ -20,7 +20,7 @@ template <class Activation>
 constexpr bool suits_lanes<Pointwise<Activation>> = true;
 
 template <class T>
-class Lanes : public Core<T> {
+class LaneMachine : public CoreMachine<T> {
   using S = Simd<T>;
 
  public:
@@ -65,7 +65,7 @@ class Lanes : public Core<T> {
   template <class Rules>
   static constexpr bool runs = suits_lanes<Rules>;
 
-  Lanes(const Program&, T*, T*, Member) {}
+  LaneMachine(const Program&, T*, T*, Member) {}
   static long workspace_size(const Program&) { return 0; }
 
   void clear_padding(const Grid&, int, T*) const {}
@@ -73,7 +73,7 @@ class Lanes : public Core<T> {
   template <int K, class F>
   void reduce(long rows, int ld, T* out, bool add, const F& f) const {
     const Redirect to = at(out);
-    Core<T>::template reduce<K>(rows, ld, to.of ? to.to : out, add && !to.of, f);
+    CoreMachine<T>::template reduce<K>(rows, ld, to.of ? to.to : out, add && !to.of, f);
     for (long i = 0; to.from && i < K * ld; i += lanes) S::store(to.to + i, descended(to, i, S::load(to.to + i)));
   }
 
@@ -93,7 +93,7 @@ class Lanes : public Core<T> {
     return sum;
   }
 
-  // Core adds packs of neighbours in a row, blocks of them apart, and at last the lanes of the sums.
+  // CoreMachine adds packs of neighbours in a row, blocks of them apart, and at last the lanes of the sums.
   template <class F>
   Pack total(long size, int ld, const F& f) const {
     const int channels = ld / lanes;
@@ -107,7 +107,7 @@ class Lanes : public Core<T> {
     };
     for (long row = 0; row < size; row += ld) {
       for (int c = 0; c < channels; ++c) {
-        if (c % lanes == 0 && packs++ % Core<T>::block_rows == 0 && row + c > 0) close();
+        if (c % lanes == 0 && packs++ % CoreMachine<T>::block_rows == 0 && row + c > 0) close();
         parts[c % lanes] += f(row + c * lanes);
       }
     }
@@ -181,10 +181,11 @@ class Lanes : public Core<T> {
   // Rows in tiles of about equal height.
   template <int V>
   static void strip(const Product& p, int rows, int column) {
-    constexpr int most = V == 1 ? 12 : high * wide / V;
-    const int tiles = (rows + most - 1) / most, height = rows / tiles, taller = rows % tiles;
+    constexpr int max_height = V == 1 ? 12 : high * wide / V;
+    const int tiles = (rows + max_height - 1) / max_height, height = rows / tiles, taller = rows % tiles;
     const auto run = [&](int first, int count, int high) {
-      Direct<T>::template with_rows<most>(high, [&](auto r) { tile<decltype(r)::value, V>(p, first, count, column); });
+      Direct<T>::template with_rows<max_height>(high,
+                                                [&](auto r) { tile<decltype(r)::value, V>(p, first, count, column); });
     };
     if (taller > 0) run(0, taller, height + 1);
     if (tiles > taller) run(taller * (height + 1), tiles - taller, height);
@@ -194,7 +195,7 @@ class Lanes : public Core<T> {
   METAFAST_KERNEL static void tile(const Product& p, int first, int count, int column) {
     for (int row = first; row < first + count * R; row += R) {
       T* const out = p.out + row * p.out_row + column * p.out_column;
-      Sums<T, R, V> sums{};
+      RegisterTile<T, R, V> sums{};
       if (p.bias) sums.start(p.bias + column * lanes, 0);
       if (p.continues) sums.start(out, p.out_row, p.out_column);
       for (int t = 0; t < p.count; ++t) {

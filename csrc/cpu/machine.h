@@ -3,7 +3,7 @@
 // In a team every primitive takes its share of the elements and ends with a barrier. An element is always computed
 // whole and in the same order, so the numbers do not depend on the size of the team.
 #pragma once
-#include "../core/layers/frame.h"
+#include "../core/layers/context.h"
 #include "../core/trace.h"
 #include "simd.h"
 #include "team.h"
@@ -11,7 +11,7 @@
 namespace METAFAST_NAMESPACE {
 
 template <class T>
-class Core : public Simd<T> {
+class CoreMachine : public Simd<T> {
  public:
   using Simd<T>::lanes;
   using typename Simd<T>::Pack;
@@ -26,10 +26,10 @@ class Core : public Simd<T> {
   using Loss = double;
 
   // Workspaces hold workspace_size elements; `shared` is that of the whole team, the first member's own.
-  Core(const Program& program, T* own, T* shared, Member member);
+  CoreMachine(const Program& program, T* own, T* shared, Member member);
 
   Trace* trace = nullptr;
-  void begin(What what, int index) const {
+  void begin(SpanKind what, int index) const {
     if (trace) begin_span(*trace, what, index);
   }
   void end() const {
@@ -125,7 +125,7 @@ class Core : public Simd<T> {
   // f(machine, sample): a machine runs the maps and sums of one sample, here one core.
   template <class F>
   void samples(int n, const F& f) const {
-    Core alone = *this;
+    CoreMachine alone = *this;
     alone.member = {};
     each_sample(n, [&](int s) { f(alone, s); });
   }
@@ -149,7 +149,7 @@ class Core : public Simd<T> {
 
   template <class F>
   double sum_rows(int n, const F& f) const {
-    return said([&] {
+    return from_leader([&] {
       double sum = 0;
       for (int s = 0; s < n; ++s) sum += f(s, 0);
       return sum;
@@ -164,7 +164,7 @@ class Core : public Simd<T> {
 
   template <class F>
   T total(long size, const F& f) const {
-    return static_cast<T>(said([&] {
+    return static_cast<T>(from_leader([&] {
       double sum = 0;
       for (long block = 0; block < size; block += block_rows * lanes) {
         const long end = block + block_rows * lanes < size ? block + block_rows * lanes : size;
@@ -194,7 +194,7 @@ class Core : public Simd<T> {
 
   // f(channel) gives what is done to each 2x2 window: of the offset of the output and the four of the input.
   template <class F>
-  void quads(const Op& op, int n, const F& f) const {
+  void windows2x2(const Op& op, int n, const F& f) const {
     const long ld = op.x.ld, across = op.x.w * ld;
     const Share lines = share(static_cast<long>(n) * op.y.h);
     for (long line = lines.first; line < lines.end; ++line) {
@@ -213,7 +213,7 @@ class Core : public Simd<T> {
 
   // f(channel) gives what is done at each pixel of an odd last row or column, which no 2x2 window covers.
   template <class F>
-  void leftovers(const Op& op, int n, const F& f) const {
+  void outside_windows2x2(const Op& op, int n, const F& f) const {
     const Grid& g = op.x;
     if (2 * op.y.h == g.h && 2 * op.y.w == g.w) return;
     const Share packs = share((g.ld + lanes - 1) / lanes);
@@ -251,7 +251,7 @@ class Core : public Simd<T> {
   static double of_task(double loss, int) { return loss; }
 
  protected:
-  Core() = default;  // for who brings contractions of its own
+  CoreMachine() = default;  // for who brings contractions of its own
   static constexpr int block_rows = 64;
 
  private:
@@ -268,10 +268,10 @@ class Core : public Simd<T> {
 
   // What f() gives the first member, said to all.
   template <class F>
-  double said(const F& f) const {
+  double from_leader(const F& f) const {
     if (!member.team) return f();
-    once([&] { member.team->said = f(); });
-    const double value = member.team->said;
+    once([&] { member.team->leader_value = f(); });
+    const double value = member.team->leader_value;
     barrier();
     return value;
   }

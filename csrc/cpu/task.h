@@ -1,8 +1,9 @@
-// What is done with one task, or as many as a machine runs at once: the inner loop, the query, and the way back.
+// The run of one task's inner loop, or of as many tasks as a machine runs at once: the steps that adapt, the query
+// pass, and the steps in reverse. cuda/inner_loop.cuh does the same with another structure; csrc/README.md says why.
 #pragma once
-#include "../core/guard.h"
+#include "../core/asan.h"
 #include "../core/job.h"
-#include "../core/sweep.h"
+#include "../core/pass.h"
 #include "contract.h"
 #include "lanes.h"
 #include "transfer.h"
@@ -38,25 +39,25 @@ struct TaskMemory {
     v = take(p.size);
     u = take(p.size);
     product = take(p.size);
-    const int64_t scratch = job.goal == Goal::adapt ? 0 : job.taped.scratch;
-    tapes = take((job.keep ? job.steps : 1) * job.taped.tape);
-    rest = take(job.plain.tape > scratch ? job.plain.tape : scratch);  // never alive together
+    const int64_t scratch = job.goal == Goal::adapt ? 0 : job.support_layouts.scratch;
+    tapes = take((job.keeps_tapes ? job.steps : 1) * job.support_layouts.tape);
+    rest = take(job.query_layouts.tape > scratch ? job.query_layouts.tape : scratch);  // never alive together
   }
 };
 
 template <class M>
-class Task {
+class InnerLoopRun {
   using T = typename M::Real;
   using Loss = typename M::Loss;
 
  public:
   // `own`: a workspace, of all members but the first.
-  Task(const Job<T>& job, T* base, T* own, Member member, Trace* trace)
+  InnerLoopRun(const Job<T>& job, T* base, T* own, Member member, Trace* trace)
       : job(job),
         program(*job.program),
         mem(job, base),
         machine(program, member.rank == 0 ? mem.workspace : own, mem.workspace, member),
-        sweep(machine, program, job.constants),
+        pass(machine, program, job.constants),
         support{},
         query{} {
     machine.trace = trace;
@@ -76,11 +77,11 @@ class Task {
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
     if (machine.trace) machine.trace->task = static_cast<int32_t>(t), machine.trace->tasks = M::tasks;
-    taped = job.taped.of ? job.taped.of[t] : nullptr;
-    plain = job.plain.of ? job.plain.of[t] : nullptr;
-    machine.begin(What::load, 0);
-    support = import_batch(job.support, mem.support_x, mem.support_y, mem.support_yd);
-    query = import_batch(job.query, mem.query_x, mem.query_y, nullptr);
+    support_layout = job.support_layouts.of ? job.support_layouts.of[t] : nullptr;
+    query_layout = job.query_layouts.of ? job.query_layouts.of[t] : nullptr;
+    machine.begin(SpanKind::load, 0);
+    support = load_samples(job.support, mem.support_x, mem.support_y, mem.support_yd);
+    query = load_samples(job.query, mem.query_x, mem.query_y, nullptr);
     machine.barrier();
     machine.end();
     switch (job.goal) {
@@ -94,40 +95,40 @@ class Task {
         return adapt_vjp(lr_sums);
       case Goal::meta_gradient:
         return meta_gradient(sums, lr_sums);
-      case Goal::tangent:
-        return tangent();
-      case Goal::hessian_times:
-        return hessian_times();
+      case Goal::jvp:
+        return jvp();
+      case Goal::hvp:
+        return hvp();
     }
   }
 
  private:
   void predict() {
     load_params(job.params, mem.theta);
-    machine.begin(What::query, job.step);
-    const Tape<T> tape = plain_tape();
-    sweep.forward(tape, query, mem.theta, job.step);
-    export_outputs(sweep.outputs(tape, query), job.query, job.outputs);
+    machine.begin(SpanKind::query, job.step);
+    const Tape<T> tape = query_tape();
+    pass.forward(tape, query, mem.theta, job.step);
+    export_outputs(pass.outputs(tape, query), job.query, job.outputs);
     machine.end();
   }
 
-  void tangent() {
+  void jvp() {
     load_params(job.params, mem.theta);
     import_user(job.v, 0, mem.u);
-    fence_tape(program, *taped, mem.tapes);
-    fence_scratch(program, *taped, mem.rest);
-    const Tape<T> tape{taped, mem.tapes, mem.rest};
-    sweep.forward(tape, support, mem.theta, job.step);
-    export_outputs(sweep.outputs(tape, support), job.support, job.outputs);
-    export_outputs(sweep.tangent_forward(tape, support, mem.theta, mem.u, job.step), job.support, job.tangents);
+    fence_tape(program, *support_layout, mem.tapes);
+    fence_scratch(program, *support_layout, mem.rest);
+    const Tape<T> tape{support_layout, mem.tapes, mem.rest};
+    pass.forward(tape, support, mem.theta, job.step);
+    export_outputs(pass.outputs(tape, support), job.support, job.outputs);
+    export_outputs(pass.jvp(tape, support, mem.theta, mem.u, job.step), job.support, job.tangents);
   }
 
-  void hessian_times() {
+  void hvp() {
     load_params(job.params, mem.theta);
     import_user(job.v, 0, mem.u);
     from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, job.step, mem.g); });
     clear(mem.product);
-    add_hessian_times(mem.tapes, mem.theta, mem.u, job.step, mem.product);
+    add_hvp(mem.tapes, mem.theta, mem.u, job.step, mem.product);
     export_user(mem.g, job.grads, 0);
     export_user(mem.product, job.products, 0);
   }
@@ -140,14 +141,14 @@ class Task {
 
   void adapt() {
     load_params(job.params, mem.theta);
-    inner_loop();
+    adapt_steps();
     for (int s = 0; s <= job.steps; ++s) export_user(theta(s), job.trajectory, s);
   }
 
   void adapt_vjp(T* lr_sums) {
     import_user(job.v, job.v_everywhere ? job.steps : 0, mem.v);
     for (int s = job.steps - 1; s >= 0; --s) {
-      machine.begin(What::reverse_step, s);
+      machine.begin(SpanKind::reverse_step, s);
       import_user(job.trajectory, s, mem.theta);
       if (!job.first_order || job.needs_lr) {
         from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, s, mem.g); });
@@ -163,7 +164,7 @@ class Task {
 
   void meta_gradient(T* sums, T* lr_sums) {
     load_params(job.params, mem.theta);
-    inner_loop();
+    adapt_steps();
     const bool whole = job.weights[job.steps] == 1;
     if (!whole) clear(mem.v);
     Loss loss{};
@@ -176,8 +177,8 @@ class Task {
       }
       if (s == 0) break;
       const int step = s - 1;
-      machine.begin(What::reverse_step, step);
-      const bool stale = !job.keep && s < job.steps;
+      machine.begin(SpanKind::reverse_step, step);
+      const bool stale = !job.keeps_tapes && s < job.steps;
       if (stale && !job.first_order) support_pass(tape(step), theta(step), step, nullptr);
       reverse_step(step, tape(step), theta(step), gradient(step), lr_sums);
       machine.end();
@@ -186,30 +187,32 @@ class Task {
     if (sums) add(sums, 1, mem.v);
   }
 
-  // theta_{s+1} = theta_s - alpha_s g_s
-  void inner_loop() {
-    for (int s = 0; s < job.steps; ++s) {
-      machine.begin(What::inner_step, s);
-      T *g = gradient(s), *to = theta(s + 1);
-      const T *alpha = rate(s), *from = theta(s);
-      const auto pass = [&] { support_pass(tape(s), theta(s), s, g); };
-      if (job.needs_lr || !redirected(pass, g, to, from, alpha)) {
-        from_zero(g, pass);
-        machine.each(program.size,
-                     [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
-      }
-      machine.end();
-    }
+  void adapt_steps() {
+    for (int s = 0; s < job.steps; ++s) adapt_step(s);
   }
 
-  // What pass() would add to g, zero before, makes to = from - rate * g instead, or to = g where there is no `from`.
-  // False, and nothing done, where parameters get their gradient in several parts.
+  // theta_{s+1} = theta_s - alpha_s g_s
+  void adapt_step(int s) {
+    machine.begin(SpanKind::inner_step, s);
+    T *g = gradient(s), *to = theta(s + 1);
+    const T *alpha = rate(s), *from = theta(s);
+    const auto add_gradient = [&] { support_pass(tape(s), theta(s), s, g); };
+    if (job.needs_lr || !redirected(add_gradient, g, to, from, alpha)) {
+      from_zero(g, add_gradient);
+      machine.each(program.size,
+                   [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
+    }
+    machine.end();
+  }
+
+  // What add_gradient() would add to g, zero before, makes to = from - rate * g instead, or to = g where there is no
+  // `from`. False, and nothing done, where parameters get their gradient in several parts.
   template <class F>
-  bool redirected(const F& pass, const T* g, T* to, const T* from, const T* rate) {
+  bool redirected(const F& add_gradient, const T* g, T* to, const T* from, const T* rate) {
     if constexpr (M::redirects) {
       if (program.used_once) {
         machine.redirect = {g, to, from, rate};
-        pass();
+        add_gradient();
         machine.redirect = {};
         return true;
       }
@@ -217,12 +220,12 @@ class Task {
     return false;
   }
 
-  // pass() adds a gradient to g.
+  // add_gradient() adds a gradient to g, which is zero before.
   template <class F>
-  void from_zero(T* g, const F& pass) {
-    if (redirected(pass, g, g, nullptr, nullptr)) return;
+  void from_zero(T* g, const F& add_gradient) {
+    if (redirected(add_gradient, g, g, nullptr, nullptr)) return;
     clear(g);
-    pass();
+    add_gradient();
   }
 
   // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
@@ -236,44 +239,44 @@ class Task {
     }
     if (job.first_order) return;
     machine.each(program.size, [=](long i) { M::store(u + i, -M::load_shared(alpha, i) * M::load(v + i)); });
-    add_hessian_times(tape, at, u, s, v);
+    add_hvp(tape, at, u, s, v);
   }
 
-  void add_hessian_times(T* tape, const T* at, const T* u, int step, T* product) {
-    fence_scratch(program, *taped, mem.rest);
-    sweep.hessian_times({taped, tape, mem.rest}, support, at, u, step, product);
+  void add_hvp(T* tape, const T* at, const T* u, int step, T* product) {
+    fence_scratch(program, *support_layout, mem.rest);
+    pass.hvp({support_layout, tape, mem.rest}, support, at, u, step, product);
   }
 
   void support_pass(T* memory, const T* at, int step, T* g) {
-    fence_tape(program, *taped, memory);
-    const Tape<T> tape{taped, memory, nullptr};
-    sweep.forward(tape, support, at, step);
-    sweep.loss(tape, support);
-    sweep.backward(tape, support, at, step, g, false);
+    fence_tape(program, *support_layout, memory);
+    const Tape<T> tape{support_layout, memory, nullptr};
+    pass.forward(tape, support, at, step);
+    pass.loss(tape, support);
+    pass.backward(tape, support, at, step, g, false);
   }
 
   Loss query_pass(const T* at, int step, T* g, bool wants_outputs) {
-    machine.begin(What::query, step);
-    const Tape<T> tape = plain_tape();
-    sweep.forward(tape, query, at, step);
-    const Loss loss = sweep.loss(tape, query);
-    if (wants_outputs) export_outputs(sweep.outputs(tape, query), job.query, job.outputs);
-    sweep.backward(tape, query, at, step, g, true);
+    machine.begin(SpanKind::query, step);
+    const Tape<T> tape = query_tape();
+    pass.forward(tape, query, at, step);
+    const Loss loss = pass.loss(tape, query);
+    if (wants_outputs) export_outputs(pass.outputs(tape, query), job.query, job.outputs);
+    pass.backward(tape, query, at, step, g, true);
     machine.end();
     return loss;
   }
 
-  Tape<T> plain_tape() const {
-    fence_tape(program, *plain, mem.rest);
-    return {plain, mem.rest, nullptr};
+  Tape<T> query_tape() const {
+    fence_tape(program, *query_layout, mem.rest);
+    return {query_layout, mem.rest, nullptr};
   }
 
   int64_t count(const Samples<T>& samples) const { return samples.counts ? samples.counts[t] : samples.n; }
 
-  Batch<T> import_batch(const Samples<T>& samples, T* x, T* y, T* yd) const {
+  LoadedSamples<T> load_samples(const Samples<T>& samples, T* x, T* y, T* yd) const {
     if (!samples.x) return {};
     const int n = static_cast<int>(count(samples));
-    const int64_t first = t * samples.n, next = job.next * samples.n;
+    const int64_t first = t * samples.n, next = job.task_stride * samples.n;
     if (machine.leads()) {
       const auto load = [&](const T* from, const Grid& grid, int border_y, int border_x, T* to) {
         const int64_t sample = static_cast<int64_t>(grid.c) * (grid.h - 2 * border_y) * (grid.w - 2 * border_x);
@@ -292,9 +295,9 @@ class Task {
     const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples) : 0;
     to += t * samples.n * size;
     machine.once([&] {
-      if (n > 0) export_images<M::tasks>(from, static_cast<int>(n), out, to, job.next * samples.n * size);
+      if (n > 0) export_images<M::tasks>(from, static_cast<int>(n), out, to, job.task_stride * samples.n * size);
       for (int j = 0; j < M::tasks; ++j) {
-        T* const mine = to + j * job.next * samples.n * size;
+        T* const mine = to + j * job.task_stride * samples.n * size;
         std::memset(mine + n * size, 0, (samples.n - n) * size * sizeof(T));
       }
     });
@@ -307,19 +310,19 @@ class Task {
 
   void import_user(const T* rows, int s, T* to) const {
     const T* const from = rows + (s * job.tasks + t) * job.n_params;
-    const int64_t next = job.next * job.n_params;
+    const int64_t next = job.task_stride * job.n_params;
     machine.once([&] { import_params<M::tasks>(from, next, job.inner, job.n_params, program.size, to); });
   }
 
   void export_user(const T* from, T* rows, int s) const {
     if (!machine.leads()) return;
     T* const to = rows + (s * job.tasks + t) * job.n_params;
-    export_params<M::tasks>(from, job.inner, job.n_params, to, job.next * job.n_params);
+    export_params<M::tasks>(from, job.inner, job.n_params, to, job.task_stride * job.n_params);
   }
 
   void set_loss(const Loss& loss) const {
     if (!machine.leads()) return;
-    for (int j = 0; j < M::tasks; ++j) job.losses[t + j * job.next] = static_cast<T>(M::of_task(loss, j));
+    for (int j = 0; j < M::tasks; ++j) job.losses[t + j * job.task_stride] = static_cast<T>(M::of_task(loss, j));
   }
 
   void clear(T* x) const {
@@ -333,16 +336,16 @@ class Task {
   const T* rate(int s) const { return job.alpha + row(s) * program.size / M::tasks; }
   T* theta(int s) const { return mem.theta + s * program.size; }
   T* gradient(int s) const { return mem.g + (job.needs_lr && job.goal == Goal::meta_gradient ? s : 0) * program.size; }
-  T* tape(int s) const { return mem.tapes + (job.keep ? s : 0) * job.taped.tape; }
+  T* tape(int s) const { return mem.tapes + (job.keeps_tapes ? s : 0) * job.support_layouts.tape; }
 
   const Job<T>& job;
   const Program& program;
   TaskMemory<M> mem;
   M machine;
-  Sweep<M> sweep;
-  Batch<T> support, query;
+  Pass<M> pass;
+  LoadedSamples<T> support, query;
   int64_t t;
-  const Pass *taped, *plain;
+  const PassLayout *support_layout, *query_layout;
 };
 
 }  // namespace METAFAST_NAMESPACE

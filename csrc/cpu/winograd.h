@@ -13,8 +13,8 @@ struct Winograd {
   using D = Direct<T>;
   using Pack = typename S::Pack;
   static constexpr int lanes = S::lanes, panel = D::panel, points = 16;
-  static constexpr int block = 36;              // tiles at a time: their transforms stay in the second-level cache
-  static constexpr int apart = 64 / sizeof(T);  // keeps the 16 transforms from falling on the same cache sets
+  static constexpr int block = 36;  // tiles at a time: their transforms stay in the second-level cache
+  static constexpr int point_padding = 64 / sizeof(T);  // keeps the 16 transforms from falling on the same cache sets
 
   // The cost in products of a channel with a channel, against the direct way.
   static bool pays(const Window& w, const Grid& x, const Grid& y, int n, int terms) {
@@ -25,11 +25,11 @@ struct Winograd {
   }
 
   static long tiles(const Grid& y) { return static_cast<long>((y.h + 1) / 2) * ((y.w + 1) / 2); }
-  static long point_stride(int columns) { return block * columns + apart; }
+  static long point_stride(int columns) { return block * columns + point_padding; }
   static long weights_size(int depth, int columns) {
     return (columns + panel - 1) / panel * points * weights_stride(depth);
   }
-  static long weights_stride(int depth) { return static_cast<long>(depth) * panel + apart; }
+  static long weights_stride(int depth) { return static_cast<long>(depth) * panel + point_padding; }
 
   // Where a block of tiles lies.
   struct Tile {

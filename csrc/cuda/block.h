@@ -1,9 +1,9 @@
 // The threads of one block. On a GPU they run side by side; elsewhere (the twin) they are gone through one after
-// another, and a Watch notices what a GPU would not forgive.
+// another, and a RaceChecker notices what a GPU would not forgive.
 #pragma once
 #include <cstdint>
 
-#include "../core/layers/frame.h"
+#include "../core/layers/context.h"
 #ifndef __CUDACC__
 #include "watch.h"
 #endif
@@ -40,8 +40,8 @@ struct Warp {
     for (long i = threadIdx.x % warp_size; i < size; i += warp_size) f(i);
     __syncwarp();
 #else
-    for (long i = 0; i < size; ++i) Watch::enter_lane(i % warp_size), f(i);
-    Watch::warp_barrier();
+    for (long i = 0; i < size; ++i) RaceChecker::enter_lane(i % warp_size), f(i);
+    RaceChecker::warp_barrier();
 #endif
   }
 
@@ -53,7 +53,7 @@ struct Warp {
     return sum_lanes(part);
 #else
     T parts[warp_size] = {};
-    for (long i = 0; i < size; ++i) Watch::enter_lane(i % warp_size), parts[i % warp_size] += f(i);
+    for (long i = 0; i < size; ++i) RaceChecker::enter_lane(i % warp_size), parts[i % warp_size] += f(i);
     return sum_lanes(parts);
 #endif
   }
@@ -61,7 +61,7 @@ struct Warp {
   METAFAST_DEVICE void set(T* to, T value) const {
     each(1, [&](long) {
 #ifndef __CUDACC__
-      Watch::write(to, sizeof(T));
+      RaceChecker::write(to, sizeof(T));
 #endif
       *to = value;
     });
@@ -87,7 +87,7 @@ class Threads {
     f(static_cast<int>(threadIdx.x));
 #else
     for (int thread = 0; thread < count_; ++thread) {
-      Watch::enter(thread);
+      RaceChecker::enter(thread);
       f(thread);
     }
 #endif
@@ -103,7 +103,7 @@ class Threads {
     for (int s = static_cast<int>(threadIdx.x) / warp_size; s < samples; s += warps) f(Warp<T>{}, s);
 #else
     for (int s = 0; s < samples; ++s) {
-      Watch::enter(s % warps * warp_size);
+      RaceChecker::enter(s % warps * warp_size);
       f(Warp<T>{}, s);
     }
 #endif
@@ -123,7 +123,7 @@ class Threads {
 #ifdef __CUDACC__
     __syncthreads();
 #else
-    Watch::barrier();
+    RaceChecker::barrier();
 #endif
   }
 
@@ -142,17 +142,17 @@ class Threads {
     for (int w = 0; w < warps; ++w) {
       T parts[warp_size];
       for (int lane = 0; lane < warp_size; ++lane) {
-        Watch::enter(w * warp_size + lane);
+        RaceChecker::enter(w * warp_size + lane);
         parts[lane] = f(w * warp_size + lane);
       }
-      Watch::enter(w * warp_size);
-      Watch::write(partials + w, sizeof(T));
+      RaceChecker::enter(w * warp_size);
+      RaceChecker::write(partials + w, sizeof(T));
       partials[w] = sum_lanes(parts);
     }
-    Watch::barrier();
+    RaceChecker::barrier();
     run([&](int) {
       total = 0;
-      for (int w = 0; w < warps; ++w) Watch::read(partials + w, sizeof(T)), total += partials[w];
+      for (int w = 0; w < warps; ++w) RaceChecker::read(partials + w, sizeof(T)), total += partials[w];
     });
 #endif
     return total;

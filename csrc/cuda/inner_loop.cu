@@ -16,22 +16,23 @@
 using metafast::BlockJob;
 using metafast::cuda::ways;
 
-template <class Team>
+template <class Cluster>
 __device__ void inner_loop(const BlockJob<float>& job) {
   extern __shared__ float4 memory[];
   const int threads = static_cast<int>(blockDim.x);
-  metafast::cuda::Walk<float, Team>(job, Team{}, threads, reinterpret_cast<float*>(memory), blockIdx.x).run(gridDim.x);
+  metafast::cuda::InnerLoopRun<float, Cluster>(job, Cluster{}, threads, reinterpret_cast<float*>(memory), blockIdx.x)
+      .run(gridDim.x);
 }
 
 // Registers of a thread: six blocks of 64 threads, or one of the largest, have them on a processor.
 extern "C" __global__ void __maxnreg__(168) metafast_inner_loop(const __grid_constant__ BlockJob<float> job) {
-  inner_loop<metafast::cuda::Alone>(job);
+  inner_loop<metafast::cuda::SingleBlock>(job);
 }
 
 extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
     metafast_inner_loop_cluster(const __grid_constant__ BlockJob<float> job) {
 #if __CUDA_ARCH__ >= 900
-  inner_loop<metafast::cuda::Cluster>(job);
+  inner_loop<metafast::cuda::BlockCluster>(job);
 #else
   __trap();  // nothing before has clusters, and no launch of them
 #endif
@@ -100,9 +101,9 @@ void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) 
     check(cudaFuncSetAttribute(kernel, attribute, value), what);
   };
   // The most that there is, not this job's: another thread may be between its setting and its launch.
-  int most = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device), what);
-  set(cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  int max_shared = 0;
+  check(cudaDeviceGetAttribute(&max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device), what);
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared);
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for blocks side by side
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

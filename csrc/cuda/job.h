@@ -21,7 +21,7 @@ struct BlockMemory {
 // memory has use for.
 constexpr int max_ops = 32, max_values = max_ops + 1;
 
-// A Pass, with the arrays that it points to.
+// A PassLayout, with the arrays that it points to.
 struct PassTables {
   int32_t n;
   int64_t tape, scratch;
@@ -35,7 +35,7 @@ struct PassTables {
 struct BlockTables {
   Program program;  // its `ops` are those below
   Op ops[max_ops];
-  PassTables taped, plain;
+  PassTables support_layout, query_layout;
   const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner ones of a cluster's blocks
   const int32_t* outer;  // the way back, for each block: the index of an adapted parameter, else negative
 };

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../core/layers/frame.h"
+#include "../core/layers/context.h"
 #include "cluster.h"
 #include "job.h"
 
@@ -36,7 +36,7 @@ template <class T>
 METAFAST_DEVICE auto* global4(T* p) {
   using Quads = std::conditional_t<std::is_const_v<T>, const Quad<std::remove_const_t<T>>, Quad<T>>;
 #ifndef __CUDACC__
-  Watch::expect_aligned(reinterpret_cast<uintptr_t>(p), sizeof(Quads));
+  RaceChecker::expect_aligned(reinterpret_cast<uintptr_t>(p), sizeof(Quads));
 #endif
   return reinterpret_cast<Quads*>(p);
 }
@@ -45,12 +45,12 @@ template <class T>
 struct Factors;
 
 // Of a row of quads those that a block has.
-struct Share {
+struct QuadRange {
   int first, count;
 };
 
-template <class T, class Team>
-class Block {
+template <class T, class Cluster>
+class BlockMachine {
  public:
   using Real = T;
   using Pack = T;
@@ -67,29 +67,29 @@ class Block {
   using Pair = METAFAST_NAMESPACE::Pair<T>;
 
   // `common`: memory for what the blocks of a cluster exchange.
-  METAFAST_DEVICE Block(const Team& team, Precision precision, int threads, T* partials, T* common)
-      : team(team), precision(precision), threads(threads, partials), common(common) {}
+  METAFAST_DEVICE BlockMachine(const Cluster& cluster, Precision precision, int threads, T* partials, T* common)
+      : cluster(cluster), precision(precision), threads(threads, partials), common(common) {}
 
   // Traces are of the CPU's time.
-  METAFAST_DEVICE void begin(What, int) const {}
+  METAFAST_DEVICE void begin(SpanKind, int) const {}
   METAFAST_DEVICE void end() const {}
 
   template <class E>
   static METAFAST_DEVICE E load_one(const E* p) {
-    return *watched(p, 1, false);
+    return *checked(p, 1, false);
   }
   template <class E>
   static METAFAST_DEVICE void store_one(E* p, E v) {
-    *watched(p, 1, true) = v;
+    *checked(p, 1, true) = v;
   }
   static METAFAST_DEVICE T load(const T* p) { return load_one(p); }
   static METAFAST_DEVICE void store(T* p, T v) { store_one(p, v); }
   static METAFAST_DEVICE void put(T* p, T v, bool add) { store(p, add ? load(p) + v : v); }
   static METAFAST_DEVICE Quad<T> load4(const T* p) {
-    return *reinterpret_cast<const Quad<T>*>(watched(p, pack, false));
+    return *reinterpret_cast<const Quad<T>*>(checked(p, pack, false));
   }
   static METAFAST_DEVICE void store4(T* p, const Quad<T>& v) {
-    *reinterpret_cast<Quad<T>*>(watched(p, pack, true)) = v;
+    *reinterpret_cast<Quad<T>*>(checked(p, pack, true)) = v;
   }
 
   static METAFAST_DEVICE T broadcast(T x) { return x; }
@@ -112,7 +112,7 @@ class Block {
   // the blocks of a cluster exchange goes through one piece of memory, so there each has its own.
   template <class F>
   METAFAST_DEVICE void together(const F& f) const {
-    if constexpr (Team::alone) {
+    if constexpr (Cluster::single) {
       threads.without_barriers(f);
       threads.barrier();
     } else {
@@ -175,7 +175,7 @@ class Block {
 
   METAFAST_DEVICE void clear_padding(const Grid& grid, int n, T* y) const {
     if (grid.c == grid.ld) return;
-    const int count = divided(grid) ? grid.c - team.rank() * grid.ld : grid.c;
+    const int count = divided(grid) ? grid.c - cluster.rank() * grid.ld : grid.c;
     each(static_cast<long>(n) * grid.h * grid.w * grid.ld, [&](long i) {
       if (i % grid.ld >= count) store(y + i, 0);
     });
@@ -189,30 +189,32 @@ class Block {
   METAFAST_DEVICE void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const;
 
  private:
-  static METAFAST_DEVICE bool divided(const Grid& grid) { return !Team::alone && grid.c > grid.ld; }
+  static METAFAST_DEVICE bool divided(const Grid& grid) { return !Cluster::single && grid.c > grid.ld; }
 
   // Elements of a row of all blocks.
-  METAFAST_DEVICE int width(const Grid& grid) const { return divided(grid) ? grid.ld * team.size() : grid.ld; }
+  METAFAST_DEVICE int width(const Grid& grid) const { return divided(grid) ? grid.ld * cluster.size() : grid.ld; }
 
   // Of so many quads; no block has more than the first.
-  METAFAST_DEVICE int largest_share(int quads) const { return (quads + team.size() - 1) / team.size(); }
-  METAFAST_DEVICE Share share(int quads) const {
-    const int most = largest_share(quads), first = team.rank() * most, left = quads - first;
-    return {first, left < 0 ? 0 : left < most ? left : most};
+  METAFAST_DEVICE int largest_share(int quads) const { return (quads + cluster.size() - 1) / cluster.size(); }
+  METAFAST_DEVICE QuadRange share(int quads) const {
+    const int largest = largest_share(quads), first = cluster.rank() * largest, left = quads - first;
+    return {first, left < 0 ? 0 : left < largest ? left : largest};
   }
 
   // Of the outputs of a product those that this block makes, in its row of them.
-  METAFAST_DEVICE Share columns(const Grid& y) const { return divided(y) ? Share{0, y.ld / pack} : share(y.ld / pack); }
+  METAFAST_DEVICE QuadRange columns(const Grid& y) const {
+    return divided(y) ? QuadRange{0, y.ld / pack} : share(y.ld / pack);
+  }
 
   // From row to row of a weight, as plan.cpp lays them out.
   METAFAST_DEVICE int stride(const Grid& y) const { return (largest_share(width(y) / pack) | 1) * pack; }
 
   // In all blocks of the cluster, where p lies in this one.
   METAFAST_DEVICE void store4_everywhere(T* p, const Quad<T>& v) const {
-    for (int rank = 0; rank < team.size(); ++rank) store4(team.at(p, rank), v);
+    for (int rank = 0; rank < cluster.size(); ++rank) store4(cluster.at(p, rank), v);
   }
   METAFAST_DEVICE void store_everywhere(T* p, T v) const {
-    for (int rank = 0; rank < team.size(); ++rank) store(team.at(p, rank), v);
+    for (int rank = 0; rank < cluster.size(); ++rank) store(cluster.at(p, rank), v);
   }
 
   METAFAST_DEVICE void gather(const Grid& grid, int n, const T*& one, const T*& other, bool two) const;
@@ -225,7 +227,7 @@ class Block {
   METAFAST_DEVICE bool on_tensor_cores(const Factors<T>& f, const Start& start, const Finish& finish) const;
 
   // On a GPU, a pointer that is known to lead into shared memory, so that loops read there without asking each time.
-  static METAFAST_DEVICE const T* near(const T* p) {
+  static METAFAST_DEVICE const T* in_shared_memory(const T* p) {
 #ifdef __CUDACC__
     uint32_t place;
     asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(place) : "l"(p));
@@ -236,14 +238,14 @@ class Block {
   }
 
   template <class P>
-  static METAFAST_DEVICE P* watched(P* p, [[maybe_unused]] int count, [[maybe_unused]] bool writes) {
+  static METAFAST_DEVICE P* checked(P* p, [[maybe_unused]] int count, [[maybe_unused]] bool writes) {
 #ifndef __CUDACC__
-    writes ? Watch::write(p, count * sizeof(P)) : Watch::read(p, count * sizeof(P));
+    writes ? RaceChecker::write(p, count * sizeof(P)) : RaceChecker::read(p, count * sizeof(P));
 #endif
     return p;
   }
 
-  Team team;
+  Cluster cluster;
   Precision precision;
   Threads<T> threads;
   T* common;

@@ -32,7 +32,7 @@ inline uint32_t twin_bf16(float x) {
 }
 
 template <int depth>
-void twin_product(const float (&a)[16][depth], const float (&b)[depth][8], Sums* sums) {
+void twin_product(const float (&a)[16][depth], const float (&b)[depth][8], Accumulators* sums) {
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane >> 2, in_group = lane & 3;
     for (int upper = 0; upper < 2; ++upper) {
@@ -44,7 +44,7 @@ void twin_product(const float (&a)[16][depth], const float (&b)[depth][8], Sums*
   }
 }
 
-inline void twin_m16n8k8(Sums* sums, const Words* words) {
+inline void twin_m16n8k8(Accumulators* sums, const Words* words) {
   const auto read = [](uint32_t word) { return twin_float(word & 0xffffe000); };
   float a[16][8], b[8][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -57,7 +57,7 @@ inline void twin_m16n8k8(Sums* sums, const Words* words) {
   twin_product<8>(a, b, sums);
 }
 
-inline void twin_m16n8k16(Sums* sums, const Words* words) {
+inline void twin_m16n8k16(Accumulators* sums, const Words* words) {
   const auto low = [](uint32_t word) { return twin_float(word << 16); };
   const auto high = [](uint32_t word) { return twin_float(word & 0xffff0000); };
   float a[16][16], b[16][8];

@@ -11,29 +11,30 @@ namespace metafast {
 
 namespace {
 
-template <class T, class Team>
-void run_block(const BlockJob<T>& job, const BlockShape& shape, const Team& team, int64_t block,
-               std::vector<twin::Watch*>& cluster) {
+template <class T, class Cluster>
+void run_block(const BlockJob<T>& job, const BlockShape& shape, const Cluster& cluster, int64_t block,
+               std::vector<twin::RaceChecker*>& checkers) {
   const int64_t size = shape.bytes / static_cast<int64_t>(sizeof(T));
   std::vector<twin::Quad<T>> memory((size + 3) / 4);
   T* base = memory[0].of;
   std::fill(base, base + size, std::numeric_limits<T>::quiet_NaN());
-  const twin::Watch watch(base, shape.bytes, team.rank(), cluster);
-  twin::Walk<T, Team>(job, team, shape.threads, base, block).run(shape.blocks);
+  const twin::RaceChecker checker(base, shape.bytes, cluster.rank(), checkers);
+  twin::InnerLoopRun<T, Cluster>(job, cluster, shape.threads, base, block).run(shape.blocks);
 }
 
 }  // namespace
 
 template <class T>
 void twin_run(const BlockJob<T>& job, const BlockShape& shape) {
-  std::vector<twin::Watch*> watches(shape.cluster);
+  std::vector<twin::RaceChecker*> checkers(shape.cluster);
   for (int64_t first = 0; first < shape.blocks; first += shape.cluster) {
     if (shape.cluster == 1) {
-      run_block(job, shape, twin::Alone{}, first, watches);
+      run_block(job, shape, twin::SingleBlock{}, first, checkers);
       continue;
     }
-    twin::Turns turns(shape.cluster);
-    turns.run([&](int rank) { run_block(job, shape, twin::Cluster(turns, rank), first + rank, watches); });
+    twin::RoundRobin round_robin(shape.cluster);
+    round_robin.run(
+        [&](int rank) { run_block(job, shape, twin::BlockCluster(round_robin, rank), first + rank, checkers); });
   }
 }
 

@@ -1,25 +1,25 @@
 // One task's whole way through a block: S inner steps, then back from theta_S to theta_0. At each theta on the way back
 // its own loss on the query set joins the adjoint v, and the step before it is taken in reverse.
 #pragma once
-#include "../core/sweep.h"
+#include "../core/pass.h"
 #include "contract.cuh"
 #include "job.h"
 
 namespace METAFAST_NAMESPACE {
 
-template <class T, class Team>
-class Walk {
-  using M = Block<T, Team>;
-  enum Stage { forth, judge, back };
+template <class T, class Cluster>
+class InnerLoopRun {
+  using M = BlockMachine<T, Cluster>;
+  enum class Stage { adapt, query, reverse };
 
  public:
-  METAFAST_DEVICE Walk(const BlockJob<T>& job, const Team& team, int threads, T* base, int64_t block)
+  METAFAST_DEVICE InnerLoopRun(const BlockJob<T>& job, const Cluster& cluster, int threads, T* base, int64_t block)
       : job(job),
         program(program_of(job.tables)),
-        team(team),
+        cluster(cluster),
         base(base),
-        machine(team, job.precision, threads, base + job.memory.partials, base + job.memory.common),
-        outer(job.tables.outer + team.rank() * program.size),
+        machine(cluster, job.precision, threads, base + job.memory.partials, base + job.memory.common),
+        outer(job.tables.outer + cluster.rank() * program.size),
         block(block),
         sums(job.sums ? job.sums + block * program.size : nullptr),
         history(job.history ? job.history + block * job.steps * job.memory.record : nullptr) {}
@@ -30,7 +30,7 @@ class Walk {
     for (int s = 0; job.lr_sums && s < job.lr_rows; ++s) {
       machine.each(job.lr_width > 1 ? program.size : 1, [&](long i) { rate_sums(s)[i] = 0; });
     }
-    for (int64_t task = block / team.size(); task < job.tasks; task += blocks / team.size()) run_task(task);
+    for (int64_t task = block / cluster.size(); task < job.tasks; task += blocks / cluster.size()) run_task(task);
   }
 
  private:
@@ -42,20 +42,20 @@ class Walk {
     const int end = job.goal == Goal::adapt ? S : 3 * S + 1;
     for (int k = adapts ? 0 : S; k < end; ++k) {
       const int down = k - S;
-      const Stage stage = down < 0 ? forth : down % 2 ? back : judge;
+      const Stage stage = down < 0 ? Stage::adapt : down % 2 ? Stage::reverse : Stage::query;
       const int s = down < 0 ? k : S - (down + 1) / 2;
-      const T weight = stage == judge && job.weights ? static_cast<T>(job.weights[s]) : T(1);
-      if (stage == back) fetch(s);
-      if (passes(stage, s, weight)) {
-        const double value = pass(stage, s);
-        if (stage == judge) loss += weight * static_cast<T>(value);
+      const T weight = stage == Stage::query && job.weights ? static_cast<T>(job.weights[s]) : T(1);
+      if (stage == Stage::reverse) fetch(s);
+      if (has_pass(stage, s, weight)) {
+        const double value = run_pass(stage, s);
+        if (stage == Stage::query) loss += weight * static_cast<T>(value);
       }
-      if (stage == forth) {
-        step(s);
-      } else if (stage == judge) {
-        join(s, weight);
+      if (stage == Stage::adapt) {
+        adapt_step(s);
+      } else if (stage == Stage::query) {
+        join_adjoint(s, weight);
       } else {
-        reverse(s);
+        reverse_step(s);
       }
     }
     finish();
@@ -63,8 +63,8 @@ class Walk {
 
   METAFAST_DEVICE void start() {
     const BlockMemory& m = job.memory;
-    support = load_batch(job.support, m.support_x, m.support_y, m.support_labels);
-    query = load_batch(job.query, m.query_x, m.query_y, m.query_labels);
+    support = load_samples(job.support, m.support_x, m.support_y, m.support_labels);
+    query = load_samples(job.query, m.query_x, m.query_y, m.query_labels);
     loss = 0;
     if (job.goal != Goal::adapt && job.goal != Goal::predict) clear(at(m.v));
     if (job.goal == Goal::adapt_vjp) return;
@@ -78,41 +78,42 @@ class Walk {
     program.ops = tables.ops;
     return program;
   }
-  static METAFAST_DEVICE Pass pass_of(const PassTables& t) {
+  static METAFAST_DEVICE PassLayout layout_of(const PassTables& t) {
     return {t.n, t.value, t.adjoint, t.saved, t.tangent, t.d_adjoint, t.tape, t.scratch};
   }
 
-  METAFAST_DEVICE bool passes(Stage stage, int s, T weight) const {
+  METAFAST_DEVICE bool has_pass(Stage stage, int s, T weight) const {
     const bool vjp = job.goal == Goal::adapt_vjp;
-    if (stage == judge) return !vjp && (weight != 0 || s == job.steps);
-    if (stage == back) return vjp && (!job.first_order || job.needs_lr);
+    if (stage == Stage::query) return !vjp && (weight != 0 || s == job.steps);
+    if (stage == Stage::reverse) return vjp && (!job.first_order || job.needs_lr);
     return true;
   }
 
-  // The loss and its gradient on the query set (judge) or the support set; only outputs where these are the goal.
-  METAFAST_DEVICE double pass(Stage stage, int s) {
+  // The loss and its gradient, on the query set in that stage and on the support set in the others; only outputs where
+  // these are the goal.
+  METAFAST_DEVICE double run_pass(Stage stage, int s) {
     const BlockMemory& m = job.memory;
-    const bool judges = stage == judge;
-    const Batch<T> batch{judges ? query.x : support.x, judges ? query.labels : support.labels,
-                         judges ? query.targets : support.targets};
-    const Sweep<M> sweep(machine, program, nullptr);
-    const Pass pass = pass_of(judges ? job.tables.plain : job.tables.taped);
-    const Tape<T> tape{&pass, judges ? at(m.rest) : tape_of(s), nullptr};
+    const bool is_query = stage == Stage::query;
+    const LoadedSamples<T> samples{is_query ? query.x : support.x, is_query ? query.labels : support.labels,
+                                   is_query ? query.targets : support.targets};
+    const Pass<M> pass(machine, program, nullptr);
+    const PassLayout layout = layout_of(is_query ? job.tables.query_layout : job.tables.support_layout);
+    const Tape<T> tape{&layout, is_query ? at(m.rest) : tape_of(s), nullptr};
     const int step = job.steps > 0 ? s : job.step;
     const bool predicts = job.goal == Goal::predict;
-    T* grad = judges ? at(m.u) : stage == back && !job.needs_lr ? nullptr : gradient(s);
+    T* grad = is_query ? at(m.u) : stage == Stage::reverse && !job.needs_lr ? nullptr : gradient(s);
     if (grad && !predicts) machine.ahead([&] { clear(grad); });
-    sweep.forward(tape, batch, theta(s), step);
-    if (judges && s == job.steps && team.rank() == 0) store_outputs(sweep.outputs(tape, batch));
+    pass.forward(tape, samples, theta(s), step);
+    if (is_query && s == job.steps && cluster.rank() == 0) store_outputs(pass.outputs(tape, samples));
     if (predicts) return 0;
     // Of the support set only what the loss leaves for its gradient is wanted.
-    const double value = judges || program.loss == LossKind::cross_entropy ? sweep.loss(tape, batch) : 0;
-    sweep.backward(tape, batch, theta(s), step, grad, judges);
+    const double value = is_query || program.loss == LossKind::cross_entropy ? pass.loss(tape, samples) : 0;
+    pass.backward(tape, samples, theta(s), step, grad, is_query);
     return value;
   }
 
   // theta_{s+1} = theta_s - alpha_s g_s
-  METAFAST_DEVICE void step(int s) {
+  METAFAST_DEVICE void adapt_step(int s) {
     if (history) keep(s);
     const T *from = theta(s), *g = gradient(s);
     T* to = theta(s + 1);
@@ -126,7 +127,7 @@ class Walk {
   }
 
   // What reaches theta_s other than through the steps behind it.
-  METAFAST_DEVICE void join(int s, T weight) {
+  METAFAST_DEVICE void join_adjoint(int s, T weight) {
     T* v = at(job.memory.v);
     if (job.goal == Goal::adapt_vjp) {
       if (s < job.steps && !job.v_everywhere) return;
@@ -135,7 +136,7 @@ class Walk {
         const int64_t place = place_of(i);
         if (place >= 0) M::put(v + place, given[i], true);
       });
-    } else if (passes(judge, s, weight) && job.goal != Goal::predict) {
+    } else if (has_pass(Stage::query, s, weight) && job.goal != Goal::predict) {
       const T* grad = at(job.memory.u);
       machine.each4(program.size, [&](long i) {
         Quad<T> sum = M::load4(v + i);
@@ -146,7 +147,7 @@ class Walk {
   }
 
   // d alpha_s = -g_s v;  v <- v + H_s u,  u = -alpha_s v: what the rules add goes straight into v.
-  METAFAST_DEVICE void reverse(int s) {
+  METAFAST_DEVICE void reverse_step(int s) {
     const BlockMemory& m = job.memory;
     T *v = at(m.v), *u = at(m.u);
     if (job.needs_lr) add_rate_adjoint(s, gradient(s), v);
@@ -157,8 +158,8 @@ class Walk {
       for (int j = 0; j < 4; ++j) step.of[j] *= -adjoint.of[j];
       M::store4(u + i, step);
     });
-    const Pass pass = pass_of(job.tables.taped);
-    Sweep<M>(machine, program, nullptr).hessian_times({&pass, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
+    const PassLayout layout = layout_of(job.tables.support_layout);
+    Pass<M>(machine, program, nullptr).hvp({&layout, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
   }
 
   METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {
@@ -176,7 +177,7 @@ class Walk {
   METAFAST_DEVICE void finish() const {
     const T* v = at(job.memory.v);
     machine.together([&] {
-      if (job.losses && team.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
+      if (job.losses && cluster.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
       if (job.grads) store_params(v, job.grads + t * job.n_params);
       if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
     });
@@ -201,7 +202,7 @@ class Walk {
 
   // [n, C, H, W] as [n, H, W, features padded to quads]. A label outside the classes makes its sample NaN, and with it
   // the loss and the gradients of its task.
-  METAFAST_DEVICE Batch<T> load_batch(const Samples<T>& samples, int x_at, int y_at, int labels_at) const {
+  METAFAST_DEVICE LoadedSamples<T> load_samples(const Samples<T>& samples, int x_at, int y_at, int labels_at) const {
     if (!samples.x) return {};
     T *x = at(x_at), *y = samples.targets ? at(y_at) : nullptr;
     load_grid(samples.x, samples.n, program.input, x);
@@ -272,20 +273,20 @@ class Walk {
   // one element for each block.
   METAFAST_DEVICE T* rate_sums(int s) const {
     if (job.lr_width == 1) return job.lr_sums + block * job.lr_rows + row(s);
-    const int64_t rows_before = block / team.size() * job.lr_rows + row(s);
-    return job.lr_sums + (rows_before * team.size() + team.rank()) * program.size;
+    const int64_t rows_before = block / cluster.size() * job.lr_rows + row(s);
+    return job.lr_sums + (rows_before * cluster.size() + cluster.rank()) * program.size;
   }
 
   // Where in this block an element of the user's vector lies; negative: in another one.
   METAFAST_DEVICE int64_t place_of(long i) const {
     const int32_t place = job.tables.inner[i];
-    if (Team::alone || place < program.common) return place;
-    const int64_t here = place - team.rank() * program.size;
+    if (Cluster::single || place < program.common) return place;
+    const int64_t here = place - cluster.rank() * program.size;
     return here < program.size ? here : -1;
   }
 
   // What all blocks have alike counts once, where it is added up or stored.
-  METAFAST_DEVICE int64_t owned_from() const { return team.rank() == 0 ? 0 : program.common; }
+  METAFAST_DEVICE int64_t owned_from() const { return cluster.rank() == 0 ? 0 : program.common; }
 
   METAFAST_DEVICE T* at(int32_t place) const { return base + place; }
   METAFAST_DEVICE T* theta(int s) const { return at(job.memory.theta + s * job.memory.theta_step); }
@@ -294,13 +295,13 @@ class Walk {
 
   const BlockJob<T>& job;
   const Program program;
-  Team team;
+  Cluster cluster;
   T* base;
   M machine;
   const int32_t* outer;
   int64_t block;
   T *sums, *history;
-  Batch<T> support, query;
+  LoadedSamples<T> support, query;
   int64_t t;
   T loss;
 };

@@ -9,33 +9,35 @@
 
 namespace METAFAST_NAMESPACE {
 
-// Somebody who touches memory, after so many barriers of all and so many of its group.
-struct Toucher {
+// Who touches memory, after so many barriers of all and so many of its group.
+struct Access {
   int who, group;
   int64_t phase, group_phase;
 
   // Is it known to come after `o`, of the same phase?
-  bool follows(const Toucher& o) const {
+  bool follows(const Access& o) const {
     return who == o.who || (group == o.group && group >= 0 && group_phase > o.group_phase);
   }
 };
 
-// Who touched what last.
-class Ledger {
+// Who touched which element last.
+class AccessLog {
  public:
-  explicit Ledger(int64_t elements) : marks(elements) {}
+  explicit AccessLog(int64_t elements) : marks(elements) {}
 
   // What is wrong with it; null: nothing.
-  const char* touch(int64_t i, const Toucher& t, bool writes) {
+  const char* touch(int64_t i, const Access& access, bool writes) {
     auto& [writer, reader] = marks[i];
-    if (writer.phase == t.phase && !t.follows(writer)) return "that another one writes before the next barrier";
+    if (writer.phase == access.phase && !access.follows(writer))
+      return "that another one writes before the next barrier";
     if (writes) {
-      if (reader.phase == t.phase && !t.follows(reader)) return "written that another one reads before the barrier";
-      writer = t;
-    } else if (reader.phase == t.phase && reader.who != t.who) {
-      reader = {many, reader.group == t.group ? t.group : many, t.phase, t.group_phase};
+      if (reader.phase == access.phase && !access.follows(reader))
+        return "written that another one reads before the barrier";
+      writer = access;
+    } else if (reader.phase == access.phase && reader.who != access.who) {
+      reader = {many, reader.group == access.group ? access.group : many, access.phase, access.group_phase};
     } else {
-      reader = t;
+      reader = access;
     }
     return nullptr;
   }
@@ -44,82 +46,82 @@ class Ledger {
   static constexpr int many = -1;
 
   struct Mark {
-    Toucher writer{}, reader{};
+    Access writer{}, reader{};
   };
 
   std::vector<Mark> marks;
 };
 
 // Of one block, in the thread that runs it. `cluster`: those of all blocks that run a task together, by rank.
-class Watch {
+class RaceChecker {
  public:
-  Watch(void* memory, int64_t bytes, int rank, std::vector<Watch*>& cluster)
+  RaceChecker(void* memory, int64_t bytes, int rank, std::vector<RaceChecker*>& cluster)
       : begin(static_cast<char*>(memory)),
         bytes(bytes),
         rank(rank),
         cluster(cluster),
         threads(bytes / grain),
         blocks(cluster.size() > 1 ? bytes / grain : 0) {
-    now = cluster[rank] = this;
+    current = cluster[rank] = this;
   }
-  ~Watch() { now = cluster[rank] = nullptr; }
-  Watch(const Watch&) = delete;
+  ~RaceChecker() { current = cluster[rank] = nullptr; }
+  RaceChecker(const RaceChecker&) = delete;
 
   static void enter(int thread) {
-    if (now) now->thread = thread;
+    if (current) current->thread = thread;
   }
   // Another thread of the same warp.
   static void enter_lane(int lane) {
-    if (now) now->thread = now->thread / warp * warp + lane;
+    if (current) current->thread = current->thread / warp * warp + lane;
   }
   static void barrier() {
-    if (now) ++now->phase;
+    if (current) ++current->phase;
   }
   static void warp_barrier() {
-    if (now) ++now->warp_phases[now->thread / warp];
+    if (current) ++current->warp_phases[current->thread / warp];
   }
   static void cluster_barrier() {
-    if (now) ++now->cluster_phase;
+    if (current) ++current->cluster_phase;
   }
   static void read(const void* p, int64_t bytes) {
-    if (now) now->touch(p, bytes, false);
+    if (current) current->touch(p, bytes, false);
   }
   static void write(const void* p, int64_t bytes) {
-    if (now) now->touch(p, bytes, true);
+    if (current) current->touch(p, bytes, true);
   }
 
   // Of an access to any memory.
   static void expect_aligned(uint64_t address, int64_t size) {
-    if (now && address % size != 0) now->fail(unaligned(size), static_cast<int64_t>(address));
+    if (current && address % size != 0) current->fail(unaligned(size), static_cast<int64_t>(address));
   }
 
   // What lies in the block of that rank where p lies in this one.
   template <class T>
-  static T* there(T* p, int rank) {
-    const Watch* other = now->cluster.at(rank);
-    const int64_t at = now->place(p);
-    if (!other) now->fail("of a block that has ended", at);
+  static T* peer(T* p, int rank) {
+    const RaceChecker* other = current->cluster.at(rank);
+    const int64_t at = current->place(p);
+    if (!other) current->fail("of a block that has ended", at);
     return reinterpret_cast<T*>(other->begin + at);
   }
 
  private:
   static constexpr int64_t grain = 4;
-  static constexpr int warp = 32, most_warps = 8;
+  static constexpr int warp = 32, max_warps = 8;
 
   int64_t place(const void* p) const { return static_cast<const char*>(p) - begin; }
   bool holds(const void* p, int64_t size) const { return place(p) >= 0 && place(p) + size <= bytes; }
 
   void touch(const void* p, int64_t size, bool writes) {
-    Watch* owner = holds(p, size) ? this : nullptr;
-    for (Watch* other : cluster) {
+    RaceChecker* owner = holds(p, size) ? this : nullptr;
+    for (RaceChecker* other : cluster) {
       if (other && !owner && other->holds(p, size)) owner = other;
     }
     if (!owner) fail("outside of the block's memory", place(p));
     if (owner->place(p) % size != 0) fail(unaligned(size), owner->place(p));
     for (int64_t at = owner->place(p), end = at + size; at < end; at += grain) {
-      const Toucher one{thread, thread / warp, phase, warp_phases[thread / warp]};
+      const Access one{thread, thread / warp, phase, warp_phases[thread / warp]};
       const char* wrong = owner == this ? threads.touch(at / grain, one, writes) : nullptr;
-      const Toucher block{rank, -1, cluster_phase, 0};
+      const Access block{rank, -1, cluster_phase, 0};
       if (!wrong && cluster.size() > 1) wrong = owner->blocks.touch(at / grain, block, writes);
       if (wrong) fail(wrong, at);
     }
@@ -135,13 +137,13 @@ class Watch {
                              ", " + what);
   }
 
-  inline static thread_local Watch* now = nullptr;
+  inline static thread_local RaceChecker* current = nullptr;
   char* begin;
   int64_t bytes;
   int rank;
-  std::vector<Watch*>& cluster;
-  Ledger threads, blocks;
-  int64_t phase = 1, cluster_phase = 1, warp_phases[most_warps] = {};
+  std::vector<RaceChecker*>& cluster;
+  AccessLog threads, blocks;
+  int64_t phase = 1, cluster_phase = 1, warp_phases[max_warps] = {};
   int thread = 0;
 };
 

@@ -31,7 +31,7 @@ PRECISIONS = {
 
 
 @dataclass(frozen=True)
-class BlockMachine:
+class BlockLimits:
     """What runs blocks: bytes of shared memory that a block can have, and processors that run blocks side by side.
 
     ``threads`` fixes the threads of a block (32 .. 256 in steps of 32); 0 chooses them by the widest layer.
@@ -61,7 +61,7 @@ class NativeCudaExecutor(Executor):
 
     Args:
         twin: stands in for the GPU: its tasks are on the CPU, in float32 or float64.
-        threads: as of a ``BlockMachine``, on a GPU.
+        threads: as of a ``BlockLimits``, on a GPU.
         clusters: likewise; before compute capability 9.0 a block is always alone.
         precision: of the operands of products. All but ``float32`` use tensor cores where a layer fills at least half
             of their tiles; sums are float32 always. TF32 and bf16 put a meta-gradient of several steps off by several
@@ -76,7 +76,7 @@ class NativeCudaExecutor(Executor):
 
     def __init__(
         self,
-        twin: BlockMachine | None = None,
+        twin: BlockLimits | None = None,
         threads: int = 0,
         clusters: tuple[int, ...] = (1, 2, 4, 8),
         precision: str = "float32",
@@ -146,7 +146,7 @@ class NativeCudaExecutor(Executor):
         model = self._models.of(program, x)
         numbers = self._numbers(model, x, (x.shape[1], m, False))
         threads, blocks, shared, record = call(
-            torch.ops.metafast.block_launch, model.description, x.dtype == torch.float64, numbers,
+            torch.ops.metafast.cuda_launch, model.description, x.dtype == torch.float64, numbers,
             len(tasks) if count is None else count, x.shape[1], m, steps, first_order, needs_lr,
         )  # fmt: skip
         return Launch(threads, blocks, numbers[3], shared, record)
@@ -154,7 +154,7 @@ class NativeCudaExecutor(Executor):
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         model = self._models.of(program, x)
         head = self._head(model, x, 0, x.shape[1], predicts=True)
-        out = call(torch.ops.metafast.block_predict, *head, ready(params), ready(x), step)
+        out = call(torch.ops.metafast.cuda_predict, *head, ready(params), ready(x), step)
         return model.shaped(out)
 
     def loss_and_grad(
@@ -162,7 +162,7 @@ class NativeCudaExecutor(Executor):
     ) -> tuple[Tensor, Tensor, Tensor]:
         model = self._models.of(program, batch.x)
         losses, grads, outputs = call(
-            torch.ops.metafast.block_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
+            torch.ops.metafast.cuda_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
             ready(params), *_samples(program, batch), step,
         )  # fmt: skip
         return losses, grads, model.shaped(outputs)
@@ -170,7 +170,7 @@ class NativeCudaExecutor(Executor):
     def adapt(self, program: Program, params: Tensor, lr: Tensor, support: Batch, steps: int) -> Tensor:
         head = self._head(self._models.of(program, support.x), support.x, support.x.shape[1], 0)
         trajectory: Tensor = call(
-            torch.ops.metafast.block_adapt, *head, ready(params), ready(lr.to(params.dtype)),
+            torch.ops.metafast.cuda_adapt, *head, ready(params), ready(lr.to(params.dtype)),
             *_samples(program, support), steps,
         )  # fmt: skip
         return trajectory
@@ -188,7 +188,7 @@ class NativeCudaExecutor(Executor):
     ) -> tuple[Tensor, Tensor | None]:
         head = self._head(self._models.of(program, support.x), support.x, support.x.shape[1], 0)
         grads, lr_grad = call(
-            torch.ops.metafast.block_adapt_vjp, *head, ready(trajectory),
+            torch.ops.metafast.cuda_adapt_vjp, *head, ready(trajectory),
             ready(lr.to(trajectory.dtype)), *_samples(program, support), ready(v),
             first_order, needs_lr,
         )  # fmt: skip
@@ -210,7 +210,7 @@ class NativeCudaExecutor(Executor):
         model = self._models.of(program, x)
         weights = query_weights(step_weights, steps)
         losses, outputs, grad, lr_grad = call(
-            torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), ready(params),
+            torch.ops.metafast.cuda_meta_gradient, *self._head(model, x, x.shape[1], m), ready(params),
             ready(lr.to(params.dtype)), *_samples(program, tasks.support),
             *_samples(program, tasks.query), in_double(weights, x.device), first_order, needs_lr,
         )  # fmt: skip
@@ -224,7 +224,7 @@ class NativeCudaExecutor(Executor):
             return None if x.device.type == "cpu" and real else f"{x.dtype} on {x.device}: the twin runs on the CPU"
         if x.device.type != "cuda":
             return f"device {x.device}: it runs on NVIDIA GPUs"
-        if not torch.ops.metafast.block_built():
+        if not torch.ops.metafast.cuda_built():
             return f"the extension is built without CUDA; with nvcc on PATH: {_BUILD}"
         if x.dtype != torch.float32:
             return f"dtype {x.dtype}: it runs float32"
@@ -232,7 +232,7 @@ class NativeCudaExecutor(Executor):
             return f"compute capability {capability[0]}.{capability[1]}: it runs on 8.0 and later"
         return None
 
-    def _machine(self, x: Tensor) -> BlockMachine:
+    def _machine(self, x: Tensor) -> BlockLimits:
         return self.twin if self.twin is not None else _gpu(x.device.index, self.threads, self.clusters)
 
     def _numbers(self, model: _Model, x: Tensor, samples: tuple[int, int, bool]) -> list[int]:
@@ -251,7 +251,7 @@ class NativeCudaExecutor(Executor):
         if key not in model.tables:
             if self.twin is None and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("CUDA: tasks of these shapes are new: run them once before a graph captures them")
-            make = torch.ops.metafast.block_tables
+            make = torch.ops.metafast.cuda_tables
             model.tables[key] = call(make, model.description, x, *samples, cluster, stream)
         _, head = model.tables[key]
         return model.description, head, numbers
@@ -265,13 +265,13 @@ class _Model(Model):
         self.tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._fits: dict[tuple[Any, ...], tuple[int, int]] = {}
 
-    def fit(self, machine: BlockMachine, samples: tuple[int, int, bool], dtype: torch.dtype) -> tuple[int, int]:
+    def fit(self, machine: BlockLimits, samples: tuple[int, int, bool], dtype: torch.dtype) -> tuple[int, int]:
         """Blocks for each task of ``samples``: of the support set, of the query set, and whether these are only
         predicted; with the bytes that each block takes."""
         key = (machine, samples, dtype)
         if key not in self._fits:
             for cluster in machine.clusters:
-                needs = torch.ops.metafast.block_needs
+                needs = torch.ops.metafast.cuda_needs
                 needed = int(call(needs, self.description, dtype == torch.float64, *samples, cluster))
                 self._fits[key] = cluster, needed
                 if needed <= machine.shared or needed > machine.shared * machine.clusters[-1]:
@@ -283,7 +283,7 @@ def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
     return ready(batch.x), ready(targets(program, batch))
 
 
-def _wrong_size(cluster: int, needed: int, machine: BlockMachine) -> str | None:
+def _wrong_size(cluster: int, needed: int, machine: BlockLimits) -> str | None:
     if needed <= machine.shared:
         return None
     where = "" if cluster == 1 else f" in each of {cluster} blocks"
@@ -293,9 +293,9 @@ def _wrong_size(cluster: int, needed: int, machine: BlockMachine) -> str | None:
 
 
 @lru_cache
-def _gpu(index: int, threads: int, clusters: tuple[int, ...]) -> BlockMachine:
+def _gpu(index: int, threads: int, clusters: tuple[int, ...]) -> BlockLimits:
     properties = torch.cuda.get_device_properties(index)
     reserved = 1024  # by the system, of what a processor has for its blocks
     shared = properties.shared_memory_per_multiprocessor - reserved
     known = clusters if properties.major >= 9 else (1,)
-    return BlockMachine(shared, properties.multi_processor_count, threads, known)
+    return BlockLimits(shared, properties.multi_processor_count, threads, known)

@@ -33,7 +33,7 @@ from metafast.executors.memory import Plan
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
-_META_GRADIENT = None if extension is None else torch.ops.metafast.meta_gradient.default
+_META_GRADIENT = None if extension is None else torch.ops.metafast.cpu_meta_gradient.default
 _BUDGET = 256 << 20
 _TEAM_FROM = 1 << 18  # some ten microseconds of a core, beside which a barrier is short
 
@@ -124,7 +124,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         model, order = self._models.of(program, support.x), Order(support.mask)
         head = self._head(model, params.dtype)
         trajectory: Tensor = call(
-            torch.ops.metafast.adapt, *head, ready(params), ready(lr.to(params.dtype)),
+            torch.ops.metafast.cpu_adapt, *head, ready(params), ready(lr.to(params.dtype)),
             order.pack(support.x), order.pack(targets(program, support)), order.sizes, steps,
         )  # fmt: skip
         return trajectory
@@ -146,7 +146,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         model, order = self._models.of(program, support.x), Order(support.mask)
         head = self._head(model, trajectory.dtype)
         grads, lr_grad = call(
-            torch.ops.metafast.adapt_vjp, *head, ready(trajectory), ready(lr.to(trajectory.dtype)),
+            torch.ops.metafast.cpu_adapt_vjp, *head, ready(trajectory), ready(lr.to(trajectory.dtype)),
             order.pack(support.x), order.pack(targets(program, support)), order.sizes, ready(v), first_order, needs_lr,
         )  # fmt: skip
         return grads, lr_grad if needs_lr else None
@@ -204,7 +204,7 @@ class NativeExecutor(Executor, python_loss.Passes):
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
         model, order = self._models.of(program, batch.x), Order(batch.mask)
         head = self._head(model, params.dtype)
-        found = call(torch.ops.metafast.predict, *head, ready(params), order.pack(batch.x), order.sizes, step)
+        found = call(torch.ops.metafast.cpu_predict, *head, ready(params), order.pack(batch.x), order.sizes, step)
         return order.unpack(found)
 
     def pull(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
@@ -213,7 +213,7 @@ class NativeExecutor(Executor, python_loss.Passes):
     def push(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         model, order = self._models.of(program, batch.x), Order(batch.mask)
         head = self._head(model, params.dtype)
-        found = call(torch.ops.metafast.tangent, *head, ready(params), ready(u), order.pack(batch.x), order.sizes, step)
+        found = call(torch.ops.metafast.cpu_jvp, *head, ready(params), ready(u), order.pack(batch.x), order.sizes, step)
         outputs, tangents = (order.unpack(part) for part in found)
         return outputs, tangents
 
@@ -223,7 +223,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         model, order = self._models.of(program, batch.x), Order(batch.mask)
         head = self._head(model, params.dtype)
         grads, products = call(
-            torch.ops.metafast.hessian_times, *head, ready(params), ready(u),
+            torch.ops.metafast.cpu_hvp, *head, ready(params), ready(u),
             order.pack(batch.x), order.pack(g), order.pack(gd), order.sizes, step,
         )  # fmt: skip
         return grads, products
@@ -234,7 +234,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         model, order = self._models.of(program, batch.x), Order(batch.mask)
         head = self._head(model, params.dtype)
         losses, grads, outputs = call(
-            torch.ops.metafast.loss_and_grad, *head, ready(params),
+            torch.ops.metafast.cpu_loss_and_grad, *head, ready(params),
             order.pack(batch.x), order.pack(y), order.sizes, step,
         )  # fmt: skip
         return losses, grads, order.unpack(outputs)
@@ -244,7 +244,7 @@ class NativeExecutor(Executor, python_loss.Passes):
         runs at once, and their bytes."""
         model, like = self._models.of(program, x), _nothing(x.dtype)
         *sizes, together, in_lanes = call(
-            torch.ops.metafast.memory, model.description, self._build, self.team_from, like,
+            torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, like,
             x.shape[1], queries, len(x), steps, self.budget,
         ).tolist()  # fmt: skip
         return [*(int(v) * x.element_size() for v in sizes), int(together), int(in_lanes) * x.element_size()]

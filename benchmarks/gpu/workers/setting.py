@@ -14,14 +14,14 @@ from metafast import MAML, executors
 from metafast.benchmarks import oracles
 from metafast.benchmarks.oracles import Oracle
 from metafast.benchmarks.workloads import Workload, workload
-from metafast.executors.cuda import BlockMachine, NativeCudaExecutor
+from metafast.executors.cuda import BlockLimits, NativeCudaExecutor
 from metafast.executors.triton import TritonExecutor
 from metafast.models import conv4
 
 from ..results import Results
 from ..subjects import executor
 
-H100 = BlockMachine(232448, 132)  # shared memory of a block and processors, for the twin
+H100 = BlockLimits(232448, 132)  # shared memory of a block and processors, for the twin
 
 
 @dataclass(frozen=True)

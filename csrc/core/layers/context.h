@@ -28,7 +28,7 @@ struct Pair {
 // Pointers are null where a thing is not wanted (an adjoint) or zero (a tangent). `grad` takes the adjoints of the
 // parameters, or their tangents; rules add to it.
 template <class M>
-struct Frame {
+struct RuleContext {
   using T = typename M::Real;
   M& m;
   const Op& op;
@@ -51,13 +51,13 @@ struct Frame {
 };
 
 template <class M>
-struct LossFrame {
+struct LossContext {
   using T = typename M::Real;
   M& m;
   Grid grid;
   int n;
   const int64_t* labels;  // cross_entropy: [n], of the first of the tasks that run at once
-  int64_t next_labels;    // from there to those of the next one
+  int64_t label_stride;   // from there to those of the next one
   const T* targets;       // mse: as y; given: the gradient of the loss in y
   T* saved;
   const T* y;
@@ -67,7 +67,7 @@ struct LossFrame {
   const T* d_targets;  // given: the tangent of that gradient
 
   METAFAST_DEVICE int64_t label(int sample, int task) const {
-    return M::load_one(labels + task * next_labels + sample);
+    return M::load_one(labels + task * label_stride + sample);
   }
   METAFAST_DEVICE long size() const { return static_cast<long>(n) * grid.h * grid.w * grid.ld; }
 };

@@ -1,4 +1,4 @@
-#include "recording.h"
+#include "trace_buffer.h"
 
 #include <atomic>
 #include <chrono>
@@ -26,7 +26,7 @@ int64_t now() {
 
 }  // namespace
 
-void begin_span(Trace& trace, What what, int index) {
+void begin_span(Trace& trace, SpanKind what, int index) {
   trace.open[trace.depth++] = trace.size;
   if (trace.size == trace.capacity) throw std::logic_error("metafast: a trace is longer than its call allows");
   trace.spans[trace.size++] = {now(), 0, static_cast<int32_t>(what), index, trace.task, trace.tasks, trace.thread, 0};
@@ -34,7 +34,7 @@ void begin_span(Trace& trace, What what, int index) {
 
 void end_span(Trace& trace) { trace.spans[trace.open[--trace.depth]].end = now(); }
 
-Recording::Recording(const Program& program, int steps, int64_t tasks) {
+TraceBuffer::TraceBuffer(const Program& program, int steps, int64_t tasks) {
   if (!recording) return;
   const int64_t rules = 2 * program.n_ops + 2;  // of a pass, with the loss's
   spans_.resize(tasks * (1 + (steps + 1) * (3 + 4 * rules)));
@@ -43,19 +43,19 @@ Recording::Recording(const Program& program, int steps, int64_t tasks) {
   trace_.thread = this_thread();
 }
 
-Recording::~Recording() {
+TraceBuffer::~TraceBuffer() {
   if (spans_.empty()) return;
   const std::lock_guard<std::mutex> lock(mutex);
   gathered.insert(gathered.end(), trace_.spans, trace_.spans + trace_.size);
 }
 
-void record() {
+void start_tracing() {
   const std::lock_guard<std::mutex> lock(mutex);
   gathered.clear();
   recording = true;
 }
 
-std::vector<Span> recorded() {
+std::vector<Span> stop_tracing() {
   const std::lock_guard<std::mutex> lock(mutex);
   recording = false;
   std::vector<Span> spans;

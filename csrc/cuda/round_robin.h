@@ -1,5 +1,5 @@
 // The blocks of a cluster on the CPU: threads of which one runs at a time, from barrier to barrier in the order of
-// their ranks, so that a run can be repeated and a Watch needs no locks.
+// their ranks, so that a run can be repeated and a RaceChecker needs no locks.
 #pragma once
 #include <algorithm>
 #include <condition_variable>
@@ -11,9 +11,9 @@
 
 namespace METAFAST_NAMESPACE {
 
-class Turns {
+class RoundRobin {
  public:
-  explicit Turns(int count) : ended(count, false) {}
+  explicit RoundRobin(int count) : ended(count, false) {}
 
   int count() const { return static_cast<int>(ended.size()); }
 
@@ -38,7 +38,7 @@ class Turns {
   }
 
   // A barrier: returns when all others have come to theirs.
-  void pass(int rank) {
+  void barrier(int rank) {
     next(rank);
     await(rank);
   }

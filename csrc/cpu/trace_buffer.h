@@ -8,12 +8,12 @@
 namespace metafast {
 
 // One thread's share of a call; without a trace when nobody asks.
-class Recording {
+class TraceBuffer {
  public:
   // Room for all that `tasks` tasks can note.
-  Recording(const Program& program, int steps, int64_t tasks);
-  ~Recording();
-  Recording(const Recording&) = delete;
+  TraceBuffer(const Program& program, int steps, int64_t tasks);
+  ~TraceBuffer();
+  TraceBuffer(const TraceBuffer&) = delete;
   Trace* trace() { return spans_.empty() ? nullptr : &trace_; }
 
  private:
@@ -22,7 +22,7 @@ class Recording {
 };
 
 // Begins to gather, with nothing; or ends it and returns what there is.
-void record();
-std::vector<Span> recorded();
+void start_tracing();
+std::vector<Span> stop_tracing();
 
 }  // namespace metafast

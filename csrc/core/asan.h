@@ -28,18 +28,18 @@ template <class T>
 
 // To be called before a pass uses the memory.
 template <class T>
-[[maybe_unused]] static void fence_tape(const Program& program, const Pass& pass, const T* base) {
-  allow(base, pass.tape * sizeof(T));
-  forbid_gaps(base, pass.value, program.n_values);
-  forbid_gaps(base, pass.adjoint, program.n_values);
-  forbid_gaps(base, pass.saved, program.n_ops + 1);
+[[maybe_unused]] static void fence_tape(const Program& program, const PassLayout& layout, const T* base) {
+  allow(base, layout.tape * sizeof(T));
+  forbid_gaps(base, layout.value, program.n_values);
+  forbid_gaps(base, layout.adjoint, program.n_values);
+  forbid_gaps(base, layout.saved, program.n_ops + 1);
 }
 
 template <class T>
-[[maybe_unused]] static void fence_scratch(const Program& program, const Pass& pass, const T* base) {
-  allow(base, pass.scratch * sizeof(T));
-  forbid_gaps(base, pass.tangent, program.n_values);
-  forbid_gaps(base, pass.d_adjoint, program.n_values);
+[[maybe_unused]] static void fence_scratch(const Program& program, const PassLayout& layout, const T* base) {
+  allow(base, layout.scratch * sizeof(T));
+  forbid_gaps(base, layout.tangent, program.n_values);
+  forbid_gaps(base, layout.d_adjoint, program.n_values);
 }
 
 }  // namespace metafast
