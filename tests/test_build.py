@@ -26,8 +26,8 @@ def compile_cuda(monkeypatch, tmp_path):
     monkeypatch.delenv("METAFAST_ARCHS", raising=False)
 
     def run():
-        found = module.compile_cuda(str(tmp_path / "build" / "inner_loop.o"))
-        assert found["objects"] == [str(tmp_path / "build" / "inner_loop.o")]
+        found = module.compile_cuda(str(tmp_path / "build" / "kernels.o"))
+        assert found["objects"] == [str(tmp_path / "build" / "kernels.o")]
         return (tmp_path / "told").read_text().splitlines()[1]
 
     return run

@@ -31,7 +31,7 @@ struct Trace {
 };
 
 // Not inline, and apart from the code that is timed: where nobody asks, all that is left of a note is a test.
-void begin_span(Trace& trace, SpanKind what, int index);
+void begin_span(Trace& trace, SpanKind kind, int index);
 void end_span(Trace& trace);
 
 }  // namespace metafast

@@ -1,6 +1,6 @@
 // The inner loop of tasks on one core, or of one task on several. Built once for each instruction set.
 #include "isa.h"
-#include "task.h"
+#include "inner_loop.h"
 
 namespace METAFAST_NAMESPACE {
 namespace {

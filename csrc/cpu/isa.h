@@ -1,7 +1,7 @@
 // The builds of the inner loop for different instruction sets, and the choice among them.
 #pragma once
 #include "../core/job.h"
-#include "../core/layout.h"
+#include "../core/plan/layout.h"
 #include "../core/trace.h"
 #include "team.h"
 

@@ -2,9 +2,9 @@
 // of its columns it writes into the others' memory. Between two barriers of theirs, what one block writes no other may
 // touch; nothing is written behind the last one, so that a block may end when it has passed it.
 #pragma once
-#include "block.h"
+#include "threads.h"
 #ifndef __CUDACC__
-#include "round_robin.h"
+#include "twin/round_robin.h"
 #endif
 
 namespace METAFAST_NAMESPACE {

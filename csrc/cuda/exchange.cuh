@@ -1,6 +1,6 @@
 // What the blocks of a cluster tell one another: values whose features they divide, and parts of sums.
 #pragma once
-#include "machine.cuh"
+#include "block_machine.cuh"
 
 namespace METAFAST_NAMESPACE {
 

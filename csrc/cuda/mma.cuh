@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "block.h"
+#include "threads.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -25,7 +25,7 @@ struct Accumulators {
 }  // namespace METAFAST_NAMESPACE
 
 #ifndef __CUDACC__
-#include "mma_twin.h"
+#include "twin/mma.h"
 #endif
 
 namespace METAFAST_NAMESPACE {

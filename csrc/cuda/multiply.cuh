@@ -1,7 +1,7 @@
 // Products on tensor cores: a warp makes a tile of 16 x 8 of C += A B, whose operands lie in shared memory in float32
 // and are rounded on their way.
 #pragma once
-#include "machine.cuh"
+#include "block_machine.cuh"
 #include "mma.cuh"
 
 namespace METAFAST_NAMESPACE {

@@ -3,8 +3,8 @@
 #include <string>
 #include <vector>
 
-#include "../core/plan.h"
-#include "job.h"
+#include "../core/plan/plan.h"
+#include "block_job.h"
 
 namespace metafast {
 

@@ -1,8 +1,9 @@
 // The operators torch.ops.metafast.cuda_*: tasks run by thread blocks on a GPU or, on CPU tensors, by their twin.
 #include <cstring>
 
-#include "cuda/launch.h"
-#include "cuda/plan_block.h"
+#include "../core/plan/cache.h"
+#include "../cuda/launch.h"
+#include "../cuda/plan_block.h"
 #include "tensors.h"
 
 namespace metafast {

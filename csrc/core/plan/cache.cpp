@@ -1,6 +1,6 @@
-#include <mutex>
+#include "cache.h"
 
-#include "plan.h"
+#include <mutex>
 
 namespace metafast {
 

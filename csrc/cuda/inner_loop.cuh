@@ -3,7 +3,7 @@
 #pragma once
 #include "../core/pass.h"
 #include "contract.cuh"
-#include "job.h"
+#include "block_job.h"
 
 namespace METAFAST_NAMESPACE {
 

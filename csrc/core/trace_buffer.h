@@ -2,8 +2,8 @@
 #pragma once
 #include <vector>
 
-#include "../core/job.h"
-#include "../core/trace.h"
+#include "job.h"
+#include "trace.h"
 
 namespace metafast {
 

@@ -1,5 +1,5 @@
-// Rules in watched memory of which two pieces overlap as no plan lets them: what the twin's watch says of it, a line
-// for each case.
+// Rules in watched memory of which two pieces overlap as no plan lets them: what the checker of races says of it, a
+// line for each case.
 #define METAFAST_NAMESPACE metafast::twin
 #include <cstdio>
 #include <functional>
@@ -23,7 +23,7 @@ struct Places {
 struct Piece {
   alignas(16) float memory[128] = {};
   std::vector<RaceChecker*> cluster{1};
-  RaceChecker watch{memory, sizeof memory, 0, cluster};
+  RaceChecker checker{memory, sizeof memory, 0, cluster};
   M machine{SingleBlock{}, metafast::Precision::float32, 64, memory, nullptr};
 };
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "layout.h"
-#include "program.h"
+#include "../program.h"
 #include "tables.h"
 
 namespace metafast {
@@ -71,8 +71,5 @@ class Plan {
   std::mutex mutex_;  // of the passes
   std::map<std::pair<int, int>, std::unique_ptr<OwnedPassLayout>> layouts_;
 };
-
-// The plan of a model, from those made lately.
-std::shared_ptr<Plan> find_plan(const std::vector<double>& description, Layout layout, int element_size);
 
 }  // namespace metafast

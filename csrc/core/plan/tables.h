@@ -3,7 +3,7 @@
 #include <memory>
 #include <vector>
 
-#include "program.h"
+#include "../program.h"
 
 namespace metafast {
 

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "launch.h"
-#include "sum.cuh"
-#include "walk.cuh"
+#include "../launch.h"
+#include "../sum.cuh"
+#include "../inner_loop.cuh"
 
 namespace metafast {
 

@@ -11,7 +11,7 @@
 #define METAFAST_NAMESPACE metafast::cuda
 #include "launch.h"
 #include "sum.cuh"
-#include "walk.cuh"
+#include "inner_loop.cuh"
 
 using metafast::BlockJob;
 using metafast::cuda::ways;

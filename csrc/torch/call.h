@@ -5,11 +5,11 @@
 #include <memory>
 #include <optional>
 
-#include "core/plan.h"
-#include "cpu/arena.h"
-#include "cpu/isa.h"
-#include "cpu/trace_buffer.h"
-#include "lane_groups.h"
+#include "../core/plan/cache.h"
+#include "../cpu/arena.h"
+#include "../cpu/isa.h"
+#include "../core/trace_buffer.h"
+#include "../cpu/lane_groups.h"
 #include "tensors.h"
 
 namespace metafast {

@@ -1,7 +1,7 @@
 // Where a pass keeps things. What must outlive the pass has a place of its own; the rest shares memory by lifetime.
 #include <algorithm>
 
-#include "asan.h"
+#include "../asan.h"
 #include "plan.h"
 
 namespace metafast {

@@ -5,7 +5,7 @@
 
 #include "../core/layers/context.h"
 #ifndef __CUDACC__
-#include "watch.h"
+#include "twin/race_checker.h"
 #endif
 
 namespace METAFAST_NAMESPACE {

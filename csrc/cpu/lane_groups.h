@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "core/plan.h"
-#include "cpu/isa.h"
+#include "../core/plan/cache.h"
+#include "isa.h"
 
 namespace metafast {
 

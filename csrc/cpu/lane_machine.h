@@ -4,7 +4,7 @@
 #pragma once
 #include <type_traits>
 
-#include "direct.h"
+#include "contract/direct.h"
 
 namespace METAFAST_NAMESPACE {
 

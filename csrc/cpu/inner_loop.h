@@ -4,8 +4,8 @@
 #include "../core/asan.h"
 #include "../core/job.h"
 #include "../core/pass.h"
-#include "contract.h"
-#include "lanes.h"
+#include "contract/contract.h"
+#include "lane_machine.h"
 #include "transfer.h"
 
 namespace METAFAST_NAMESPACE {

@@ -1,7 +1,7 @@
 // The contractions of a convolution, each by the way that suits its shape.
 #pragma once
 #include "direct.h"
-#include "machine.h"
+#include "../core_machine.h"
 #include "winograd.h"
 
 namespace METAFAST_NAMESPACE {

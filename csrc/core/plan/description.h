@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "program.h"
+#include "../program.h"
 
 namespace metafast {
 

@@ -1,4 +1,4 @@
-"""The watch over the twin's memory sees what a GPU would not forgive: every defect here is planted."""
+"""The checker of races in the twin's memory sees what a GPU would not forgive: every defect here is planted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).with_name("cuda_watch.cpp")
+SOURCE = Path(__file__).with_name("race_checker.cpp")
 COMPILER = shutil.which("c++") or shutil.which("g++")
 WRITTEN, READ = "that another one writes before the next barrier", "written that another one reads before the barrier"
 
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is ins
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """By case, the watch's words."""
-    program = tmp_path_factory.mktemp("watch") / "watch"
+def verdicts(tmp_path_factory):
+    """What the checker says of each case."""
+    program = tmp_path_factory.mktemp("race_checker") / "race_checker"
     subprocess.run([COMPILER, "-std=c++17", "-Wno-psabi", SOURCE, "-o", program], check=True)
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     return dict(line.split(": ", 1) for line in lines)
@@ -50,15 +50,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", RIGHT)
-def test_what_is_right_passes(said, case):
-    assert said[case] == "nothing"
+def test_what_is_right_passes(verdicts, case):
+    assert verdicts[case] == "nothing"
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_planted_defect_is_named(said, case):
-    assert re.search(re.escape(WRONG[case]), said[case])
-    assert said[case].startswith("twin: thread ")
+def test_a_planted_defect_is_named(verdicts, case):
+    assert re.search(re.escape(WRONG[case]), verdicts[case])
+    assert verdicts[case].startswith("twin: thread ")
 
 
-def test_no_case_is_left_out(said):
-    assert set(said) == {*RIGHT, *WRONG}
+def test_no_case_is_left_out(verdicts):
+    assert set(verdicts) == {*RIGHT, *WRONG}

@@ -2,7 +2,7 @@
 // lie in panels of output channels, [panel][row][width], as they do in the inner parameter vector: two packs wide, the
 // last panel one where that is enough.
 #pragma once
-#include "machine.h"
+#include "../core_machine.h"
 
 namespace METAFAST_NAMESPACE {
 

@@ -9,7 +9,7 @@
 
 #include "../core/layers/context.h"
 #include "cluster.h"
-#include "job.h"
+#include "block_job.h"
 
 namespace METAFAST_NAMESPACE {
 
