@@ -1,4 +1,4 @@
-// What the sweep runs: a Program with every shape and address worked out. Data only, no functions: the same header is
+// What a pass runs: a Program with every shape and address worked out. Data only, no functions: the same header is
 // compiled for several instruction sets, and an inline function of one must not be linked into another.
 #pragma once
 #include <cstddef>
@@ -64,7 +64,7 @@ struct Op {
   int32_t n_offsets;         // windows can reach (padded), or of one tap
   bool fixed_statistics;     // batch_norm: means and variances are constants
   bool adaptive, count_pad;  // avg_pool2d
-  double eps, slope, divisor;
+  double eps, negative_slope, divisor;
   int64_t constants;  // batch_norm: mean at constants, variance `ld` later
 };
 

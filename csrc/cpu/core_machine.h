@@ -266,7 +266,7 @@ class CoreMachine : public Simd<T> {
     barrier();
   }
 
-  // What f() gives the first member, said to all.
+  // What f() gives the first member, handed to all members.
   template <class F>
   double from_leader(const F& f) const {
     if (!member.team) return f();

@@ -19,7 +19,7 @@ struct TaskMemory {
 
   TaskMemory(const Job<T>& job, T* base) : size(0) {
     const Program& p = *job.program;
-    const bool forth = job.goal == Goal::adapt || job.goal == Goal::meta_gradient;
+    const bool adapts = job.goal == Goal::adapt || job.goal == Goal::meta_gradient;
     const auto take = [&](int64_t elements) {
       T* at = base ? base + size : nullptr;
       const int64_t whole = (elements + 15) / 16 * 16;
@@ -34,7 +34,7 @@ struct TaskMemory {
     support_yd = take(job.support.d_targets ? elements(p.out, job.support.n) : 0);
     query_x = take(elements(p.input, job.query.n));
     query_y = take(job.query.targets ? elements(p.out, job.query.n) : 0);
-    theta = take((forth ? job.steps + 1 : 1) * p.size);
+    theta = take((adapts ? job.steps + 1 : 1) * p.size);
     g = take((job.goal == Goal::meta_gradient && job.needs_lr ? job.steps : 1) * p.size);
     v = take(p.size);
     u = take(p.size);

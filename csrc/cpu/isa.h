@@ -7,8 +7,8 @@
 
 namespace metafast {
 
-// Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; what they sum up lies
-// `apart`.
+// Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; the sums of each lie
+// `stride` elements behind those of the one before.
 struct Groups {
   int64_t count, stride;
   int64_t* next;

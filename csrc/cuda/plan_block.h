@@ -8,7 +8,7 @@
 
 namespace metafast {
 
-// Features in quads, rows of weights as machine.cuh walks them, their columns shared by the blocks of a cluster.
+// Features in quads, rows of weights as block_machine.cuh reads them, their columns shared by the blocks of a cluster.
 constexpr Layout block_layout(int cluster) { return {4, 4, true, cluster}; }
 
 // In words why a block cannot run the Program; empty: it can.

@@ -1,5 +1,4 @@
-// The operators that Python calls, torch.ops.metafast.*, on torch's stable ABI. What knows torch is here, in call.h, in
-// bindings_cuda.cpp and in tensors.h.
+// The module metafast._C and the operators torch.ops.metafast.cpu_*, on torch's stable ABI.
 #include <Python.h>
 
 #include "call.h"
@@ -182,52 +181,27 @@ Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, i
 
 }  // namespace
 
+// What every operator begins with: the model in numbers, and how it is run.
+#define METAFAST_MODEL "Tensor description, int isa, int team_from, int rank, Tensor constants, "
+
 STABLE_TORCH_LIBRARY(metafast, m) {
+  m.def("cpu_predict(" METAFAST_MODEL "Tensor params, Tensor x, Tensor sizes, int step) -> Tensor");
+  m.def("cpu_loss_and_grad(" METAFAST_MODEL
+        "Tensor params, Tensor x, Tensor y, Tensor sizes, int step) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_jvp(" METAFAST_MODEL "Tensor params, Tensor u, Tensor x, Tensor sizes, int step) -> (Tensor, Tensor)");
+  m.def("cpu_hvp(" METAFAST_MODEL
+        "Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
+  m.def("cpu_adapt(" METAFAST_MODEL "Tensor params, Tensor lr, Tensor x, Tensor y, Tensor sizes, int steps) -> Tensor");
+  m.def("cpu_adapt_vjp(" METAFAST_MODEL
+        "Tensor trajectory, Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v, bool first_order, bool needs_lr) "
+        "-> (Tensor, Tensor)");
+  m.def("cpu_meta_gradient(" METAFAST_MODEL
+        "Tensor[] params, Tensor lr, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, "
+        "Tensor query_y, Tensor query_sizes, float[] step_weights, bool first_order, bool needs_lr, int budget) "
+        "-> (Tensor, Tensor, Tensor[], Tensor)");
   m.def(
-      "cpu_predict(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor x, "
-      "Tensor "
-      "sizes, "
-      "int step) -> "
-      "Tensor");
-  m.def(
-      "cpu_loss_and_grad(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor "
-      "x, "
-      "Tensor y, "
-      "Tensor sizes, "
-      "int step) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "cpu_jvp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, Tensor "
-      "x, Tensor "
-      "sizes, "
-      "int step) -> (Tensor, Tensor)");
-  m.def(
-      "cpu_hvp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor u, "
-      "Tensor x, "
-      "Tensor g, "
-      "Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
-  m.def(
-      "cpu_adapt(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor params, Tensor lr, "
-      "Tensor "
-      "x, Tensor "
-      "y, "
-      "Tensor sizes, int steps) -> Tensor");
-  m.def(
-      "cpu_adapt_vjp(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor trajectory, Tensor "
-      "lr, "
-      "Tensor x, "
-      "Tensor y, "
-      "Tensor sizes, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
-  m.def(
-      "cpu_meta_gradient(Tensor description, int isa, int team_from, int rank, Tensor constants, Tensor[] params, "
-      "Tensor "
-      "lr, Tensor "
-      "support_x, "
-      "Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y, Tensor query_sizes, "
-      "float[] step_weights, bool first_order, bool needs_lr, int budget) -> (Tensor, Tensor, Tensor[], Tensor)");
-  m.def(
-      "cpu_memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, int "
-      "budget) "
-      "-> Tensor");
+      "cpu_memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, "
+      "int budget) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
@@ -270,7 +244,7 @@ PyMODINIT_FUNC PyInit__C(void) {
                                   {"trace", metafast::trace, METH_O, "True: note what calls do; False: the notes."},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", "The native executor.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", "The executors in C++ and CUDA.", -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* made = PyModule_Create(&module);
   if (made) PyModule_AddStringConstant(made, "compiled", "compiler " __VERSION__ ", flags " METAFAST_FLAGS);
   return made;

@@ -1,4 +1,4 @@
-// One call of the native executor: from tensors to a Job, and how its tasks are spread over threads.
+// One call of the CPU executor: from tensors to a Job, and how its tasks are spread over threads.
 #pragma once
 #include <algorithm>
 #include <deque>
@@ -130,7 +130,8 @@ class CpuCall {
     return all;
   }
 
-  // Runs all tasks. Chunks of them are summed apart and then in order, so it does not matter to the sums who ran them.
+  // Runs all tasks. Each chunk of them has a sum of its own, and these are added in order, so it does not matter to the
+  // sums who ran them.
   void run(bool sums, bool lr_sums, int64_t budget) {
     const int64_t chunk = chunk_of(job.tasks), chunks = (job.tasks + chunk - 1) / chunk;
     const int64_t size = job.program->size;

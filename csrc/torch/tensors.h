@@ -1,4 +1,4 @@
-// Tensors of torch's stable ABI as plain memory: what both files of bindings need.
+// Tensors of torch's stable ABI as plain memory: what the bindings of both executors need.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// y = W * x + b. Bilinear: each rule is one contraction, of one term in the plain passes and of two in the tangent
-// ones. A linear layer is the convolution whose window is its whole input.
+// y = W * x + b. Bilinear: each rule is one contraction, of one term in forward and backward and of two in the
+// tangent rules. A linear layer is the convolution whose window is its whole input.
 #pragma once
 #include "context.h"
 

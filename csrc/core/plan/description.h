@@ -1,4 +1,4 @@
-// A model as metafast/executors/description.py writes it down, in numbers.
+// A model as metafast/executors/native/encode.py writes it down, in numbers.
 #pragma once
 #include <vector>
 
@@ -7,7 +7,7 @@
 namespace metafast {
 
 // Kinds of nodes: those of program.h, and the ones that become others in a plan.
-enum Stem { linear = 100, flatten = 101, adaptive_avg_pool2d = 102 };
+enum NodeKind { linear = 100, flatten = 101, adaptive_avg_pool2d = 102 };
 
 struct Parameter {
   int64_t at, size;

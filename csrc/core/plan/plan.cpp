@@ -154,7 +154,7 @@ class PlanBuilder {
         return;
       }
       case Kind::leaky_relu:
-        op.slope = n.option[0];
+        op.negative_slope = n.option[0];
         return;
       case Kind::max_pool2d:
       case Kind::avg_pool2d:

@@ -17,8 +17,8 @@ enum class PassKind : int32_t { predict, gradient, gradient_and_tangent };
 // Owns everything that a Program and its passes point to.
 class Plan {
  public:
-  // `description` is what metafast/executors/native.py writes. Throws std::runtime_error with the reason where the
-  // model cannot be run.
+  // `description` is what metafast/executors/native/encode.py writes. Throws std::runtime_error with the reason where
+  // the model cannot be run.
   Plan(const std::vector<double>& description, Layout layout, int element_size);
   Plan(const Plan&) = delete;
 
