@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 # Where there is a compiler, an extension that does not build is an error.
 export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
+CPP := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*/*.$(kind) csrc/*/*/*.$(kind))) $(wildcard tests/*.cpp)
 
 # Versions of torch whose headers csrc must compile against, beside those of $(VENV): the oldest promised, a GPU machine's.
 OLDER := 2.10.0 2.11.0
@@ -94,7 +94,7 @@ build/headers/checked: $(OLDER_HEADERS:%=%/unpacked) $(SOURCES)
 	for headers in $(OLDER_HEADERS); do for cuda in -UMETAFAST_CUDA -DMETAFAST_CUDA; do \
 	  $(CXX) -fsyntax-only -std=c++20 $(TARGET) -DPy_LIMITED_API=0x030a0000 -DMETAFAST_FLAGS='""' $$cuda \
 	  -I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") -I$$headers/torch/include \
-	  csrc/bindings*.cpp || exit 1; \
+	  csrc/torch/*.cpp || exit 1; \
 	done; done
 	touch $@
 

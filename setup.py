@@ -26,11 +26,12 @@ ISAS = {
     "avx512": (64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
 }
 WANTED = os.environ.get("METAFAST_ISAS", "avx2,avx512" if platform.machine() in ("x86_64", "AMD64") else "")
-BUILDS = {"plain": (16, [])} | {name: ISAS[name] for name in WANTED.split(",") if name}
+BUILDS = {"generic": (16, [])} | {name: ISAS[name] for name in WANTED.split(",") if name}
 EXTRA = os.environ.get("METAFAST_CXXFLAGS", "").split()
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", *EXTRA]
-BINDINGS, INNER_LOOP = sorted(map(str, Path("csrc").glob("*.cpp"))), "csrc/cpu/inner_loop.cpp"
-CORE = sorted({str(p) for p in Path("csrc").glob("*/*.cpp")} - {INNER_LOOP})
+INNER_LOOP = "csrc/cpu/inner_loop.cpp"
+BINDINGS = sorted(map(str, Path("csrc/torch").glob("*.cpp")))  # they alone include torch's headers
+CORE = sorted({str(p) for p in Path("csrc").rglob("*.cpp")} - {*BINDINGS, INNER_LOOP})
 HEADERS = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh", ".py")]
 
 
@@ -49,7 +50,7 @@ class BuildNative(build_ext):
         built = [(f"METAFAST_{name.upper()}", None) for name in BUILDS]
         jobs += [(source, "core", built, ["-std=c++17"], []) for source in CORE]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            kernels = pool.submit(compile_cuda, os.path.join(self.build_temp, "cuda", "inner_loop.o"))
+            kernels = pool.submit(compile_cuda, os.path.join(self.build_temp, "cuda", "kernels.o"))
             compiled = [pool.submit(self._compile, job) for job in jobs]
             cuda = kernels.result()
             macros += [("METAFAST_CUDA", None)] if cuda else []

@@ -9,7 +9,7 @@ import subprocess
 import warnings
 from functools import partial
 
-KERNELS = "csrc/cuda/inner_loop.cu"
+KERNELS = "csrc/cuda/kernels.cu"
 # Compute capabilities, where METAFAST_ARCHS names none; for later ones the last goes along as PTX.
 ARCHS = "80,90,100"
 

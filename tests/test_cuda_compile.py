@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "inner_loop.cu"
+SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "kernels.cu"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 LOOPS = ["metafast_inner_loop", "metafast_inner_loop_cluster"]
 KERNELS = {*LOOPS, "metafast_sum_blocks"}
@@ -23,12 +23,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is
 def compiled(arch):
     """The PTX, and ptxas' words."""
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "inner_loop.cubin"
+        target = Path(folder) / "kernels.cubin"
         command = [NVCC, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas=-v", SOURCE, "-o", target]
         command += ["--keep", "--keep-dir", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        return (Path(folder) / "inner_loop.ptx").read_text(), done.stderr
+        return (Path(folder) / "kernels.ptx").read_text(), done.stderr
 
 
 @pytest.fixture(scope="module", params=["80", "90", "100"])

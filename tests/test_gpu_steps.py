@@ -63,7 +63,7 @@ def test_the_extension_of_the_pack_is_used_where_it_imports(packed, monkeypatch,
     assert "setuptools-83" not in wheels
     assert pip.endswith("--no-build-isolation --no-deps -e .")
     assert seen[1][1] == {"METAFAST_CPU": "0"}
-    assert "block_built" in imports
+    assert "cuda_built" in imports
     assert "workers.probe" in probe
     assert environment.EXTENSION.read_bytes() == b"of the pack"
     assert job.environment["METAFAST_LEARN2LEARN"] == str(packed / "learn2learn")

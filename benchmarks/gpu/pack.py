@@ -62,7 +62,7 @@ for backend, gradient in found.items():
     error = float((gradient - found["reference"]).norm() / found["reference"].norm())
     if not error < 1e-4:
         raise SystemExit(f"{backend} is off by {error:.1e} of the reference's gradient")
-if not torch.ops.metafast.block_built():
+if not torch.ops.metafast.cuda_built():
     raise SystemExit("the extension is built without its CUDA kernels")
 print(f"torch {torch.__version__}: CPU executor and twin agree with the reference")
 """

@@ -4,7 +4,7 @@
 
 namespace metafast {
 
-enum class Goal : int32_t { predict, loss_and_grad, adapt, adapt_vjp, meta_gradient, tangent, hessian_times };
+enum class Goal : int32_t { predict, loss_and_grad, adapt, adapt_vjp, meta_gradient, jvp, hvp };
 
 // Samples of all tasks as the user holds them: x [T, n, C, H, W], labels [T, n] or targets [T, n, ...]. Where tasks
 // have fewer than n samples, `counts` [T] says how many; theirs come first.
@@ -18,8 +18,8 @@ struct Samples {
 };
 
 // The pass of each task, by its number of samples, and the elements that the largest one takes.
-struct TaskPasses {
-  const Pass* const* of;  // [T]; null: there is no such pass
+struct TaskPassLayouts {
+  const PassLayout* const* of;  // [T]; null: there is no such pass
   int64_t tape, scratch;
 };
 
@@ -27,14 +27,14 @@ template <class T>
 struct Job {
   Goal goal;
   const Program* program;
-  TaskPasses taped;      // passes whose tangents follow
-  TaskPasses plain;      // those that are over when their gradient is there
-  const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner one
+  TaskPassLayouts support_layouts;  // of the passes over the support set, whose tangents may follow
+  TaskPassLayouts query_layouts;    // of those over the query set, which are over when their gradient is there
+  const int32_t* inner;             // [P]: where an element of the user's flat vector lies in the inner one
   int64_t n_params, tasks;
-  int32_t steps, lr_rows;            // later steps use the last row of learning rates
-  int64_t next;                      // from a task to the next of those that run at once
-  int32_t step;                      // of a single pass: the inner step that it belongs to
-  bool first_order, needs_lr, keep;  // keep: every step has a tape of its own
+  int32_t steps, lr_rows;                   // later steps use the last row of learning rates
+  int64_t task_stride;                      // from a task to the next of those that run at once
+  int32_t step;                             // of a single pass: the inner step that it belongs to
+  bool first_order, needs_lr, keeps_tapes;  // keeps_tapes: every step has a tape of its own
   const T* constants;
   const T* params;  // one vector as the machine loads it, or (params_per_task) the user's layout [T, P]
   bool params_per_task;

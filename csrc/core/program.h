@@ -1,4 +1,4 @@
-// What the sweep runs: a Program with every shape and address worked out. Data only, no functions: the same header is
+// What a pass runs: a Program with every shape and address worked out. Data only, no functions: the same header is
 // compiled for several instruction sets, and an inline function of one must not be linked into another.
 #pragma once
 #include <cstddef>
@@ -21,7 +21,7 @@ enum class Kind : int32_t {
   norm_relu_pool,
 };
 
-enum class LossKind : int32_t { cross_entropy, mse, given };
+enum class LossKind : int32_t { cross_entropy, mse, external };
 
 // One sample: h x w pixels of c channels, `ld` elements from pixel to pixel; channels c..ld-1 are always zero.
 struct Grid {
@@ -34,7 +34,7 @@ struct Window {
 
 // Rows of a matrix read out of an image: row r is `segments` runs of `length` elements at source[r][s] (-1: zeros),
 // to be multiplied by the rows of the other factor that start at first[s]; the product goes to target[r].
-struct Gather {
+struct GatherTable {
   int32_t rows, segments, length;
   const int32_t* source;
   const int32_t* target;
@@ -56,20 +56,20 @@ struct Op {
   Grid x, y;
   Slot weight, bias;  // or gamma and beta
   Window window;
-  bool padded;             // conv2d: the stored input has its zero border, so that windows never leave it
-  const Gather* forward;   // conv2d
-  const Gather* backward;  // conv2d: one for each class of input pixels that meet the same taps
+  bool padded;                  // conv2d: the stored input has its zero border, so that windows never leave it
+  const GatherTable* forward;   // conv2d
+  const GatherTable* backward;  // conv2d: one for each class of input pixels that meet the same taps
   int32_t classes;
   const int32_t* offsets;    // conv2d: of the rows of the weight that one step of a weight gradient covers: of all
   int32_t n_offsets;         // windows can reach (padded), or of one tap
-  bool given;                // batch_norm: statistics are constants
+  bool fixed_statistics;     // batch_norm: means and variances are constants
   bool adaptive, count_pad;  // avg_pool2d
-  double eps, slope, divisor;
+  double eps, negative_slope, divisor;
   int64_t constants;  // batch_norm: mean at constants, variance `ld` later
 };
 
 // Where one pass over n samples keeps things, in elements from the base of its memory; -1: not kept.
-struct Pass {
+struct PassLayout {
   int32_t n;
   const int64_t* value;      // by value
   const int64_t* adjoint;    // by value

@@ -5,7 +5,7 @@
 namespace metafast {
 
 // The phases of a task, and within them the rules of the layers. In the order of metafast/profile/native.py.
-enum class What : int32_t {
+enum class SpanKind : int32_t {
   load,
   inner_step,
   query,
@@ -31,7 +31,7 @@ struct Trace {
 };
 
 // Not inline, and apart from the code that is timed: where nobody asks, all that is left of a note is a test.
-void begin_span(Trace& trace, What what, int index);
+void begin_span(Trace& trace, SpanKind kind, int index);
 void end_span(Trace& trace);
 
 }  // namespace metafast

@@ -6,7 +6,7 @@
 #include <new>
 #include <vector>
 
-#include "../core/guard.h"
+#include "../core/asan.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

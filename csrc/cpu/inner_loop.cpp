@@ -1,13 +1,13 @@
 // The inner loop of tasks on one core, or of one task on several. Built once for each instruction set.
 #include "isa.h"
-#include "task.h"
+#include "inner_loop.h"
 
 namespace METAFAST_NAMESPACE {
 namespace {
 
 template <class T>
 int64_t memory(const Job<T>& job) {
-  return TaskMemory<Core<T>>(job, nullptr).size;
+  return TaskMemory<CoreMachine<T>>(job, nullptr).size;
 }
 
 // Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
@@ -15,7 +15,7 @@ int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXE
 
 // Chunk k of tasks, one after another.
 template <class T>
-void run_chunk(Task<Core<T>>& task, const Job<T>& job, int64_t chunk, int64_t k) {
+void run_chunk(InnerLoopRun<CoreMachine<T>>& task, const Job<T>& job, int64_t chunk, int64_t k) {
   const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks, size = job.program->size;
   T* const sums = job.sums ? job.sums + k * size : nullptr;
   T* const lr_sums = job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr;
@@ -25,16 +25,16 @@ void run_chunk(Task<Core<T>>& task, const Job<T>& job, int64_t chunk, int64_t k)
 
 template <class T>
 void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace) {
-  Task<Core<T>> task(job, base, nullptr, {}, trace);
+  InnerLoopRun<CoreMachine<T>> task(job, base, nullptr, {}, trace);
   for (int64_t k = take(next); k * chunk < job.tasks; k = take(next)) run_chunk(task, job, chunk, k);
 }
 
 bool runs_lanes(const Program& program) {
-  bool all = program.loss != LossKind::given;
+  bool all = program.loss != LossKind::external;
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
     bool known = false;
-    with_rules<Lanes<float>>(op.kind, [&](auto) { known = true; });
+    with_rules<LaneMachine<float>>(op.kind, [&](auto) { known = true; });
     all = all && known && op.x.h * op.x.w * op.y.h * op.y.w == 1 && (op.kind != Kind::conv2d || of_vectors(op));
   }
   return all;
@@ -43,13 +43,13 @@ bool runs_lanes(const Program& program) {
 // The sums of a group lie behind its memory. Of one task alone the adjoint is the sum.
 template <class T>
 bool sums_up(const Job<T>& job) {
-  return job.sums && job.next > 1;
+  return job.sums && job.task_stride > 1;
 }
 
 template <class T>
 int64_t lanes_memory(const Job<T>& job) {
   const int64_t sums = (sums_up(job) ? 1 : 0) + (job.lr_sums ? job.lr_rows : 0);
-  return TaskMemory<Lanes<T>>(job, nullptr).size + sums * job.program->size;
+  return TaskMemory<LaneMachine<T>>(job, nullptr).size + sums * job.program->size;
 }
 
 // out[i] = the sum over the lanes of pack i, in their order.
@@ -66,25 +66,25 @@ void fold(const T* packs, int64_t size, T* out) {
 
 template <class T>
 void run_lanes(const Job<T>& job, const Groups& groups, T* base, Trace* trace) {
-  constexpr int lanes = Lanes<T>::tasks;
+  constexpr int lanes = LaneMachine<T>::tasks;
   const int64_t size = job.program->size;
-  Task<Lanes<T>> task(job, base, nullptr, {}, trace);
-  T* const behind = base + TaskMemory<Lanes<T>>(job, nullptr).size;
+  InnerLoopRun<LaneMachine<T>> task(job, base, nullptr, {}, trace);
+  T* const behind = base + TaskMemory<LaneMachine<T>>(job, nullptr).size;
   T* const sums = sums_up(job) ? behind : nullptr;
   T* const lr_sums = job.lr_sums ? behind + (sums ? size : 0) : nullptr;
   for (int64_t k = take(groups.next); k < groups.count; k = take(groups.next)) {
     task.clear_sums(sums, lr_sums);
-    for (int64_t i = 0; i < job.next; ++i) task.run(k * lanes * job.next + i, sums, lr_sums);
-    if (job.sums) fold(sums ? sums : task.adjoint(), size, job.sums + k * groups.apart);
+    for (int64_t i = 0; i < job.task_stride; ++i) task.run(k * lanes * job.task_stride + i, sums, lr_sums);
+    if (job.sums) fold(sums ? sums : task.adjoint(), size, job.sums + k * groups.stride);
     for (int r = 0; lr_sums && r < job.lr_rows; ++r) {
-      fold(lr_sums + r * size, size, job.lr_sums + (k * job.lr_rows + r) * groups.apart);
+      fold(lr_sums + r * size, size, job.lr_sums + (k * job.lr_rows + r) * groups.stride);
     }
   }
 }
 
 template <class T>
-void run_together(const Job<T>& job, int64_t chunk, int64_t k, T* base, T* own, Member member, Trace* trace) {
-  Task<Core<T>> task(job, base, own, member, trace);
+void run_as_team(const Job<T>& job, int64_t chunk, int64_t k, T* base, T* own, Member member, Trace* trace) {
+  InnerLoopRun<CoreMachine<T>> task(job, base, own, member, trace);
   run_chunk(task, job, chunk, k);
 }
 
@@ -99,7 +99,7 @@ int64_t team_workspace(const Job<T>& job, int64_t least) {
     products += n * op.y.h * op.y.w * op.y.ld * op.window.kh * op.window.kw * op.x.ld;
     wanted += least;
   }
-  return products > 0 && products >= wanted ? Core<T>::workspace_size(p) : 0;
+  return products > 0 && products >= wanted ? CoreMachine<T>::workspace_size(p) : 0;
 }
 
 template <class T>
@@ -113,7 +113,7 @@ constexpr Isa<T> build() {
           lanes_memory<T>,
           run_lanes<T>,
           team_workspace<T>,
-          run_together<T>};
+          run_as_team<T>};
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace metafast {
   Isa<float> float_isa();      \
   Isa<double> double_isa();    \
   }
-METAFAST_DECLARE(plain)
+METAFAST_DECLARE(generic)
 #ifdef METAFAST_AVX2
 METAFAST_DECLARE(avx2)
 #endif
@@ -42,7 +42,7 @@ struct Builds {
       add("avx2", avx2::float_isa(), avx2::double_isa());
     }
 #endif
-    add("plain", plain::float_isa(), plain::double_isa());
+    add("generic", generic::float_isa(), generic::double_isa());
   }
 
   void add(const char* name, const Isa<float>& f, const Isa<double>& d) {

@@ -1,16 +1,16 @@
 // The builds of the inner loop for different instruction sets, and the choice among them.
 #pragma once
 #include "../core/job.h"
-#include "../core/layout.h"
+#include "../core/plan/layout.h"
 #include "../core/trace.h"
 #include "team.h"
 
 namespace metafast {
 
-// Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; what they sum up lies
-// `apart`.
+// Groups of chunks that run at once, one in each lane of a machine, so far `next` of `count`; the sums of each lie
+// `stride` elements behind those of the one before.
 struct Groups {
-  int64_t count, apart;
+  int64_t count, stride;
   int64_t* next;
 };
 
@@ -30,7 +30,7 @@ struct Isa {
   // its contractions a task is too small for a team.
   int64_t (*team_workspace)(const Job<T>&, int64_t products);
   // Runs chunk k as a member of a team that shares `memory`.
-  void (*run_together)(const Job<T>&, int64_t chunk, int64_t k, T* memory, T* own, Member, Trace*);
+  void (*run_as_team)(const Job<T>&, int64_t chunk, int64_t k, T* memory, T* own, Member, Trace*);
 };
 
 // Names of the builds that this processor can run, the best one first.

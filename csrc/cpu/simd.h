@@ -18,9 +18,9 @@ namespace METAFAST_NAMESPACE {
 
 // The vector types, spelt out: attributes on dependent types do not survive overload resolution.
 template <class T>
-struct Vectors;
+struct VectorTypes;
 template <>
-struct Vectors<float> {
+struct VectorTypes<float> {
   using Integer = int32_t;
   typedef float Pack __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
   typedef float Half __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
@@ -28,7 +28,7 @@ struct Vectors<float> {
   typedef uint8_t Bytes __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
 };
 template <>
-struct Vectors<double> {
+struct VectorTypes<double> {
   using Integer = int64_t;
   typedef double Pack __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
   typedef double Half __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
@@ -44,10 +44,10 @@ struct Share {
 template <class T>
 struct Simd {
   using Real = T;
-  using Integer = typename Vectors<T>::Integer;
-  using Pack = typename Vectors<T>::Pack;
-  using Index = typename Vectors<T>::Index;
-  using Bytes = typename Vectors<T>::Bytes;
+  using Integer = typename VectorTypes<T>::Integer;
+  using Pack = typename VectorTypes<T>::Pack;
+  using Index = typename VectorTypes<T>::Index;
+  using Bytes = typename VectorTypes<T>::Bytes;
   static constexpr int lanes = METAFAST_VECTOR_BYTES / sizeof(T);
 
   static Pack load(const T* p) {
@@ -148,7 +148,7 @@ struct Simd {
 
   template <size_t... L>
   static Pack join(const T* a, const T* b, std::index_sequence<L...>) {
-    typedef typename Vectors<T>::Half Half;
+    typedef typename VectorTypes<T>::Half Half;
     Half low, high;
     std::memcpy(&low, a, sizeof low);
     std::memcpy(&high, b, sizeof high);

@@ -17,7 +17,7 @@ class Team {
   // Until all members are here.
   void wait();
 
-  double said = 0;  // by one member to the others
+  double leader_value = 0;  // what the first member has for the others
 
  private:
   const int wanted_;

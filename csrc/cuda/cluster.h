@@ -2,16 +2,16 @@
 // of its columns it writes into the others' memory. Between two barriers of theirs, what one block writes no other may
 // touch; nothing is written behind the last one, so that a block may end when it has passed it.
 #pragma once
-#include "block.h"
+#include "threads.h"
 #ifndef __CUDACC__
-#include "turns.h"
+#include "twin/round_robin.h"
 #endif
 
 namespace METAFAST_NAMESPACE {
 
 // A block that runs its tasks by itself.
-struct Alone {
-  static constexpr bool alone = true;
+struct SingleBlock {
+  static constexpr bool single = true;
   METAFAST_DEVICE int size() const { return 1; }
   METAFAST_DEVICE int rank() const { return 0; }
   METAFAST_DEVICE void barrier() const {}
@@ -22,9 +22,9 @@ struct Alone {
 };
 
 // Distributed shared memory: PTX ISA, "mapa" and "barrier.cluster". For compute capability 9.0 and later.
-class Cluster {
+class BlockCluster {
  public:
-  static constexpr bool alone = false;
+  static constexpr bool single = false;
 
 #ifdef __CUDACC__
   __device__ int size() const {
@@ -52,20 +52,20 @@ class Cluster {
     return there;
   }
 #else
-  Cluster(Turns& turns, int rank) : turns(turns), rank_(rank) {}
-  int size() const { return turns.count(); }
+  BlockCluster(RoundRobin& round_robin, int rank) : round_robin(round_robin), rank_(rank) {}
+  int size() const { return round_robin.count(); }
   int rank() const { return rank_; }
   void barrier() const {
-    turns.pass(rank_);
-    Watch::cluster_barrier();
+    round_robin.barrier(rank_);
+    RaceChecker::cluster_barrier();
   }
   template <class T>
   T* at(T* p, int rank) const {
-    return Watch::there(p, rank);
+    return RaceChecker::peer(p, rank);
   }
 
  private:
-  Turns& turns;
+  RoundRobin& round_robin;
   int rank_;
 #endif
 };

@@ -9,12 +9,12 @@
 namespace METAFAST_NAMESPACE {
 
 template <int R>
-using Rows = std::integral_constant<int, R>;
+using RowCount = std::integral_constant<int, R>;
 
 // f(rows in a tile, first row, column) for all tiles: the fewest rows that keep every thread to a single tile.
-template <class T, class Team>
+template <class T, class Cluster>
 template <class F>
-METAFAST_DEVICE void Block<T, Team>::tiles(int n, int columns, const F& f) const {
+METAFAST_DEVICE void BlockMachine<T, Cluster>::tiles(int n, int columns, const F& f) const {
   const auto run = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     const int count = (n + R - 1) / R * columns;
@@ -22,28 +22,28 @@ METAFAST_DEVICE void Block<T, Team>::tiles(int n, int columns, const F& f) const
       for (int tile = thread; tile < count; tile += threads.count()) f(rows, tile / columns * R, tile % columns);
     });
   };
-  if (n * columns <= threads.count()) return run(Rows<1>{});
-  if ((n + 1) / 2 * columns <= threads.count()) return run(Rows<2>{});
-  run(Rows<4>{});
+  if (n * columns <= threads.count()) return run(RowCount<1>{});
+  if ((n + 1) / 2 * columns <= threads.count()) return run(RowCount<2>{});
+  run(RowCount<4>{});
 }
 
-template <class T, class Team>
-METAFAST_DEVICE void Block<T, Team>::correlate(const Op& op, int n, const Term* terms, int count, const T* bias,
-                                               T* y) const {
+template <class T, class Cluster>
+METAFAST_DEVICE void BlockMachine<T, Cluster>::correlate(const Op& op, int n, const Term* terms, int count,
+                                                         const T* bias, T* y) const {
   const int depth = width(op.x), ld = op.y.ld, step = stride(op.y);
-  const Share own = columns(op.y);
-  const bool all = !Team::alone && !divided(op.y);
+  const QuadRange own = columns(op.y);
+  const bool all = !Cluster::single && !divided(op.y);
   const T *x = terms[0].a, *other = count > 1 ? terms[1].a : x;
   gather(op.x, n, x, other, count > 1);
-  const Term one{near(x), near(terms[0].weights)};
-  const Term two{near(other), count > 1 ? near(terms[1].weights) : one.weights};
+  const Term one{in_shared_memory(x), in_shared_memory(terms[0].weights)};
+  const Term two{in_shared_memory(other), count > 1 ? in_shared_memory(terms[1].weights) : one.weights};
   const int first = own.first * pack;
   const auto start = [&](int, int j) { return bias ? load(bias + first + j) : T(0); };
   const auto finish = [&](int i, int j, T v) {
     T* const to = y + i * ld + first + j;
     all ? store_everywhere(to, v) : store(to, v);
   };
-  if (all) team.barrier();
+  if (all) cluster.barrier();
   const Factors<T> factors{n,     own.count * pack, depth, {depth, 1}, {step, 1}, count,
                            one.a, one.weights,      two.a, two.weights};
   if (!on_tensor_cores(factors, start, finish)) {
@@ -69,21 +69,22 @@ METAFAST_DEVICE void Block<T, Team>::correlate(const Op& op, int n, const Term* 
       }
     });
   }
-  if (all) team.barrier();
+  if (all) cluster.barrier();
 }
 
-template <class T, class Team>
-METAFAST_DEVICE void Block<T, Team>::correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x,
-                                                          bool add) const {
+template <class T, class Cluster>
+METAFAST_DEVICE void BlockMachine<T, Cluster>::correlate_transposed(const Op& op, int n, const Term* terms, int count,
+                                                                    T* g_x, bool add) const {
   const int outputs = op.y.ld, ld = width(op.x), step = stride(op.y), columns = ld / pack;
-  const Share own = this->columns(op.y);
+  const QuadRange own = this->columns(op.y);
   const int depth = own.count * pack, first = own.first * pack;
-  T* const to = Team::alone ? g_x : common;
-  const Term one{near(terms[0].a) + first, near(terms[0].weights)};
-  const Term two{count > 1 ? near(terms[1].a) + first : one.a, count > 1 ? near(terms[1].weights) : one.weights};
+  T* const to = Cluster::single ? g_x : common;
+  const Term one{in_shared_memory(terms[0].a) + first, in_shared_memory(terms[0].weights)};
+  const Term two{count > 1 ? in_shared_memory(terms[1].a) + first : one.a,
+                 count > 1 ? in_shared_memory(terms[1].weights) : one.weights};
   const Factors<T> factors{n, ld, depth, {outputs, 1}, {1, step}, count, one.a, one.weights, two.a, two.weights};
   const auto start = [](int, int) { return T(0); };
-  const auto finish = [&](int i, int j, T v) { put(to + i * ld + j, v, Team::alone && add); };
+  const auto finish = [&](int i, int j, T v) { put(to + i * ld + j, v, Cluster::single && add); };
   if (!on_tensor_cores(factors, start, finish)) {
     tiles(n, columns, [&](auto rows, int row, int column) {
       constexpr int R = decltype(rows)::value;
@@ -101,23 +102,23 @@ METAFAST_DEVICE void Block<T, Team>::correlate_transposed(const Op& op, int n, c
       }
       for (int r = 0; r < R; ++r) {
         for (int j = 0; j < pack; ++j) {
-          if (row + r < n) put(to + (row + r) * ld + column + j * columns, sum[r][j], Team::alone && add);
+          if (row + r < n) put(to + (row + r) * ld + column + j * columns, sum[r][j], Cluster::single && add);
         }
       }
     });
   }
-  if constexpr (!Team::alone) add_parts(op.x, n, g_x, add);
+  if constexpr (!Cluster::single) add_parts(op.x, n, g_x, add);
 }
 
-template <class T, class Team>
-METAFAST_DEVICE void Block<T, Team>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
+template <class T, class Cluster>
+METAFAST_DEVICE void BlockMachine<T, Cluster>::outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
   const int inputs = width(op.x), outputs = op.y.ld, step = stride(op.y);
-  const Share own = columns(op.y);
+  const QuadRange own = columns(op.y);
   const int columns = own.count, first = own.first * pack;
   const T *x = pairs[0].x, *other = count > 1 ? pairs[1].x : x;
   gather(op.x, n, x, other, count > 1);
-  const Pair one{near(x), near(pairs[0].g) + first};
-  const Pair two{near(other), count > 1 ? near(pairs[1].g) + first : one.g};
+  const Pair one{in_shared_memory(x), in_shared_memory(pairs[0].g) + first};
+  const Pair two{in_shared_memory(other), count > 1 ? in_shared_memory(pairs[1].g) + first : one.g};
   const Factors<T> factors{inputs, columns * pack, n, {1, inputs}, {outputs, 1}, count, one.x, one.g, two.x, two.g};
   const auto start = [&](int i, int j) { return load(g_w + i * step + j); };
   const auto finish = [&](int i, int j, T v) { store(g_w + i * step + j, v); };

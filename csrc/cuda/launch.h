@@ -1,6 +1,6 @@
 // The two ways to run a job: on a device, and on the CPU by the same code (the twin).
 #pragma once
-#include "job.h"
+#include "block_job.h"
 
 namespace metafast {
 

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "block.h"
+#include "threads.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -14,25 +14,25 @@ struct Words {
 };
 
 // The elements of A from the one, of B from the other.
-METAFAST_DEVICE inline Words pair(const Words& a, const Words& b) {
+METAFAST_DEVICE inline Words combined(const Words& a, const Words& b) {
   return {{a.a[0], a.a[1], a.a[2], a.a[3]}, {b.b[0], b.b[1]}};
 }
 
-struct Sums {
+struct Accumulators {
   float c[4];
 };
 
 }  // namespace METAFAST_NAMESPACE
 
 #ifndef __CUDACC__
-#include "mma_twin.h"
+#include "twin/mma.h"
 #endif
 
 namespace METAFAST_NAMESPACE {
 
 // What each lane of a warp holds.
 template <class Held>
-class Lanes {
+class PerLane {
  public:
   // f(lane, what it holds)
   template <class F>
@@ -40,7 +40,7 @@ class Lanes {
 #ifdef __CUDACC__
     f(static_cast<int>(threadIdx.x) % warp_size, held);
 #else
-    for (int lane = 0; lane < warp_size; ++lane) Watch::enter_lane(lane), f(lane, held[lane]);
+    for (int lane = 0; lane < warp_size; ++lane) RaceChecker::enter_lane(lane), f(lane, held[lane]);
 #endif
   }
 
@@ -116,7 +116,7 @@ struct Tf32 {
     return words;
   }
 
-  static METAFAST_DEVICE void multiply(Lanes<Sums>& sums, const Lanes<Words>& words) {
+  static METAFAST_DEVICE void multiply(PerLane<Accumulators>& sums, const PerLane<Words>& words) {
 #ifdef __CUDACC__
     METAFAST_MMA("m16n8k8.row.col.f32.tf32.tf32.f32", sums.held.c, words.held);
 #else
@@ -141,7 +141,7 @@ struct Bf16 {
     return words;
   }
 
-  static METAFAST_DEVICE void multiply(Lanes<Sums>& sums, const Lanes<Words>& words) {
+  static METAFAST_DEVICE void multiply(PerLane<Accumulators>& sums, const PerLane<Words>& words) {
 #ifdef __CUDACC__
     METAFAST_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", sums.held.c, words.held);
 #else

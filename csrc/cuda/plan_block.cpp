@@ -12,30 +12,30 @@ int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step
 int64_t elements(const Grid& g) { return static_cast<int64_t>(g.h) * g.w * g.ld; }
 
 int64_t samples_of(const BlockWork& work) {
-  return std::max(work.taped ? work.taped->n : 0, work.plain ? work.plain->n : 0);
+  return std::max(work.support_layout ? work.support_layout->n : 0, work.query_layout ? work.query_layout->n : 0);
 }
 
 // Elements of the inputs of a product that a block fetches, of two in a tangent pass, or of its part of their adjoint.
 int64_t exchanged(const BlockWork& work) {
-  int64_t most = 0;
-  const int64_t taped = work.taped ? work.taped->n : 0, n = samples_of(work);
+  int64_t largest = 0;
+  const int64_t support = work.support_layout ? work.support_layout->n : 0, n = samples_of(work);
   for (int k = 0; k < work.program->n_ops && work.cluster > 1; ++k) {
     const Op& op = work.program->ops[k];
     if (op.kind != Kind::conv2d) continue;
     const bool divided = op.x.c > op.x.ld;
-    most = std::max(most, divided ? op.x.ld * work.cluster * std::max(2 * taped, n) : op.x.ld * n);
+    largest = std::max(largest, divided ? op.x.ld * work.cluster * std::max(2 * support, n) : op.x.ld * n);
   }
-  return most;
+  return largest;
 }
 
 // Quads of the largest value or adjoint.
 int64_t quads(const BlockWork& work) {
-  int64_t most = 0;
+  int64_t largest = 0;
   for (int k = 0; k < work.program->n_ops; ++k) {
     const Op& op = work.program->ops[k];
-    most = std::max({most, elements(op.x), elements(op.y)});
+    largest = std::max({largest, elements(op.x), elements(op.y)});
   }
-  return samples_of(work) * most / 4;
+  return samples_of(work) * largest / 4;
 }
 
 }  // namespace
@@ -67,7 +67,7 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
     if (size > INT32_MAX / 2) throw std::runtime_error("a task of more elements than any block's memory");
     return static_cast<int32_t>(at);
   };
-  const auto samples = [&](const Pass* pass, int32_t& x, int32_t& y, int32_t& labels) {
+  const auto samples = [&](const PassLayout* pass, int32_t& x, int32_t& y, int32_t& labels) {
     const int64_t n = pass ? pass->n : 0, label_size = round_up(8, element_size) / element_size;
     x = take(n * elements(p.input));
     y = take(p.loss == LossKind::mse ? n * elements(p.out) : 0);
@@ -75,9 +75,9 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   };
   BlockMemory m{};
   m.partials = take(max_warps);
-  samples(work.taped, m.support_x, m.support_y, m.support_labels);
-  samples(work.plain, m.query_x, m.query_y, m.query_labels);
-  const int64_t tape = work.taped ? round_up(work.taped->tape, 16) : 0;
+  samples(work.support_layout, m.support_x, m.support_y, m.support_labels);
+  samples(work.query_layout, m.query_x, m.query_y, m.query_labels);
+  const int64_t tape = work.support_layout ? round_up(work.support_layout->tape, 16) : 0;
   m.tape_step = all && !work.first_order ? static_cast<int32_t>(tape) : 0;
   m.theta_step = all ? static_cast<int32_t>(p.size) : 0;
   m.g_step = all && work.needs_lr ? static_cast<int32_t>(p.size) : 0;
@@ -89,8 +89,8 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   m.record_at = work.first_order ? m.theta : m.tape;
   m.record = streams ? (work.needs_lr ? static_cast<int32_t>(size) : m.u) - m.record_at : 0;
   m.v = take(gradient && work.goal != Goal::adapt ? p.size : 0);
-  const int64_t scratch = back && !work.first_order ? work.taped->scratch : 0;
-  m.rest = take(std::max(scratch, work.plain ? work.plain->tape : 0));
+  const int64_t scratch = back && !work.first_order ? work.support_layout->scratch : 0;
+  m.rest = take(std::max(scratch, work.query_layout ? work.query_layout->tape : 0));
   m.common = take(exchanged(work));
   m.size = static_cast<int32_t>(size);
   return m;
@@ -147,14 +147,14 @@ class Writer {
   uint64_t address;
 };
 
-void copy(const Pass* pass, const Program& p, PassTables& out) {
-  if (!pass) return;
-  out.n = pass->n, out.tape = pass->tape, out.scratch = pass->scratch;
-  std::copy_n(pass->value, p.n_values, out.value);
-  std::copy_n(pass->adjoint, p.n_values, out.adjoint);
-  std::copy_n(pass->tangent, p.n_values, out.tangent);
-  std::copy_n(pass->d_adjoint, p.n_values, out.d_adjoint);
-  std::copy_n(pass->saved, p.n_ops + 1, out.saved);
+void copy(const PassLayout* layout, const Program& p, PassTables& out) {
+  if (!layout) return;
+  out.n = layout->n, out.tape = layout->tape, out.scratch = layout->scratch;
+  std::copy_n(layout->value, p.n_values, out.value);
+  std::copy_n(layout->adjoint, p.n_values, out.adjoint);
+  std::copy_n(layout->tangent, p.n_values, out.tangent);
+  std::copy_n(layout->d_adjoint, p.n_values, out.d_adjoint);
+  std::copy_n(layout->saved, p.n_ops + 1, out.saved);
 }
 
 std::vector<int32_t> outer(const Plan& plan) {
@@ -169,8 +169,8 @@ std::vector<int32_t> outer(const Plan& plan) {
 
 }  // namespace
 
-std::vector<char> block_tables(const Plan& plan, const Pass* taped, const Pass* plain, uint64_t address,
-                               BlockTables& head) {
+std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layout, const PassLayout* query_layout,
+                               uint64_t address, BlockTables& head) {
   const Program& p = plan.program();
   if (const std::string reason = block_refusal(p); !reason.empty()) throw std::runtime_error(reason);
   head = {};
@@ -178,7 +178,7 @@ std::vector<char> block_tables(const Plan& plan, const Pass* taped, const Pass* 
   head.program.ops = nullptr, head.program.moving = head.program.depends = nullptr;
   std::copy_n(p.ops, p.n_ops, head.ops);
   for (Op& op : head.ops) op.forward = op.backward = nullptr, op.offsets = nullptr;
-  copy(taped, p, head.taped), copy(plain, p, head.plain);
+  copy(support_layout, p, head.support_layout), copy(query_layout, p, head.query_layout);
   Writer to(address);
   const std::vector<int32_t> places = outer(plan);
   head.inner = to.add(plan.inner().data(), plan.inner().size());

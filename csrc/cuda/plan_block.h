@@ -3,12 +3,12 @@
 #include <string>
 #include <vector>
 
-#include "../core/plan.h"
-#include "job.h"
+#include "../core/plan/plan.h"
+#include "block_job.h"
 
 namespace metafast {
 
-// Features in quads, rows of weights as machine.cuh walks them, their columns shared by the blocks of a cluster.
+// Features in quads, rows of weights as block_machine.cuh reads them, their columns shared by the blocks of a cluster.
 constexpr Layout block_layout(int cluster) { return {4, 4, true, cluster}; }
 
 // In words why a block cannot run the Program; empty: it can.
@@ -18,7 +18,7 @@ std::string block_refusal(const Program& program);
 struct BlockWork {
   Goal goal;
   const Program* program;
-  const Pass *taped, *plain;
+  const PassLayout *support_layout, *query_layout;
   int64_t steps;
   bool first_order, needs_lr;
   int cluster;  // blocks that run a task
@@ -35,7 +35,7 @@ BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const 
 
 // A Program and its passes, and its maps as one piece of memory that may lie anywhere: the bytes that belong at
 // `address`, and the head that points to them. Throws std::runtime_error with the reason where a block cannot run it.
-std::vector<char> block_tables(const Plan& plan, const Pass* taped, const Pass* plain, uint64_t address,
-                               BlockTables& head);
+std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layout, const PassLayout* query_layout,
+                               uint64_t address, BlockTables& head);
 
 }  // namespace metafast

@@ -1,6 +1,6 @@
 // The order in which the sums of blocks are added: `ways` runs through them, then those in a row.
 #pragma once
-#include "../core/layers/frame.h"
+#include "../core/layers/context.h"
 #include "launch.h"
 
 namespace METAFAST_NAMESPACE {

@@ -128,15 +128,15 @@ def _build() -> Iterator[Finding]:
     else:
         yield Finding("ok", "extension", compiled)
     found = CpuExecutor.isas()
-    if found[0] == "plain" and platform.machine() in ("x86_64", "AMD64"):
+    if found[0] == "generic" and platform.machine() in ("x86_64", "AMD64"):
         remedy = "a processor with AVX2 and FMA; in a virtual machine, one that passes them on (qemu -cpu host)"
         yield Finding(
-            "missing", "instructions", "plain: this processor offers no AVX2, and vectors are half as long", remedy
+            "missing", "instructions", "generic: this processor offers no AVX2, and vectors are half as long", remedy
         )
     else:
         others = f"; this processor also runs {', '.join(found[1:])}" * bool(found[1:])
         yield Finding("ok", "instructions", f"{found[0]} in use{others}")
-    if torch.cuda.is_available() and not torch.ops.metafast.block_built():
+    if torch.cuda.is_available() and not torch.ops.metafast.cuda_built():
         nvcc = "" if shutil.which("nvcc") else "nvcc on the PATH (CUDA's toolkit), then "
         yield Finding(
             "missing", "CUDA kernels", "the extension is built without them", f"{nvcc}METAFAST_CUDA=1 {rebuild}"

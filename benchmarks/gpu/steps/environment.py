@@ -91,7 +91,7 @@ def _install(job: Job) -> dict[str, Any]:
     if packed is not None and packed.exists():
         shutil.copy(packed, EXTENSION)
         found = _pip(job, METAFAST_CPU="0")
-        imported = job.run([sys.executable, "-c", "import torch, metafast._C; assert torch.ops.metafast.block_built()"])
+        imported = job.run([sys.executable, "-c", "import torch, metafast._C; assert torch.ops.metafast.cuda_built()"])
         if found["state"] == imported["state"] == "passed":
             return {**found, "extension": "from the pack"}
         job.results.add("extension", refused=imported["end"][-300:])

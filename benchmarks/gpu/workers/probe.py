@@ -65,7 +65,7 @@ def main() -> str | None:
         return "there is no GPU here: torch.cuda.is_available() is false; --rehearse does without"
     import metafast.executors  # noqa: F401  registers the extension's operators
 
-    if not torch.ops.metafast.block_built():
+    if not torch.ops.metafast.cuda_built():
         return "the extension is built without CUDA"
     return None
 

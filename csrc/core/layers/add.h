@@ -1,45 +1,45 @@
 // y = a + b.
 #pragma once
-#include "frame.h"
+#include "context.h"
 
 namespace METAFAST_NAMESPACE {
 
 struct Add {
   template <class M>
-  METAFAST_DEVICE static void forward(const Frame<M>& f) {
-    sum(f, f.x[0], f.x[1], f.y);
+  METAFAST_DEVICE static void forward(const RuleContext<M>& ctx) {
+    sum(ctx, ctx.x[0], ctx.x[1], ctx.y);
   }
 
   template <class M>
-  METAFAST_DEVICE static void backward(const Frame<M>& f) {
-    for (int k = 0; k < 2; ++k) pass_on(f, f.g_y, f.g_x[k], f.op.add[k]);
+  METAFAST_DEVICE static void backward(const RuleContext<M>& ctx) {
+    for (int k = 0; k < 2; ++k) pass_on(ctx, ctx.g_y, ctx.g_x[k], ctx.op.add[k]);
   }
 
   template <class M>
-  METAFAST_DEVICE static void tangent_forward(const Frame<M>& f) {
-    sum(f, f.xd[0], f.xd[1], f.yd);
+  METAFAST_DEVICE static void tangent_forward(const RuleContext<M>& ctx) {
+    sum(ctx, ctx.xd[0], ctx.xd[1], ctx.yd);
   }
 
   template <class M>
-  METAFAST_DEVICE static void tangent_backward(const Frame<M>& f) {
-    for (int k = 0; k < 2; ++k) pass_on(f, f.gd_y, f.gd_x[k], f.op.add[k]);
+  METAFAST_DEVICE static void tangent_backward(const RuleContext<M>& ctx) {
+    for (int k = 0; k < 2; ++k) pass_on(ctx, ctx.gd_y, ctx.gd_x[k], ctx.op.add[k]);
   }
 
  private:
   template <class M>
-  METAFAST_DEVICE static long size(const Frame<M>& f) {
-    return static_cast<long>(f.pixels(f.op.y)) * f.op.y.ld;
+  METAFAST_DEVICE static long size(const RuleContext<M>& ctx) {
+    return static_cast<long>(ctx.pixels(ctx.op.y)) * ctx.op.y.ld;
   }
 
   template <class M, class T>
-  METAFAST_DEVICE static void sum(const Frame<M>& f, const T* a, const T* b, T* y) {
+  METAFAST_DEVICE static void sum(const RuleContext<M>& ctx, const T* a, const T* b, T* y) {
     if (!a) a = b, b = nullptr;
-    f.m.each(size(f), [=](long i) { M::store(y + i, b ? M::load(a + i) + M::load(b + i) : M::load(a + i)); });
+    ctx.m.each(size(ctx), [=](long i) { M::store(y + i, b ? M::load(a + i) + M::load(b + i) : M::load(a + i)); });
   }
 
   template <class M, class T>
-  METAFAST_DEVICE static void pass_on(const Frame<M>& f, const T* g, T* g_x, bool add) {
-    if (g_x) f.m.each(size(f), [=](long i) { M::put(g_x + i, M::load(g + i), add); });
+  METAFAST_DEVICE static void pass_on(const RuleContext<M>& ctx, const T* g, T* g_x, bool add) {
+    if (g_x) ctx.m.each(size(ctx), [=](long i) { M::put(g_x + i, M::load(g + i), add); });
   }
 };
 

@@ -1,28 +1,28 @@
 // Means over windows, fixed or adaptive: y = A x, g_x = A' g.
 #pragma once
-#include "frame.h"
+#include "context.h"
 
 namespace METAFAST_NAMESPACE {
 
 struct AvgPool2d {
   template <class M>
-  static void forward(const Frame<M>& f) {
-    gather(f, f.x[0], f.y);
+  static void forward(const RuleContext<M>& ctx) {
+    gather(ctx, ctx.x[0], ctx.y);
   }
 
   template <class M>
-  static void backward(const Frame<M>& f) {
-    if (f.g_x[0]) scatter(f, f.g_y, f.g_x[0]);
+  static void backward(const RuleContext<M>& ctx) {
+    if (ctx.g_x[0]) scatter(ctx, ctx.g_y, ctx.g_x[0]);
   }
 
   template <class M>
-  static void tangent_forward(const Frame<M>& f) {
-    gather(f, f.xd[0], f.yd);
+  static void tangent_forward(const RuleContext<M>& ctx) {
+    gather(ctx, ctx.xd[0], ctx.yd);
   }
 
   template <class M>
-  static void tangent_backward(const Frame<M>& f) {
-    if (f.gd_x[0]) scatter(f, f.gd_y, f.gd_x[0]);
+  static void tangent_backward(const RuleContext<M>& ctx) {
+    if (ctx.gd_x[0]) scatter(ctx, ctx.gd_y, ctx.gd_x[0]);
   }
 
  private:
@@ -42,20 +42,20 @@ struct AvgPool2d {
     }
     const int top = oy * w.sy - w.py, left = ox * w.sx - w.px;
     // A window of ceil mode may reach past the padding: what lies there is not counted.
-    const int bottom = least(top + w.kh, op.x.h + w.py), right = least(left + w.kw, op.x.w + w.px);
-    Cell c{top < 0 ? 0 : top, least(bottom, op.x.h), left < 0 ? 0 : left, least(right, op.x.w), 0};
+    const int bottom = smaller(top + w.kh, op.x.h + w.py), right = smaller(left + w.kw, op.x.w + w.px);
+    Cell c{top < 0 ? 0 : top, smaller(bottom, op.x.h), left < 0 ? 0 : left, smaller(right, op.x.w), 0};
     const int counted = op.count_pad ? (bottom - top) * (right - left) : (c.y1 - c.y0) * (c.x1 - c.x0);
     c.scale = 1.0 / (op.divisor > 0 ? op.divisor : counted);
     return c;
   }
 
-  static int least(int a, int b) { return a < b ? a : b; }
+  static int smaller(int a, int b) { return a < b ? a : b; }
 
   template <class M, class T>
-  static void gather(const Frame<M>& f, const T* x, T* y) {
-    const Grid& gx = f.op.x;
-    f.m.pixels(f.op.y, f.n, [&](int sample, long out, int oy, int ox) {
-      const Cell c = cell(f.op, oy, ox);
+  static void gather(const RuleContext<M>& ctx, const T* x, T* y) {
+    const Grid& gx = ctx.op.x;
+    ctx.m.pixels(ctx.op.y, ctx.n, [&](int sample, long out, int oy, int ox) {
+      const Cell c = cell(ctx.op, oy, ox);
       for (int ch = 0; ch < gx.ld; ch += M::lanes) {
         auto sum = M::broadcast(0);
         for (int iy = c.y0; iy < c.y1; ++iy)
@@ -66,14 +66,14 @@ struct AvgPool2d {
   }
 
   template <class M, class T>
-  static void scatter(const Frame<M>& f, const T* g, T* g_x) {
-    const Grid& gx = f.op.x;
-    if (!f.op.add[0]) {
+  static void scatter(const RuleContext<M>& ctx, const T* g, T* g_x) {
+    const Grid& gx = ctx.op.x;
+    if (!ctx.op.add[0]) {
       const auto zero = M::broadcast(0);
-      f.m.each(static_cast<long>(f.pixels(gx)) * gx.ld, [=](long i) { M::store(g_x + i, zero); });
+      ctx.m.each(static_cast<long>(ctx.pixels(gx)) * gx.ld, [=](long i) { M::store(g_x + i, zero); });
     }
-    f.m.pixels(f.op.y, f.n, [&](int sample, long out, int oy, int ox) {
-      const Cell c = cell(f.op, oy, ox);
+    ctx.m.pixels(ctx.op.y, ctx.n, [&](int sample, long out, int oy, int ox) {
+      const Cell c = cell(ctx.op, oy, ox);
       for (int ch = 0; ch < gx.ld; ch += M::lanes) {
         const auto value = M::load(g + out + ch) * T(c.scale);
         for (int iy = c.y0; iy < c.y1; ++iy)

@@ -6,7 +6,7 @@ namespace METAFAST_NAMESPACE {
 
 struct GELU {
   double unused;
-  static constexpr bool keeps_zero = true, curved = true;
+  static constexpr bool keeps_zero = true, has_second_derivative = true;
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
@@ -14,12 +14,12 @@ struct GELU {
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
     return g * (distribution<M>(x) + x * density<M>(x));
   }
 
   template <class M>
-  METAFAST_DEVICE auto curve(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack x, typename M::Pack) const {
     return density<M>(x) * (2 - x * x);
   }
 

@@ -1,167 +1,171 @@
 // The formulas of batch_norm.h with means over the features of each sample, and parameters a feature.
 #pragma once
-#include "frame.h"
+#include "context.h"
 
 namespace METAFAST_NAMESPACE {
 
 struct LayerNorm {
-  enum Saved { mean, r, mean_gh, mean_ghxh, mean_xd, c, mean_ghd, bend, saved };
+  enum Saved { mean, r, mean_gh, mean_ghxh, mean_xd, c, mean_ghd, mean_ghdxh, saved };
 
   template <class M>
-  METAFAST_DEVICE static void forward(const Frame<M>& f) {
+  METAFAST_DEVICE static void forward(const RuleContext<M>& ctx) {
     using T = typename M::Real;
-    f.m.samples(f.n, [&](const auto& team, int s) {
-      const T* x = f.x[0] + s * width(f);
-      T sum = team.total(width(f), [=](long i) { return M::load(x + i); });
-      const T mu = sum / features(f);
-      sum = team.total(width(f), [&](long i) {
-        const auto d = real(f, M::load(x + i) - mu, i);
+    ctx.m.samples(ctx.n, [&](const auto& machine, int s) {
+      const T* x = ctx.x[0] + s * width(ctx);
+      T sum = machine.total(width(ctx), [=](long i) { return M::load(x + i); });
+      const T mu = sum / features(ctx);
+      sum = machine.total(width(ctx), [&](long i) {
+        const auto d = real(ctx, M::load(x + i) - mu, i);
         return d * d;
       });
-      team.set(place(f, s, mean), mu);
-      team.set(place(f, s, r), M::rsqrt(sum / features(f) + T(f.op.eps)));
-      T* y = f.y + s * width(f);
-      team.each(width(f), [&](long i) {
-        const auto value = value_of(f, f.op.weight, f.theta, i, 1) * standard(f, s, i);
-        M::store(y + i, real(f, value + value_of(f, f.op.bias, f.theta, i, 0), i));
+      machine.set(place(ctx, s, mean), mu);
+      machine.set(place(ctx, s, r), M::rsqrt(sum / features(ctx) + T(ctx.op.eps)));
+      T* y = ctx.y + s * width(ctx);
+      machine.each(width(ctx), [&](long i) {
+        const auto value = value_of(ctx, ctx.op.weight, ctx.theta, i, 1) * standard(ctx, s, i);
+        M::store(y + i, real(ctx, value + value_of(ctx, ctx.op.bias, ctx.theta, i, 0), i));
       });
     });
   }
 
   template <class M>
-  METAFAST_DEVICE static void backward(const Frame<M>& f) {
-    add_adjoints(f, f.g_y, [&](int s, long i) { return M::load(f.g_y + s * width(f) + i) * standard(f, s, i); });
-    f.m.samples(f.n, [&](const auto& team, int s) {
-      const auto* g = f.g_y + s * width(f);
-      const auto gh = [&](long i) { return value_of(f, f.op.weight, f.theta, i, 1) * M::load(g + i); };
-      team.set(place(f, s, mean_gh), team.total(width(f), gh) / features(f));
-      team.set(place(f, s, mean_ghxh),
-               team.total(width(f), [&](long i) { return gh(i) * standard(f, s, i); }) / features(f));
-      if (!f.g_x[0]) return;
-      auto* g_x = f.g_x[0] + s * width(f);
-      team.each(width(f),
-                [&](long i) { M::put(g_x + i, at(f, s, r) * real(f, project(f, s, i, gh(i)), i), f.op.add[0]); });
+  METAFAST_DEVICE static void backward(const RuleContext<M>& ctx) {
+    add_adjoints(ctx, ctx.g_y,
+                 [&](int s, long i) { return M::load(ctx.g_y + s * width(ctx) + i) * standard(ctx, s, i); });
+    ctx.m.samples(ctx.n, [&](const auto& machine, int s) {
+      const auto* g = ctx.g_y + s * width(ctx);
+      const auto gh = [&](long i) { return value_of(ctx, ctx.op.weight, ctx.theta, i, 1) * M::load(g + i); };
+      machine.set(place(ctx, s, mean_gh), machine.total(width(ctx), gh) / features(ctx));
+      machine.set(place(ctx, s, mean_ghxh),
+                  machine.total(width(ctx), [&](long i) { return gh(i) * standard(ctx, s, i); }) / features(ctx));
+      if (!ctx.g_x[0]) return;
+      auto* g_x = ctx.g_x[0] + s * width(ctx);
+      machine.each(width(ctx), [&](long i) {
+        M::put(g_x + i, at(ctx, s, r) * real(ctx, project(ctx, s, i, gh(i)), i), ctx.op.add[0]);
+      });
     });
   }
 
   template <class M>
-  METAFAST_DEVICE static void tangent_forward(const Frame<M>& f) {
-    f.m.samples(f.n, [&](const auto& team, int s) {
-      if (f.xd[0]) {
-        const auto* xd = f.xd[0] + s * width(f);
-        team.set(place(f, s, mean_xd), team.total(width(f), [=](long i) { return M::load(xd + i); }) / features(f));
-        team.set(place(f, s, c),
-                 team.total(width(f), [&](long i) { return M::load(xd + i) * standard(f, s, i); }) / features(f));
+  METAFAST_DEVICE static void tangent_forward(const RuleContext<M>& ctx) {
+    ctx.m.samples(ctx.n, [&](const auto& machine, int s) {
+      if (ctx.xd[0]) {
+        const auto* xd = ctx.xd[0] + s * width(ctx);
+        machine.set(place(ctx, s, mean_xd),
+                    machine.total(width(ctx), [=](long i) { return M::load(xd + i); }) / features(ctx));
+        machine.set(place(ctx, s, c), machine.total(width(ctx), [&](long i) {
+          return M::load(xd + i) * standard(ctx, s, i);
+        }) / features(ctx));
       }
-      auto* yd = f.yd + s * width(f);
-      team.each(width(f), [&](long i) {
-        auto value = direction(f, f.op.weight, i) * standard(f, s, i) + direction(f, f.op.bias, i);
-        if (f.xd[0]) value += value_of(f, f.op.weight, f.theta, i, 1) * tangent(f, s, i);
-        M::store(yd + i, real(f, value, i));
+      auto* yd = ctx.yd + s * width(ctx);
+      machine.each(width(ctx), [&](long i) {
+        auto value = direction(ctx, ctx.op.weight, i) * standard(ctx, s, i) + direction(ctx, ctx.op.bias, i);
+        if (ctx.xd[0]) value += value_of(ctx, ctx.op.weight, ctx.theta, i, 1) * tangent(ctx, s, i);
+        M::store(yd + i, real(ctx, value, i));
       });
     });
   }
 
   template <class M>
-  METAFAST_DEVICE static void tangent_backward(const Frame<M>& f) {
-    add_adjoints(f, f.gd_y, [&](int s, long i) {
-      const long at = s * width(f) + i;
-      const auto product = M::load(f.gd_y + at) * standard(f, s, i);
-      return f.xd[0] ? product + M::load(f.g_y + at) * tangent(f, s, i) : product;
+  METAFAST_DEVICE static void tangent_backward(const RuleContext<M>& ctx) {
+    add_adjoints(ctx, ctx.gd_y, [&](int s, long i) {
+      const long at = s * width(ctx) + i;
+      const auto product = M::load(ctx.gd_y + at) * standard(ctx, s, i);
+      return ctx.xd[0] ? product + M::load(ctx.g_y + at) * tangent(ctx, s, i) : product;
     });
-    if (!f.gd_x[0]) return;
-    f.m.samples(f.n, [&](const auto& team, int s) {
-      const auto* gd = f.gd_y + s * width(f);
-      const auto* g = f.g_y ? f.g_y + s * width(f) : nullptr;
-      const auto gh = [&](long i) { return value_of(f, f.op.weight, f.theta, i, 1) * M::load(g + i); };
+    if (!ctx.gd_x[0]) return;
+    ctx.m.samples(ctx.n, [&](const auto& machine, int s) {
+      const auto* gd = ctx.gd_y + s * width(ctx);
+      const auto* g = ctx.g_y ? ctx.g_y + s * width(ctx) : nullptr;
+      const auto gh = [&](long i) { return value_of(ctx, ctx.op.weight, ctx.theta, i, 1) * M::load(g + i); };
       const auto ghd = [&](long i) {
-        const auto value = value_of(f, f.op.weight, f.theta, i, 1) * M::load(gd + i);
-        return g ? value + direction(f, f.op.weight, i) * M::load(g + i) : value;
+        const auto value = value_of(ctx, ctx.op.weight, ctx.theta, i, 1) * M::load(gd + i);
+        return g ? value + direction(ctx, ctx.op.weight, i) * M::load(g + i) : value;
       };
-      team.set(place(f, s, mean_ghd), team.total(width(f), ghd) / features(f));
-      team.set(place(f, s, bend), team.total(width(f), [&](long i) {
-        const auto product = ghd(i) * standard(f, s, i);
-        return f.xd[0] ? product + gh(i) * tangent(f, s, i) : product;
-      }) / features(f));
-      auto* gd_x = f.gd_x[0] + s * width(f);
-      team.each(width(f), [&](long i) {
-        auto inner = ghd(i) - at(f, s, mean_ghd) - standard(f, s, i) * at(f, s, bend);
-        if (f.xd[0]) {
-          inner -= tangent(f, s, i) * at(f, s, mean_ghxh);
-          inner -= (at(f, s, c) * at(f, s, r)) * project(f, s, i, gh(i));
+      machine.set(place(ctx, s, mean_ghd), machine.total(width(ctx), ghd) / features(ctx));
+      machine.set(place(ctx, s, mean_ghdxh), machine.total(width(ctx), [&](long i) {
+        const auto product = ghd(i) * standard(ctx, s, i);
+        return ctx.xd[0] ? product + gh(i) * tangent(ctx, s, i) : product;
+      }) / features(ctx));
+      auto* gd_x = ctx.gd_x[0] + s * width(ctx);
+      machine.each(width(ctx), [&](long i) {
+        auto inner = ghd(i) - at(ctx, s, mean_ghd) - standard(ctx, s, i) * at(ctx, s, mean_ghdxh);
+        if (ctx.xd[0]) {
+          inner -= tangent(ctx, s, i) * at(ctx, s, mean_ghxh);
+          inner -= (at(ctx, s, c) * at(ctx, s, r)) * project(ctx, s, i, gh(i));
         }
-        M::put(gd_x + i, at(f, s, r) * real(f, inner, i), f.op.add[0]);
+        M::put(gd_x + i, at(ctx, s, r) * real(ctx, inner, i), ctx.op.add[0]);
       });
     });
   }
 
  private:
   template <class M>
-  METAFAST_DEVICE static long width(const Frame<M>& f) {
-    return static_cast<long>(f.op.x.h) * f.op.x.w * f.op.x.ld;
+  METAFAST_DEVICE static long width(const RuleContext<M>& ctx) {
+    return static_cast<long>(ctx.op.x.h) * ctx.op.x.w * ctx.op.x.ld;
   }
 
   template <class M>
-  METAFAST_DEVICE static typename M::Real features(const Frame<M>& f) {
-    return static_cast<typename M::Real>(f.op.x.h * f.op.x.w * f.op.x.c);
+  METAFAST_DEVICE static typename M::Real features(const RuleContext<M>& ctx) {
+    return static_cast<typename M::Real>(ctx.op.x.h * ctx.op.x.w * ctx.op.x.c);
   }
 
   template <class M>
-  METAFAST_DEVICE static typename M::Real* place(const Frame<M>& f, int sample, Saved which) {
-    return f.saved + static_cast<long>(sample) * saved + which;
+  METAFAST_DEVICE static typename M::Real* place(const RuleContext<M>& ctx, int sample, Saved which) {
+    return ctx.saved + static_cast<long>(sample) * saved + which;
   }
 
   template <class M>
-  METAFAST_DEVICE static typename M::Real at(const Frame<M>& f, int sample, Saved which) {
-    return M::load_one(place(f, sample, which));
+  METAFAST_DEVICE static typename M::Real at(const RuleContext<M>& ctx, int sample, Saved which) {
+    return M::load_one(place(ctx, sample, which));
   }
 
   // A pack with its padding channels set to zero.
   template <class M>
-  METAFAST_DEVICE static auto real([[maybe_unused]] const Frame<M>& f, typename M::Pack pack, long i) {
-    return M::first(pack, f.op.x.c - static_cast<int>(i % f.op.x.ld));
+  METAFAST_DEVICE static auto real([[maybe_unused]] const RuleContext<M>& ctx, typename M::Pack pack, long i) {
+    return M::first(pack, ctx.op.x.c - static_cast<int>(i % ctx.op.x.ld));
   }
 
   template <class M>
-  METAFAST_DEVICE static auto standard(const Frame<M>& f, int s, long i) {
-    return (M::load(f.x[0] + s * width(f) + i) - at(f, s, mean)) * at(f, s, r);
+  METAFAST_DEVICE static auto standard(const RuleContext<M>& ctx, int s, long i) {
+    return (M::load(ctx.x[0] + s * width(ctx) + i) - at(ctx, s, mean)) * at(ctx, s, r);
   }
 
   template <class M>
-  METAFAST_DEVICE static auto project(const Frame<M>& f, int s, long i, typename M::Pack gh) {
-    return gh - at(f, s, mean_gh) - standard(f, s, i) * at(f, s, mean_ghxh);
+  METAFAST_DEVICE static auto project(const RuleContext<M>& ctx, int s, long i, typename M::Pack gh) {
+    return gh - at(ctx, s, mean_gh) - standard(ctx, s, i) * at(ctx, s, mean_ghxh);
   }
 
   template <class M>
-  METAFAST_DEVICE static auto tangent(const Frame<M>& f, int s, long i) {
-    const auto xd = M::load(f.xd[0] + s * width(f) + i);
-    return at(f, s, r) * (xd - at(f, s, mean_xd) - standard(f, s, i) * at(f, s, c));
+  METAFAST_DEVICE static auto tangent(const RuleContext<M>& ctx, int s, long i) {
+    const auto xd = M::load(ctx.xd[0] + s * width(ctx) + i);
+    return at(ctx, s, r) * (xd - at(ctx, s, mean_xd) - standard(ctx, s, i) * at(ctx, s, c));
   }
 
   template <class M>
-  METAFAST_DEVICE static auto value_of(const Frame<M>&, const Slot& slot, const typename M::Real* params, long i,
+  METAFAST_DEVICE static auto value_of(const RuleContext<M>&, const Slot& slot, const typename M::Real* params, long i,
                                        int otherwise) {
     return slot.at < 0 ? M::broadcast(otherwise) : M::load(params + slot.at + i);
   }
 
   template <class M>
-  METAFAST_DEVICE static auto direction(const Frame<M>& f, const Slot& slot, long i) {
-    return f.moves(slot) ? M::load(f.u + slot.at + i) : M::broadcast(0);
+  METAFAST_DEVICE static auto direction(const RuleContext<M>& ctx, const Slot& slot, long i) {
+    return ctx.moves(slot) ? M::load(ctx.u + slot.at + i) : M::broadcast(0);
   }
 
   // Adds g to the adjoint of beta and product(sample, feature) to that of gamma, sample after sample.
   template <class M, class G>
-  METAFAST_DEVICE static void add_adjoints(const Frame<M>& f, const typename M::Real* g, const G& product) {
-    if (f.wants(f.op.weight)) {
-      auto* out = f.grad + f.op.weight.at;
-      f.m.each(width(f), [&](long i) {
-        for (int s = 0; s < f.n; ++s) M::put(out + i, real(f, product(s, i), i), true);
+  METAFAST_DEVICE static void add_adjoints(const RuleContext<M>& ctx, const typename M::Real* g, const G& product) {
+    if (ctx.wants(ctx.op.weight)) {
+      auto* out = ctx.grad + ctx.op.weight.at;
+      ctx.m.each(width(ctx), [&](long i) {
+        for (int s = 0; s < ctx.n; ++s) M::put(out + i, real(ctx, product(s, i), i), true);
       });
     }
-    if (f.wants(f.op.bias)) {
-      auto* out = f.grad + f.op.bias.at;
-      f.m.each(width(f), [&](long i) {
-        for (int s = 0; s < f.n; ++s) M::put(out + i, M::load(g + s * width(f) + i), true);
+    if (ctx.wants(ctx.op.bias)) {
+      auto* out = ctx.grad + ctx.op.bias.at;
+      ctx.m.each(width(ctx), [&](long i) {
+        for (int s = 0; s < ctx.n; ++s) M::put(out + i, M::load(g + s * width(ctx) + i), true);
       });
     }
   }

@@ -5,20 +5,20 @@ namespace METAFAST_NAMESPACE {
 
 struct LeakyReLU {
   double negative_slope;
-  static constexpr bool keeps_zero = true, curved = false;
+  static constexpr bool keeps_zero = true, has_second_derivative = false;
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
-    return times_slope<M>(x, x, x);
+    return times_derivative<M>(x, x, x);
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
     return M::select(x > 0, g, g * typename M::Real(negative_slope));
   }
 
   template <class M>
-  METAFAST_DEVICE auto curve(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack x, typename M::Pack) const {
     return x * 0;
   }
 };

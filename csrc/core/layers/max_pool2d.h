@@ -1,7 +1,7 @@
 // The largest of each window, the first of equals. Linear once the winners are known: tangents gather, adjoints
 // scatter.
 #pragma once
-#include "frame.h"
+#include "context.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -10,65 +10,65 @@ struct MaxPool2d {
   using Winner = uint8_t;
 
   template <class M>
-  static void forward(const Frame<M>& f) {
-    auto* winners = reinterpret_cast<Winner*>(f.saved);
-    const Grid& gx = f.op.x;
-    f.m.windows(f.op, f.n, [&](int sample, long out, int top, int left) {
+  static void forward(const RuleContext<M>& ctx) {
+    auto* winners = reinterpret_cast<Winner*>(ctx.saved);
+    const Grid& gx = ctx.op.x;
+    ctx.m.windows(ctx.op, ctx.n, [&](int sample, long out, int top, int left) {
       for (int ch = 0; ch < gx.ld; ch += M::lanes) {
         auto best = M::lowest();
         auto winner = M::no_winner();
-        for_each_tap(f.op, top, left, [&](int tap, int iy, int ix) {
-          const auto x = M::load(f.x[0] + M::pixel(gx, sample, iy, ix) + ch);
+        for_each_tap(ctx.op, top, left, [&](int tap, int iy, int ix) {
+          const auto x = M::load(ctx.x[0] + M::pixel(gx, sample, iy, ix) + ch);
           const auto better = (x > best) | (x != x);
           best = M::select(better, x, best);
           winner = M::choose(better, tap, winner);
         });
-        M::store(f.y + out + ch, best);
+        M::store(ctx.y + out + ch, best);
         M::store_winner(winners + out + ch, winner);
       }
     });
   }
 
   template <class M>
-  static void backward(const Frame<M>& f) {
-    if (f.g_x[0]) scatter(f, f.g_y, f.g_x[0]);
+  static void backward(const RuleContext<M>& ctx) {
+    if (ctx.g_x[0]) scatter(ctx, ctx.g_y, ctx.g_x[0]);
   }
 
   template <class M>
-  static void tangent_forward(const Frame<M>& f) {
-    const auto* winners = reinterpret_cast<const Winner*>(f.saved);
-    const Grid& gx = f.op.x;
-    f.m.windows(f.op, f.n, [&](int sample, long out, int top, int left) {
+  static void tangent_forward(const RuleContext<M>& ctx) {
+    const auto* winners = reinterpret_cast<const Winner*>(ctx.saved);
+    const Grid& gx = ctx.op.x;
+    ctx.m.windows(ctx.op, ctx.n, [&](int sample, long out, int top, int left) {
       for (int ch = 0; ch < gx.ld; ch += M::lanes) {
         const auto winner = M::load_winner(winners + out + ch);
         auto yd = M::broadcast(0);
-        for_each_tap(f.op, top, left, [&](int tap, int iy, int ix) {
-          yd = M::select(winner == tap, M::load(f.xd[0] + M::pixel(gx, sample, iy, ix) + ch), yd);
+        for_each_tap(ctx.op, top, left, [&](int tap, int iy, int ix) {
+          yd = M::select(winner == tap, M::load(ctx.xd[0] + M::pixel(gx, sample, iy, ix) + ch), yd);
         });
-        M::store(f.yd + out + ch, yd);
+        M::store(ctx.yd + out + ch, yd);
       }
     });
   }
 
   template <class M>
-  static void tangent_backward(const Frame<M>& f) {
-    if (f.gd_x[0]) scatter(f, f.gd_y, f.gd_x[0]);
+  static void tangent_backward(const RuleContext<M>& ctx) {
+    if (ctx.gd_x[0]) scatter(ctx, ctx.gd_y, ctx.gd_x[0]);
   }
 
  private:
   template <class M, class T>
-  static void scatter(const Frame<M>& f, const T* g, T* g_x) {
-    const auto* winners = reinterpret_cast<const Winner*>(f.saved);
-    const Grid& gx = f.op.x;
-    if (!f.op.add[0]) {
+  static void scatter(const RuleContext<M>& ctx, const T* g, T* g_x) {
+    const auto* winners = reinterpret_cast<const Winner*>(ctx.saved);
+    const Grid& gx = ctx.op.x;
+    if (!ctx.op.add[0]) {
       const auto zero = M::broadcast(0);
-      f.m.each(static_cast<long>(f.pixels(gx)) * gx.ld, [=](long i) { M::store(g_x + i, zero); });
+      ctx.m.each(static_cast<long>(ctx.pixels(gx)) * gx.ld, [=](long i) { M::store(g_x + i, zero); });
     }
-    f.m.windows(f.op, f.n, [&](int sample, long out, int top, int left) {
+    ctx.m.windows(ctx.op, ctx.n, [&](int sample, long out, int top, int left) {
       for (int ch = 0; ch < gx.ld; ch += M::lanes) {
         const auto winner = M::load_winner(winners + out + ch);
         const auto value = M::load(g + out + ch);
-        for_each_tap(f.op, top, left, [&](int tap, int iy, int ix) {
+        for_each_tap(ctx.op, top, left, [&](int tap, int iy, int ix) {
           const auto mine = M::select(winner == tap, value, M::broadcast(0));
           M::put(g_x + M::pixel(gx, sample, iy, ix) + ch, mine, true);
         });

@@ -1,39 +1,39 @@
 // L = mean (y - target)^2 over samples and elements: g = 2 (y - target) / M, gd = 2 yd / M.
 #pragma once
-#include "frame.h"
+#include "context.h"
 
 namespace METAFAST_NAMESPACE {
 
 struct MSE {
   template <class M>
-  METAFAST_DEVICE static typename M::Loss forward(const LossFrame<M>& f) {
-    const auto *y = f.y, *t = f.targets;
-    return f.m.total(f.size(), f.grid.ld, [=](long i) {
+  METAFAST_DEVICE static typename M::Loss forward(const LossContext<M>& ctx) {
+    const auto *y = ctx.y, *t = ctx.targets;
+    return ctx.m.total(ctx.size(), ctx.grid.ld, [=](long i) {
       const auto e = M::load(y + i) - M::load(t + i);
       return e * e;
-    }) / elements(f);
+    }) / elements(ctx);
   }
 
   template <class M>
-  METAFAST_DEVICE static void backward(const LossFrame<M>& f) {
-    const auto *y = f.y, *t = f.targets;
-    auto* g = f.g;
-    const auto scale = 2 / elements(f);
-    f.m.each(f.size(), [=](long i) { M::store(g + i, (M::load(y + i) - M::load(t + i)) * scale); });
+  METAFAST_DEVICE static void backward(const LossContext<M>& ctx) {
+    const auto *y = ctx.y, *t = ctx.targets;
+    auto* g = ctx.g;
+    const auto scale = 2 / elements(ctx);
+    ctx.m.each(ctx.size(), [=](long i) { M::store(g + i, (M::load(y + i) - M::load(t + i)) * scale); });
   }
 
   template <class M>
-  METAFAST_DEVICE static void tangent_backward(const LossFrame<M>& f) {
-    const auto* yd = f.yd;
-    auto* gd = f.gd;
-    const auto scale = 2 / elements(f);
-    f.m.each(f.size(), [=](long i) { M::store(gd + i, M::load(yd + i) * scale); });
+  METAFAST_DEVICE static void tangent_backward(const LossContext<M>& ctx) {
+    const auto* yd = ctx.yd;
+    auto* gd = ctx.gd;
+    const auto scale = 2 / elements(ctx);
+    ctx.m.each(ctx.size(), [=](long i) { M::store(gd + i, M::load(yd + i) * scale); });
   }
 
  private:
   template <class M>
-  METAFAST_DEVICE static typename M::Real elements(const LossFrame<M>& f) {
-    return static_cast<typename M::Real>(static_cast<long>(f.n) * f.grid.h * f.grid.w * f.grid.c);
+  METAFAST_DEVICE static typename M::Real elements(const LossContext<M>& ctx) {
+    return static_cast<typename M::Real>(static_cast<long>(ctx.n) * ctx.grid.h * ctx.grid.w * ctx.grid.c);
   }
 };
 

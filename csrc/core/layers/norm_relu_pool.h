@@ -10,15 +10,15 @@ struct NormReluPool {
   using BN = BatchNorm;
 
   template <class M>
-  static void forward(const Frame<M>& f) {
-    BN::statistics(f);
-    const auto* x = f.x[0];
-    auto *y = f.y, *xh = standard(f);
-    auto* winners = winner(f);
-    f.m.quads(f.op, f.n, [=](int ch) {
-      const auto centre = BN::at(f, BN::mean, ch), r = BN::at(f, BN::r, ch);
-      const auto scale = r * BN::coefficient(f, f.op.weight, f.theta, ch, 1);
-      const auto shift = BN::coefficient(f, f.op.bias, f.theta, ch, 0);
+  static void forward(const RuleContext<M>& ctx) {
+    BN::statistics(ctx);
+    const auto* x = ctx.x[0];
+    auto *y = ctx.y, *xh = standard(ctx);
+    auto* winners = winner(ctx);
+    ctx.m.windows2x2(ctx.op, ctx.n, [=](int ch) {
+      const auto centre = BN::at(ctx, BN::mean, ch), r = BN::at(ctx, BN::r, ch);
+      const auto scale = r * BN::coefficient(ctx, ctx.op.weight, ctx.theta, ch, 1);
+      const auto shift = BN::coefficient(ctx, ctx.op.bias, ctx.theta, ch, 0);
       return [=](long out, const long* in) {
         auto best = (M::load(x + in[0]) - centre) * scale + shift, at_best = M::load(x + in[0]);
         auto which = M::no_winner();
@@ -38,23 +38,23 @@ struct NormReluPool {
   }
 
   template <class M>
-  static void backward(const Frame<M>& f) {
-    const auto *x = f.x[0], *g = f.g_y, *xh = standard(f);
-    const auto* winners = winner(f);
-    auto *g_x = f.g_x[0], *sums = BN::at(f, BN::sum_g);
-    f.m.template reduce<2>(f.pixels(f.op.y), f.op.y.ld, sums, false, [=](int) {
+  static void backward(const RuleContext<M>& ctx) {
+    const auto *x = ctx.x[0], *g = ctx.g_y, *xh = standard(ctx);
+    const auto* winners = winner(ctx);
+    auto *g_x = ctx.g_x[0], *sums = BN::at(ctx, BN::sum_g);
+    ctx.m.template reduce<2>(ctx.pixels(ctx.op.y), ctx.op.y.ld, sums, false, [=](int) {
       return [=](long i, auto* sum) {
         const auto gy = M::select(M::load_winner(winners + i) != none, M::load(g + i), M::broadcast(0));
         sum[0] += gy;
         sum[1] += gy * M::load(xh + i);
       };
     });
-    BN::add_adjoints(f, BN::at(f, BN::sum_gxh), sums);
+    BN::add_adjoints(ctx, BN::at(ctx, BN::sum_gxh), sums);
     if (!g_x) return;
-    const bool add = f.op.add[0];
-    f.m.quads(f.op, f.n, [=](int ch) {
-      const BN::Channel<M> at_ch(f, ch);
-      const auto scale = at_ch.r * BN::coefficient(f, f.op.weight, f.theta, ch, 1);
+    const bool add = ctx.op.add[0];
+    ctx.m.windows2x2(ctx.op, ctx.n, [=](int ch) {
+      const BN::Channel<M> at_ch(ctx, ch);
+      const auto scale = at_ch.r * BN::coefficient(ctx, ctx.op.weight, ctx.theta, ch, 1);
       return [=](long out, const long* in) {
         const auto which = M::load_winner(winners + out);
         const auto gy = M::load(g + out);
@@ -64,23 +64,23 @@ struct NormReluPool {
         }
       };
     });
-    f.m.leftovers(f.op, f.n, [=](int ch) {
-      const BN::Channel<M> at_ch(f, ch);
-      const auto scale = at_ch.r * BN::coefficient(f, f.op.weight, f.theta, ch, 1);
+    ctx.m.outside_windows2x2(ctx.op, ctx.n, [=](int ch) {
+      const BN::Channel<M> at_ch(ctx, ch);
+      const auto scale = at_ch.r * BN::coefficient(ctx, ctx.op.weight, ctx.theta, ch, 1);
       return [=](long i) { M::put(g_x + i, scale * at_ch.project(M::broadcast(0), at_ch.standard(x + i)), add); };
     });
   }
 
   template <class M>
-  static void tangent_forward(const Frame<M>& f) {
-    if (f.xd[0]) BN::tangent_statistics(f);
-    const auto *xd = f.xd[0], *xh = standard(f);
-    const auto* winners = winner(f);
-    auto *yd = f.yd, *xhd = standard_tangent(f);
-    f.m.quads(f.op, f.n, [=](int ch) {
-      const BN::Channel<M> at_ch(f, ch);
-      const auto gamma = BN::coefficient(f, f.op.weight, f.theta, ch, 1);
-      const auto gammad = BN::direction(f, f.op.weight, ch), betad = BN::direction(f, f.op.bias, ch);
+  static void tangent_forward(const RuleContext<M>& ctx) {
+    if (ctx.xd[0]) BN::tangent_statistics(ctx);
+    const auto *xd = ctx.xd[0], *xh = standard(ctx);
+    const auto* winners = winner(ctx);
+    auto *yd = ctx.yd, *xhd = standard_tangent(ctx);
+    ctx.m.windows2x2(ctx.op, ctx.n, [=](int ch) {
+      const BN::Channel<M> at_ch(ctx, ch);
+      const auto gamma = BN::coefficient(ctx, ctx.op.weight, ctx.theta, ch, 1);
+      const auto gammad = BN::direction(ctx, ctx.op.weight, ch), betad = BN::direction(ctx, ctx.op.bias, ch);
       return [=](long out, const long* in) {
         const auto which = M::load_winner(winners + out);
         const auto standard = M::load(xh + out);
@@ -98,11 +98,12 @@ struct NormReluPool {
   }
 
   template <class M>
-  static void tangent_backward(const Frame<M>& f) {
-    const auto *x = f.x[0], *xd = f.xd[0], *g = f.g_y, *gd = f.gd_y, *xh = standard(f), *xhd = standard_tangent(f);
-    const auto* winners = winner(f);
-    auto *gd_x = f.gd_x[0], *sums = BN::at(f, BN::sum_gd);
-    f.m.template reduce<2>(f.pixels(f.op.y), f.op.y.ld, sums, false, [=](int) {
+  static void tangent_backward(const RuleContext<M>& ctx) {
+    const auto *x = ctx.x[0], *xd = ctx.xd[0], *g = ctx.g_y, *gd = ctx.gd_y, *xh = standard(ctx),
+               *xhd = standard_tangent(ctx);
+    const auto* winners = winner(ctx);
+    auto *gd_x = ctx.gd_x[0], *sums = BN::at(ctx, BN::sum_gd);
+    ctx.m.template reduce<2>(ctx.pixels(ctx.op.y), ctx.op.y.ld, sums, false, [=](int) {
       return [=](long i, auto* sum) {
         const auto on = M::load_winner(winners + i) != none;
         const auto gdy = M::select(on, M::load(gd + i), M::broadcast(0));
@@ -111,21 +112,21 @@ struct NormReluPool {
         if (xd) sum[1] += M::select(on, M::load(g + i), M::broadcast(0)) * M::load(xhd + i);
       };
     });
-    BN::add_adjoints(f, BN::at(f, BN::sum_gdxh), sums);
+    BN::add_adjoints(ctx, BN::at(ctx, BN::sum_gdxh), sums);
     if (!gd_x) return;
-    const bool add = f.op.add[0];
+    const bool add = ctx.op.add[0];
     const auto pixels = [=](int ch) {
-      const BN::Channel<M> at_ch(f, ch);
-      const BN::Bend<M> bend(f, ch);
+      const BN::Channel<M> at_ch(ctx, ch);
+      const BN::AdjointTangent<M> tangent(ctx, ch);
       return [=](long i, typename M::Pack gdy, typename M::Pack gy) {
         const auto standard = at_ch.standard(x + i);
-        auto inner = bend.start(gdy, standard);
-        if (g) inner += bend.turn(at_ch.project(gy, standard));
-        if (xd) inner -= bend.b * at_ch.tangent(M::load(xd + i), standard);
+        auto inner = tangent.from_gd(gdy, standard);
+        if (g) inner += tangent.from_g(at_ch.project(gy, standard));
+        if (xd) inner -= tangent.mean_ghxh * at_ch.tangent(M::load(xd + i), standard);
         M::put(gd_x + i, at_ch.r * inner, add);
       };
     };
-    f.m.quads(f.op, f.n, [=](int ch) {
+    ctx.m.windows2x2(ctx.op, ctx.n, [=](int ch) {
       const auto pixel = pixels(ch);
       return [=](long out, const long* in) {
         const auto zero = M::broadcast(0);
@@ -137,7 +138,7 @@ struct NormReluPool {
         }
       };
     });
-    f.m.leftovers(f.op, f.n, [=](int ch) {
+    ctx.m.outside_windows2x2(ctx.op, ctx.n, [=](int ch) {
       const auto pixel = pixels(ch);
       return [=](long i) { pixel(i, M::broadcast(0), M::broadcast(0)); };
     });
@@ -149,23 +150,23 @@ struct NormReluPool {
 
  private:
   template <class M>
-  static long pooled(const Frame<M>& f) {
-    return static_cast<long>(f.pixels(f.op.y)) * f.op.y.ld;
+  static long pooled(const RuleContext<M>& ctx) {
+    return static_cast<long>(ctx.pixels(ctx.op.y)) * ctx.op.y.ld;
   }
 
   template <class M>
-  static typename M::Real* standard(const Frame<M>& f) {
-    return f.saved + static_cast<long>(BN::saved) * f.op.x.ld;
+  static typename M::Real* standard(const RuleContext<M>& ctx) {
+    return ctx.saved + static_cast<long>(BN::saved) * ctx.op.x.ld;
   }
 
   template <class M>
-  static uint8_t* winner(const Frame<M>& f) {
-    return reinterpret_cast<uint8_t*>(standard(f) + pooled(f));
+  static uint8_t* winner(const RuleContext<M>& ctx) {
+    return reinterpret_cast<uint8_t*>(standard(ctx) + pooled(ctx));
   }
 
   template <class M>
-  static typename M::Real* standard_tangent(const Frame<M>& f) {
-    return standard(f) + pooled(f) + (pooled(f) + sizeof(typename M::Real) - 1) / sizeof(typename M::Real);
+  static typename M::Real* standard_tangent(const RuleContext<M>& ctx) {
+    return standard(ctx) + pooled(ctx) + (pooled(ctx) + sizeof(typename M::Real) - 1) / sizeof(typename M::Real);
   }
 };
 

@@ -5,7 +5,7 @@ namespace METAFAST_NAMESPACE {
 
 struct ReLU {
   double unused;
-  static constexpr bool keeps_zero = true, curved = false;
+  static constexpr bool keeps_zero = true, has_second_derivative = false;
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
@@ -13,12 +13,12 @@ struct ReLU {
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
     return M::select(y > 0, g, M::broadcast(0));
   }
 
   template <class M>
-  METAFAST_DEVICE auto curve(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack x, typename M::Pack) const {
     return x * 0;
   }
 };

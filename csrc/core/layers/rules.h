@@ -6,7 +6,7 @@
 #include "conv2d.h"
 #include "cross_entropy.h"
 #include "gelu.h"
-#include "given.h"
+#include "external_loss.h"
 #include "layer_norm.h"
 #include "leaky_relu.h"
 #include "max_pool2d.h"
@@ -61,8 +61,8 @@ METAFAST_DEVICE void with_loss(LossKind kind, const F& f) {
       return f(CrossEntropy{});
     case LossKind::mse:
       return f(MSE{});
-    case LossKind::given:
-      return f(Given{});
+    case LossKind::external:
+      return f(ExternalLoss{});
   }
 }
 

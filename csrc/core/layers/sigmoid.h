@@ -6,7 +6,7 @@ namespace METAFAST_NAMESPACE {
 
 struct Sigmoid {
   double unused;
-  static constexpr bool keeps_zero = false, curved = true;
+  static constexpr bool keeps_zero = false, has_second_derivative = true;
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
@@ -14,12 +14,12 @@ struct Sigmoid {
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
     return g * (y * (1 - y));
   }
 
   template <class M>
-  METAFAST_DEVICE auto curve(typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack, typename M::Pack y) const {
     return y * (1 - y) * (1 - 2 * y);
   }
 };

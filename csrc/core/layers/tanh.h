@@ -6,7 +6,7 @@ namespace METAFAST_NAMESPACE {
 
 struct Tanh {
   double unused;
-  static constexpr bool keeps_zero = true, curved = true;
+  static constexpr bool keeps_zero = true, has_second_derivative = true;
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
@@ -14,12 +14,12 @@ struct Tanh {
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_slope(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
     return g * (1 - y * y);
   }
 
   template <class M>
-  METAFAST_DEVICE auto curve(typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack, typename M::Pack y) const {
     return -2 * y * (1 - y * y);
   }
 };

@@ -33,7 +33,7 @@ from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
-_META_GRADIENT = None if extension is None else torch.ops.metafast.meta_gradient.default
+_META_GRADIENT = None if extension is None else torch.ops.metafast.cpu_meta_gradient.default
 _BUDGET = 256 << 20
 _TEAM_FROM = 1 << 18  # some ten microseconds of a core, beside which a barrier is short
 
@@ -122,7 +122,7 @@ class CpuExecutor(Executor):
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         model, packing = self._models.of(program, support.x.shape[2:]), RaggedPacking(support.mask)
         trajectory: Tensor = call_op(
-            torch.ops.metafast.adapt, *self._head(model, params.dtype), as_input(params),
+            torch.ops.metafast.cpu_adapt, *self._head(model, params.dtype), as_input(params),
             as_input(rates.to(params.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
             packing.sizes, loop.steps,
         )  # fmt: skip
@@ -133,7 +133,7 @@ class CpuExecutor(Executor):
     ) -> tuple[Tensor, Tensor | None]:
         model, packing = self._models.of(program, support.x.shape[2:]), RaggedPacking(support.mask)
         grads, rates_grad = call_op(
-            torch.ops.metafast.adapt_vjp, *self._head(model, trajectory.dtype), as_input(trajectory),
+            torch.ops.metafast.cpu_adapt_vjp, *self._head(model, trajectory.dtype), as_input(trajectory),
             as_input(rates.to(trajectory.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
             packing.sizes, as_input(v), loop.first_order, loop.learns_rates,
         )  # fmt: skip
@@ -160,7 +160,7 @@ class CpuExecutor(Executor):
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
         model, packing = self._models.of(program, batch.x.shape[2:]), RaggedPacking(batch.mask)
         head = self._head(model, params.dtype)
-        found = call_op(torch.ops.metafast.predict, *head, as_input(params), packing.pack(batch.x), packing.sizes, step)
+        found = call_op(torch.ops.metafast.cpu_predict, *head, as_input(params), packing.pack(batch.x), packing.sizes, step)
         return packing.unpack(found)
 
     def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
@@ -172,7 +172,7 @@ class CpuExecutor(Executor):
     ) -> tuple[Tensor, Tensor]:
         model, packing = self._models.of(program, batch.x.shape[2:]), RaggedPacking(batch.mask)
         found = call_op(
-            torch.ops.metafast.tangent, *self._head(model, params.dtype), as_input(params), as_input(u),
+            torch.ops.metafast.cpu_jvp, *self._head(model, params.dtype), as_input(params), as_input(u),
             packing.pack(batch.x), packing.sizes, step,
         )  # fmt: skip
         outputs, tangents = (packing.unpack(part) for part in found)
@@ -184,7 +184,7 @@ class CpuExecutor(Executor):
         model = self._models_under_external_loss.of(program, batch.x.shape[2:])
         packing = RaggedPacking(batch.mask)
         grads, products = call_op(
-            torch.ops.metafast.hessian_times, *self._head(model, params.dtype), as_input(params), as_input(u),
+            torch.ops.metafast.cpu_hvp, *self._head(model, params.dtype), as_input(params), as_input(u),
             packing.pack(batch.x), packing.pack(g), packing.pack(gd), packing.sizes, step,
         )  # fmt: skip
         return grads, products
@@ -194,7 +194,7 @@ class CpuExecutor(Executor):
     ) -> tuple[Tensor, Tensor, Tensor]:
         packing = RaggedPacking(batch.mask)
         losses, grads, outputs = call_op(
-            torch.ops.metafast.loss_and_grad, *self._head(model, params.dtype), as_input(params),
+            torch.ops.metafast.cpu_loss_and_grad, *self._head(model, params.dtype), as_input(params),
             packing.pack(batch.x), packing.pack(y), packing.sizes, step,
         )  # fmt: skip
         return losses, grads, packing.unpack(outputs)
@@ -204,7 +204,7 @@ class CpuExecutor(Executor):
         runs at once, and their bytes."""
         model, like = self._models.of(program, shapes.sample), _nothing(shapes.dtype)
         *sizes, together, in_lanes = call_op(
-            torch.ops.metafast.memory, model.description, self._build, self.team_from, like,
+            torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, like,
             *shapes.samples, shapes.tasks, steps, self.budget,
         ).tolist()  # fmt: skip
         itemsize = shapes.dtype.itemsize

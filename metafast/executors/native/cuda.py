@@ -149,7 +149,7 @@ class CudaExecutor(Executor):
         model, samples = self._models.of(program, shapes.sample), shapes.samples
         numbers = self._numbers(model, shapes.device, shapes.dtype, (*samples, False))
         threads, blocks, shared, record = call_op(
-            torch.ops.metafast.block_launch, model.description, shapes.dtype == torch.float64, numbers,
+            torch.ops.metafast.cuda_launch, model.description, shapes.dtype == torch.float64, numbers,
             shapes.tasks, *samples, loop.steps, loop.first_order, loop.learns_rates,
         )  # fmt: skip
         return Launch(threads, blocks, numbers[3], shared, record)
@@ -157,7 +157,7 @@ class CudaExecutor(Executor):
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         model = self._models.of(program, x.shape[2:])
         head = self._head(model, x, 0, x.shape[1], predicts=True)
-        out = call_op(torch.ops.metafast.block_predict, *head, as_input(params), as_input(x), step)
+        out = call_op(torch.ops.metafast.cuda_predict, *head, as_input(params), as_input(x), step)
         return model.shaped(out)
 
     def loss_and_grad(
@@ -165,14 +165,14 @@ class CudaExecutor(Executor):
     ) -> tuple[Tensor, Tensor, Tensor]:
         model = self._models.of(program, batch.x.shape[2:])
         losses, grads, outputs = call_op(
-            torch.ops.metafast.block_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
+            torch.ops.metafast.cuda_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
             as_input(params), *_samples(program, batch), step,
         )  # fmt: skip
         return losses, grads, model.shaped(outputs)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         trajectory: Tensor = call_op(
-            torch.ops.metafast.block_adapt, *self._support_head(program, support), as_input(params),
+            torch.ops.metafast.cuda_adapt, *self._support_head(program, support), as_input(params),
             as_input(rates.to(params.dtype)), *_samples(program, support), loop.steps,
         )  # fmt: skip
         return trajectory
@@ -181,7 +181,7 @@ class CudaExecutor(Executor):
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         grads, rates_grad = call_op(
-            torch.ops.metafast.block_adapt_vjp, *self._support_head(program, support), as_input(trajectory),
+            torch.ops.metafast.cuda_adapt_vjp, *self._support_head(program, support), as_input(trajectory),
             as_input(rates.to(trajectory.dtype)), *_samples(program, support), as_input(v),
             loop.first_order, loop.learns_rates,
         )  # fmt: skip
@@ -194,7 +194,7 @@ class CudaExecutor(Executor):
         x, m = tasks.support_x, tasks.query_x.shape[1]
         model, theta = self._models.of(program, x.shape[2:]), _flatten_dense_tensors(parameters)
         losses, outputs, grad, rates_grad = call_op(
-            torch.ops.metafast.block_meta_gradient, *self._head(model, x, x.shape[1], m), as_input(theta),
+            torch.ops.metafast.cuda_meta_gradient, *self._head(model, x, x.shape[1], m), as_input(theta),
             as_input(rates.to(theta.dtype)), *_samples(program, tasks.support),
             *_samples(program, tasks.query), in_double(loop.step_weights, x.device), loop.first_order,
             loop.learns_rates,
@@ -211,7 +211,7 @@ class CudaExecutor(Executor):
             return None if shapes.device.type == "cpu" and real else f"{where}: the twin runs on the CPU"
         if shapes.device.type != "cuda":
             return f"device {shapes.device}: it runs on NVIDIA GPUs"
-        if not torch.ops.metafast.block_built():
+        if not torch.ops.metafast.cuda_built():
             return f"the extension is built without CUDA; with nvcc on PATH: {_BUILD}"
         if shapes.dtype != torch.float32:
             return f"dtype {shapes.dtype}: it runs float32"
@@ -244,7 +244,7 @@ class CudaExecutor(Executor):
         if key not in model.tables:
             if self.twin is None and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("CUDA: tasks of these shapes are new: run them once before a graph captures them")
-            make = torch.ops.metafast.block_tables
+            make = torch.ops.metafast.cuda_tables
             model.tables[key] = call_op(make, model.description, x, *samples, cluster, stream)
         _, head = model.tables[key]
         return model.description, head, numbers
@@ -264,7 +264,7 @@ class _Model(Model):
         key = (limits, samples, dtype)
         if key not in self._fits:
             for cluster in limits.clusters:
-                needs = torch.ops.metafast.block_needs
+                needs = torch.ops.metafast.cuda_needs
                 needed = int(call_op(needs, self.description, dtype == torch.float64, *samples, cluster))
                 self._fits[key] = cluster, needed
                 if needed <= limits.shared or needed > limits.shared * limits.clusters[-1]:

@@ -19,7 +19,7 @@ try:
     extension_error = None
     # Its parameters may belong to graphs; what it gives does not.
     _library = torch.library.Library("metafast", "IMPL")
-    _library.impl("meta_gradient", torch.library.fallthrough_kernel, "Autograd")
+    _library.impl("cpu_meta_gradient", torch.library.fallthrough_kernel, "Autograd")
 except ImportError as error:  # metafast works without it: `metafast doctor` says what that costs
     extension = None
     extension_error = f"metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."

@@ -1,0 +1,388 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "description.h"
+#include "fusion.h"
+
+namespace metafast {
+
+namespace {
+
+int round_up(int value, int step) { return (value + step - 1) / step * step; }
+
+[[noreturn]] void refuse(const std::string& reason) { throw std::runtime_error(reason); }
+
+// Elements of a parameter in the user's vector by (row, channel, y, x), each in its place of the inner one.
+struct Placement {
+  int rows, c, h, w, ld;
+  int columns;  // > 0: rows are so many columns, padded, of panels (a weight); 0: `stride` apart (a vector a row)
+  int64_t stride, size;
+  bool operator==(const Placement& o) const {
+    return rows == o.rows && c == o.c && h == o.h && w == o.w && ld == o.ld && columns == o.columns;
+  }
+};
+
+}  // namespace
+
+class PlanBuilder {
+ public:
+  PlanBuilder(Plan& plan, const std::vector<double>& numbers) : plan(plan), given(numbers) {
+    plan.program_.loss = given.loss;
+  }
+
+  void run() {
+    find_live();
+    choose_input();
+    for (size_t k = 0; k < nodes.size(); ++k) {
+      if (live[k]) add_node(static_cast<int>(k));
+    }
+    plan.ops_ = fused(plan.ops_, value_of[output]);
+    finish();
+  }
+
+ private:
+  void find_live() {
+    live.assign(nodes.size(), false);
+    std::vector<bool> wanted(nodes.size() + 1, false);
+    wanted[output] = true;
+    for (size_t k = nodes.size(); k-- > 0;) {
+      if (!wanted[k + 1]) continue;
+      live[k] = true;
+      for (int v : nodes[k].input) {
+        if (v >= 0) wanted[v] = true;
+      }
+    }
+  }
+
+  // The input is stored without padding channels where only contractions read it, and with a border of zeros where
+  // they all want the same one.
+  void choose_input() {
+    const int lanes = plan.layout_.lanes;
+    bool contractions = true, border = input.c < lanes;
+    int py = -1, px = -1;
+    std::vector<bool> reads(nodes.size() + 1, false);
+    reads[0] = true;
+    for (size_t k = 0; k < nodes.size(); ++k) {
+      const Node& n = nodes[k];
+      const bool reader = live[k] && ((n.input[0] >= 0 && reads[n.input[0]]) || (n.input[1] >= 0 && reads[n.input[1]]));
+      if (!reader) continue;
+      if (n.kind == flatten) {
+        reads[k + 1] = true;
+        border = false;
+      } else if (n.kind == linear) {
+        border = false;
+      } else if (n.kind == static_cast<int>(Kind::conv2d)) {
+        const int y = static_cast<int>(n.option[6]), x = static_cast<int>(n.option[7]);
+        if (py >= 0 && (y != py || x != px)) border = false;
+        py = y, px = x;
+      } else {
+        contractions = border = false;
+      }
+    }
+    if (reads[output]) refuse("the model hands on its input unchanged");
+    const bool dense = !plan.layout_.rows && (input.c < lanes || input.h * input.w == 1);
+    input.ld = contractions && dense && !plan.layout_.task_per_lane ? input.c : padded(input.c);
+    Program& p = plan.program_;
+    if (contractions && border && py >= 0) {
+      p.border_y = py, p.border_x = px;
+      input.h += 2 * py, input.w += 2 * px;
+    }
+    p.input = input;
+    plan.grids_ = {input};
+    value_of.assign(nodes.size() + 1, 0);
+    flat.assign(nodes.size() + 1, false);
+    flat[0] = input.h * input.w == 1;
+    moves = {false}, depends = {false};
+  }
+
+  void add_node(int k) {
+    const Node& n = nodes[k];
+    const int in = n.input[0];
+    if (n.kind == flatten) {
+      value_of[k + 1] = value_of[in];
+      flat[k + 1] = true;
+      return;
+    }
+    Op op{};
+    op.node = k;
+    op.input[0] = value_of[in];
+    op.input[1] = n.input[1] < 0 ? -1 : value_of[n.input[1]];
+    op.x = op.y = plan.grids_[op.input[0]];
+    op.weight.at = op.bias.at = -1;
+    flat[k + 1] = flat[in];
+    if (n.kind == linear) {
+      make_linear(k, op, flat[in]);
+    } else if (n.kind == adaptive_avg_pool2d) {
+      op.kind = Kind::avg_pool2d;
+      op.adaptive = true;
+      op.y.h = static_cast<int>(n.option[0]), op.y.w = static_cast<int>(n.option[1]);
+    } else {
+      op.kind = static_cast<Kind>(n.kind);
+      make(k, op, flat[in]);
+    }
+    if (n.kind == linear || op.kind == Kind::conv2d) flat[k + 1] = n.kind == linear;
+    add_op(op, n);
+    value_of[k + 1] = op.output;
+  }
+
+  void make(int k, Op& op, bool vector) {
+    const Node& n = nodes[k];
+    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
+    switch (op.kind) {
+      case Kind::conv2d:
+        return make_conv(k, op, vector);
+      case Kind::batch_norm:
+        if (vector && op.x.h * op.x.w > 1) refuse("batch norm of flattened images");
+        op.eps = n.option[0], op.fixed_statistics = option(1) != 0;
+        if (op.eps <= 0) refuse("batch norm with eps = 0");
+        if (op.fixed_statistics) {
+          op.constants = plan.constants_size_;
+          plan.constants_.push_back({n.constants, op.constants, op.x.c, op.x.ld});
+          plan.constants_size_ += 2 * op.x.ld;
+        }
+        op.weight = place(n.param[0], {option(2), op.x.c, 1, 1, op.x.ld, 0, 0, 0});
+        op.bias = place(n.param[1], {option(2), op.x.c, 1, 1, op.x.ld, 0, 0, 0});
+        return;
+      case Kind::layer_norm: {
+        const int axes = vector ? 1 : 3;
+        if (option(1) != axes) refuse("layer norm over a part of a sample");
+        op.eps = n.option[0];
+        const Placement whole{1, op.x.c, op.x.h, op.x.w, op.x.ld, 0, 0, 0};
+        op.weight = place(n.param[0], whole), op.bias = place(n.param[1], whole);
+        return;
+      }
+      case Kind::leaky_relu:
+        op.negative_slope = n.option[0];
+        return;
+      case Kind::max_pool2d:
+      case Kind::avg_pool2d:
+        return make_pool(n, op);
+      case Kind::add: {
+        const Grid &a = op.x, &b = plan.grids_[op.input[1]];
+        if (a.h != b.h || a.w != b.w || a.c != b.c || a.ld != b.ld || vector != flat[n.input[1]])
+          refuse("a sum of values of different shapes");
+        return;
+      }
+      default:
+        return;
+    }
+  }
+
+  void make_linear(int k, Op& op, bool vector) {
+    const Node& n = nodes[k];
+    if (!vector) refuse("a linear layer on values that are not [n, features]");
+    const int outputs = static_cast<int>(n.option[0]);
+    const Grid x = op.x;
+    if (static_cast<int>(n.option[1]) != x.c * x.h * x.w) refuse("a linear layer of another number of features");
+    op.kind = Kind::conv2d;
+    op.window = {1, 1, 1, 1, 0, 0, 1, 1};
+    const int inputs = x.h * x.w * x.ld;
+    if (x.ld >= x.c) op.x = {1, 1, plan.layout_.task_per_lane ? inputs / plan.layout_.lanes : inputs, inputs};
+    op.y = {1, 1, outputs, features(k, outputs)};
+    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, whole(x), columns(outputs), 0, 0});
+    op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
+  }
+
+  void make_conv(int k, Op& op, bool vector) {
+    const Node& n = nodes[k];
+    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
+    if (vector && op.x.h * op.x.w > 1) refuse("a convolution of flattened images");
+    if (option(1) != op.x.c) refuse("convolution in groups");
+    op.window = {option(2), option(3), option(4), option(5), option(6), option(7), option(8), option(9)};
+    Window& w = op.window;
+    if (op.input[0] == 0 && plan.program_.border_y + plan.program_.border_x > 0) w.py = w.px = 0;
+    const int outputs = option(0);
+    op.y = {(op.x.h + 2 * w.py - w.dy * (w.kh - 1) - 1) / w.sy + 1,
+            (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, features(k, outputs)};
+    if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
+      refuse("a convolution whose window is larger than its padded input");
+    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, whole(op.x), columns(outputs), 0, 0});
+    op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
+  }
+
+  void make_pool(const Node& n, Op& op) {
+    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
+    const bool max = op.kind == Kind::max_pool2d;
+    op.window = {option(0), option(1), option(2),           option(3),
+                 option(4), option(5), max ? option(6) : 1, max ? option(7) : 1};
+    const Window& w = op.window;
+    const bool ceil = option(max ? 8 : 6) != 0;
+    op.count_pad = !max && option(7) != 0;
+    op.divisor = max ? 0 : n.option[8];
+    if (max && w.kh * w.kw > 255) refuse("max pooling over more than 255 pixels");
+    const auto outputs = [&](int in, int k, int step, int pad, int spread) {
+      const int reach = in + 2 * pad - spread * (k - 1) - 1;
+      int count = (reach + (ceil ? step - 1 : 0)) / step + 1;
+      if (ceil && (count - 1) * step >= in + pad) --count;  // a window must begin inside the image or its left padding
+      return count;
+    };
+    op.y.h = outputs(op.x.h, w.kh, w.sy, w.py, w.dy), op.y.w = outputs(op.x.w, w.kw, w.sx, w.px, w.dx);
+    if (op.y.h < 1 || op.y.w < 1) refuse("a pooling whose window is larger than its padded input");
+  }
+
+  void add_op(Op& op, const Node& n) {
+    op.output = static_cast<int>(plan.grids_.size());
+    plan.grids_.push_back(op.y);
+    bool depend = false, move = false;
+    for (int v : op.input) {
+      if (v >= 0) depend |= depends[v], move |= moves[v];
+    }
+    for (int p : n.param) {
+      if (p >= 0) depend = true, move |= parameters[p].adapted;
+    }
+    if (op.kind == Kind::conv2d && !plan.layout_.rows && !plan.layout_.task_per_lane)
+      plan.tables_.tabulate(op, depends[op.input[0]]);
+    depends.push_back(depend), moves.push_back(move);
+    plan.ops_.push_back(op);
+  }
+
+  // Elements from pixel to pixel of so many channels.
+  int padded(int channels) const {
+    const Layout& l = plan.layout_;
+    return l.task_per_lane ? channels * l.lanes : round_up(channels, l.lanes);
+  }
+
+  int columns(int outputs) const {
+    if (plan.layout_.task_per_lane) return outputs;
+    const int packs = share(outputs) / plan.layout_.lanes;
+    return (plan.layout_.rows ? packs | 1 : packs) * plan.layout_.lanes;
+  }
+
+  // Of the columns of a weight those that one block has.
+  int share(int outputs) const {
+    const Layout& l = plan.layout_;
+    return round_up(outputs, l.lanes * l.blocks) / l.blocks;
+  }
+
+  // From sample to sample of what node k makes. A divided value is known by its having more features.
+  int features(int k, int outputs) const {
+    const Layout& l = plan.layout_;
+    const bool divided = divisible[k + 1] && l.blocks > 1 && outputs > l.lanes * (l.blocks - 1);
+    return divided ? share(outputs) : padded(outputs);
+  }
+
+  // The same of all blocks' parts side by side.
+  int whole(const Grid& grid) const { return grid.c > grid.ld ? grid.ld * plan.layout_.blocks : grid.ld; }
+
+  // Does every block have other elements of it?
+  bool spreads(const Placement& p) const { return plan.layout_.blocks > 1 && (p.columns || p.c > p.ld); }
+
+  // Of element i of several: which block has it, and at which of its places.
+  int64_t spread(int i, int each) const { return i / each * plan.program_.size + i % each; }
+
+  Slot place(int index, Placement p) {
+    if (index < 0) return {-1, 0, 0, 0, false};
+    const Parameter& parameter = parameters[index];
+    const int panel = plan.layout_.panel;
+    if (static_cast<int64_t>(p.rows) * p.c * p.h * p.w != parameter.size)
+      refuse("a parameter of another size than its layer");
+    p.stride = round_up(p.h * p.w * p.ld, panel);
+    p.size = p.columns ? static_cast<int64_t>(p.columns) * p.h * p.w * p.ld : p.rows * p.stride;
+    if (placed.count(index)) {
+      if (!(placed[index].first == p)) refuse("a parameter that two layers share in different layouts");
+    } else {
+      int64_t& end = spreads(p) ? own : size;
+      placed[index] = {p, end};
+      end += p.size;
+    }
+    ++uses;
+    return {placed[index].second, p.size, p.rows, static_cast<int32_t>(p.stride), parameter.adapted};
+  }
+
+  void finish() {
+    Program& p = plan.program_;
+    const int values = static_cast<int>(plan.grids_.size());
+    std::vector<bool> begun(values, false);
+    begun[value_of[output]] = true;
+    for (size_t k = plan.ops_.size(); k-- > 0;) {
+      Op& op = plan.ops_[k];
+      for (int i = 0; i < 2; ++i) {
+        if (op.input[i] < 0) continue;
+        op.add[i] = begun[op.input[i]];
+        begun[op.input[i]] = true;
+      }
+    }
+    plan.moving_ = std::make_unique<bool[]>(values);
+    plan.depends_ = std::make_unique<bool[]>(values);
+    std::copy(moves.begin(), moves.end(), plan.moving_.get());
+    std::copy(depends.begin(), depends.end(), plan.depends_.get());
+    place_parameters();
+    p.ops = plan.ops_.data(), p.n_ops = static_cast<int>(plan.ops_.size());
+    p.n_values = values, p.output = value_of[output];
+    p.out = plan.grids_[p.output];
+    p.moving = plan.moving_.get(), p.depends = plan.depends_.get();
+    if (p.loss == LossKind::cross_entropy && (p.out.h * p.out.w > 1 || !flat[output]))
+      refuse("cross-entropy of outputs that are not [n, classes]");
+  }
+
+  void place_parameters() {
+    int64_t count = 0;
+    const auto adapted = [](const Parameter& q) { return q.adapted; };
+    plan.program_.used_once = uses == parameters.size() && placed.size() == parameters.size() &&
+                              std::all_of(parameters.begin(), parameters.end(), adapted);
+    for (size_t index = 0; index < parameters.size(); ++index) {
+      const Parameter& q = parameters[index];
+      count = std::max(count, q.at + q.size);
+      if (placed.count(static_cast<int>(index))) continue;  // else it is read by nothing that counts
+      const int elements = static_cast<int>(q.size), ld = plan.layout_.task_per_lane ? padded(elements) : elements;
+      place(static_cast<int>(index), {1, elements, 1, 1, ld, 0, 0, 0});
+    }
+    const Layout& l = plan.layout_;
+    plan.program_.size = round_up(static_cast<int>(size + own), l.task_per_lane ? l.lanes * l.lanes : 64);
+    plan.program_.common = l.blocks > 1 ? size : plan.program_.size;
+    for (auto& [index, slot] : placed) slot.second += spreads(slot.first) ? size : 0;
+    for (Op& op : plan.ops_) {
+      if (op.kind != Kind::conv2d || plan.layout_.blocks == 1) continue;
+      op.weight.at += size;
+      if (op.bias.at >= 0 && op.y.c > op.y.ld) op.bias.at += size;
+    }
+    plan.inner_.assign(count, 0);
+    plan.adapted_.assign(count, 0);
+    for (size_t index = 0; index < parameters.size(); ++index) {
+      const Parameter& q = parameters[index];
+      const auto& [p, at] = placed[static_cast<int>(index)];
+      std::fill_n(plan.adapted_.begin() + q.at, q.size, q.adapted);
+      int32_t* to = plan.inner_.data() + q.at;
+      for (int row = 0; row < p.rows; ++row) {
+        for (int c = 0; c < p.c; ++c) {
+          for (int pixel = 0; pixel < p.h * p.w; ++pixel) *to++ = static_cast<int32_t>(at + position(p, row, c, pixel));
+        }
+      }
+    }
+  }
+
+  // The last panel is as wide as what is left of the columns.
+  int64_t position(const Placement& p, int row, int c, int pixel) const {
+    const Layout& l = plan.layout_;
+    const int64_t at = static_cast<int64_t>(pixel) * p.ld + (l.task_per_lane ? c * l.lanes : c);
+    if (spreads(p)) return p.columns ? at * p.columns + spread(row, share(p.rows)) : spread(c, p.ld);
+    if (!p.columns) return row * p.stride + at;
+    const int panel = l.rows ? p.columns : l.panel, begin = row / panel * panel;
+    const int64_t depth = static_cast<int64_t>(p.h) * p.w * p.ld;
+    return begin * depth + at * std::min(panel, p.columns - begin) + row - begin;
+  }
+
+  Plan& plan;
+  const Description given;
+  const int output = given.output;
+  Grid input = given.input;
+  const std::vector<Parameter>& parameters = given.parameters;
+  const std::vector<Node>& nodes = given.nodes;
+  const std::vector<bool> divisible = given.divisible();
+  std::vector<bool> live, flat, moves, depends;
+  std::vector<int> value_of;  // by value of the description
+  std::map<int, std::pair<Placement, int64_t>> placed;
+  int64_t size = 0, own = 0;  // of parameters that all blocks have, and of those that they share
+  size_t uses = 0;            // of parameters, by layers
+};
+
+Plan::Plan(const std::vector<double>& description, Layout layout, int element_size)
+    : layout_(layout), element_size_(element_size) {
+  PlanBuilder(*this, description).run();
+  moved_.assign(program_.size * layout_.blocks, 0);
+  for (size_t i = 0; i < inner_.size(); ++i) moved_[inner_[i]] = adapted_[i];
+}
+
+}  // namespace metafast

@@ -1,0 +1,75 @@
+// From the description of a model to a Program with its tables and memory, for one layout of packs and panels.
+#pragma once
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "layout.h"
+#include "../program.h"
+#include "tables.h"
+
+namespace metafast {
+
+enum class PassKind : int32_t { predict, gradient, gradient_and_tangent };
+
+// Owns everything that a Program and its passes point to.
+class Plan {
+ public:
+  // `description` is what metafast/executors/native/encode.py writes. Throws std::runtime_error with the reason where
+  // the model cannot be run.
+  Plan(const std::vector<double>& description, Layout layout, int element_size);
+  Plan(const Plan&) = delete;
+
+  const Program& program() const { return program_; }
+  const PassLayout& pass_layout(int n, PassKind kind);
+  // [P]: where an element of the user's flat vector lies in the inner one, or where several blocks share the weights in
+  // the row of their inner vectors.
+  const std::vector<int32_t>& inner() const { return inner_; }
+  const std::vector<uint8_t>& adapted() const { return adapted_; }
+  const std::vector<uint8_t>& moved() const { return moved_; }  // the same in the inner layout
+  // Running means and variances as rules read them, from the user's (all layers' in a row).
+  template <class T>
+  std::vector<T> constants(const T* given) const {
+    std::vector<T> out(constants_size_, T(1));
+    for (const Constants& c : constants_) {
+      for (int row = 0; row < 2; ++row) {
+        for (int i = 0; i < c.ld; ++i) out[c.at + row * c.ld + i] = i < c.c ? given[c.from + row * c.c + i] : T(row);
+      }
+    }
+    return out;
+  }
+
+ private:
+  friend class PlanBuilder;
+
+  struct Constants {
+    int64_t from, at;
+    int32_t c, ld;
+  };
+
+  struct OwnedPassLayout {
+    std::vector<int64_t> value, adjoint, saved, tangent, d_adjoint;
+    PassLayout layout;
+  };
+
+  void build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const;
+  int64_t saved_elements(const Op& op, int n, PassKind kind) const;
+
+  Layout layout_;
+  int element_size_;
+  Program program_{};
+  std::vector<Op> ops_;
+  std::vector<Grid> grids_;  // by value
+  std::unique_ptr<bool[]> moving_, depends_;
+  std::vector<int32_t> inner_;
+  std::vector<uint8_t> adapted_, moved_;  // [P], [size]
+  std::vector<Constants> constants_;
+  int64_t constants_size_ = 0;
+  Tables tables_;
+  std::mutex mutex_;  // of the passes
+  std::map<std::pair<int, int>, std::unique_ptr<OwnedPassLayout>> layouts_;
+};
+
+}  // namespace metafast

@@ -1,0 +1,351 @@
+// The run of one task's inner loop, or of as many tasks as a machine runs at once: the steps that adapt, the query
+// pass, and the steps in reverse. cuda/inner_loop.cuh does the same with another structure; csrc/README.md says why.
+#pragma once
+#include "../core/asan.h"
+#include "../core/job.h"
+#include "../core/pass.h"
+#include "contract/contract.h"
+#include "lane_machine.h"
+#include "transfer.h"
+
+namespace METAFAST_NAMESPACE {
+
+// Where a task keeps things in the memory of its thread, or of its team. Made from a null base it gives the size.
+template <class M>
+struct TaskMemory {
+  using T = typename M::Real;
+  T *workspace, *support_x, *support_y, *support_yd, *query_x, *query_y, *theta, *g, *v, *u, *product, *tapes, *rest;
+  int64_t size;
+
+  TaskMemory(const Job<T>& job, T* base) : size(0) {
+    const Program& p = *job.program;
+    const bool adapts = job.goal == Goal::adapt || job.goal == Goal::meta_gradient;
+    const auto take = [&](int64_t elements) {
+      T* at = base ? base + size : nullptr;
+      const int64_t whole = (elements + 15) / 16 * 16;
+      if (base) allow(at, whole * sizeof(T)), forbid(at + whole, gap * sizeof(T));
+      size += whole + gap;
+      return at;
+    };
+    const auto elements = [](const Grid& g, int n) { return static_cast<int64_t>(n) * g.h * g.w * g.ld; };
+    workspace = take(M::workspace_size(p));
+    support_x = take(elements(p.input, job.support.n));
+    support_y = take(job.support.targets ? elements(p.out, job.support.n) : 0);
+    support_yd = take(job.support.d_targets ? elements(p.out, job.support.n) : 0);
+    query_x = take(elements(p.input, job.query.n));
+    query_y = take(job.query.targets ? elements(p.out, job.query.n) : 0);
+    theta = take((adapts ? job.steps + 1 : 1) * p.size);
+    g = take((job.goal == Goal::meta_gradient && job.needs_lr ? job.steps : 1) * p.size);
+    v = take(p.size);
+    u = take(p.size);
+    product = take(p.size);
+    const int64_t scratch = job.goal == Goal::adapt ? 0 : job.support_layouts.scratch;
+    tapes = take((job.keeps_tapes ? job.steps : 1) * job.support_layouts.tape);
+    rest = take(job.query_layouts.tape > scratch ? job.query_layouts.tape : scratch);  // never alive together
+  }
+};
+
+template <class M>
+class InnerLoopRun {
+  using T = typename M::Real;
+  using Loss = typename M::Loss;
+
+ public:
+  // `own`: a workspace, of all members but the first.
+  InnerLoopRun(const Job<T>& job, T* base, T* own, Member member, Trace* trace)
+      : job(job),
+        program(*job.program),
+        mem(job, base),
+        machine(program, member.rank == 0 ? mem.workspace : own, mem.workspace, member),
+        pass(machine, program, job.constants),
+        support{},
+        query{} {
+    machine.trace = trace;
+    machine.barrier();
+  }
+
+  // Before the first task of a chunk.
+  void clear_sums(T* sums, T* lr_sums) const {
+    machine.once([&] {
+      if (sums) std::memset(sums, 0, program.size * sizeof(T));
+      if (lr_sums) std::memset(lr_sums, 0, job.lr_rows * program.size * sizeof(T));
+    });
+  }
+
+  const T* adjoint() const { return mem.v; }  // of theta_0, of the last task
+
+  void run(int64_t task, T* sums, T* lr_sums) {
+    t = task;
+    if (machine.trace) machine.trace->task = static_cast<int32_t>(t), machine.trace->tasks = M::tasks;
+    support_layout = job.support_layouts.of ? job.support_layouts.of[t] : nullptr;
+    query_layout = job.query_layouts.of ? job.query_layouts.of[t] : nullptr;
+    machine.begin(SpanKind::load, 0);
+    support = load_samples(job.support, mem.support_x, mem.support_y, mem.support_yd);
+    query = load_samples(job.query, mem.query_x, mem.query_y, nullptr);
+    machine.barrier();
+    machine.end();
+    switch (job.goal) {
+      case Goal::predict:
+        return predict();
+      case Goal::loss_and_grad:
+        return loss_and_grad();
+      case Goal::adapt:
+        return adapt();
+      case Goal::adapt_vjp:
+        return adapt_vjp(lr_sums);
+      case Goal::meta_gradient:
+        return meta_gradient(sums, lr_sums);
+      case Goal::jvp:
+        return jvp();
+      case Goal::hvp:
+        return hvp();
+    }
+  }
+
+ private:
+  void predict() {
+    load_params(job.params, mem.theta);
+    machine.begin(SpanKind::query, job.step);
+    const Tape<T> tape = query_tape();
+    pass.forward(tape, query, mem.theta, job.step);
+    export_outputs(pass.outputs(tape, query), job.query, job.outputs);
+    machine.end();
+  }
+
+  void jvp() {
+    load_params(job.params, mem.theta);
+    import_user(job.v, 0, mem.u);
+    fence_tape(program, *support_layout, mem.tapes);
+    fence_scratch(program, *support_layout, mem.rest);
+    const Tape<T> tape{support_layout, mem.tapes, mem.rest};
+    pass.forward(tape, support, mem.theta, job.step);
+    export_outputs(pass.outputs(tape, support), job.support, job.outputs);
+    export_outputs(pass.jvp(tape, support, mem.theta, mem.u, job.step), job.support, job.tangents);
+  }
+
+  void hvp() {
+    load_params(job.params, mem.theta);
+    import_user(job.v, 0, mem.u);
+    from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, job.step, mem.g); });
+    clear(mem.product);
+    add_hvp(mem.tapes, mem.theta, mem.u, job.step, mem.product);
+    export_user(mem.g, job.grads, 0);
+    export_user(mem.product, job.products, 0);
+  }
+
+  void loss_and_grad() {
+    load_params(job.params, mem.theta);
+    from_zero(mem.v, [&] { set_loss(query_pass(mem.theta, job.step, mem.v, true)); });
+    export_user(mem.v, job.grads, 0);
+  }
+
+  void adapt() {
+    load_params(job.params, mem.theta);
+    adapt_steps();
+    for (int s = 0; s <= job.steps; ++s) export_user(theta(s), job.trajectory, s);
+  }
+
+  void adapt_vjp(T* lr_sums) {
+    import_user(job.v, job.v_everywhere ? job.steps : 0, mem.v);
+    for (int s = job.steps - 1; s >= 0; --s) {
+      machine.begin(SpanKind::reverse_step, s);
+      import_user(job.trajectory, s, mem.theta);
+      if (!job.first_order || job.needs_lr) {
+        from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, s, mem.g); });
+      }
+      reverse_step(s, mem.tapes, mem.theta, mem.g, lr_sums);
+      machine.end();
+      if (!job.v_everywhere) continue;
+      import_user(job.v, s, mem.u);
+      add(mem.v, 1, mem.u);
+    }
+    export_user(mem.v, job.grads, 0);
+  }
+
+  void meta_gradient(T* sums, T* lr_sums) {
+    load_params(job.params, mem.theta);
+    adapt_steps();
+    const bool whole = job.weights[job.steps] == 1;
+    if (!whole) clear(mem.v);
+    Loss loss{};
+    for (int s = job.steps; s >= 0; --s) {
+      if (whole && s == job.steps) {
+        from_zero(mem.v, [&] { loss += query_pass(theta(s), s, mem.v, true); });
+      } else if (job.weights[s] != 0 || s == job.steps) {
+        from_zero(mem.product, [&] { loss += job.weights[s] * query_pass(theta(s), s, mem.product, s == job.steps); });
+        add(mem.v, static_cast<T>(job.weights[s]), mem.product);
+      }
+      if (s == 0) break;
+      const int step = s - 1;
+      machine.begin(SpanKind::reverse_step, step);
+      const bool stale = !job.keeps_tapes && s < job.steps;
+      if (stale && !job.first_order) support_pass(tape(step), theta(step), step, nullptr);
+      reverse_step(step, tape(step), theta(step), gradient(step), lr_sums);
+      machine.end();
+    }
+    set_loss(loss);
+    if (sums) add(sums, 1, mem.v);
+  }
+
+  void adapt_steps() {
+    for (int s = 0; s < job.steps; ++s) adapt_step(s);
+  }
+
+  // theta_{s+1} = theta_s - alpha_s g_s
+  void adapt_step(int s) {
+    machine.begin(SpanKind::inner_step, s);
+    T *g = gradient(s), *to = theta(s + 1);
+    const T *alpha = rate(s), *from = theta(s);
+    const auto add_gradient = [&] { support_pass(tape(s), theta(s), s, g); };
+    if (job.needs_lr || !redirected(add_gradient, g, to, from, alpha)) {
+      from_zero(g, add_gradient);
+      machine.each(program.size,
+                   [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
+    }
+    machine.end();
+  }
+
+  // What add_gradient() would add to g, zero before, makes to = from - rate * g instead, or to = g where there is no
+  // `from`. False, and nothing done, where parameters get their gradient in several parts.
+  template <class F>
+  bool redirected(const F& add_gradient, const T* g, T* to, const T* from, const T* rate) {
+    if constexpr (M::redirects) {
+      if (program.used_once) {
+        machine.redirect = {g, to, from, rate};
+        add_gradient();
+        machine.redirect = {};
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // add_gradient() adds a gradient to g, which is zero before.
+  template <class F>
+  void from_zero(T* g, const F& add_gradient) {
+    if (redirected(add_gradient, g, g, nullptr, nullptr)) return;
+    clear(g);
+    add_gradient();
+  }
+
+  // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
+  void reverse_step(int s, T* tape, const T* at, const T* g, T* lr_sums) {
+    const T* alpha = rate(s);
+    T *v = mem.v, *u = mem.u;
+    if (job.needs_lr) {
+      T* out = lr_sums + row(s) * program.size;
+      machine.each(program.size,
+                   [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
+    }
+    if (job.first_order) return;
+    machine.each(program.size, [=](long i) { M::store(u + i, -M::load_shared(alpha, i) * M::load(v + i)); });
+    add_hvp(tape, at, u, s, v);
+  }
+
+  void add_hvp(T* tape, const T* at, const T* u, int step, T* product) {
+    fence_scratch(program, *support_layout, mem.rest);
+    pass.hvp({support_layout, tape, mem.rest}, support, at, u, step, product);
+  }
+
+  void support_pass(T* memory, const T* at, int step, T* g) {
+    fence_tape(program, *support_layout, memory);
+    const Tape<T> tape{support_layout, memory, nullptr};
+    pass.forward(tape, support, at, step);
+    pass.loss(tape, support);
+    pass.backward(tape, support, at, step, g, false);
+  }
+
+  Loss query_pass(const T* at, int step, T* g, bool wants_outputs) {
+    machine.begin(SpanKind::query, step);
+    const Tape<T> tape = query_tape();
+    pass.forward(tape, query, at, step);
+    const Loss loss = pass.loss(tape, query);
+    if (wants_outputs) export_outputs(pass.outputs(tape, query), job.query, job.outputs);
+    pass.backward(tape, query, at, step, g, true);
+    machine.end();
+    return loss;
+  }
+
+  Tape<T> query_tape() const {
+    fence_tape(program, *query_layout, mem.rest);
+    return {query_layout, mem.rest, nullptr};
+  }
+
+  int64_t count(const Samples<T>& samples) const { return samples.counts ? samples.counts[t] : samples.n; }
+
+  LoadedSamples<T> load_samples(const Samples<T>& samples, T* x, T* y, T* yd) const {
+    if (!samples.x) return {};
+    const int n = static_cast<int>(count(samples));
+    const int64_t first = t * samples.n, next = job.task_stride * samples.n;
+    if (machine.leads()) {
+      const auto load = [&](const T* from, const Grid& grid, int border_y, int border_x, T* to) {
+        const int64_t sample = static_cast<int64_t>(grid.c) * (grid.h - 2 * border_y) * (grid.w - 2 * border_x);
+        import_images<M::tasks>(from + first * sample, next * sample, n, grid, border_y, border_x, to);
+      };
+      load(samples.x, program.input, program.border_y, program.border_x, x);
+      if (samples.targets) load(samples.targets, program.out, 0, 0, y);
+      if (samples.d_targets) load(samples.d_targets, program.out, 0, 0, yd);
+    }
+    return {x, samples.labels ? samples.labels + first : nullptr, y, yd, next};
+  }
+
+  // Zeros behind the samples of a task that has fewer, and where there is nothing to export.
+  void export_outputs(const T* from, const Samples<T>& samples, T* to) const {
+    const Grid& out = program.out;
+    const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples) : 0;
+    to += t * samples.n * size;
+    machine.once([&] {
+      if (n > 0) export_images<M::tasks>(from, static_cast<int>(n), out, to, job.task_stride * samples.n * size);
+      for (int j = 0; j < M::tasks; ++j) {
+        T* const mine = to + j * job.task_stride * samples.n * size;
+        std::memset(mine + n * size, 0, (samples.n - n) * size * sizeof(T));
+      }
+    });
+  }
+
+  void load_params(const T* params, T* to) const {
+    if (job.params_per_task) return import_user(params, 0, to);
+    machine.each(program.size, [=](long i) { M::store(to + i, M::load_shared(params, i)); });
+  }
+
+  void import_user(const T* rows, int s, T* to) const {
+    const T* const from = rows + (s * job.tasks + t) * job.n_params;
+    const int64_t next = job.task_stride * job.n_params;
+    machine.once([&] { import_params<M::tasks>(from, next, job.inner, job.n_params, program.size, to); });
+  }
+
+  void export_user(const T* from, T* rows, int s) const {
+    if (!machine.leads()) return;
+    T* const to = rows + (s * job.tasks + t) * job.n_params;
+    export_params<M::tasks>(from, job.inner, job.n_params, to, job.task_stride * job.n_params);
+  }
+
+  void set_loss(const Loss& loss) const {
+    if (!machine.leads()) return;
+    for (int j = 0; j < M::tasks; ++j) job.losses[t + j * job.task_stride] = static_cast<T>(M::of_task(loss, j));
+  }
+
+  void clear(T* x) const {
+    machine.once([&] { std::memset(x, 0, program.size * sizeof(T)); });
+  }
+  void add(T* to, T scale, const T* x) const {
+    machine.each(program.size, [=](long i) { M::put(to + i, M::load(x + i) * scale, true); });
+  }
+
+  int row(int s) const { return s < job.lr_rows ? s : job.lr_rows - 1; }
+  const T* rate(int s) const { return job.alpha + row(s) * program.size / M::tasks; }
+  T* theta(int s) const { return mem.theta + s * program.size; }
+  T* gradient(int s) const { return mem.g + (job.needs_lr && job.goal == Goal::meta_gradient ? s : 0) * program.size; }
+  T* tape(int s) const { return mem.tapes + (job.keeps_tapes ? s : 0) * job.support_layouts.tape; }
+
+  const Job<T>& job;
+  const Program& program;
+  TaskMemory<M> mem;
+  M machine;
+  Pass<M> pass;
+  LoadedSamples<T> support, query;
+  int64_t t;
+  const PassLayout *support_layout, *query_layout;
+};
+
+}  // namespace METAFAST_NAMESPACE

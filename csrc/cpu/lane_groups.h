@@ -1,0 +1,122 @@
+// Which tasks of a call run at once, one in each lane of a core, and how their Job differs from that of the others.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../core/plan/cache.h"
+#include "isa.h"
+
+namespace metafast {
+
+// Does the way back read what the inner loop leaves?
+template <class T>
+bool needs_tapes(const Job<T>& job) {
+  return job.goal == Goal::meta_gradient && !job.first_order;
+}
+
+// Groups of chunks, as many as the lanes of `isa`, of a Job that is complete but for its sums.
+template <class T>
+class LaneGroups {
+ public:
+  LaneGroups(const Isa<T>& isa, const std::vector<double>& description, const Job<T>& all, int64_t chunk,
+             int64_t threads, int64_t budget)
+      : lanes(isa.lanes.lanes), groups_{0, all.program->size, nullptr} {
+    if (!isa.runs_lanes(*all.program) || all.support.counts || all.query.counts) return;
+    const int64_t count = best_count(all.tasks / chunk, (all.tasks + chunk - 1) / chunk, threads);
+    if (count == 0) return;
+    plan_ = find_plan(description, isa.lanes, sizeof(T));
+    job = all;
+    job.keeps_tapes = needs_tapes(all);
+    while ((lanes >> shift_) > 1) ++shift_;
+    job.program = &plan_->program();
+    job.inner = plan_->inner().data();
+    job.task_stride = chunk;
+    job.support_layouts = pass_layouts(all.support_layouts, all.support.n, PassKind::gradient_and_tangent, support_);
+    job.query_layouts = pass_layouts(all.query_layouts, all.query.n,
+                                     all.goal == Goal::predict ? PassKind::predict : PassKind::gradient, query_);
+    const int64_t tape = job.support_layouts.tape * sizeof(T), vectors = 5 * job.program->size * sizeof(T);
+    const int64_t query = job.query_layouts.tape * sizeof(T), cache = lanes * sizeof(T) * cache_of_a_byte;
+    if (vectors + std::max(tape, query) > cache) return;
+    if (needs_tapes(all) && job.steps * tape * threads > budget) return;
+    lay_out(all);
+    groups_.count = count;
+  }
+
+  // What the groups have summed, `rows` vectors each: one after another into `to`, in the layout `inner` of other
+  // tasks.
+  void collect(T* sums, int64_t rows, const int32_t* inner, std::vector<T>& to) const {
+    const int64_t width = job.program->size / lanes, stride = groups_.stride;
+    to.assign(rows * stride, T(0));
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const sum = sums + r * stride;
+      for (int64_t k = 1; k < groups_.count; ++k) {
+        const T* const part = sum + k * rows * stride;
+        for (int64_t i = 0; i < width; ++i) sum[i] += part[i];
+      }
+      for (int64_t i = 0; i < job.n_params; ++i) to[r * stride + inner[i]] = sum[element(i)];
+    }
+  }
+
+  // That next() of them have been begun.
+  Groups groups(int64_t* next) const { return {groups_.count, groups_.stride, next}; }
+  int64_t chunks() const { return groups_.count * lanes; }
+
+  const int64_t lanes;
+  Job<T> job{};
+
+ private:
+  static constexpr double cost = 0.8;  // of a chunk in a group, beside that of one alone
+  // What a step touches must stay in a core's cache, of 512 KiB at least with vectors of 32 bytes and of 1 MiB with 64.
+  static constexpr int64_t cache_of_a_byte = 16 << 10;
+
+  // How many groups of `whole` chunks there must be for the slowest thread to end first; what is left runs alone.
+  int64_t best_count(int64_t whole, int64_t chunks, int64_t threads) const {
+    const auto time = [&](int64_t groups) {
+      const double each = cost * static_cast<double>(lanes), left = static_cast<double>(chunks - groups * lanes);
+      const double slowest = static_cast<double>((groups + threads - 1) / threads) * each;
+      return std::max(slowest, (static_cast<double>(groups) * each + left) / static_cast<double>(threads) + 0.5);
+    };
+    int64_t best = 0;
+    for (int64_t groups = 1; groups <= whole / lanes; ++groups) {
+      if (time(groups) < time(best)) best = groups;
+    }
+    return best;
+  }
+
+  // Of a parameter, among those of one lane. Lanes are a power of two: a division would cost more than all the rest.
+  int64_t element(int64_t parameter) const { return job.inner[parameter] >> shift_; }
+
+  TaskPassLayouts pass_layouts(const TaskPassLayouts& like, int n, PassKind kind,
+                               std::vector<const PassLayout*>& of) const {
+    if (!like.of) return {};
+    const PassLayout& layout = plan_->pass_layout(n, kind);
+    of.assign(job.tasks, &layout);
+    return {of.data(), layout.tape, layout.scratch};
+  }
+
+  // What all tasks share is there once for all lanes.
+  void lay_out(const Job<T>& all) {
+    const int64_t size = job.program->size / lanes;
+    const auto move = [&](const T* from, T* to) {
+      for (int64_t i = 0; i < all.n_params; ++i) to[element(i)] = from[all.inner[i]];
+    };
+    if (!all.params_per_task && all.params) {
+      params_.assign(size, T(0));
+      move(all.params, params_.data());
+      job.params = params_.data();
+    }
+    if (!all.alpha) return;
+    alpha_.assign(all.lr_rows * size, T(0));
+    for (int64_t r = 0; r < all.lr_rows; ++r) move(all.alpha + r * groups_.stride, alpha_.data() + r * size);
+    job.alpha = alpha_.data();
+  }
+
+  Groups groups_;
+  int shift_ = 0;
+  std::shared_ptr<Plan> plan_;
+  std::vector<const PassLayout*> support_, query_;
+  std::vector<T> params_, alpha_;
+};
+
+}  // namespace metafast

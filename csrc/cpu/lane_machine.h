@@ -1,0 +1,217 @@
+// The Machine that runs several tasks at once, one in each lane: elements are packs, so layers of vectors need neither
+// padding nor transposes, and a call is made once for all. Every number is computed as CoreMachine computes it, in the
+// same order: a task comes out the same, bit by bit, however it is run.
+#pragma once
+#include <type_traits>
+
+#include "contract/direct.h"
+
+namespace METAFAST_NAMESPACE {
+
+struct Add;
+struct Conv2d;
+template <class>
+struct Pointwise;
+
+// The rules that take an element for itself, or leave all to a contraction: for them it does not matter whose it is.
+template <class Rules>
+constexpr bool suits_lanes = std::is_same_v<Rules, Add> || std::is_same_v<Rules, Conv2d>;
+template <class Activation>
+constexpr bool suits_lanes<Pointwise<Activation>> = true;
+
+template <class T>
+class LaneMachine : public CoreMachine<T> {
+  using S = Simd<T>;
+
+ public:
+  using S::lanes;
+  using typename S::Pack;
+  using Term = METAFAST_NAMESPACE::Term<T>;
+  using Pair = METAFAST_NAMESPACE::Pair<T>;
+
+  static constexpr int tasks = lanes;
+
+  // What rules add to the vector `of`, once to each element, goes to another: to = from - rate * it, or to = it. So it
+  // need not be cleared, written and read again, which costs much where the weights of all lanes fill a cache.
+  struct Redirect {
+    const T* of;
+    T* to;
+    const T *from, *rate;
+  };
+  static constexpr bool redirects = true;
+  Redirect redirect{};
+
+  struct Loss {
+    double of[lanes] = {};
+
+    Loss() = default;
+    Loss(Pack pack) {
+      for (int j = 0; j < lanes; ++j) of[j] = pack[j];
+    }
+    Loss& operator+=(const Loss& other) {
+      for (int j = 0; j < lanes; ++j) of[j] += other.of[j];
+      return *this;
+    }
+    friend Loss operator*(double scale, Loss loss) {
+      for (double& value : loss.of) value *= scale;
+      return loss;
+    }
+    friend Loss operator/(Loss loss, int count) {
+      for (double& value : loss.of) value /= count;
+      return loss;
+    }
+  };
+
+  template <class Rules>
+  static constexpr bool runs = suits_lanes<Rules>;
+
+  LaneMachine(const Program&, T*, T*, Member) {}
+  static long workspace_size(const Program&) { return 0; }
+
+  void clear_padding(const Grid&, int, T*) const {}
+
+  template <int K, class F>
+  void reduce(long rows, int ld, T* out, bool add, const F& f) const {
+    const Redirect to = at(out);
+    CoreMachine<T>::template reduce<K>(rows, ld, to.of ? to.to : out, add && !to.of, f);
+    for (long i = 0; to.from && i < K * ld; i += lanes) S::store(to.to + i, descended(to, i, S::load(to.to + i)));
+  }
+
+  template <class F>
+  void rows(int n, const F& f) const {
+    for (int s = 0; s < n; ++s) {
+      for (int j = 0; j < lanes; ++j) f(s, j);
+    }
+  }
+
+  template <class F>
+  Loss sum_rows(int n, const F& f) const {
+    Loss sum;
+    for (int s = 0; s < n; ++s) {
+      for (int j = 0; j < lanes; ++j) sum.of[j] += f(s, j);
+    }
+    return sum;
+  }
+
+  // CoreMachine adds packs of neighbours in a row, blocks of them apart, and at last the lanes of the sums.
+  template <class F>
+  Pack total(long size, int ld, const F& f) const {
+    const int channels = ld / lanes;
+    Pack parts[lanes] = {};
+    Loss sum;
+    long packs = 0;
+    const auto close = [&] {
+      Pack all{};
+      for (Pack& part : parts) all += part, part = Pack{};
+      sum += all;
+    };
+    for (long row = 0; row < size; row += ld) {
+      for (int c = 0; c < channels; ++c) {
+        if (c % lanes == 0 && packs++ % CoreMachine<T>::block_rows == 0 && row + c > 0) close();
+        parts[c % lanes] += f(row + c * lanes);
+      }
+    }
+    close();
+    Pack result{};
+    for (int j = 0; j < lanes; ++j) result[j] = static_cast<T>(sum.of[j]);
+    return result;
+  }
+
+  void correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
+    Product p{{}, {}, count, op.x.ld, lanes, op.x.ld, lanes, op.x.c, y, op.y.ld, lanes, bias, false, false};
+    for (int t = 0; t < count; ++t) p.a[t] = terms[t].a, p.b[t] = terms[t].weights;
+    multiply(p, n, op.y.c);
+  }
+
+  void correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const {
+    Product p{{}, {}, count, op.y.ld, lanes, lanes, op.x.ld, op.y.c, g_x, op.x.ld, lanes, nullptr, false, add};
+    for (int t = 0; t < count; ++t) p.a[t] = terms[t].a, p.b[t] = terms[t].weights;
+    multiply(p, n, op.x.c);
+  }
+
+  void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
+    Product p{{}, {}, count, lanes, op.y.ld, lanes, op.x.ld, n, g_w, op.x.ld, lanes, nullptr, true, false};
+    for (int t = 0; t < count; ++t) p.a[t] = pairs[t].g, p.b[t] = pairs[t].x;
+    p.instead = at(g_w);
+    if (p.instead.of) p.out = p.instead.to, p.continues = false;
+    multiply(p, op.y.c, op.x.c);
+  }
+
+  static Pack load_shared(const T* p, long i) { return S::broadcast(p[i / lanes]); }
+  static double of_task(const Loss& loss, int task) { return loss.of[task]; }
+
+ private:
+  // out[i][j] (+)= sum over terms and k of a[i][k] b[k][j], on top of a bias[j] or of what is there.
+  struct Product {
+    const T *a[2], *b[2];
+    int count;
+    long a_row, a_step, b_column, b_step, depth;
+    T* out;
+    long out_row, out_column;
+    const T* bias;
+    bool continues, add;
+    Redirect instead{};
+  };
+
+  // The part of it from `out`, an element of the vector.
+  Redirect at(const T* out) const {
+    if (!redirect.of) return {};
+    const long i = out - redirect.of;
+    if (!redirect.from) return {out, redirect.to + i};
+    return {out, redirect.to + i, redirect.from + i, redirect.rate + i / lanes};
+  }
+
+  static Pack descended(const Redirect& to, long i, Pack g) {
+    return S::load(to.from + i) - load_shared(to.rate, i) * g;
+  }
+
+  // As many sums as there are registers, with a few for the factors.
+  static constexpr int wide = sizeof(Pack) == 64 ? 4 : 3, high = sizeof(Pack) == 64 ? 6 : 4;
+
+  static void multiply(const Product& p, int rows, int columns) {
+    int column = 0;
+    for (; columns - column >= wide; column += wide) strip<wide>(p, rows, column);
+    if constexpr (wide > 3) {
+      if (columns - column == 3) strip<3>(p, rows, column);
+    }
+    if (columns - column == 2) strip<2>(p, rows, column);
+    if (columns - column == 1) strip<1>(p, rows, column);
+  }
+
+  // Rows in tiles of about equal height.
+  template <int V>
+  static void strip(const Product& p, int rows, int column) {
+    constexpr int max_height = V == 1 ? 12 : high * wide / V;
+    const int tiles = (rows + max_height - 1) / max_height, height = rows / tiles, taller = rows % tiles;
+    const auto run = [&](int first, int count, int high) {
+      Direct<T>::template with_rows<max_height>(high,
+                                                [&](auto r) { tile<decltype(r)::value, V>(p, first, count, column); });
+    };
+    if (taller > 0) run(0, taller, height + 1);
+    if (tiles > taller) run(taller * (height + 1), tiles - taller, height);
+  }
+
+  template <int R, int V>
+  METAFAST_KERNEL static void tile(const Product& p, int first, int count, int column) {
+    for (int row = first; row < first + count * R; row += R) {
+      T* const out = p.out + row * p.out_row + column * p.out_column;
+      RegisterTile<T, R, V> sums{};
+      if (p.bias) sums.start(p.bias + column * lanes, 0);
+      if (p.continues) sums.start(out, p.out_row, p.out_column);
+      for (int t = 0; t < p.count; ++t) {
+        const T* const a = p.a[t] + row * p.a_row;
+        const long stride = p.a_row;
+        sums.multiply([=](int i, long k) { return S::load(a + i * stride + k); }, p.a_step,
+                      p.b[t] + column * p.b_column, p.b_step, p.depth, p.b_column);
+      }
+      if (p.instead.from) {
+        const auto descent = [&](long i, Pack g) { return descended(p.instead, out - p.out + i, g); };
+        sums.finish(descent, out, p.out_row, p.out_column);
+      } else {
+        sums.finish(out, p.out_row, p.add, p.out_column);
+      }
+    }
+  }
+};
+
+}  // namespace METAFAST_NAMESPACE

@@ -1,0 +1,251 @@
+// The module metafast._C and the operators torch.ops.metafast.cpu_*, on torch's stable ABI.
+#include <Python.h>
+
+#include "call.h"
+
+namespace metafast {
+namespace {
+
+Tensor predict(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
+               Tensor x, Tensor sizes, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    CpuCall<decltype(real)> call(Goal::predict, description, isa, team_from, rank, constants, x.sizes()[0]);
+    call.params(params);
+    call.job.query = call.samples(x, sizes);
+    call.job.step = static_cast<int32_t>(step);
+    call.job.query_layouts = call.pass_layouts(call.job.query, PassKind::predict);
+    Tensor outputs = call.outputs(x, call.job.query.n);
+    call.run(false, false, 0);
+    return outputs;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, int64_t isa, int64_t team_from, int64_t rank,
+                                                 Tensor constants, Tensor params, Tensor x, Tensor y, Tensor sizes,
+                                                 int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    CpuCall<T> call(Goal::loss_and_grad, description, isa, team_from, rank, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    job.query = call.samples(x, y, sizes);
+    job.step = static_cast<int32_t>(step);
+    job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
+    Tensor outputs = call.outputs(x, job.query.n), losses = empty(x, {job.tasks});
+    Tensor grads = empty(x, {job.tasks, job.n_params});
+    job.losses = data<T>(losses), job.grads = data<T>(grads);
+    call.run(false, false, 0);
+    return std::make_tuple(losses, grads, outputs);
+  });
+}
+
+// For a loss that is computed elsewhere: outputs, and their tangent along u [T, P].
+std::tuple<Tensor, Tensor> jvp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
+                               Tensor params, Tensor u, Tensor x, Tensor sizes, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    CpuCall<T> call(Goal::jvp, description, isa, team_from, rank, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    call.direction(u);
+    job.support = call.samples(x, sizes);
+    job.step = static_cast<int32_t>(step);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
+    Tensor tangents = call.outputs(x, job.support.n);
+    job.tangents = data<T>(tangents);
+    Tensor outputs = call.outputs(x, job.support.n);
+    call.run(false, false, 0);
+    return std::make_tuple(outputs, tangents);
+  });
+}
+
+// Likewise, with the gradient g of the loss in the outputs and its tangent gd: the gradients of the adapted parameters,
+// and the Hessians times u.
+std::tuple<Tensor, Tensor> hvp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
+                               Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    CpuCall<T> call(Goal::hvp, description, isa, team_from, rank, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    call.direction(u);
+    job.support = call.samples(x, g, sizes);
+    job.support.d_targets = call.targets(gd, job.support);
+    job.step = static_cast<int32_t>(step);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
+    Tensor grads = empty(x, {job.tasks, job.n_params}), products = empty(x, {job.tasks, job.n_params});
+    job.grads = data<T>(grads), job.products = data<T>(products);
+    call.run(false, false, 0);
+    return std::make_tuple(grads, products);
+  });
+}
+
+Tensor adapt(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
+             Tensor lr, Tensor x, Tensor y, Tensor sizes, int64_t steps) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    CpuCall<T> call(Goal::adapt, description, isa, team_from, rank, constants, x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    call.rates(lr, steps);
+    job.support = call.samples(x, y, sizes);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
+    Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
+    job.trajectory = data<T>(trajectory);
+    call.run(false, false, 0);
+    return trajectory;
+  });
+}
+
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
+                                     Tensor trajectory, Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v,
+                                     bool first_order, bool needs_lr) {
+  return by_dtype(trajectory, [&](auto real) {
+    using T = decltype(real);
+    CpuCall<T> call(Goal::adapt_vjp, description, isa, team_from, rank, constants, x.sizes()[0]);
+    auto& job = call.job;
+    const int64_t steps = trajectory.sizes()[0] - 1;
+    call.rates(lr, steps);
+    job.support = call.samples(x, y, sizes);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
+    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    job.v_everywhere = v.dim() == 3;
+    job.first_order = first_order, job.needs_lr = needs_lr;
+    if (trajectory.numel() != (steps + 1) * job.tasks * job.n_params || trajectory.scalar_type() != v.scalar_type() ||
+        v.numel() != (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params) {
+      fail("trajectory [S+1, T, P] and v [T, P] or [S+1, T, P] do not match the model and the tasks");
+    }
+    Tensor grads = empty(x, {job.tasks, job.n_params});
+    job.grads = data<T>(grads);
+    call.run(false, needs_lr, 0);
+    return std::make_tuple(grads, call.lr_grad(lr, T(1)));
+  });
+}
+
+// The parameters as a module holds them, and their gradients likewise.
+std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
+    Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, std::vector<Tensor> params,
+    Tensor lr, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y,
+    Tensor query_sizes, std::vector<double> step_weights, bool first_order, bool needs_lr, int64_t budget) {
+  return by_dtype(params.at(0), [&](auto real) {
+    using T = decltype(real);
+    CpuCall<T> call(Goal::meta_gradient, description, isa, team_from, rank, constants, support_x.sizes()[0]);
+    auto& job = call.job;
+    call.params(params);
+    call.rates(lr, static_cast<int64_t>(step_weights.size()) - 1);
+    job.weights = step_weights.data();
+    job.first_order = first_order, job.needs_lr = needs_lr;
+    job.support = call.samples(support_x, support_y, support_sizes);
+    job.query = call.samples(query_x, query_y, query_sizes);
+    job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
+    job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
+    Tensor outputs = call.outputs(query_x, job.query.n), losses = empty(query_x, {job.tasks});
+    job.losses = data<T>(losses);
+    call.run(true, needs_lr, budget);
+    const T scale = T(1) / job.tasks;
+    return std::make_tuple(losses, outputs, call.grads(params, scale), call.lr_grad(lr, scale));
+  });
+}
+
+// Raises with the reason where the model cannot be run; else elements of memory: of the tape of one step's pass over n
+// samples, of the tangents of that pass, of a pass over m samples that no tangent follows, and of each thread more that
+// shares a task, zero where none does. Behind them for a meta-gradient of so many tasks: how many run at once on a
+// core, zero where none do, and the elements that they take there.
+Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, int64_t n, int64_t m, int64_t tasks,
+              int64_t steps, int64_t budget) {
+  return by_dtype(like, [&](auto real) {
+    using T = decltype(real);
+    const Isa<T>* found = build<T>(isa);
+    auto plan = find_plan(numbers(description), found->layout, sizeof(T));
+    const PassLayout &support_layout = plan->pass_layout(static_cast<int>(n), PassKind::gradient_and_tangent),
+                     &query_layout = plan->pass_layout(static_cast<int>(m), PassKind::gradient);
+    Job<T> job{};
+    job.program = &plan->program();
+    job.support.n = static_cast<int32_t>(n), job.query.n = static_cast<int32_t>(m);
+    const PassLayout *of_support[] = {&support_layout}, *of_query[] = {&query_layout};
+    job.goal = Goal::meta_gradient, job.tasks = tasks, job.steps = static_cast<int32_t>(steps);
+    job.support_layouts = {of_support, support_layout.tape, support_layout.scratch},
+    job.query_layouts = {of_query, query_layout.tape, 0};
+    const int64_t team = found->team_workspace(job, team_from), chunk = chunk_of(tasks);
+    const LaneGroups<T> groups(*found, numbers(description), job, chunk, torch::stable::get_num_threads(), budget);
+    const bool some = groups.chunks() > 0;
+    Tensor out = empty(description, {6});
+    auto* to = data<double>(out);
+    for (const int64_t elements : {support_layout.tape, support_layout.scratch, query_layout.tape, team,
+                                   some ? groups.lanes : 0, some ? found->lanes_memory(groups.job) : 0}) {
+      *to++ = static_cast<double>(elements);
+    }
+    return out;
+  });
+}
+
+}  // namespace
+
+// What every operator begins with: the model in numbers, and how it is run.
+#define METAFAST_MODEL "Tensor description, int isa, int team_from, int rank, Tensor constants, "
+
+STABLE_TORCH_LIBRARY(metafast, m) {
+  m.def("cpu_predict(" METAFAST_MODEL "Tensor params, Tensor x, Tensor sizes, int step) -> Tensor");
+  m.def("cpu_loss_and_grad(" METAFAST_MODEL
+        "Tensor params, Tensor x, Tensor y, Tensor sizes, int step) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_jvp(" METAFAST_MODEL "Tensor params, Tensor u, Tensor x, Tensor sizes, int step) -> (Tensor, Tensor)");
+  m.def("cpu_hvp(" METAFAST_MODEL
+        "Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
+  m.def("cpu_adapt(" METAFAST_MODEL "Tensor params, Tensor lr, Tensor x, Tensor y, Tensor sizes, int steps) -> Tensor");
+  m.def("cpu_adapt_vjp(" METAFAST_MODEL
+        "Tensor trajectory, Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v, bool first_order, bool needs_lr) "
+        "-> (Tensor, Tensor)");
+  m.def("cpu_meta_gradient(" METAFAST_MODEL
+        "Tensor[] params, Tensor lr, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, "
+        "Tensor query_y, Tensor query_sizes, float[] step_weights, bool first_order, bool needs_lr, int budget) "
+        "-> (Tensor, Tensor, Tensor[], Tensor)");
+  m.def(
+      "cpu_memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, "
+      "int budget) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  m.impl("cpu_predict", TORCH_BOX(&predict));
+  m.impl("cpu_loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("cpu_jvp", TORCH_BOX(&jvp));
+  m.impl("cpu_hvp", TORCH_BOX(&hvp));
+  m.impl("cpu_adapt", TORCH_BOX(&adapt));
+  m.impl("cpu_adapt_vjp", TORCH_BOX(&adapt_vjp));
+  m.impl("cpu_meta_gradient", TORCH_BOX(&meta_gradient));
+  m.impl("cpu_memory", TORCH_BOX(&memory));
+}
+
+// Names of the builds for this processor, the best first.
+PyObject* isas(PyObject*, PyObject*) {
+  int count = 0;
+  const char* const* names = isa_names(count);
+  PyObject* tuple = PyTuple_New(count);
+  for (int i = 0; tuple && i < count; ++i) PyTuple_SetItem(tuple, i, PyUnicode_FromString(names[i]));
+  return tuple;
+}
+
+// trace(True) begins to note what calls do; trace(False) ends it and gives the spans, as csrc/core/trace.h lays them
+// out.
+PyObject* trace(PyObject*, PyObject* on) {
+  const int wanted = PyObject_IsTrue(on);
+  if (wanted < 0) return nullptr;
+  if (wanted) {
+    start_tracing();
+    Py_RETURN_NONE;
+  }
+  const std::vector<Span> spans = stop_tracing();
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(spans.data()), spans.size() * sizeof(Span));
+}
+
+}  // namespace metafast
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyMethodDef methods[] = {{"isas", metafast::isas, METH_NOARGS, "Builds for this processor, the best first."},
+                                  {"trace", metafast::trace, METH_O, "True: note what calls do; False: the notes."},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", "The executors in C++ and CUDA.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+  PyObject* made = PyModule_Create(&module);
+  if (made) PyModule_AddStringConstant(made, "compiled", "compiler " __VERSION__ ", flags " METAFAST_FLAGS);
+  return made;
+}

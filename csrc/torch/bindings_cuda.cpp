@@ -1,0 +1,386 @@
+// The operators torch.ops.metafast.cuda_*: tasks run by thread blocks on a GPU or, on CPU tensors, by their twin.
+#include <cstring>
+
+#include "../core/plan/cache.h"
+#include "../cuda/launch.h"
+#include "../cuda/plan_block.h"
+#include "tensors.h"
+
+namespace metafast {
+
+#ifdef METAFAST_CUDA
+constexpr bool has_cuda = true;
+#else
+constexpr bool has_cuda = false;
+void cuda_upload(void*, const void*, int64_t, Queue) { fail("built without CUDA"); }
+void cuda_run(const BlockJob<float>&, const BlockShape&, Queue) { fail("built without CUDA"); }
+void cuda_sum(const Sum<float>&, Queue) { fail("built without CUDA"); }
+#endif
+
+namespace {
+
+// Where and how a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), blocks of a
+// task, Precision, stream].
+struct LaunchSettings {
+  explicit LaunchSettings(const std::vector<int64_t>& numbers)
+      : limits{numbers.at(0), numbers.at(1)},
+        threads(static_cast<int>(numbers.at(2))),
+        cluster(static_cast<int>(numbers.at(3))),
+        precision(static_cast<Precision>(numbers.at(4))),
+        stream(numbers.at(5)) {}
+
+  BlockLimits limits;
+  int threads, cluster;
+  Precision precision;
+  int64_t stream;
+};
+
+Queue queue(const Tensor& t, int64_t stream) { return {t.get_device_index(), stream}; }
+
+template <class T>
+void run_anywhere(const BlockJob<T>& job, const BlockShape& shape, const Tensor& like, int64_t stream) {
+  if (!like.is_cuda()) return twin_run(job, shape);
+  if constexpr (sizeof(T) == 4) return cuda_run(job, shape, queue(like, stream));
+  fail("on a GPU tasks run in float32");
+}
+
+template <class T>
+void sum_anywhere(const Sum<T>& sum, const Tensor& like, int64_t stream) {
+  if (!like.is_cuda()) return twin_sum(sum);
+  if constexpr (sizeof(T) == 4) cuda_sum(sum, queue(like, stream));
+}
+
+// The passes that tables hold, by the numbers of samples; zero: none.
+struct PassLayouts {
+  const PassLayout *support, *query;
+
+  PassLayouts(Plan& plan, int64_t support, int64_t query, bool predicts)
+      : support(support ? &plan.pass_layout(static_cast<int>(support), PassKind::gradient_and_tangent) : nullptr),
+        query(query ? &plan.pass_layout(static_cast<int>(query), predicts ? PassKind::predict : PassKind::gradient)
+                    : nullptr) {}
+};
+
+template <class T>
+std::shared_ptr<Plan> block_plan(const Tensor& description, int64_t cluster) {
+  return find_plan(numbers(description), block_layout(static_cast<int>(cluster)), sizeof(T));
+}
+
+// One call: a job, and the tensors that it points to.
+template <class T>
+class CudaCall {
+ public:
+  CudaCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& settings,
+           const Tensor& like)
+      : settings(settings), plan(block_plan<T>(description, this->settings.cluster)), like(like) {
+    job.goal = goal, job.precision = this->settings.precision;
+    if (job.precision != Precision::float32 && sizeof(T) != sizeof(float)) fail("tensor cores take float32");
+    job.tables = *static_cast<const BlockTables*>(head.data_ptr());
+    job.n_params = static_cast<int64_t>(plan->inner().size());
+    job.tasks = like.sizes()[0];
+    job.lr_rows = 1, job.lr_width = 1;
+  }
+
+  void params(const Tensor& t) {
+    job.params_per_task = t.dim() == 2;
+    expect_here(t, (job.params_per_task ? job.tasks : 1) * job.n_params, "params");
+    job.params = data<T>(t);
+  }
+
+  void rates(const Tensor& lr, int64_t steps, bool needs_lr) {
+    const int64_t rows = lr.sizes()[0], width = lr.sizes()[1];
+    expect_here(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
+    job.lr = data<T>(lr), job.lr_rows = static_cast<int32_t>(rows), job.lr_width = width;
+    job.steps = static_cast<int32_t>(steps), job.needs_lr = needs_lr;
+  }
+
+  Samples<T> samples(const Tensor& x, const Tensor* y) const {
+    const Program& p = plan->program();
+    const int32_t n = static_cast<int32_t>(x.sizes()[1]);
+    const int64_t count = job.tasks * n;
+    expect_here(x, count * p.input.c * p.input.h * p.input.w, "x");
+    Samples<T> s{n, data<T>(x), nullptr, nullptr};
+    if (!y) return s;
+    if (p.loss == LossKind::mse) {
+      expect_here(*y, count * p.out.c * p.out.h * p.out.w, "targets");
+      s.targets = data<T>(*y);
+    } else {
+      if (y->scalar_type() != ScalarType::Long || y->numel() != count) fail("labels must be int64 of shape [T, n]");
+      expect_device(*y, "labels");
+      s.labels = data<int64_t>(*y);
+    }
+    return s;
+  }
+
+  void weights(const Tensor& of_steps) {
+    expect_device(of_steps, "step_weights");
+    job.weights = data<double>(of_steps);
+  }
+
+  void expect_here(const Tensor& t, int64_t elements, const char* name) const {
+    expect<T>(t, elements, name);
+    expect_device(t, name);
+  }
+
+  void expect_device(const Tensor& t, const char* name) const {
+    const bool same =
+        t.is_cuda() == like.is_cuda() && (!t.is_cuda() || t.get_device_index() == like.get_device_index());
+    if (!same) fail(std::string(name) + " is on another device than the tasks");
+  }
+
+  // [T, n, c, h, w]; Python gives it the shape of the model's outputs.
+  Tensor outputs() {
+    const Grid& g = plan->program().out;
+    Tensor out = empty(like, {job.tasks, job.query.n, g.c, g.h, g.w});
+    job.outputs = data<T>(out);
+    return out;
+  }
+
+  Tensor losses() {
+    Tensor out = empty(like, {job.tasks});
+    job.losses = data<T>(out);
+    return out;
+  }
+
+  Tensor grads() {
+    Tensor out = empty(like, {job.tasks, job.n_params});
+    job.grads = data<T>(out);
+    return out;
+  }
+
+  void run(bool wants_sums) {
+    const Program& p = plan->program();
+    const PassLayouts layouts(*plan, job.support.n, job.query.n, job.goal == Goal::predict);
+    const BlockWork work{job.goal,        &p,           layouts.support, layouts.query, job.steps,
+                         job.first_order, job.needs_lr, settings.cluster};
+    shape = block_shape(work, job.tasks, settings.threads, settings.limits, sizeof(T), job.memory);
+    const int64_t blocks = shape.blocks;
+    if (wants_sums) job.sums = take(blocks * p.size);
+    if (job.needs_lr) job.lr_sums = take(blocks * job.lr_rows * (job.lr_width > 1 ? p.size : 1));
+    if (job.memory.record) job.history = take(blocks * job.steps * job.memory.record);
+    run_anywhere(job, shape, like, settings.stream);
+  }
+
+  // Over the tasks, of the parameters.
+  Tensor grad(T scale) const {
+    Tensor out = empty(like, {job.n_params});
+    const int64_t clusters = shape.blocks / shape.cluster, size = plan->program().size * shape.cluster;
+    sum_anywhere<T>({job.sums, clusters, size, 1, size, job.tables.inner, job.n_params, scale, data<T>(out)}, like,
+                    settings.stream);
+    return out;
+  }
+
+  // Likewise, of the shape of lr.
+  Tensor lr_grad(T scale) const {
+    const bool each = job.lr_width > 1;  // parameter has a rate, summed by clusters; else blocks sum one for all
+    const int64_t rows = job.needs_lr ? job.lr_rows : 0, width = each ? plan->program().size * shape.cluster : 1;
+    const int64_t parts = each ? shape.blocks / shape.cluster : shape.blocks;
+    Tensor out = empty(like, {rows, job.lr_width});
+    const int32_t* index = each ? job.tables.inner : nullptr;
+    if (rows)
+      sum_anywhere<T>({job.lr_sums, parts, rows * width, rows, width, index, job.lr_width, scale, data<T>(out)}, like,
+                      settings.stream);
+    return out;
+  }
+
+  BlockJob<T> job{};
+
+ private:
+  T* take(int64_t elements) {
+    workspace.push_back(empty(like, {elements}));
+    return data<T>(workspace.back());
+  }
+
+  LaunchSettings settings;
+  std::shared_ptr<Plan> plan;
+  Tensor like;
+  BlockShape shape{};
+  std::vector<Tensor> workspace;
+};
+
+Tensor predict(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor x, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    CudaCall<decltype(real)> call(Goal::predict, description, head, settings, x);
+    call.params(params);
+    call.job.query = call.samples(x, nullptr);
+    call.job.step = static_cast<int32_t>(step);
+    Tensor outputs = call.outputs();
+    call.run(false);
+    return outputs;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, Tensor head, std::vector<int64_t> settings,
+                                                 Tensor params, Tensor x, Tensor y, int64_t step) {
+  return by_dtype(params, [&](auto real) {
+    CudaCall<decltype(real)> call(Goal::loss_and_grad, description, head, settings, x);
+    call.params(params);
+    call.job.query = call.samples(x, &y);
+    call.job.step = static_cast<int32_t>(step);
+    Tensor losses = call.losses(), grads = call.grads(), outputs = call.outputs();
+    call.run(false);
+    return std::make_tuple(losses, grads, outputs);
+  });
+}
+
+Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor lr, Tensor x,
+             Tensor y, int64_t steps) {
+  return by_dtype(params, [&](auto real) {
+    CudaCall<decltype(real)> call(Goal::adapt, description, head, settings, x);
+    auto& job = call.job;
+    call.params(params);
+    call.rates(lr, steps, false);
+    job.support = call.samples(x, &y);
+    Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
+    job.trajectory = data<decltype(real)>(trajectory);
+    call.run(false);
+    return trajectory;
+  });
+}
+
+std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor trajectory,
+                                     Tensor lr, Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
+  return by_dtype(trajectory, [&](auto real) {
+    using T = decltype(real);
+    CudaCall<T> call(Goal::adapt_vjp, description, head, settings, x);
+    auto& job = call.job;
+    const int64_t steps = trajectory.sizes()[0] - 1;
+    call.rates(lr, steps, needs_lr);
+    job.first_order = first_order;
+    job.support = call.samples(x, &y);
+    job.v_everywhere = v.dim() == 3;
+    call.expect_here(trajectory, (steps + 1) * job.tasks * job.n_params, "trajectory");
+    call.expect_here(v, (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params, "v");
+    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    Tensor grads = call.grads();
+    call.run(false);
+    return std::make_tuple(grads, call.lr_grad(T(1)));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Tensor head, std::vector<int64_t> settings,
+                                                         Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
+                                                         Tensor query_x, Tensor query_y, Tensor step_weights,
+                                                         bool first_order, bool needs_lr) {
+  return by_dtype(params, [&](auto real) {
+    using T = decltype(real);
+    CudaCall<T> call(Goal::meta_gradient, description, head, settings, support_x);
+    auto& job = call.job;
+    if (params.dim() != 1) fail("a meta-gradient is of parameters [P] that all tasks share");
+    call.params(params);
+    call.rates(lr, step_weights.numel() - 1, needs_lr);
+    call.weights(step_weights);
+    job.first_order = first_order;
+    job.support = call.samples(support_x, &support_y);
+    job.query = call.samples(query_x, &query_y);
+    Tensor outputs = call.outputs(), losses = call.losses();
+    call.run(true);
+    const T scale = T(1) / job.tasks;
+    return std::make_tuple(losses, outputs, call.grad(scale), call.lr_grad(scale));
+  });
+}
+
+// The tables of a model for so many samples, where `like` is, and on the CPU the head that points to them.
+std::tuple<Tensor, Tensor> tables(Tensor description, Tensor like, int64_t support, int64_t query, bool predicts,
+                                  int64_t cluster, int64_t stream) {
+  return by_dtype(like, [&](auto real) {
+    const auto plan = block_plan<decltype(real)>(description, cluster);
+    const PassLayouts layouts(*plan, support, query, predicts);
+    BlockTables head;
+    const int64_t size = block_tables(*plan, layouts.support, layouts.query, 0, head).size();
+    Tensor out = empty(like, {size / static_cast<int64_t>(sizeof(real)) + 1});
+    Tensor out_head = empty(description, {static_cast<int64_t>(sizeof head / sizeof(double)) + 1});
+    const auto address = reinterpret_cast<uint64_t>(out.data_ptr());
+    const auto bytes = block_tables(*plan, layouts.support, layouts.query, address, head);
+    std::memcpy(out_head.data_ptr(), &head, sizeof head);
+    if (like.is_cuda()) {
+      cuda_upload(out.data_ptr(), bytes.data(), size, queue(like, stream));
+    } else {
+      std::memcpy(out.data_ptr(), bytes.data(), size);
+    }
+    return std::make_tuple(out, out_head);
+  });
+}
+
+// Bytes of shared memory that a task takes at least, in each of `cluster` blocks: for a meta-gradient; without a query
+// set, for steps and the way back; without a support set, for a gradient or a prediction. Raises with the reason where
+// blocks cannot run the model.
+int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query, bool predicts, int64_t cluster) {
+  const auto plan = in_double ? block_plan<double>(description, cluster) : block_plan<float>(description, cluster);
+  const std::string reason = block_refusal(plan->program());
+  if (!reason.empty()) fail(reason);
+  const PassLayouts layouts(*plan, support, query, predicts);
+  const int size = in_double ? 8 : 4;
+  const Goal alone = predicts ? Goal::predict : support ? Goal::adapt_vjp : Goal::loss_and_grad;
+  const Goal goal = support && query ? Goal::meta_gradient : alone;
+  const BlockWork work{goal,  &plan->program(), layouts.support,          layouts.query, 1,
+                       false, support > 0,      static_cast<int>(cluster)};
+  return int64_t{size} * block_memory(work, false, size).size;
+}
+
+// How a meta-gradient of so many tasks is launched: threads in a block, blocks, bytes of shared memory in each, and
+// bytes that each keeps of an inner step in global memory; zero: none, all steps stay in shared memory.
+std::tuple<int64_t, int64_t, int64_t, int64_t> launch(Tensor description, bool in_double, std::vector<int64_t> settings,
+                                                      int64_t tasks, int64_t support, int64_t query, int64_t steps,
+                                                      bool first_order, bool needs_lr) {
+  const LaunchSettings m(settings);
+  const auto plan = in_double ? block_plan<double>(description, m.cluster) : block_plan<float>(description, m.cluster);
+  const PassLayouts layouts(*plan, support, query, false);
+  const int size = in_double ? 8 : 4;
+  const BlockWork work{Goal::meta_gradient, &plan->program(), layouts.support, layouts.query, steps,
+                       first_order,         needs_lr,         m.cluster};
+  BlockMemory memory;
+  const BlockShape shape = block_shape(work, tasks, m.threads, m.limits, size, memory);
+  return {shape.threads, shape.blocks, shape.bytes, int64_t{size} * memory.record};
+}
+
+bool built() { return has_cuda; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(metafast, m) {
+  m.def("cuda_predict(Tensor description, Tensor head, int[] settings, Tensor params, Tensor x, int step) -> Tensor");
+  m.def(
+      "cuda_loss_and_grad(Tensor description, Tensor head, int[] settings, Tensor params, Tensor x, Tensor y, int "
+      "step) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_adapt(Tensor description, Tensor head, int[] settings, Tensor params, Tensor lr, Tensor x, Tensor y, "
+      "int steps) -> Tensor");
+  m.def(
+      "cuda_adapt_vjp(Tensor description, Tensor head, int[] settings, Tensor trajectory, Tensor lr, Tensor x, "
+      "Tensor y, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
+  m.def(
+      "cuda_meta_gradient(Tensor description, Tensor head, int[] settings, Tensor params, Tensor lr, "
+      "Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, "
+      "bool needs_lr) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_tables(Tensor description, Tensor like, int support, int query, bool predicts, int cluster, int stream) "
+      "-> (Tensor, Tensor)");
+  m.def("cuda_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster) -> int");
+  m.def(
+      "cuda_launch(Tensor description, bool in_double, int[] settings, int tasks, int support, int query, int steps, "
+      "bool first_order, bool needs_lr) -> (int, int, int, int)");
+  m.def("cuda_built() -> bool");
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("cuda_predict", TORCH_BOX(&predict));
+  m.impl("cuda_loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("cuda_adapt", TORCH_BOX(&adapt));
+  m.impl("cuda_adapt_vjp", TORCH_BOX(&adapt_vjp));
+  m.impl("cuda_meta_gradient", TORCH_BOX(&meta_gradient));
+  m.impl("cuda_tables", TORCH_BOX(&tables));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  implement(m);
+  m.impl("cuda_needs", TORCH_BOX(&needs));
+  m.impl("cuda_launch", TORCH_BOX(&launch));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CUDA, m) { implement(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CompositeExplicitAutograd, m) { m.impl("cuda_built", TORCH_BOX(&built)); }
+
+}  // namespace metafast
