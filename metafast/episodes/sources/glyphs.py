@@ -19,6 +19,7 @@ import torch
 
 from metafast.episodes.cache import Arrays, cached
 from metafast.episodes.dataset import ImageDataset, Splits
+from metafast.episodes.source import Parts, Source
 from metafast.extras import require
 
 if TYPE_CHECKING:
@@ -194,3 +195,10 @@ def _place(
 def _contrast(threshold: int) -> list[int]:
     """Grey values sharpened around a threshold: on a blurred glyph a low one thickens the strokes."""
     return [min(max((v - threshold) * 4 + 128, 0), 255) for v in range(256)]
+
+
+def _open(folder: None, split: str, device: str) -> Parts:
+    return Parts.of_images(load_glyphs().with_rotations().to(device))
+
+
+SOURCE = Source(name="glyphs", sample=(1, SIZE, SIZE), open=_open, makes="renders", ink_on_black=True)
