@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from metafast import learners
+from metafast.episodes import sources
 from metafast.models import conv4, mlp
-from metafast.training.data import IMAGE
 from metafast.training.recipes import Recipe
 
 MetaLearner = learners.MAML | learners.Reptile
@@ -44,7 +44,7 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
     return conv4(
         recipe.ways,
         channels=recipe.channels,
-        image=IMAGE[recipe.data],
+        image=sources.find(recipe.data).sample,
         pool=recipe.network == "conv4-pool",
         head_std=recipe.head_std,
         seed=seed,

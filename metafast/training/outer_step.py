@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metafast.episodes import Sampler
 from metafast.executors import choose
 from metafast.executors.cuda_graphs import CudaGraph
 from metafast.learners import MAML, MAMLPlusPlus, Reptile
 from metafast.tasks import TaskBatch
 from metafast.training.build import MetaLearner, build_optimizer
-from metafast.training.data import Sampler
 from metafast.training.evaluate import task_scores
 from metafast.training.recipes import Recipe
 

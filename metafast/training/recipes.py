@@ -26,8 +26,8 @@ class Recipe:
     Attributes:
         name: how the command line calls it.
         note: where the settings come from and what differs from that source.
-        data: ``sinusoid``, ``glyphs``, ``omniglot`` or ``folder``.
-        split: how classes are divided, for data that offer more than one way (Omniglot: ``background``, ``maml``).
+        data: the name of a data set, as its record in ``metafast.episodes.sources`` has it.
+        split: how classes are divided, for data whose record offers more than one way.
         algorithm: one of ``ALGORITHMS``.
         network: one of ``NETWORKS``; ``channels`` is its width, ``head_std`` the deviation of the initial head of
             ``conv4-stride``.

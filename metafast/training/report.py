@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``summary.json``, ``curves.png`` and, for regression, ``adaptation.png``."""
+"""What a run leaves behind: ``summary.json``, ``curves.png`` and, where a task is a known curve, ``adaptation.png``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from metafast.episodes import sources
 from metafast.extras import require
 from metafast.files import write_json
 from metafast.learners import Learner
@@ -60,8 +61,8 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
     }
     write_json(folder / SUMMARY, summary)
     draw_curves(read_metrics(folder), recipe, folder / "curves.png")
-    if not recipe.classification:
-        draw_adaptation(training.learner, training.episodes, recipe, folder / "adaptation.png")
+    if (curve := sources.find(recipe.data).curve) is not None:
+        draw_adaptation(training.learner, training.episodes, recipe, curve, folder / "adaptation.png")
     return summary
 
 
@@ -110,11 +111,13 @@ def draw_curves(lines: Sequence[dict[str, Any]], recipe: Recipe, path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
-def draw_adaptation(learner: Learner, episodes: Episodes, recipe: Recipe, path: Path, tasks: int = 3) -> None:
-    """Test sinusoids: the truth, the support points, and the model before and after 1, 5 and 10 inner steps."""
+def draw_adaptation(
+    learner: Learner, episodes: Episodes, recipe: Recipe, curve: tuple[float, float], path: Path, tasks: int = 3
+) -> None:
+    """Draws test tasks over the interval ``curve``: truth, support points, the model before and after inner steps."""
     sampler: Any = episodes.test[recipe.test_shots[-1]]
     batch, truth = sampler.batch(0), sampler.truth(0)
-    x = torch.linspace(-5, 5, 200, device=batch.support_x.device).view(1, -1, 1).expand(len(batch), -1, 1)
+    x = torch.linspace(*curve, 200, device=batch.support_x.device).view(1, -1, 1).expand(len(batch), -1, 1)
     fits = {s: learner.adapt(batch.support_x, batch.support_y, steps=s)(x).cpu() for s in DRAWN_STEPS}
     figure = require("matplotlib.figure").Figure(figsize=(4.5 * tasks, 3.5), layout="constrained")
     for t, axes in enumerate(figure.subplots(1, tasks, sharey=True)):

@@ -11,18 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.episodes.sources import folder as pictures
+from metafast.episodes import pictures, sources
 from metafast.learners import Learner
 from metafast.training import checkpoint
 from metafast.training.build import build_learner, build_model, choose_device
-from metafast.training.data import IMAGE, open_episodes
+from metafast.training.data import open_episodes
 from metafast.training.evaluate import final_test, headline
 from metafast.training.recipes import Recipe
 from metafast.training.report import BATCH_NORM, device_name, draw_fit
 from metafast.training.run import BEST, LAST, load_learner
-
-# Data whose pictures are bright ink on a black ground.
-INK = ("glyphs", "omniglot")
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,8 @@ def explain_recipe(recipe: Recipe, device: str, backend: str) -> str:
     """Which executor runs each layer of a recipe's network on its meta-batches, and why."""
     device = choose_device(device)
     learner = build_learner(recipe, build_model(recipe, seed=0).to(device), backend)
-    sample = IMAGE[recipe.data] if recipe.classification else (1,)
     samples = recipe.shots * max(recipe.ways, 1)
-    return learner.explain(torch.zeros(recipe.tasks, samples, *sample, device=device))
+    return learner.explain(torch.zeros(recipe.tasks, samples, *sources.find(recipe.data).sample, device=device))
 
 
 def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Path | None) -> list[dict[str, Any]]:
@@ -156,9 +152,10 @@ def _picture(run: Trained, file: Path) -> Tensor:
     """``[C, H, W]`` as in training. Where that was ink on black, a picture that is mostly light is inverted."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no picture at {file}")
-    channels, size, _ = IMAGE[run.recipe.data]
+    source = sources.find(run.recipe.data)
+    channels, size, _ = source.sample
     pixels = torch.tensor(pictures.read_fitted(file, size, channels)).float() / 255
-    if run.recipe.data in INK and pixels.mean() > 0.5:
+    if source.ink_on_black and pixels.mean() > 0.5:
         pixels = 1 - pixels
     return pixels.to(run.device)
 
