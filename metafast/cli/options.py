@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-_WHERE, _OWN = "Where and how it runs", "Your own model"
+from metafast.episodes import sources
+from metafast.training.recipes import ALGORITHMS, RECIPES
+
+WHERE, _OWN = "Where and how it runs", "Your own model"
+
+ALGORITHM_HELP = f"One of: {', '.join(ALGORITHMS)}."
+# The data sets in the order of the recipes, in which the help names them.
+_SOURCES = [sources.find(name) for name in dict.fromkeys(recipe.data for recipe in RECIPES.values())]
+_WITH_FOLDER = " and ".join(source.name for source in _SOURCES if source.folder is not None)
+SPLIT_HELP = " ".join(
+    f"{source.name.capitalize()}'s classes: {', or '.join(source.splits.values())}."
+    for source in _SOURCES
+    if source.splits
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
+Data = Annotated[Path | None, typer.Option(help=f"Folder of the data, for {_WITH_FOLDER} recipes.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run that `metafast train` wrote.", show_default=False)]
+TestTasks = Annotated[int, typer.Option(help="Tasks in the final test.")]
 
 Device = Annotated[
-    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:INDEX.", rich_help_panel=_WHERE)
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:INDEX.", rich_help_panel=WHERE)
 ]
 Backend = Annotated[
     str,
-    typer.Option(help="Executor: auto (the fastest that can), or one that `doctor` lists.", rich_help_panel=_WHERE),
+    typer.Option(help="Executor: auto (the fastest that can), or one that `doctor` lists.", rich_help_panel=WHERE),
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="Threads on the CPU. Default: as many as torch takes.", rich_help_panel=_WHERE)
+    int | None, typer.Option(help="Threads on the CPU. Default: as many as torch takes.", rich_help_panel=WHERE)
 ]
 
 Model = Annotated[str | None, typer.Option(help="FILE.py:FACTORY, where FACTORY() makes it.", rich_help_panel=_OWN)]
