@@ -1,4 +1,4 @@
-"""``metafast`` as an application: it has no command of its own, each lies in a file of this folder."""
+"""The application ``metafast``. It has no command of its own: each of them lies in a file of this folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-# The help lists the commands in this order. ``evaluate`` stands for the file ``evaluate.py``, whose ``app`` has one
-# command; that names itself, and may do so in another way (``eval``).
+# The files of the commands, in the order in which the help lists them. Each has an ``app`` with one command, which
+# names itself: that of ``evaluate`` is ``eval``.
 COMMANDS = ("train", "evaluate", "adapt", "explain", "bench", "profile", "verify", "doctor", "demo")
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
 ) -> None:
-    """Options of every command."""
+    """Declares the options that every command has; ``main`` has read them already."""
 
 
 for name in COMMANDS:

@@ -1,4 +1,4 @@
-"""Options that several commands have, each with its one help text; and what was typed that nothing would read."""
+"""Options that several commands share, each with one help text; and a check for options that nothing would read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metafast.training.recipes import ALGORITHMS, RECIPES
 WHERE, _OWN = "Where and how it runs", "Your own model"
 
 ALGORITHM_HELP = f"One of: {', '.join(ALGORITHMS)}."
-# The data sets in the order of the recipes, in which the help names them.
+# The help names the data sets in the order of the recipes.
 _SOURCES = [sources.find(name) for name in dict.fromkeys(recipe.data for recipe in RECIPES.values())]
 _WITH_FOLDER = " and ".join(source.name for source in _SOURCES if source.folder is not None)
 SPLIT_HELP = " ".join(
@@ -51,7 +51,7 @@ OF_OWN_MODEL = ("input_shape", "ways", "shots", "queries", "tasks", "steps", "lr
 
 
 def refuse_typed(context: typer.Context, names: Collection[str], reason: str) -> None:
-    """Raises ValueError with ``reason`` where a parameter of these names was typed: nothing would read it."""
+    """Raises ValueError with ``reason`` if a parameter of these names was typed, since nothing would read it."""
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
@@ -60,5 +60,5 @@ def refuse_typed(context: typer.Context, names: Collection[str], reason: str) ->
 
 
 def refuse_of_own_model(context: typer.Context) -> None:
-    """Raises ValueError where options of an own model were typed, and the workload is a canonical one."""
+    """Raises ValueError if options of an own model were typed although the workload is a canonical one."""
     refuse_typed(context, OF_OWN_MODEL, "goes with --model FILE.py:FACTORY; a canonical workload has its own")

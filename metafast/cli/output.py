@@ -1,4 +1,4 @@
-"""Where commands write: their result on standard output, a run in a folder."""
+"""Where commands write: a result goes to standard output, a run into a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 
 def new_folder(name: str) -> Path:
-    """A folder under ``runs/`` that bears the time and so is new."""
+    """Names a folder under ``runs/`` by the time, so that it is new."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 

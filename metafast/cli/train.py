@@ -89,7 +89,7 @@ def train(
 
 
 def _outcome(summary: dict[str, Any], out: Path) -> str:
-    """The result of a run in two lines."""
+    """Says in two lines what a run has reached."""
     from metafast.training.report import measured
 
     tested, training = summary["tested"], summary["training"]

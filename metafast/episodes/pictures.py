@@ -1,4 +1,4 @@
-"""Image files: found in folders by class, and read with Pillow, with errors that name the file."""
+"""Finds image files in folders and reads them with Pillow. Errors name the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", 
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The decoded picture; ``name`` says in an error which it is.
+    """Decodes a picture; ``name`` says in an error which one it is.
 
     Raises:
         ValueError: the bytes are not a picture that Pillow can read, or it has more than 8 bits a channel.
@@ -35,24 +35,24 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def listing(root: Path, files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of each file: what identifies a tree without reading it."""
+    """Returns path, size and time of change of each file, which identify a tree of files without reading it."""
     return [(f.relative_to(root).as_posix(), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
 
 
 def folders_in(root: Path) -> list[Path]:
-    """Its sub-folders by name, without hidden ones; none where there is no such folder."""
+    """Lists the sub-folders by name, without hidden ones. A folder that does not exist has none."""
     if not root.is_dir():
         return []
     return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files of the folder that are images by their names, in order."""
+    """Lists the files of the folder that have an image's suffix, by name."""
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
 
 
 def read_fitted(file: Path, size: int, channels: int) -> np.ndarray:
-    """``uint8 [channels, size, size]``: upright, cropped to a square about its middle."""
+    """Reads a picture as uint8 ``[channels, size, size]``: turned upright and cropped to a square about its middle."""
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(decode(file.read_bytes(), str(file)))
@@ -62,5 +62,5 @@ def read_fitted(file: Path, size: int, channels: int) -> np.ndarray:
 
 
 def decoder() -> tuple[bytes, str]:
-    """The code of this file and Pillow's version, on which decoded pixels depend: a part of a cache's key."""
+    """Returns the code of this file and Pillow's version. Decoded pixels depend on both, so cache keys hold them."""
     return Path(__file__).read_bytes(), require("PIL", "train").__version__

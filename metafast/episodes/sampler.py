@@ -1,4 +1,4 @@
-"""Samplers of few-shot episodes, and that of classification: one gather from a data set on the device."""
+"""What a sampler of few-shot episodes is, and the one of classification: one gather from a data set on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metafast.tasks import TaskBatch
 
 
 class Sampler(ABC):
-    """Episodes addressed by a counter: ``batch(step)`` is a function of ``(seed, stream, step, task)`` without state.
+    """Draws episodes by counter: ``batch(step)`` is a function of ``(seed, stream, step, task)`` and has no state.
 
     Args:
         shots: support samples, of a class in classification, of a task in regression.
@@ -49,8 +49,9 @@ class Sampler(ABC):
 
     @abstractmethod
     def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
-        """The tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step, or of
-        each of a row of steps, one after another. A tensor ``step`` stays on its device.
+        """Draws the tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step.
+
+        A tensor ``step`` stays on its device; if it is a row of steps, their tasks follow one another.
 
         Raises:
             ValueError: world does not divide T, or rank or step is out of range.
@@ -58,7 +59,7 @@ class Sampler(ABC):
 
 
 class ClassificationSampler(Sampler):
-    """N-way K-shot episodes from an :class:`ImageDataset` (Vinyals et al., NeurIPS 2016).
+    """Draws N-way K-shot episodes from an :class:`ImageDataset` (Vinyals et al., NeurIPS 2016).
 
     The sampler has no state: ``batch(step)`` is a function of ``(seed, stream, step, task)``, where ``task``
     is the index in the global batch of T tasks. So the episodes are the same for any number of processes and
@@ -132,7 +133,7 @@ class ClassificationSampler(Sampler):
         return TaskBatch(*parts)
 
     def _draw(self, step: int | Tensor, tasks: range) -> tuple[Tensor, Tensor]:
-        """Classes ``[T, ways]`` and their instances ``[T, ways, shots + queries]``, support first."""
+        """Returns classes ``[T, ways]`` and their instances ``[T, ways, shots + queries]``, support first."""
         samples = self.shots + self.queries
         words = self._counter.words(step, tasks, self.ways * (1 + samples), self.device)
         classes = choose(words[:, : self.ways], len(self.dataset))

@@ -1,4 +1,4 @@
-"""What a data set is to everything that uses one: a record, which is the last thing in the data set's own file."""
+"""What a data set is to all that use one: a record, with which the data set's own file ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MakeSampler(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """An opened data set: to train on, to choose by (``None``: nothing is held out for that), and to report on."""
+    """An opened data set: a part to train on, one to choose by (``None``: there is none) and one to report on."""
 
     train: MakeSampler
     validation: MakeSampler | None
@@ -28,7 +28,7 @@ class Parts:
 
     @classmethod
     def of_images(cls, splits: Splits) -> Parts:
-        """N-way K-shot tasks from images, on the device where they are."""
+        """Makes parts whose tasks are N-way K-shot, drawn from images on the device where those are."""
         held_out = splits.validation
         return cls(
             partial(ClassificationSampler, splits.train),

@@ -25,7 +25,7 @@ class Episodes:
 
 
 def fixed_list(sampler: Sampler, tasks: int) -> Iterator[TaskBatch]:
-    """The first ``tasks`` tasks of a sampler that draws ``TEST_BATCH`` at a time."""
+    """Yields the first ``tasks`` tasks of a sampler that draws ``TEST_BATCH`` at a time."""
     for start in range(0, tasks, TEST_BATCH):
         batch = sampler.batch(start // TEST_BATCH)
         yield batch if tasks - start >= TEST_BATCH else batch.tasks(slice(0, tasks - start))

@@ -37,7 +37,7 @@ class SpeedComparison:
 
     @property
     def ratio(self) -> float:
-        """How many times faster than the loop metafast is."""
+        """Says how many times faster than the loop metafast is."""
         return self.loop / self.metafast
 
     @property
@@ -46,7 +46,7 @@ class SpeedComparison:
         return self.difference <= ONE_STEP.value
 
     def to_json(self) -> dict[str, float]:
-        """Plain JSON values, the speeds in tasks a second."""
+        """Returns plain JSON values, with the speeds in tasks a second."""
         return {
             "metafast_tasks_per_s": self.tasks / self.metafast,
             "loop_tasks_per_s": self.tasks / self.loop,

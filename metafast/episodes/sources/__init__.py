@@ -1,4 +1,4 @@
-"""Where episodes come from: one file a data set, found by the ``SOURCE`` record with which it ends."""
+"""Where episodes come from: every data set is one file here and is found by the ``SOURCE`` record that ends it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from metafast.episodes.source import Source
 
 @cache
 def known() -> dict[str, Source]:
-    """Every data set by its name: the record of each module in this folder."""
+    """Returns every data set by its name: the record of each module in this folder."""
     records = [import_module(f"{__name__}.{module.name}").SOURCE for module in iter_modules(__path__)]
     return {record.name: record for record in records}
 
 
 def find(name: str) -> Source:
-    """The data set of that name.
+    """Returns the data set of that name.
 
     Raises:
         ValueError: there is none; the text has the names of those that there are.

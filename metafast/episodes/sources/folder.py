@@ -23,7 +23,7 @@ def load_folder(
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.2),
     seed: int = 0,
 ) -> Splits:
-    """Images of any size from one folder a class, cropped to a centred square and resized.
+    """Reads images of any size from one folder a class, cropped to a centred square and resized.
 
     The layout is either ``path/<class>/<image>``, whose classes are divided at random by ``fractions`` and
     ``seed``, or ``path/{train,val,test}/<class>/<image>`` (val, valid or validation, which may be missing).

@@ -29,10 +29,10 @@ RELEASE = "the Omniglot release at https://github.com/brendenlake/omniglot (fold
 
 
 def load_omniglot(path: str | Path, split: str = "background", validation: int = 0, seed: int = 0) -> Splits:
-    """The characters as 28x28 images, 20 drawings each: 105x105 resized with Lanczos, ink 255 on 0.
+    """Reads the characters as 28x28 images, 20 drawings each: 105x105 resized with Lanczos, ink 255 on 0.
 
-    Instance i of a character is drawing i + 1. Decoded on the first call, then read from the user's cache
-    folder. Rotations as new classes: ``load_omniglot(path).with_rotations()``.
+    Instance i of a character is drawing i + 1. They are decoded on the first call, then read from the user's
+    cache folder. Rotations as new classes: ``load_omniglot(path).with_rotations()``.
 
     Args:
         path: folder that holds ``images_background`` and ``images_evaluation``, each as a zip or extracted.
@@ -98,7 +98,7 @@ def _at_random(characters: ImageDataset, validation: int, seed: int) -> Splits:
 
 
 def _find(root: Path, half: str) -> Path:
-    """The archive or the folder of one half of the data."""
+    """Finds the archive or the folder of one half of the data."""
     if not root.exists():
         raise FileNotFoundError(
             f"{root} does not exist; pass the folder that holds {BACKGROUND}.zip and {EVALUATION}.zip"
@@ -138,7 +138,7 @@ def _decode_all(halves: list[Path]) -> Arrays:
 
 
 def _drawings(half: Path) -> dict[str, dict[str, np.ndarray]]:
-    """alphabet/character -> file name -> uint8 ``[28, 28]``."""
+    """Reads the drawings, uint8 ``[28, 28]``, by ``alphabet/character`` and then by file name."""
     characters: dict[str, dict[str, np.ndarray]] = {}
     for path, data in _files(half):
         alphabet, character, file = path.split("/")
@@ -152,7 +152,7 @@ def _drawings(half: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _files(half: Path) -> Iterator[tuple[str, bytes]]:
-    """``<alphabet>/<character>/<drawing>.png`` and the bytes of each drawing."""
+    """Yields ``<alphabet>/<character>/<drawing>.png`` and the bytes of each drawing."""
     if half.is_dir():
         for file in sorted(half.glob("*/*/*.png")):
             yield file.relative_to(half).as_posix(), file.read_bytes()

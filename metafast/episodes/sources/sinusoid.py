@@ -27,15 +27,15 @@ class Sinusoids:
     phase: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The true y at ``x [T, n, 1]`` (or anything that broadcasts), in the dtype of ``x``.
+        """Returns the true y at ``x [T, n, 1]`` (or anything that broadcasts), in the dtype of ``x``.
 
-        Evaluated in float64 and rounded once, so that a device's own sine hardly ever shows in float32.
+        It is evaluated in float64 and rounded once, so that a device's own sine hardly ever shows in float32.
         """
         return (self.amplitude * torch.sin(x.double() - self.phase)).to(x.dtype)
 
 
 class SinusoidSampler(Sampler):
-    """K-shot regression on sinusoids: A uniform in [0.1, 5], phase in [0, pi], x in [-5, 5], as in the paper.
+    """Draws K-shot regression on sinusoids: A uniform in [0.1, 5], phase in [0, pi], x in [-5, 5], as in the paper.
 
     Stateless like :class:`~metafast.episodes.ClassificationSampler`: a batch is a function of (seed, stream,
     step, task). From the words of a task are drawn: draw 0 the amplitude, draw 1 the phase, draw ``2 + i``
@@ -85,7 +85,7 @@ class SinusoidSampler(Sampler):
         return TaskBatch(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
 
     def truth(self, step: int | Tensor, rank: int = 0, world: int = 1) -> Sinusoids:
-        """The waves behind ``batch(step, rank, world)``, e.g. to draw them."""
+        """Returns the waves behind ``batch(step, rank, world)``, e.g. to draw them."""
         return _waves(self._words(step, rank, world))
 
     def _words(self, step: int | Tensor, rank: int, world: int) -> Tensor:
