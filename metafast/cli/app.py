@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from metafast import learners
 from metafast.cli.bench import bench
 from metafast.cli.demo import run_demo
 from metafast.cli.options import Backend, Device
 from metafast.cli.profile import profile
 from metafast.cli.verify import verify
 from metafast.training.progress import terminal
-from metafast.training.recipes import ALGORITHMS, RECIPES, recipe
+from metafast.training.recipes import RECIPES, recipe
 from metafast.training.report import finish, measured, table
 from metafast.training.run import Options, Training
 from metafast.training.saved_run import explain_recipe, open_run, predict, retest
@@ -54,7 +55,7 @@ def options(
 def train(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")],
     algorithm: Annotated[
-        str | None, typer.Option(help=f"One of: {', '.join(ALGORITHMS)}.", rich_help_panel=_TRAINING)
+        str | None, typer.Option(help=f"One of: {', '.join(learners.names())}.", rich_help_panel=_TRAINING)
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Outer steps.", rich_help_panel=_TRAINING)] = None,
     lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.", rich_help_panel=_TRAINING)] = None,
@@ -163,7 +164,7 @@ def adapt(
 @app.command(epilog="Example:  metafast explain omniglot-5w1s")
 def explain(
     what: Annotated[str, typer.Argument(metavar="RECIPE|DIR", help="A recipe's name or a run's folder.")],
-    algorithm: Annotated[str | None, typer.Option(help=f"One of: {', '.join(ALGORITHMS)}.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help=f"One of: {', '.join(learners.names())}.")] = None,
     device: Device = "auto",
     backend: Backend = "auto",
     as_json: Json = False,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.files import write_json
+from metafast.learners import MAML
 from metafast.training.progress import Progress
 from metafast.training.recipes import recipe
 from metafast.training.report import device_name, finish, measured
@@ -114,6 +115,9 @@ def run_demo(folder: Path, device: str, backend: str, progress: Progress) -> Dem
 def compare(training: Training) -> Speed:
     """Times one meta-gradient of a run's recipe by its learner and by the plain loop, after they have agreed."""
     recipe, learner = training.recipe, training.learner
+    assert isinstance(learner, MAML)  # the plain loop is MAML's, and so are the recipes of the demo
+    rate = recipe.inner_lr
+    assert rate is not None
     tasks = training.episodes.train.batch(0)
     adapted = {p.name for p in learner.program.parameters if p.adapted}
 
@@ -123,7 +127,7 @@ def compare(training: Training) -> Speed:
 
     def theirs() -> Any:
         loss = LOSSES[recipe.loss]
-        return torch_loop.meta_gradient(learner.model, loss, tasks, recipe.inner_lr, recipe.steps, adapted)
+        return torch_loop.meta_gradient(learner.model, loss, tasks, rate, learner.steps, adapted)
 
     ours()
     _, wanted = theirs()
