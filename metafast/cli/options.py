@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
+from metafast import learners
 from metafast.episodes import sources
-from metafast.training.recipes import ALGORITHMS, RECIPES
+from metafast.training.recipes import RECIPES
 
 WHERE, _OWN = "Where and how it runs", "Your own model"
 
-ALGORITHM_HELP = f"One of: {', '.join(ALGORITHMS)}."
+ALGORITHM_HELP = f"One of: {', '.join(learners.names())}."
 # The help names the data sets in the order of the recipes.
 _SOURCES = [sources.find(name) for name in dict.fromkeys(recipe.data for recipe in RECIPES.values())]
 _WITH_FOLDER = " and ".join(source.name for source in _SOURCES if source.folder is not None)

@@ -206,8 +206,8 @@ class _Watched(MAML):
     watched: Executor | None = None
     recorded = False
 
-    def _prepare(self, tasks: TaskBatch) -> Choice:
-        choice = super()._prepare(tasks)
+    def _choice_for(self, tasks: TaskBatch) -> Choice:
+        choice = super()._choice_for(tasks)
         if self.watched is None:
             self.executor, self.watched = choice.executor, _watched(choice.executor)
         return replace(choice, executor=self.watched) if self.recorded else choice

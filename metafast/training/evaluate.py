@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ def task_scores(outputs: Tensor, targets: Tensor, classification: bool) -> Tenso
     return (outputs - targets).square().flatten(1).mean(1)
 
 
-def scores(learner: Learner, tasks: Iterable[TaskBatch], steps: int, classification: bool) -> Tensor:
-    """Scores ``[number of tasks]`` after adapting to each support set by ``steps`` inner steps (0: not at all)."""
+def scores(learner: Learner, tasks: Iterable[TaskBatch], settings: Mapping[str, Any], classification: bool) -> Tensor:
+    """Scores ``[number of tasks]`` after adapting to each support set under ``settings``, arguments of ``adapt``."""
     found = []
     for batch in tasks:
-        fast = learner.adapt(batch.support_x, batch.support_y, steps=steps)
+        fast = learner.adapt(batch.support_x, batch.support_y, **settings)
         found.append(task_scores(fast(batch.query_x), batch.query_y, classification))
     return torch.cat(found).double().cpu()
 
@@ -38,7 +38,8 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def final_test(learner: Learner, recipe: Recipe, episodes: Episodes, tasks: int) -> list[dict[str, Any]]:
-    """The final test: one row for each shot and number of inner steps, over the first ``tasks`` test tasks.
+    """The final test: one row for each shot and each of the learner's test settings, over the first ``tasks`` test
+    tasks. A row names its settings: a learner that takes inner steps says how many.
 
     Raises:
         ValueError: fewer than two tasks, which have no confidence interval.
@@ -47,14 +48,13 @@ def final_test(learner: Learner, recipe: Recipe, episodes: Episodes, tasks: int)
         raise ValueError(f"the number of test tasks is {tasks}; a confidence interval needs at least 2")
     rows = []
     for shots in recipe.test_shots:
-        for steps in recipe.test_steps:
-            found = scores(learner, fixed_list(episodes.test[shots], tasks), steps, recipe.classification)
+        for settings in learner.test_settings(recipe):
+            found = scores(learner, fixed_list(episodes.test[shots], tasks), settings, recipe.classification)
             mean, half = interval(found)
-            rows.append({"shots": shots, "steps": steps, recipe.metric: mean, "ci95": half, "tasks": tasks})
+            rows.append({"shots": shots, **settings, recipe.metric: mean, "ci95": half, "tasks": tasks})
     return rows
 
 
-def headline(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row that a run is known by: the first of the shots with the last of the steps."""
-    wanted = (recipe.test_shots[0], recipe.test_steps[-1])
-    return next(row for row in rows if (row["shots"], row["steps"]) == wanted)
+def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row that a run is known by: the first of the shots under the last of the settings."""
+    return [row for row in rows if row["shots"] == rows[0]["shots"]][-1]

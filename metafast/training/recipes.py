@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-ALGORITHMS = ("maml", "fomaml", "metasgd", "anil", "reptile", "maml++")
+from metafast import learners
+from metafast.learners.base import INNER_SETTINGS
+
 NETWORKS = ("mlp", "conv4-stride", "conv4-pool")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -28,18 +30,20 @@ class Recipe:
         note: where the settings come from and what differs from that source.
         data: the name of a data set, as its record in ``metafast.episodes.sources`` has it.
         split: how classes are divided, for data whose record offers more than one way.
-        algorithm: one of ``ALGORITHMS``.
+        algorithm: the name of a learner, one of ``learners.names()``.
         network: one of ``NETWORKS``; ``channels`` is its width, ``head_std`` the deviation of the initial head of
             ``conv4-stride``.
         ways: classes in a task; 0 for regression.
         shots, queries: samples a class (or a task, in regression) in training.
-        steps, inner_lr, inner_optimizer: the inner loop in training; the rate belongs to the mean loss.
+        steps, inner_lr, inner_optimizer: the inner loop in training; the rate belongs to the mean loss. They and
+            ``test_steps`` are ``None`` where the learner has no such setting.
         tasks: tasks in a meta-batch.
         iterations: outer steps.
         lr, final_lr, schedule: the outer optimiser's rate, ``lr`` at the start and ``final_lr`` at the end.
         clip: bound on each element of the meta-gradient, or ``None``.
-        test_shots, test_queries, test_steps: the final test, once for each shot and number of inner steps. The first
-            of ``test_shots`` with the last of ``test_steps`` is the result that a run is known by.
+        test_shots, test_queries, test_steps: the final test, once for each shot and, where the learner takes inner
+            steps, for each number of them. The first of ``test_shots`` with the last of ``test_steps`` is the result
+            that a run is known by.
         eval_every: iterations between validations on unseen classes; 0 for none.
         eval_tasks: tasks in a validation.
     """
@@ -52,17 +56,17 @@ class Recipe:
     ways: int
     shots: int
     queries: int
-    steps: int
-    inner_lr: float
+    steps: int | None
+    inner_lr: float | None
     tasks: int
     iterations: int
     test_shots: tuple[int, ...]
     test_queries: int
-    test_steps: tuple[int, ...]
+    test_steps: tuple[int, ...] | None
     head_std: float = 1.0
     split: str = "background"
     algorithm: str = "maml"
-    inner_optimizer: str = "sgd"
+    inner_optimizer: str | None = "sgd"
     lr: float = 1e-3
     final_lr: float = 0.0
     schedule: str = "constant"
@@ -71,7 +75,8 @@ class Recipe:
     eval_tasks: int = 200
 
     def __post_init__(self) -> None:
-        for name, choices in (("algorithm", ALGORITHMS), ("network", NETWORKS), ("schedule", SCHEDULES)):
+        learners.by_name(self.algorithm).check_recipe(self)
+        for name, choices in (("network", NETWORKS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         for name in (
@@ -84,13 +89,13 @@ class Recipe:
             "test_queries",
             "eval_tasks",
         ):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("inner_lr", "lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive number")
         for name, least in (("test_shots", 1), ("test_steps", 0)):
-            if not getattr(self, name) or min(getattr(self, name)) < least:
+            if (value := getattr(self, name)) is not None and (not value or min(value) < least):
                 raise ValueError(f"{name} is {getattr(self, name)}; it needs numbers of at least {least}")
         if self.ways < 0 or self.ways == 1:
             raise ValueError(f"ways is {self.ways}; a classification task needs at least 2 classes (0: regression)")
@@ -149,11 +154,11 @@ def recipe(name: str, algorithm: str | None = None, **overrides: Any) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; choose from {', '.join(RECIPES)}")
     chosen = RECIPES[name]
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(f"there is no algorithm {algorithm!r}; choose from {', '.join(ALGORITHMS)}")
     if algorithm is not None and algorithm != chosen.algorithm:
-        settings = _REGRESSION if not chosen.classification else _CLASSIFICATION
-        chosen = replace(chosen, algorithm=algorithm, **settings.get(algorithm, {}))
+        learner = learners.by_name(algorithm)
+        unused: dict[str, Any] = {name: None for name in INNER_SETTINGS if name not in learner.inner_settings}
+        changes = learner.recipe_changes.get("classification" if chosen.classification else "regression", {})
+        chosen = replace(chosen, algorithm=algorithm, **unused, **changes)
     given = {key: value for key, value in overrides.items() if value is not None}
     if "shots" in given and "test_shots" not in given:
         given["test_shots"] = (given["shots"],)
@@ -255,23 +260,3 @@ RECIPES: dict[str, Recipe] = {
         _FOLDER,
     )
 }
-
-# What an algorithm changes in a recipe written for MAML. Meta-SGD: Li et al. 2017 and its public code. Reptile:
-# Nichol et al. 2018, the Omniglot command lines of its code. MAML++: Antoniou et al. 2019, the Omniglot configuration.
-_CLASSIFICATION: dict[str, dict[str, Any]] = {
-    "metasgd": {"steps": 1, "test_steps": (0, 1), "iterations": 40_000},
-    "reptile": {
-        "shots": 10, "queries": 1, "steps": 5, "inner_optimizer": "adam", "inner_lr": 1e-3, "tasks": 5,
-        "iterations": 100_000, "lr": 1.0, "schedule": "linear", "test_steps": (0, 5, 50),
-    },
-    "maml++": {
-        "network": "conv4-pool", "steps": 5, "inner_lr": 0.1, "tasks": 8, "iterations": 50_000,
-        "lr": 1e-3, "schedule": "cosine", "final_lr": 1e-5, "test_steps": (0, 5),
-    },
-}  # fmt: skip
-_REGRESSION: dict[str, dict[str, Any]] = {
-    "reptile": {
-        "steps": 10, "inner_lr": 0.02, "tasks": 5, "lr": 1.0, "schedule": "linear", "test_steps": (0, 1, 10, 32),
-    },
-    "maml++": {"steps": 5, "schedule": "cosine", "final_lr": 1e-5, "test_steps": (0, 1, 5)},
-}  # fmt: skip

@@ -22,9 +22,6 @@ from metafast.training.recipes import Recipe
 from metafast.training.run import Training
 
 SUMMARY = "summary.json"
-BATCH_NORM = "task: the statistics of each pass over a task's own support or query samples, in training and test"
-# Steps drawn in the picture of adaptation; 0 is the model before it adapts.
-DRAWN_STEPS = (0, 1, 5, 10)
 
 
 def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str, Any]:
@@ -36,10 +33,10 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
         "recipe": recipe.name,
         "algorithm": recipe.algorithm,
         "metric": recipe.metric,
-        "result": headline(recipe, rows),
+        "result": headline(rows),
         "tests": rows,
         "queries": f"{recipe.test_queries} a {'class' if recipe.classification else 'task'}",
-        "batch_norm": BATCH_NORM if recipe.network != "mlp" else None,
+        "batch_norm": training.learner.batch_norm(),
         "tested": tested,
         "training": {
             "iterations": training.done,
@@ -80,9 +77,12 @@ def device_name(device: str) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """The rows of a test, as text."""
-    lines = [f"{'shots':>5} {'steps':>5}  {metric} with 95% interval"]
-    lines += [f"{row['shots']:>5} {row['steps']:>5}  {measured(row, metric)}" for row in rows]
+    """The rows of a test, as text: the settings of each, and what was measured."""
+    settings = [name for name in rows[0] if name not in (metric, "ci95", "tasks")]
+    lines = [" ".join(f"{name:>5}" for name in settings) + f"  {metric} with 95% interval"]
+    for row in rows:
+        values = (f"{row[name]:>{max(5, len(name))}}" for name in settings)
+        lines.append(f"{' '.join(values)}  {measured(row, metric)}")
     return "\n".join(lines)
 
 
@@ -114,17 +114,20 @@ def draw_curves(lines: Sequence[dict[str, Any]], recipe: Recipe, path: Path) -> 
 def draw_adaptation(
     learner: Learner, episodes: Episodes, recipe: Recipe, curve: tuple[float, float], path: Path, tasks: int = 3
 ) -> None:
-    """Draws test tasks over the interval ``curve``: truth, support points, the model before and after inner steps."""
+    """Draws test tasks over the interval ``curve``: truth, support points, the model under each test setting."""
     sampler: Any = episodes.test[recipe.test_shots[-1]]
     batch, truth = sampler.batch(0), sampler.truth(0)
     x = torch.linspace(*curve, 200, device=batch.support_x.device).view(1, -1, 1).expand(len(batch), -1, 1)
-    fits = {s: learner.adapt(batch.support_x, batch.support_y, steps=s)(x).cpu() for s in DRAWN_STEPS}
+    fits = [
+        (settings, learner.adapt(batch.support_x, batch.support_y, **settings)(x).cpu())
+        for settings in learner.test_settings(recipe)
+    ]
     figure = require("matplotlib.figure").Figure(figsize=(4.5 * tasks, 3.5), layout="constrained")
     for t, axes in enumerate(figure.subplots(1, tasks, sharey=True)):
         axes.plot(x[t].cpu(), truth(x)[t].cpu(), color="black", linewidth=2, label="truth")
-        for steps, fit in fits.items():
-            name = "before" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
-            axes.plot(x[t].cpu(), fit[t], linestyle=":" if steps == 0 else "-", label=name)
+        for settings, fit in fits:
+            name = ", ".join(f"{key} {value}" for key, value in settings.items()) or "adapted"
+            axes.plot(x[t].cpu(), fit[t], linestyle=":" if settings.get("steps") == 0 else "-", label=name)
         axes.plot(batch.support_x[t].cpu(), batch.support_y[t].cpu(), "^", color="purple", label="support")
         axes.set(xlabel="x", title=f"test task {t + 1}, {recipe.test_shots[-1]} shots")
     axes.legend(fontsize="small")

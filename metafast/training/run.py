@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metafast.files import write_json
+from metafast.learners import Learner
 from metafast.training import checkpoint
 from metafast.training.build import build_learner, build_model, choose_device
 from metafast.training.checkpoint import CheckpointError
@@ -224,8 +225,8 @@ class Training:
             raise ValueError(
                 f"{recipe.data} has no classes set aside for validation; give --eval-every 0, or a folder with val/"
             )
-        steps = recipe.test_steps[-1]
-        found = scores(self.learner, fixed_list(sampler, recipe.eval_tasks), steps, recipe.classification)
+        settings = self.learner.test_settings(recipe)[-1]
+        found = scores(self.learner, fixed_list(sampler, recipe.eval_tasks), settings, recipe.classification)
         value, half = interval(found)
         metrics.write(self.done, "validation", **{recipe.metric: value, "ci95": half})
         progress.note(f"iteration {self.done}: validation {recipe.metric} {value:.4f} ± {half:.4f}")
@@ -249,10 +250,12 @@ class Training:
         path = self.options.out / LAST
         good = checkpoint.load(path)[1]["iteration"] if path.is_file() else None
         kept = "nothing was saved yet" if good is None else f"{path} still holds iteration {good}"
-        return Diverged(f"iteration {iteration}: {why}; {kept}. Lower --inner-lr or --lr, or use fewer --steps")
+        lower = "Lower --lr" if self.recipe.inner_lr is None else "Lower --inner-lr or --lr"
+        fewer = "" if self.recipe.steps is None else ", or use fewer --steps"
+        return Diverged(f"iteration {iteration}: {why}; {kept}. {lower}{fewer}")
 
 
-def load_learner(learner: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_learner(learner: Learner, tensors: dict[str, Tensor]) -> None:
     """Puts a checkpoint's parameters into a learner.
 
     Raises:

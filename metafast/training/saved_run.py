@@ -18,7 +18,7 @@ from metafast.training.build import build_learner, build_model, choose_device
 from metafast.training.data import open_episodes
 from metafast.training.evaluate import final_test, headline
 from metafast.training.recipes import Recipe
-from metafast.training.report import BATCH_NORM, device_name, draw_fit
+from metafast.training.report import device_name, draw_fit
 from metafast.training.run import BEST, LAST, load_learner
 
 
@@ -64,7 +64,7 @@ def retest(
         run.recipe,
         test_shots=tuple(shots or run.recipe.test_shots),
         test_queries=queries or run.recipe.test_queries,
-        test_steps=tuple(steps or run.recipe.test_steps),
+        test_steps=tuple(steps) if steps else run.recipe.test_steps,
     )
     episodes = open_episodes(recipe, data or run.data, run.seed, run.device)
     rows = final_test(run.learner, recipe, episodes, tasks)
@@ -72,10 +72,10 @@ def retest(
         "recipe": recipe.name,
         "algorithm": recipe.algorithm,
         "metric": recipe.metric,
-        "result": headline(recipe, rows),
+        "result": headline(rows),
         "tests": rows,
         "queries": recipe.test_queries,
-        "batch_norm": BATCH_NORM if recipe.classification else None,
+        "batch_norm": run.learner.batch_norm(),
         "checkpoint": run.checkpoint.name,
         "iteration": run.iteration,
         "device": device_name(run.device),
@@ -83,7 +83,7 @@ def retest(
 
 
 def explain_recipe(recipe: Recipe, device: str, backend: str) -> str:
-    """Which executor runs each layer of a recipe's network on its meta-batches, and why."""
+    """What runs a recipe's learner on its meta-batches: which executor runs each layer, and why."""
     device = choose_device(device)
     learner = build_learner(recipe, build_model(recipe, seed=0).to(device), backend)
     samples = recipe.shots * max(recipe.ways, 1)
@@ -102,8 +102,9 @@ def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Pa
     kinds = (".csv",) if run.recipe.classification else (".csv", ".png")
     if out is not None and out.suffix not in kinds:
         raise ValueError(f"--out {out} must end in {' or '.join(kinds)}")
-    steps = run.recipe.test_steps[-1] if steps is None else steps
-    rows = (_classify if run.recipe.classification else _regress)(run, support, query, steps)
+    recipe = run.recipe if steps is None else replace(run.recipe, test_steps=(steps,))
+    settings = run.learner.test_settings(recipe)[-1]
+    rows = (_classify if run.recipe.classification else _regress)(run, support, query, settings)
     if out is not None and out.suffix == ".png":
         draw_fit(_columns(support, ("x", "y")).tolist(), [(row["x"], row["y"]) for row in rows], out)
     elif out is not None:
@@ -114,9 +115,9 @@ def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Pa
     return rows
 
 
-def _classify(run: Trained, support: Path, query: Path, steps: int) -> list[dict[str, Any]]:
+def _classify(run: Trained, support: Path, query: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     support_x, support_y, names = _labelled(run, support)
-    fast = run.learner.adapt(support_x, support_y, steps=steps)
+    fast = run.learner.adapt(support_x, support_y, **settings)
     files = pictures.images_in(query) if query.is_dir() else [query]
     if not files:
         raise FileNotFoundError(f"{query} holds no pictures ({', '.join(sorted(pictures.SUFFIXES))})")
@@ -160,11 +161,11 @@ def _picture(run: Trained, file: Path) -> Tensor:
     return pixels.to(run.device)
 
 
-def _regress(run: Trained, support: Path, query: Path, steps: int) -> list[dict[str, Any]]:
+def _regress(run: Trained, support: Path, query: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     points = _columns(support, ("x", "y"))
     x = _columns(query, ("x",))
     support_x, support_y = points[None, :, :1].to(run.device), points[None, :, 1:].to(run.device)
-    y = run.learner.adapt(support_x, support_y, steps=steps)(x[None].to(run.device))[0]
+    y = run.learner.adapt(support_x, support_y, **settings)(x[None].to(run.device))[0]
     return [{"x": float(a), "y": float(b)} for a, b in zip(x[:, 0], y[:, 0].cpu(), strict=True)]
 
 

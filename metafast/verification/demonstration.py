@@ -74,8 +74,10 @@ def demonstrate(folder: Path, device: str, backend: str, progress: Progress) -> 
         progress.note(f"{chosen.name}: {chosen.iterations} iterations of {chosen.tasks} tasks")
         start = time.perf_counter()
         training = Training(chosen, Options(folder / chosen.name, device=device, backend=backend))
-        assert isinstance(training.learner, MAML)  # by the two recipes above
-        speeds[chosen.name] = compare(training.learner, training.episodes.train.batch(0), chosen.inner_lr)
+        learner, rate = training.learner, chosen.inner_lr
+        assert isinstance(learner, MAML)  # both recipes above are MAML's
+        assert rate is not None
+        speeds[chosen.name] = compare(learner, training.episodes.train.batch(0), rate)
         training.run(progress)
         summaries[chosen.name] = finish(training, TEST_TASKS, time.perf_counter() - start)
     seconds = time.perf_counter() - began
