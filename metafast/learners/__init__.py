@@ -1,4 +1,4 @@
-"""The learners, one file each. A class with a ``name`` that is imported here can be trained: see ``base.Learner``."""
+"""Holds the learners, one file each. A class with a ``name`` that is imported here can be trained by that name."""
 
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.anil import ANIL

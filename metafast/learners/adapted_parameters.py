@@ -1,4 +1,4 @@
-"""Which parameters of a model the inner loop moves."""
+"""Says which parameters of a model the inner loop moves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn.Module) -> set[str]:
-    """Names of the parameters that ``chosen`` covers: parameter names, module names, or modules of ``model``.
+    """Returns the names of the parameters that ``chosen`` covers: names of parameters or modules, or modules.
 
     Raises:
         ValueError: a name or module that the model does not have, or one without parameters.
@@ -39,6 +39,6 @@ def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn
 
 
 def without_batch_norm(model: nn.Module) -> list[str]:
-    """Names of all parameters but those of batch norms: what the MAML papers adapt."""
+    """Returns the names of all parameters but those of batch norms, which is what the MAML papers adapt."""
     norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
     return [name for name, _ in model.named_parameters() if not any(name.startswith(norm + ".") for norm in norms)]

@@ -1,4 +1,4 @@
-"""ANIL: MAML whose inner loop moves the head alone."""
+"""ANIL is MAML whose inner loop moves the head alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metafast.learners.maml import MAML
 
 
 class ANIL(MAML):
-    """Almost no inner loop (Raghu et al. 2020, 1909.09157): the inner loop moves only ``head``.
+    """ANIL, "almost no inner loop" (Raghu et al. 2020, 1909.09157), moves only ``head`` in the inner loop.
 
     With ``theta = (body, head)``: ``head_{s+1} = head_s - alpha dL_support(body, head_s)/dhead``. The features of the
     support set do not change, so they are computed once; the body still gets its exact gradient, through the query

@@ -1,4 +1,4 @@
-"""What a learner is: the protocol that training, tests and the command line rely on, and the register of learners."""
+"""Defines what a learner is, the protocol that training, tests and the command line rely on, and registers learners."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INNER_SETTINGS = ("steps", "inner_lr", "inner_optimizer", "test_steps")
 
 @dataclass(frozen=True)
 class LearnerOutput:
-    """What a learner makes of a batch of T tasks.
+    """Holds what a learner makes of a batch of T tasks.
 
     Attributes:
         losses: ``[T]``, each task's meta-loss.
@@ -33,7 +33,7 @@ class LearnerOutput:
 
     @cached_property
     def loss(self) -> Tensor:
-        """The mean of ``losses``, with their graph wherever it is read first."""
+        """Is the mean of ``losses``, with their graph wherever it is read first."""
         if not self.losses.requires_grad:
             return self.losses.mean()
         with torch.enable_grad():
@@ -41,7 +41,7 @@ class LearnerOutput:
 
 
 class LearnerRecipe(Protocol):
-    """What a learner may read of a recipe; ``metafast.training.recipes.Recipe`` says what each field means."""
+    """Lists what a learner may read of a recipe; ``metafast.training.recipes.Recipe`` says what each field means."""
 
     @property
     def loss(self) -> str: ...
@@ -60,7 +60,7 @@ class LearnerRecipe(Protocol):
 
 
 class Learner(nn.Module, ABC):
-    """Something that learns to learn: from a support set it makes a model, and from many tasks it learns to do so.
+    """A learner makes a model from a support set, and from many tasks it learns to do so well.
 
     The meta-objective is ``J = mean_t L(outputs_t, query_y_t)``, ``outputs_t = A(support_t)(query_x_t)``, where ``A``
     is :meth:`adapt`. ``parameters()`` are the meta-parameters. How ``A`` works is left open: by gradient steps
@@ -99,7 +99,7 @@ class Learner(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> Learner:
-        """The learner of a recipe around ``model``, whose last layer is called ``head``.
+        """Builds the learner of a recipe around ``model``, whose last layer is called ``head``.
 
         Raises:
             ValueError: ``backend`` names an executor that the learner has no use for.
@@ -107,7 +107,7 @@ class Learner(nn.Module, ABC):
 
     @classmethod
     def check_recipe(cls, recipe: LearnerRecipe) -> None:
-        """Says whether the recipe's tasks and inner settings are for this learner.
+        """Checks that the recipe's tasks and inner settings are for this learner.
 
         Raises:
             ValueError: an inner setting is missing, or set where the learner takes none; the text names it.
@@ -121,7 +121,7 @@ class Learner(nn.Module, ABC):
 
     @classmethod
     def test_settings(cls, recipe: LearnerRecipe) -> list[dict[str, Any]]:
-        """Keyword arguments of :meth:`adapt` under which the recipe's learner is tested, one set a row of the table.
+        """Returns the keyword arguments of :meth:`adapt` under which the learner is tested, one set for each test.
 
         The last one is what a run is known by. A learner that has only one way to adapt is tested once.
         """
@@ -147,6 +147,8 @@ class Learner(nn.Module, ABC):
     ) -> Callable[[Tensor], Tensor]:
         """Adapts to T tasks and returns their models as one function ``x [T, n, ...] -> outputs [T, n, ...]``.
 
+        Tests call both under ``torch.no_grad()``: a learner that adapts by autograd switches it on for itself.
+
         Args:
             support_x: ``[T, n, ...]``.
             support_y: ``[T, n]`` labels, or ``[T, n, ...]`` targets.
@@ -154,18 +156,18 @@ class Learner(nn.Module, ABC):
         """
 
     def explain(self, x: Tensor | None = None) -> str:
-        """What runs the learner on batches like ``x [T, n, ...]``, in lines."""
+        """Says in lines what runs the learner on batches like ``x [T, n, ...]``."""
         size = sum(p.numel() for p in self.parameters())
         return f"executor: none, {type(self).__name__} runs as PyTorch's own operators; {size:,} parameters"
 
     def batch_norm(self) -> str | None:
-        """Where batch norm takes its statistics from, in words; ``None`` where the learner has no batch norm."""
+        """Says where batch norm takes its statistics from; it is ``None`` where the learner has no batch norm."""
         if not any(isinstance(module, _BatchNorm) for module in self.modules()):
             return None
         return f"as torch.nn.BatchNorm does in {'training' if self.training else 'evaluation'} mode"
 
     def outer_optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """The optimiser of the meta-parameters, as in the learner's paper; Adam unless it says otherwise.
+        """Makes the optimiser of the meta-parameters, that of the learner's paper. It is Adam if none says otherwise.
 
         Its ``lr`` is a tensor beside the parameters, and a step reads nothing back: a CUDA graph can hold it.
         """
@@ -182,8 +184,10 @@ class Learner(nn.Module, ABC):
         return ()
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
-        """In words, why no CUDA graph can hold :meth:`backward` on batches like ``tasks``, which are on a GPU; ``None``
-        where one can."""
+        """Says why no CUDA graph can hold :meth:`backward` on batches like ``tasks``, which are on a GPU.
+
+        It is ``None`` where one can.
+        """
         return f"{type(self).__name__} may wait for the host"
 
 
@@ -191,12 +195,12 @@ _LEARNERS: dict[str, type[Learner]] = {}
 
 
 def names() -> list[str]:
-    """The names of all learners, in alphabetical order."""
+    """Returns the names of all learners, in alphabetical order."""
     return sorted(_LEARNERS)
 
 
 def by_name(name: str) -> type[Learner]:
-    """The class of the learner that recipes and the command line call ``name``.
+    """Returns the class of the learner that recipes and the command line call ``name``.
 
     Raises:
         ValueError: there is none.
@@ -207,7 +211,7 @@ def by_name(name: str) -> type[Learner]:
 
 
 def rate_beside(parameter: Tensor, lr: float) -> Tensor:
-    """``lr`` as a tensor on the parameter's device, as torch's fused optimisers want it."""
+    """Puts ``lr`` into a tensor on the parameter's device, as torch's fused optimisers want it."""
     # The kernels read a rate on a GPU as float32, and one on the CPU as float64.
     dtype = torch.float32 if parameter.is_cuda else torch.float64
     return torch.tensor(lr, dtype=dtype, device=parameter.device)

@@ -1,4 +1,4 @@
-"""Checks of what users hand in; each error names the value and the remedy."""
+"""Checks what users hand in; each error names the value and the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_batch(tasks: TaskBatch) -> None:
 
 
 def check_like(tasks: TaskBatch, learner: nn.Module) -> None:
-    """The batch must live where the learner lives, in its dtype."""
+    """Raises where a tensor of the batch does not live where the learner lives, or in another dtype."""
     tensors = {name: t for name, t in learner.state_dict().items() if t.is_floating_point()}
     for name in ("support_x", "query_x", "support_y", "query_y"):
         x: Tensor = getattr(tasks, name)

@@ -1,4 +1,4 @@
-"""FOMAML: MAML without the Hessian terms."""
+"""FOMAML is MAML without the Hessian terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metafast.learners.maml import MAML
 
 
 class FOMAML(MAML):
-    """First-order MAML (Finn, Abbeel, Levine 2017, 1703.03400, section 5.2): the meta-gradient without Hessian terms.
+    """First-order MAML (Finn et al. 2017, 1703.03400, section 5.2) drops the Hessian terms of the meta-gradient.
 
     ``dJ/dtheta ~ mean_t grad L_query(theta_S,t)``. ``options`` are those of :class:`MAML` but ``first_order``.
     """

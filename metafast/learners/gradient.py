@@ -1,4 +1,4 @@
-"""What the gradient-based learners share: the captured model, the checks, the choice of executor, adaptation."""
+"""Holds what the gradient-based learners share: the captured model, the checks, the choice of executor, adaptation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STATISTICS = {
 
 @dataclass(frozen=True)
 class Adapted:
-    """T adapted models. ``parameters [T, P]``; ``sample`` is the shape of a sample."""
+    """Holds T adapted models: their ``parameters [T, P]``, and the shape of a ``sample``."""
 
     program: Program
     choice: Choice
@@ -44,7 +44,12 @@ class Adapted:
     sample: tuple[int, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept."""
+        """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
+
+        Raises:
+            ValueError: another number of tasks, or samples of another shape.
+            TypeError: ``x`` is of another dtype, or on another device.
+        """
         theta = self.parameters
         if x.dim() < 2 or x.shape[0] != theta.shape[0] or x.shape[2:] != self.sample:
             raise ValueError(
@@ -59,7 +64,11 @@ class Adapted:
         return self.choice.executor.predict(self.program, self.parameters, x.contiguous(), self.step)
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
-        """The parameters of one task under the user's names: ``model.load_state_dict(..., strict=False)``."""
+        """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.
+
+        Raises:
+            IndexError: there is no such task.
+        """
         if not 0 <= task < self.parameters.shape[0]:
             raise IndexError(f"task={task}: the adapted models are numbered 0..{self.parameters.shape[0] - 1}")
         tensors = self.program.unflatten(self.parameters[task])
@@ -67,7 +76,7 @@ class Adapted:
 
 
 class KnownBatch(NamedTuple):
-    """What is known of one kind of batch since the first of it was seen.
+    """Holds what is known of one kind of batch since the first of it was seen.
 
     ``support_x`` and ``query_x`` are those of that batch; ``output`` is the shape of a sample's output;
     ``checks_targets`` says whether the values of the targets are looked at in every batch.
@@ -81,7 +90,7 @@ class KnownBatch(NamedTuple):
 
 
 class GradientLearner(Learner):
-    """A learner whose inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``.
+    """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
     learned; torch optimisers do the outer step.
@@ -143,18 +152,18 @@ class GradientLearner(Learner):
 
     @classmethod
     def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> GradientLearner:
-        """The learner with the recipe's loss, rate and steps, and what :meth:`recipe_options` makes of it besides."""
+        """Builds the learner with the recipe's loss, rate and steps, and with what :meth:`recipe_options` returns."""
         inner: dict[str, Any] = {"loss": recipe.loss, "lr": recipe.inner_lr, "steps": recipe.steps}
         return cls(model, backend=backend, **inner, **cls.recipe_options(recipe, model))
 
     @classmethod
     def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
-        """The arguments of the constructor that a recipe decides, beside loss, rate and steps."""
+        """Returns the arguments of the constructor that a recipe decides, beside loss, rate and steps."""
         return {}
 
     @classmethod
     def check_recipe(cls, recipe: LearnerRecipe) -> None:
-        """As of any learner; the inner optimiser, too, must be one of this learner's."""
+        """Checks what any learner checks, and that the inner optimiser is one of ``inner_optimizers``."""
         super().check_recipe(recipe)
         if recipe.inner_optimizer not in cls.inner_optimizers:
             raise ValueError(
@@ -163,15 +172,15 @@ class GradientLearner(Learner):
 
     @classmethod
     def test_settings(cls, recipe: LearnerRecipe) -> list[dict[str, Any]]:
-        """One for each number of inner steps in the recipe's ``test_steps``."""
+        """Returns one set for each number of inner steps in the recipe's ``test_steps``."""
         return [{"steps": steps} for steps in recipe.test_steps or ()]
 
     def batch_norm(self) -> str | None:
-        """What ``bn`` means, where the model has a batch norm."""
+        """Says what ``bn`` means, where the model has a batch norm."""
         return None if super().batch_norm() is None else _STATISTICS[self.bn]
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
-        """In words, why the executor of such batches cannot run under a CUDA graph; ``None`` where it can."""
+        """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
         queries = tasks.query_x.shape[1]
         chosen = choose(self.program, tasks.support_x, self.backend, False, self.precision, queries)
         return chosen.executor.unrecordable(self.program)
@@ -201,7 +210,7 @@ class GradientLearner(Learner):
         return Adapted(self.program, choice, theta, steps, tuple(support_x.shape[2:]))
 
     def explain(self, x: Tensor | None = None) -> str:
-        """Which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
+        """Says which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
             choice, query_x = choose(self.program, x, self.backend, precision=self.precision), x
         elif self._known:
@@ -223,7 +232,7 @@ class GradientLearner(Learner):
         return "\n".join(lines)
 
     def flat_parameters(self) -> Tensor:
-        """The meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
+        """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
@@ -234,7 +243,7 @@ class GradientLearner(Learner):
         return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of a sample's output, found by a run of one task."""
+        """Finds the shape of a sample's output by a run of one task."""
         y = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
         if y.shape[:2] != (1, x.shape[1]):
             raise ValueError(
@@ -254,7 +263,7 @@ class GradientLearner(Learner):
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
 
     def _rates(self) -> Tensor:
-        """The inner rates, ``[1 or S, 1 or P]``."""
+        """Returns the inner rates, ``[1 or S, 1 or P]``."""
         return self.rate() if self._fixed_rate is None else self._fixed_rate
 
     def _parameters_in_order(self) -> list[Tensor]:
@@ -262,7 +271,7 @@ class GradientLearner(Learner):
         return [named[p.name] for p in self.program.parameters]
 
     def _rows_per_step(self) -> nn.ParameterDict:
-        """``per_step`` batch norm: gamma and beta with a row for each inner step, started from the model's."""
+        """Makes gamma and beta of ``per_step`` batch norm, with a row for each inner step, started from the model's."""
         named = dict(self.model.named_parameters())
         rows = nn.ParameterDict()
         for p in self.program.parameters:
@@ -285,7 +294,7 @@ class GradientLearner(Learner):
         return known.choice
 
     def _kind(self, tasks: TaskBatch) -> tuple[object, ...]:
-        """All that decides whether a batch fits and what runs it, but for the values of its labels."""
+        """Returns all that decides whether a batch fits and what runs it, but for the values of its labels."""
         masked = tasks.support_mask is not None or tasks.query_mask is not None
         x, y, q, z = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
         own = self._sources[0]

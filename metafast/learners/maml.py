@@ -1,4 +1,4 @@
-"""MAML: an initialisation from which a few gradient steps learn a task."""
+"""MAML learns an initialisation from which a few gradient steps learn a task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metafast.tasks import TaskBatch
 
 
 class MAML(GradientLearner):
-    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, 1703.03400), with its exact second-order gradient.
+    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, 1703.03400) takes its exact second-order gradient here.
 
     ``theta_{s+1} = theta_s - alpha grad L_support(theta_s)``, ``s = 0..S-1``; the meta-loss is
     ``mean_t L_query(theta_S)``, or ``mean_t sum_s w_s L_query(theta_s)`` with ``step_weights``.
@@ -52,12 +52,12 @@ class MAML(GradientLearner):
 
     @classmethod
     def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
-        """The inner loop of a recipe moves all but batch norm."""
+        """Lets the inner loop of a recipe move all but batch norm."""
         return {"adapt": without_batch_norm(model)}
 
     @property
     def step_weights(self) -> list[float]:
-        """Weights of the query losses after steps ``0..S``."""
+        """They are the weights of the query losses after steps ``0..S``."""
         return self._weights
 
     @step_weights.setter
@@ -119,7 +119,7 @@ class MAML(GradientLearner):
 
 
 def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
-    """Weights of the query losses after steps ``0..S``; ``None``: the last only.
+    """Returns the weights of the query losses after steps ``0..S``; ``None`` puts all weight on the last.
 
     Raises:
         ValueError: not S numbers, one that is not finite, or nothing but zeros.

@@ -1,4 +1,4 @@
-"""MAML++: what makes MAML of many steps train well."""
+"""MAML++ adds to MAML what makes it train well with many steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EPOCHS = 100
 
 
 class MAMLPlusPlus(MAML):
-    """MAML++ (Antoniou, Edwards, Storkey 2019, 1810.09502), as settings of MAML.
+    """MAML++ (Antoniou, Edwards, Storkey 2019, 1810.09502) is a set of settings of MAML.
 
-    Learned rates for each layer and step, batch norm parameters for each step (not adapted), and, moved by
-    :meth:`at_epoch`, a multi-step loss that fades into the last step's and first order before second order. The cosine
+    They are: learned rates for each layer and step, batch norm parameters for each step (not adapted), and, moved by
+    :meth:`at_epoch`, a multi-step loss that fades into the last step's, and first order before second order. The cosine
     rate of the outer optimiser is torch's ``CosineAnnealingLR``.
 
     Args:
@@ -74,7 +74,7 @@ class MAMLPlusPlus(MAML):
 
 
 def multi_step_weights(epoch: int, steps: int, horizon: int) -> list[float]:
-    """``w_1 .. w_S`` of MAML++: all ``1/S`` at epoch 0, nearly all on the last step from ``horizon`` epochs on.
+    """Returns ``w_1 .. w_S`` of MAML++: all ``1/S`` at epoch 0, nearly all on the last step from ``horizon`` epochs on.
 
     ``w_s = max(1/S - e/(S h), 0.03/S)`` for ``s < S`` and ``w_S = min(1/S + e (S-1)/(S h), 1 - (S-1) 0.03/S)``.
 

@@ -1,4 +1,4 @@
-"""Meta-SGD: MAML that learns a rate for every parameter."""
+"""Meta-SGD is MAML that learns a rate for every parameter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metafast.program.losses import LossLike
 
 
 class MetaSGD(MAML):
-    """Meta-SGD (Li et al. 2017, 1707.09835): MAML with a learned rate for every parameter.
+    """Meta-SGD (Li et al. 2017, 1707.09835) is MAML with a learned rate for every parameter.
 
     ``theta_{s+1} = theta_s - alpha * grad L(theta_s)`` elementwise, ``alpha [P]`` learned with ``theta``:
     ``dJ/dalpha = -sum_s v_{s+1} * g_s``. ``lr`` is the initial rate, or a pair to draw the rates from; ``options`` are

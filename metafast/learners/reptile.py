@@ -1,4 +1,4 @@
-"""Reptile: move towards where the tasks' own training leads."""
+"""Reptile moves towards where the tasks' own training leads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metafast.tasks import Batch, TaskBatch
 
 
 class Reptile(GradientLearner):
-    """Reptile (Nichol, Achiam, Schulman 2018, 1803.02999): ``theta <- theta + eps mean_t (theta_S,t - theta)``.
+    """Reptile (Nichol, Achiam, Schulman 2018, 1803.02999) does ``theta <- theta + eps mean_t (theta_S,t - theta)``.
 
     :meth:`backward` gives the "gradient" ``theta - mean_t theta_S,t``, so an outer ``torch.optim.SGD`` with ``lr=eps``
     is Reptile. One task a batch is the serial form, many tasks the batched one.
@@ -71,23 +71,23 @@ class Reptile(GradientLearner):
 
     @classmethod
     def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
-        """The inner optimiser; all parameters move, those of batch norm too."""
+        """Takes the recipe's inner optimiser; all parameters move, those of batch norm too."""
         return {"optimizer": recipe.inner_optimizer}
 
     def outer_optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """Plain SGD: the "gradient" is the way to go itself, and ``lr`` is ``eps``."""
+        """Makes plain SGD: the "gradient" is the way to go itself, and ``lr`` is ``eps``."""
         parameters = list(self.parameters())
         return torch.optim.SGD(parameters, lr=rate_beside(parameters[0], lr), fused=True)
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
-        """As of any gradient-based learner; the inner Adam waits for the host besides."""
+        """Says what it says of any gradient-based learner, and that the inner Adam waits for the host."""
         if self.optimizer == "adam":
             return "Reptile's inner Adam takes its mask from the host"
         return super().graph_obstacle(tasks)
 
     @torch.no_grad()
     def forward(self, tasks: TaskBatch) -> LearnerOutput:
-        """Query losses and outputs after adaptation. Reptile has no meta-loss: train it with :meth:`backward`."""
+        """Judges the adapted models on the query sets. Reptile has no meta-loss: train it with :meth:`backward`."""
         choice = self._choice_for(tasks)
         return self._on_queries(choice, self._adapted(choice, tasks.support, self.steps), tasks)
 

@@ -1,4 +1,4 @@
-"""From a recipe to its model and learner."""
+"""Builds a recipe's model and learner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metafast.training.recipes import Recipe
 
 
 def choose_device(name: str) -> str:
-    """``auto`` becomes ``cuda`` where there is one, else ``cpu``; anything else is taken at its word.
+    """Makes ``cuda`` of ``auto`` where there is one, else ``cpu``; anything else is taken at its word.
 
     Raises:
         ValueError: there is no such device here.
@@ -35,7 +35,7 @@ def choose_device(name: str) -> str:
 
 
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
-    """The recipe's network with initial values from ``seed``."""
+    """Builds the recipe's network with initial values from ``seed``."""
     if recipe.network == "mlp":
         return mlp(hidden=(recipe.channels, recipe.channels), seed=seed)
     return conv4(
@@ -49,5 +49,5 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
 
 
 def build_learner(recipe: Recipe, model: nn.Module, backend: str) -> Learner:
-    """The recipe's algorithm around ``model``."""
+    """Builds the recipe's learner around ``model``."""
     return learners.by_name(recipe.algorithm).from_recipe(recipe, model, backend)

@@ -1,4 +1,4 @@
-"""Judging a learner on tasks that it has not seen."""
+"""Judges a learner on tasks that it has not seen."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from metafast.training.recipes import Recipe
 
 
 def task_scores(outputs: Tensor, targets: Tensor, classification: bool) -> Tensor:
-    """One score a task, ``[T]``: the share of right answers, or the mean squared error."""
+    """Scores each task, ``[T]``, by the share of right answers, or by the mean squared error."""
     if classification:
         return (outputs.argmax(-1) == targets).flatten(1).float().mean(1)
     return (outputs - targets).square().flatten(1).mean(1)
 
 
+@torch.no_grad()
 def scores(learner: Learner, tasks: Iterable[TaskBatch], settings: Mapping[str, Any], classification: bool) -> Tensor:
-    """Scores ``[number of tasks]`` after adapting to each support set under ``settings``, arguments of ``adapt``."""
+    """Returns the scores ``[number of tasks]``; ``settings`` are arguments of the learner's ``adapt``."""
     found = []
     for batch in tasks:
         fast = learner.adapt(batch.support_x, batch.support_y, **settings)
@@ -32,14 +33,15 @@ def scores(learner: Learner, tasks: Iterable[TaskBatch], settings: Mapping[str, 
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """The mean over tasks and half the width of its 95% confidence interval, ``1.96 s / sqrt(n)``."""
+    """Returns the mean over tasks and half the width of its 95% confidence interval, ``1.96 s / sqrt(n)``."""
     mean = float(values.mean())
     return mean, (1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
 
 def final_test(learner: Learner, recipe: Recipe, episodes: Episodes, tasks: int) -> list[dict[str, Any]]:
-    """The final test: one row for each shot and each of the learner's test settings, over the first ``tasks`` test
-    tasks. A row names its settings: a learner that takes inner steps says how many.
+    """Runs the final test over the first ``tasks`` test tasks: a row for each shot and each of the learner's settings.
+
+    A row names its settings: a learner that takes inner steps says how many.
 
     Raises:
         ValueError: fewer than two tasks, which have no confidence interval.
@@ -56,5 +58,5 @@ def final_test(learner: Learner, recipe: Recipe, episodes: Episodes, tasks: int)
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row that a run is known by: the first of the shots under the last of the settings."""
+    """Returns the row that a run is known by: the first of the shots under the last of the settings."""
     return [row for row in rows if row["shots"] == rows[0]["shots"]][-1]

@@ -1,4 +1,4 @@
-"""The outer step: tasks, meta-gradient, clipping, optimiser. On a GPU it is one CUDA graph where it can be."""
+"""Runs the outer step: tasks, meta-gradient, clipping, optimiser. On a GPU it is one CUDA graph where it can be."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from metafast.tasks import TaskBatch
 from metafast.training.evaluate import task_scores
 from metafast.training.recipes import Recipe
 
-# Rows of the window: iterations between two reads of the losses. To read them at every step would stall a GPU.
+# The window has this many rows: iterations between two reads of the losses. To read at every step would stall a GPU.
 WINDOW = 25
-# Bytes of the tasks that are drawn at once: a draw of few bytes costs as much as one of many.
+# Tasks of this many bytes are drawn at once: a draw of few bytes costs as much as one of many.
 AHEAD = 1 << 20
 
-# Takes a function and, without running it, gives one that does what it would do on the device.
+# A recorder takes a function and, without running it, gives one that does what it would do on the device.
 Recorder = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 
 
 class OuterStep:
-    """The iterations of a recipe, ``theta <- optimiser(theta, clip(d/dtheta mean_t L_t))`` on the tasks of each.
+    """Runs a recipe's iterations, ``theta <- optimiser(theta, clip(d/dtheta mean_t L_t))`` on the tasks of each.
 
     All that differs between them lies on the device: the number of the iteration, the outer rate, parameters, the
     optimiser's state; and what the learner's schedule sets, which a recording holds as it was. So one can be recorded
@@ -61,7 +61,7 @@ class OuterStep:
             self._replay()
 
     def _tasks(self, iteration: int) -> TaskBatch:
-        """The iteration's tasks, drawn with those of the iterations behind it."""
+        """Returns the iteration's tasks, which are drawn with those of the iterations behind it."""
         if self._drawn is None or not self._first <= iteration < self._first + self._count:
             if self._drawn is not None:
                 size = (self._drawn.support_x.nbytes + self._drawn.query_x.nbytes) // self._count
@@ -98,14 +98,14 @@ class OuterStep:
 
 
 def graph_obstacle(learner: Learner, tasks: TaskBatch) -> str | None:
-    """In words, why no CUDA graph can hold an outer step on batches like ``tasks``; ``None``: one can."""
+    """Says why no CUDA graph can hold an outer step on batches like ``tasks``; it is ``None`` where one can."""
     if not tasks.support_x.is_cuda:
         return f"device {tasks.support_x.device} has no CUDA graphs"
     return learner.graph_obstacle(tasks)
 
 
 def record_graph(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The recorder of CUDA graphs.
+    """Records CUDA graphs.
 
     Raises:
         RuntimeError: CUDA refuses; the text says why, and how to train all the same.

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a training run, as data, with the settings of the papers.
+"""Holds the recipes: everything that decides a training run, as data, with the settings of the papers.
 
 Losses here are means over the samples. The code behind Finn et al. 2017 divides the summed cross-entropy by the shots
 only, so its inner gradient is ``ways`` times larger: its rate 0.4 (5 ways) and 0.1 (20 ways) are both 2.0 here.
@@ -23,7 +23,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run and how it is judged.
+    """Describes one training run and how it is judged.
 
     Attributes:
         name: how the command line calls it.
@@ -104,21 +104,21 @@ class Recipe:
 
     @property
     def classification(self) -> bool:
-        """Is a task a choice among classes?"""
+        """Says whether a task is a choice among classes."""
         return self.ways > 0
 
     @property
     def loss(self) -> str:
-        """The loss that a learner is built with."""
+        """Names the loss that a learner is built with."""
         return "cross_entropy" if self.classification else "mse"
 
     @property
     def metric(self) -> str:
-        """What the tests report."""
+        """Names what the tests report."""
         return "accuracy" if self.classification else "mse"
 
     def lr_at(self, iteration: int) -> float:
-        """The outer rate of an iteration, counted from 0."""
+        """Returns the outer rate of an iteration, counted from 0."""
         if self.schedule == "constant":
             return self.lr
         progress = iteration / self.iterations
@@ -126,13 +126,13 @@ class Recipe:
         return self.final_lr + (self.lr - self.final_lr) * remaining
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, one a field."""
+        """Returns plain JSON values, one for each field."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recipe:
-        """What ``to_json`` wrote.
+        """Reads what ``to_json`` wrote.
 
         Raises:
             ValueError: a field is unknown or missing; the text names it.
@@ -146,7 +146,9 @@ class Recipe:
 
 
 def recipe(name: str, algorithm: str | None = None, **overrides: Any) -> Recipe:
-    """The recipe of that name under an algorithm, with fields replaced; an override of ``None`` changes nothing.
+    """Returns the recipe of that name under an algorithm, with fields replaced.
+
+    An override of ``None`` changes nothing. Settings of an inner loop that the algorithm does not take become ``None``.
 
     Raises:
         ValueError: no recipe or algorithm of that name, or a value out of range.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``summary.json``, ``curves.png`` and, where a task is a known curve, ``adaptation.png``."""
+"""Writes what a run leaves behind: ``summary.json``, ``curves.png`` and, for known curves, ``adaptation.png``."""
 
 from __future__ import annotations
 
@@ -64,20 +64,20 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Returns the versions of what a result depends on."""
     others = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")}
     return {"metafast": VERSION, "python": platform.python_version(), **others}
 
 
 def device_name(device: str) -> str:
-    """The device in words."""
+    """Names the device in words."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """The rows of a test, as text: the settings of each, and what was measured."""
+    """Writes the rows of a test as text: the settings of each, and what was measured."""
     settings = [name for name in rows[0] if name not in (metric, "ci95", "tasks")]
     lines = [" ".join(f"{name:>5}" for name in settings) + f"  {metric} with 95% interval"]
     for row in rows:
@@ -87,14 +87,14 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
 
 
 def measured(row: dict[str, Any], metric: str) -> str:
-    """``97.32% ± 0.41% over 600 tasks``."""
+    """Writes ``97.32% ± 0.41% over 600 tasks``."""
     value, half = row[metric], row["ci95"]
     text = f"{value:.2%} ± {half:.2%}" if metric == "accuracy" else f"{value:.4g} ± {half:.2g}"
     return f"{text} over {row['tasks']} tasks"
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], recipe: Recipe, path: Path) -> None:
-    """Training loss, and the metric in training and validation, against the iteration."""
+    """Draws the training loss, and the metric in training and validation, against the iteration."""
     shown = ["loss", "accuracy"] if recipe.classification else ["loss"]
     figure = require("matplotlib.figure").Figure(figsize=(5 * len(shown), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -111,6 +111,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], recipe: Recipe, path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
+@torch.no_grad()
 def draw_adaptation(
     learner: Learner, episodes: Episodes, recipe: Recipe, curve: tuple[float, float], path: Path, tasks: int = 3
 ) -> None:
@@ -135,7 +136,7 @@ def draw_adaptation(
 
 
 def draw_fit(support: Sequence[Sequence[float]], fit: Sequence[tuple[float, float]], path: Path) -> None:
-    """One's own points and what the adapted model predicts, both as pairs ``(x, y)``."""
+    """Draws one's own points and what the adapted model predicts, both given as pairs ``(x, y)``."""
     figure = require("matplotlib.figure").Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*sorted(fit), strict=True), marker=".", label="predicted")

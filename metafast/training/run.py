@@ -1,4 +1,4 @@
-"""The outer loop: trains a recipe in a folder, and can be killed at any moment and resumed to the same bits."""
+"""Runs the outer loop: it trains a recipe in a folder, and can be killed at any moment and resumed to the same bits."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C: the step was finished and a checkpoint written."""
+    """Ctrl-C was pressed; the step was finished and a checkpoint written."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a recipe runs.
+    """Says where and how a recipe runs.
 
     Attributes:
         out: the run's folder.
@@ -68,7 +68,7 @@ class Options:
 
 
 class Training:
-    """A run between its iterations: all state that the next iteration depends on.
+    """Is a run between its iterations: it holds all state that the next iteration depends on.
 
     Raises:
         ValueError: the options do not fit the recipe, or the folder holds a run already.
@@ -101,7 +101,7 @@ class Training:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What two runs must share for one to go on from the other's checkpoint."""
+        """Holds what two runs must share for one to go on from the other's checkpoint."""
         identity = self.recipe.to_json()
         for judging in ("note", "eval_every", "eval_tasks", "test_shots", "test_queries", "test_steps"):
             identity.pop(judging)
@@ -142,7 +142,7 @@ class Training:
         self.save(LAST)
 
     def step(self) -> None:
-        """One outer step."""
+        """Takes one outer step."""
         self.outer(self.done)
         self.done += 1
 
@@ -197,7 +197,7 @@ class Training:
         self.done, self.seconds, self.best = state["iteration"], state["seconds"], state["best"]
 
     def _recent(self) -> Tensor:
-        """Loss and score of the iterations since the last report, ``[n, 2]``, known to be finite."""
+        """Returns loss and score of the iterations since the last report, ``[n, 2]``, known to be finite."""
         count = self.done % WINDOW or min(self.done, WINDOW)
         recent = self.outer.window[:count].cpu()
         bad = (~torch.isfinite(recent[:, 0])).nonzero()

@@ -1,4 +1,4 @@
-"""What one does with a finished run: test it again, look inside, adapt it to one's own samples."""
+"""Opens a finished run: to test it again, to look inside, to adapt it to one's own samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from metafast.training.run import BEST, LAST, load_learner
 
 @dataclass(frozen=True)
 class Trained:
-    """A run read back: the learner holds the parameters that its final test judged."""
+    """Is a run read back: the learner holds the parameters that its final test judged."""
 
     recipe: Recipe
     learner: Learner
@@ -36,7 +36,7 @@ class Trained:
 
 
 def open_run(folder: Path, device: str = "auto", backend: str = "auto") -> Trained:
-    """Reads a run: its best checkpoint by validation, else its last.
+    """Reads a run from its best checkpoint by validation, else from its last.
 
     Raises:
         CheckpointError: the folder holds no checkpoint, or a damaged one.
@@ -83,13 +83,14 @@ def retest(
 
 
 def explain_recipe(recipe: Recipe, device: str, backend: str) -> str:
-    """What runs a recipe's learner on its meta-batches: which executor runs each layer, and why."""
+    """Says what runs a recipe's learner on its meta-batches: which executor runs each layer, and why."""
     device = choose_device(device)
     learner = build_learner(recipe, build_model(recipe, seed=0).to(device), backend)
     samples = recipe.shots * max(recipe.ways, 1)
     return learner.explain(torch.zeros(recipe.tasks, samples, *sources.find(recipe.data).sample, device=device))
 
 
+@torch.no_grad()
 def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Path | None) -> list[dict[str, Any]]:
     """Adapts to ``support`` and predicts ``query``: one row a picture, or one a point.
 
@@ -133,7 +134,7 @@ def _classify(run: Trained, support: Path, query: Path, settings: dict[str, Any]
 
 
 def _labelled(run: Trained, root: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """``x [1, n, C, H, W]`` and ``y [1, n]`` of a folder with one sub-folder a class, and the classes' names."""
+    """Reads ``x [1, n, C, H, W]``, ``y [1, n]`` and the classes' names from a folder with one sub-folder a class."""
     classes = {found.name: pictures.images_in(found) for found in pictures.folders_in(root)}
     if len(classes) < 2:
         raise ValueError(f"{root} has {len(classes)} sub-folders; give one sub-folder of pictures a class, at least 2")
@@ -150,7 +151,7 @@ def _labelled(run: Trained, root: Path) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _picture(run: Trained, file: Path) -> Tensor:
-    """``[C, H, W]`` as in training. Where that was ink on black, a picture that is mostly light is inverted."""
+    """Reads ``[C, H, W]`` as in training. Where that was ink on black, a picture that is mostly light is inverted."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no picture at {file}")
     source = sources.find(run.recipe.data)
@@ -170,7 +171,7 @@ def _regress(run: Trained, support: Path, query: Path, settings: dict[str, Any])
 
 
 def _columns(path: Path, names: tuple[str, ...]) -> Tensor:
-    """The named columns of a CSV file with a header, ``[n, len(names)]``."""
+    """Reads the named columns of a CSV file with a header, ``[n, len(names)]``."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in names if name not in (reader.fieldnames or [])]:
