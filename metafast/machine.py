@@ -33,21 +33,27 @@ def rates(device: str, seconds: float = 0.5) -> MachineRates:
     side, length = (2048, 1 << 26) if device == "cpu" else (8192, 1 << 28)
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    matrix = 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds)
+    matrix = 2 * side**3 / min(timings(lambda: torch.mm(a, b, out=out), device, seconds))
     source = torch.ones(length, device=device)
     target = torch.empty_like(source)
-    return MachineRates(matrix, 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds))
+    return MachineRates(matrix, 2 * source.nbytes / min(timings(lambda: target.copy_(source), device, seconds)))
 
 
-def _best(call: Callable[[], object], device: str, seconds: float) -> float:
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds:
+def timings(call: Callable[[], object], device: str, seconds: float, fewest: int = 1) -> list[float]:
+    """Calls until ``seconds`` have passed, and ``fewest`` times at least.
+
+    Returns:
+        The seconds of each call. On a GPU they end when it has done its work.
+    """
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < fewest or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         call()
         if device != "cpu":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def bare_bytes() -> int:

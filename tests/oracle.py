@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+# The losses are named and the inner loop is written here once more: the oracle shares nothing with what it judges.
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 Parameters = dict[str, Tensor]
 

@@ -1,14 +1,16 @@
 import builtins
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
-from metafast.cli.app import app
+from metafast.cli.app import COMMANDS, app
 from metafast.cli.main import main
 from metafast.cli.options import OF_OWN_MODEL
 from metafast.training.recipes import RECIPES
@@ -147,6 +149,13 @@ def test_errors_are_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, argu
     assert err.startswith("metafast: ")
     assert text in err
     assert len(err.splitlines()) == 1
+
+
+def test_every_command_is_a_file_that_the_application_lists():
+    folder = Path(inspect.getfile(main)).parent
+    helpers = {"__init__", "app", "main", "options", "output"}
+    assert sorted(COMMANDS) == sorted({file.stem for file in folder.glob("*.py")} - helpers)
+    assert list(get_command(app).commands) == [{"evaluate": "eval"}.get(name, name) for name in COMMANDS]
 
 
 def test_commands_that_take_a_model_of_your_own_share_its_options():

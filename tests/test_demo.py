@@ -5,31 +5,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from metafast.cli import demo
-from metafast.cli.demo import AGREEMENT, Demo, Goal, Speed, compare
 from metafast.executors import CpuExecutor
 from metafast.kernels.linear import Linear
 from metafast.tasks import TaskBatch
 from metafast.training.recipes import recipe
 from metafast.training.run import Options, Training
-from metafast.verification import doctor, self_check, torch_loop
+from metafast.verification import demonstration, doctor, speed, torch_loop
+from metafast.verification.agreement import ONE_STEP
+from metafast.verification.demonstration import Demonstration, Expectation
+from metafast.verification.speed import SpeedComparison, compare
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(demo, "RUNS", 1)
-    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    """Speeds from a single call."""
+    monkeypatch.setattr(speed, "CALLS", 1)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+
+
+def compared(training):
+    return compare(training.learner, training.episodes.train.batch(0), training.recipe.inner_lr)
 
 
 @pytest.mark.parametrize("name", ["sinusoid", "glyphs-5w1s"])
 def test_metafast_and_the_plain_loop_agree_before_they_are_timed(quick, tmp_path, name):
     training = Training(replace(recipe(name, tasks=2), eval_every=0), Options(tmp_path, device="cpu"))
     before = [p.detach().clone() for p in training.learner.parameters()]
-    speed = compare(training)
-    assert 0 < speed.difference < AGREEMENT
-    assert speed.metafast > 0
-    assert speed.plain > 0
-    assert "times (the meta-gradients agree to" in str(speed)
+    found = compared(training)
+    assert 0 < found.difference < ONE_STEP.value == 1e-3
+    assert found.agrees
+    assert found.tasks == 2
+    assert found.metafast > 0
+    assert found.loop > 0
+    assert "times (the meta-gradients agree to" in str(found)
     assert all(torch.equal(a, b) for a, b in zip(before, training.learner.parameters(), strict=True))
     assert all(p.grad is None for p in training.learner.parameters())
 
@@ -42,20 +50,23 @@ def test_no_speed_is_reported_when_the_gradients_differ(quick, tmp_path, monkeyp
         return loss, {name: 1.01 * g for name, g in grads.items()}
 
     monkeypatch.setattr(torch_loop, "meta_gradient", wrong)
-    speed = compare(Training(recipe("sinusoid", tasks=2), Options(tmp_path, device="cpu")))
-    assert speed.difference == pytest.approx(0.01 / 1.01, rel=1e-3)
-    assert str(speed) == "sinusoid: the meta-gradients differ by 9.9e-03 (relative): no comparison"
-    assert not Demo({}, (speed,), (), "cpu", 1.0, Path()).reached
+    found = compared(Training(recipe("sinusoid", tasks=2), Options(tmp_path, device="cpu")))
+    assert found.difference == pytest.approx(0.01 / 1.01, rel=1e-3)
+    assert str(found) == "the meta-gradients differ by 9.9e-03 (relative): no comparison"
+    shown = Demonstration({}, {"sinusoid": found}, (), "cpu", 1.0, Path())
+    assert not shown.reached
+    assert f"  sinusoid: {found}" in str(shown).splitlines()
 
 
-def test_a_goal_that_is_missed_shows():
-    found = Demo({}, (), (Goal("MSE 1.7 (at most 1.5)", False), Goal("fine", True)), "cpu", 1.0, Path("nowhere"))
+def test_an_expectation_that_is_missed_shows():
+    expectations = (Expectation("MSE 1.7 (at most 1.5)", False), Expectation("fine", True))
+    found = Demonstration({}, {}, expectations, "cpu", 1.0, Path("nowhere"))
     assert not found.reached
     assert "[NOT REACHED] MSE 1.7 (at most 1.5)" in str(found)
-    assert found.to_json()["goals"][0] == {"text": "MSE 1.7 (at most 1.5)", "reached": False}
+    assert found.to_json()["expectations"][0] == {"text": "MSE 1.7 (at most 1.5)", "reached": False}
 
 
-def test_goals_are_judged_by_what_was_measured():
+def test_expectations_are_judged_by_what_was_measured():
     def summaries(before, after, accuracy):
         rows = [{"steps": s, "mse": m, "ci95": 0.1, "tasks": 9} for s, m in ((0, before), (1, after), (5, 0.3))]
         return {
@@ -63,14 +74,16 @@ def test_goals_are_judged_by_what_was_measured():
             "glyphs-5w1s": {"result": {"accuracy": accuracy, "ci95": 0.01, "tasks": 9}},
         }
 
-    assert [g.reached for g in demo.judge(summaries(3.1, 1.4, 0.86))] == [True] * 4
-    assert [g.reached for g in demo.judge(summaries(2.9, 1.6, 0.84))] == [False, False, True, False]
+    assert [e.reached for e in demonstration.judge(summaries(3.1, 1.4, 0.86))] == [True] * 4
+    assert [e.reached for e in demonstration.judge(summaries(2.9, 1.6, 0.84))] == [False, False, True, False]
 
 
 def test_speed_of_gradients_that_agree():
-    assert str(Speed("x", 200.0, 10.0, 1e-6)) == (
-        "x: 200 tasks/s, plain torch loop 10 tasks/s: 20.0 times (the meta-gradients agree to 1e-06)"
-    )
+    found = SpeedComparison(tasks=4, metafast=0.02, loop=0.4, difference=1e-6)
+    assert str(found) == (
+        "200 tasks/s, plain torch loop 10 tasks/s: 20.0 times (the meta-gradients agree to 1e-06)"
+    )  # fmt: skip
+    assert found.to_json() == {"metafast_tasks_per_s": 200, "loop_tasks_per_s": 10, "difference": 1e-6}
 
 
 def test_the_plain_loop_is_second_order():
@@ -88,7 +101,7 @@ def test_the_plain_loop_is_second_order():
 @pytest.fixture
 def hasty(monkeypatch):
     """Speeds from fewer calls."""
-    monkeypatch.setattr(self_check, "_SECONDS", 0.05)
+    monkeypatch.setattr(speed, "SECONDS", 0.05)
 
 
 def test_a_wrong_gradient_makes_the_doctor_say_so(monkeypatch, hasty):
@@ -122,7 +135,7 @@ def test_every_finding_that_is_not_ok_has_a_remedy(hasty):
 
 
 def test_a_slow_executor_is_a_finding(monkeypatch, hasty):
-    monkeypatch.setattr(doctor, "speed", lambda executor, device: self_check.Speed(executor=0.01, loop=0.012))
+    monkeypatch.setattr(doctor, "speed", lambda executor, device: SpeedComparison(25, 0.01, 0.012, 0.0))
     finding = next(f for f in doctor.examine().findings if f.subject == "speed of reference")
     assert finding.state == "missing"
     assert "10.00 ms" in finding.text

@@ -15,7 +15,7 @@ from metafast.executors import BlockLimits, CudaExecutor, ReferenceExecutor, Tri
 from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.program.losses import as_loss
 from metafast.training import checkpoint
-from metafast.training.build import build_learner, build_model, build_optimizer
+from metafast.training.build import build_learner, build_model
 from metafast.training.data import open_episodes
 from metafast.training.outer_step import WINDOW, OuterStep, graph_obstacle, record_graph
 from metafast.training.recipes import recipe
@@ -160,10 +160,12 @@ def test_the_rate_of_the_schedule_reaches_the_optimiser():
 
 
 def test_an_optimiser_on_another_device_keeps_its_own_settings():
-    parameters = [torch.nn.Parameter(torch.ones(3))]
-    learner = torch.nn.ParameterList(parameters)
-    first, settings = build_optimizer(recipe("sinusoid"), learner), {"fused": False, "capturable": False, "lr": 0.5}
-    parameters[0].grad = torch.ones(3)
+    chosen = recipe("sinusoid")
+    learner = build_learner(chosen, build_model(chosen, seed=0), "auto")
+    parameters = list(learner.parameters())
+    first, settings = learner.outer_optimizer(chosen.lr), {"fused": False, "capturable": False, "lr": 0.5}
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
     first.step()
     tensors, description = checkpoint.pack_optimizer(first)
     second = torch.optim.Adam(parameters, **settings)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from metafast.training.data import IMAGE
 from metafast.training.progress import Progress
 from metafast.training.recipes import recipe
 from metafast.training.run import Options, Training, load_learner
@@ -174,7 +173,3 @@ def test_every_layer_is_explained_without_data(name):
     text = explain_recipe(chosen, "cpu", "auto")
     assert text.startswith("executor: ")
     assert "head" in text
-
-
-def test_pictures_of_every_kind_have_a_shape():
-    assert set(IMAGE) == {"glyphs", "omniglot", "folder"}

@@ -197,8 +197,8 @@ def test_the_best_validated_parameters_are_tested(tmp_path):
     assert tested == {
         "checkpoint": BEST, "iteration": best["iteration"], "value": best["mse"], "chosen_by": "validation mse",
     }  # fmt: skip
-    steps = chosen.test_steps[-1]
-    found = scores(training.learner, fixed_list(training.episodes.validation, 30), steps, False)
+    settings = {"steps": chosen.test_steps[-1]}
+    found = scores(training.learner, fixed_list(training.episodes.validation, 30), settings, False)
     assert interval(found)[0] == best["mse"]
 
 

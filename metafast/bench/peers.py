@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metafast.learners import MAML
+from metafast.program.losses import TORCH_FUNCTIONS
 from metafast.tasks import TaskBatch
+from metafast.verification.torch_loop import task_loss
 
 from .workloads import Workload
 
@@ -90,16 +91,11 @@ class TorchLoop(Peer):
     name = "torch loop"
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        model, loss = workload.network().to(tasks.support_x), _loss(workload)
+        model, loss = workload.network().to(tasks.support_x), TORCH_FUNCTIONS[workload.loss]
         start: dict[str, Tensor] = dict(model.named_parameters())
 
         def task(t: int) -> Tensor:
-            fast = start
-            for _ in range(workload.steps):
-                value = loss(functional_call(model, fast, tasks.support_x[t]), tasks.support_y[t])
-                grads = torch.autograd.grad(value, list(fast.values()), create_graph=True)
-                fast = {name: p - workload.lr * g for (name, p), g in zip(fast.items(), grads, strict=True)}
-            return loss(functional_call(model, fast, tasks.query_x[t]), tasks.query_y[t])
+            return task_loss(model, loss, start, tasks, t, workload.lr, workload.steps, start)
 
         return _sequential(model, len(tasks), task)
 
@@ -131,7 +127,7 @@ class Learn2Learn(Peer):
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         self._package()
         maml = importlib.import_module("learn2learn.algorithms.maml").MAML
-        model, loss = workload.network().to(tasks.support_x), _loss(workload)
+        model, loss = workload.network().to(tasks.support_x), TORCH_FUNCTIONS[workload.loss]
         learner = maml(model, lr=workload.lr)
 
         def task(t: int) -> Tensor:
@@ -159,7 +155,7 @@ class Higher(Peer):
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         higher = importlib.import_module("higher")
-        model, loss = workload.network().to(tasks.support_x), _loss(workload)
+        model, loss = workload.network().to(tasks.support_x), TORCH_FUNCTIONS[workload.loss]
         optimizer = torch.optim.SGD(model.parameters(), lr=workload.lr)
 
         def task(t: int) -> Tensor:
@@ -177,7 +173,7 @@ class TorchVmap(Peer):
     name = "torch.func vmap"
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        model, loss = _written_out(workload.network().to(tasks.support_x)), _loss(workload)
+        model, loss = _written_out(workload.network().to(tasks.support_x)), TORCH_FUNCTIONS[workload.loss]
         params = {name: p.detach() for name, p in model.named_parameters()}
         data = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
 
@@ -240,10 +236,6 @@ def _sequential(model: nn.Module, count: int, task: Callable[[int], Tensor]) -> 
 
 def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
-
-
-def _loss(workload: Workload) -> Callable[[Tensor, Tensor], Tensor]:
-    return F.mse_loss if workload.loss == "mse" else F.cross_entropy
 
 
 class _WrittenOutBatchNorm(nn.Module):

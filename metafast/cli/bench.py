@@ -17,7 +17,10 @@ _MEASURING = (
 )  # fmt: skip
 _WRITTEN = ("json", "markdown", "chart", "report", "readme", "load")
 
+app = typer.Typer()
 
+
+@app.command(epilog="Example:  metafast bench sin25-5 omni5w1s-1 --json out.json")
 def bench(
     context: typer.Context,
     names: Annotated[

@@ -1,23 +1,43 @@
-"""Options that several commands have, each with its one help text; and what was typed that nothing would read."""
+"""Options that several commands share, each with one help text; and a check for options that nothing would read."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-_WHERE, _OWN = "Where and how it runs", "Your own model"
+from metafast import learners
+from metafast.episodes import sources
+from metafast.training.recipes import RECIPES
+
+WHERE, _OWN = "Where and how it runs", "Your own model"
+
+ALGORITHM_HELP = f"One of: {', '.join(learners.names())}."
+# The help names the data sets in the order of the recipes.
+_SOURCES = [sources.find(name) for name in dict.fromkeys(recipe.data for recipe in RECIPES.values())]
+_WITH_FOLDER = " and ".join(source.name for source in _SOURCES if source.folder is not None)
+SPLIT_HELP = " ".join(
+    f"{source.name.capitalize()}'s classes: {', or '.join(source.splits.values())}."
+    for source in _SOURCES
+    if source.splits
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
+Data = Annotated[Path | None, typer.Option(help=f"Folder of the data, for {_WITH_FOLDER} recipes.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run that `metafast train` wrote.", show_default=False)]
+TestTasks = Annotated[int, typer.Option(help="Tasks in the final test.")]
 
 Device = Annotated[
-    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:INDEX.", rich_help_panel=_WHERE)
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:INDEX.", rich_help_panel=WHERE)
 ]
 Backend = Annotated[
     str,
-    typer.Option(help="Executor: auto (the fastest that can), or one that `doctor` lists.", rich_help_panel=_WHERE),
+    typer.Option(help="Executor: auto (the fastest that can), or one that `doctor` lists.", rich_help_panel=WHERE),
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="Threads on the CPU. Default: as many as torch takes.", rich_help_panel=_WHERE)
+    int | None, typer.Option(help="Threads on the CPU. Default: as many as torch takes.", rich_help_panel=WHERE)
 ]
 
 Model = Annotated[str | None, typer.Option(help="FILE.py:FACTORY, where FACTORY() makes it.", rich_help_panel=_OWN)]
@@ -32,7 +52,7 @@ OF_OWN_MODEL = ("input_shape", "ways", "shots", "queries", "tasks", "steps", "lr
 
 
 def refuse_typed(context: typer.Context, names: Collection[str], reason: str) -> None:
-    """Raises ValueError with ``reason`` where a parameter of these names was typed: nothing would read it."""
+    """Raises ValueError with ``reason`` if a parameter of these names was typed, since nothing would read it."""
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
@@ -41,5 +61,5 @@ def refuse_typed(context: typer.Context, names: Collection[str], reason: str) ->
 
 
 def refuse_of_own_model(context: typer.Context) -> None:
-    """Raises ValueError where options of an own model were typed, and the workload is a canonical one."""
+    """Raises ValueError if options of an own model were typed although the workload is a canonical one."""
     refuse_typed(context, OF_OWN_MODEL, "goes with --model FILE.py:FACTORY; a canonical workload has its own")

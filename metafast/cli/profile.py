@@ -10,7 +10,10 @@ import typer
 
 from metafast.cli import options
 
+app = typer.Typer()
 
+
+@app.command(epilog="Example:  metafast profile omni5w1s-1 --out profile")
 def profile(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="WORKLOAD", help="A canonical workload, or --model.")] = None,

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from metafast.cli import options
 
+app = typer.Typer()
 
+
+@app.command(epilog="Example:  metafast verify net.py:make --input-shape 1,28,28 --ways 5 --shots 1")
 def verify(
     model: Annotated[str, typer.Argument(metavar="FILE.py:FACTORY", help="Your model: FACTORY() makes it.")],
     adapt: Annotated[
@@ -32,6 +34,8 @@ def verify(
     lr: options.InnerRate = 0.01,
 ) -> None:
     """Holds the gradients of your own model against plain autograd in float64; fails where they disagree."""
+    import torch
+
     from metafast.bench.own import own_workload
     from metafast.files import check_writable
     from metafast.training.build import choose_device

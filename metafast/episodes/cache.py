@@ -1,4 +1,4 @@
-"""Rendered or decoded images kept on disk, so that a data set is prepared once a machine."""
+"""Keeps rendered or decoded images on disk, so that a data set is prepared once a machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_folder() -> Path:
-    """METAFAST_CACHE if set, else ``metafast`` in XDG_CACHE_HOME, else ``~/.cache/metafast``."""
+    """Returns METAFAST_CACHE if it is set, else ``metafast`` in XDG_CACHE_HOME, else ``~/.cache/metafast``."""
     own = os.environ.get("METAFAST_CACHE")
     if own:
         return Path(own)
@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def cached(name: str, depends_on: object, build: Callable[[], Arrays]) -> Arrays:
-    """What ``build`` makes, from disk if it was made before.
+    """Returns what ``build`` makes, and reads it from disk if it was made before.
 
     Args:
         name: first part of the file name.

@@ -23,7 +23,7 @@ _SHIFTS = (30, 27, 31)
 
 
 def _signed(value: int) -> int:
-    """The int64 that holds the same 64 bits."""
+    """Returns the int64 that holds the same 64 bits."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
@@ -45,7 +45,7 @@ def _mix(z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Counter:
-    """Random words of one (seed, stream).
+    """Gives the random words of one (seed, stream).
 
     Args:
         seed: any integer; taken modulo 2^64.
@@ -62,8 +62,8 @@ class Counter:
             raise TypeError(f"stream is {self.stream!r}; it must be a name such as 'train' or 'test'")
 
     def words(self, step: int | Tensor, tasks: range, draws: int, device: torch.device) -> Tensor:
-        """Random words int64 ``[len(tasks), draws]``: row ``i``, column ``j`` is task ``tasks[i]``, draw
-        ``j``.
+        """Returns random words, int64 ``[len(tasks), draws]``: row ``i``, column ``j`` is draw ``j`` of task
+        ``tasks[i]``.
 
         ``step`` may be an int64 tensor on ``device``: then nothing waits for the host and the call can be
         captured in a CUDA graph. If it has an axis, the rows of its steps follow one another.
@@ -79,19 +79,19 @@ class Counter:
         return _mix(h[..., None] + draw * _signed(_GOLDEN)).flatten(0, -2)
 
     def permutation(self, count: int) -> list[int]:
-        """``0 .. count - 1`` in random order: sorted by the words of task 0 of step 0."""
+        """Returns ``0 .. count - 1`` in random order: sorted by the words of task 0 of step 0."""
         return self.words(0, range(1), count, torch.device("cpu"))[0].argsort().tolist()
 
 
 def uniform(words: Tensor) -> Tensor:
-    """Float64 in [0, 1) from the upper 53 bits of each word; exact, so the same bits on every device."""
+    """Makes float64 in [0, 1) of the upper 53 bits of each word. This is exact, so every device gives the same bits."""
     return ((words >> 11) & (2**53 - 1)).to(torch.float64) * 2.0**-53
 
 
 def choose(words: Tensor, available: int | Tensor) -> Tensor:
-    """Distinct numbers of ``0 .. available - 1``, one for each word of the last axis, in random order.
+    """Draws distinct numbers of ``0 .. available - 1``, one for each word of the last axis, in random order.
 
-    The first k steps of a Fisher-Yates shuffle, without the array: step i swaps place i with place
+    These are the first k steps of a Fisher-Yates shuffle, without its array: step i swaps place i with place
     ``t_i = i + word_i mod (available - i)``, and going back over the swaps finds what stood at ``t_j`` before
     step j. So the cost depends on k alone. ``available`` may be a tensor that broadcasts against ``words``.
     All ordered choices are equally likely, to within ``available / 2^63``.
@@ -107,7 +107,7 @@ def choose(words: Tensor, available: int | Tensor) -> Tensor:
 
 
 def local_tasks(tasks: int, step: int | Tensor, rank: int, world: int) -> range:
-    """The global task indices ``rank * T / world ... (rank + 1) * T / world`` that a process works on.
+    """Returns the global task indices ``rank * T / world ... (rank + 1) * T / world`` that a process works on.
 
     Raises:
         ValueError: step is negative, rank is outside [0, world), or world does not divide T.

@@ -17,7 +17,7 @@ ROTATIONS = (0, 90, 180, 270)
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images by class, all on one device.
+    """Holds images by class, all on one device.
 
     Args:
         images: uint8 ``[classes, instances, C, H, W]``.
@@ -79,12 +79,12 @@ class ImageDataset:
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> ImageDataset:
-        """The same data on another device."""
+        """Returns the same data on another device."""
         counts = None if self.counts is None else self.counts.to(device)
         return replace(self, images=self.images.to(device), counts=counts)
 
     def select(self, classes: Sequence[int]) -> ImageDataset:
-        """The classes at the given positions, in that order.
+        """Returns the classes at the given positions, in that order.
 
         Raises:
             IndexError: a position is outside the data set.
@@ -131,7 +131,7 @@ class ImageDataset:
         )
 
     def with_rotations(self) -> ImageDataset:
-        """Four times the classes: each turned by 0, 90, 180 and 270 degrees (Santoro et al., ICML 2016).
+        """Makes four classes of each: turned by 0, 90, 180 and 270 degrees (Santoro et al., ICML 2016).
 
         Class ``k * classes + i`` is class ``i`` turned counter-clockwise by ``90 k`` degrees.
 
@@ -152,19 +152,19 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class Splits:
-    """Data sets to train on, to choose by and to report on; no class is in two of them."""
+    """Three data sets: one to train on, one to choose by and one to report on. No class is in two of them."""
 
     train: ImageDataset
     validation: ImageDataset | None
     test: ImageDataset
 
     def to(self, device: torch.device | str) -> Splits:
-        """The same on another device."""
+        """Returns the same data sets on another device."""
         validation = None if self.validation is None else self.validation.to(device)
         return Splits(self.train.to(device), validation, self.test.to(device))
 
     def with_rotations(self, test: bool = False) -> Splits:
-        """Rotations as new classes for training; with ``test`` also for validation and test."""
+        """Adds rotations as new classes for training; with ``test`` also for validation and test."""
         if not test:
             return replace(self, train=self.train.with_rotations())
         validation = None if self.validation is None else self.validation.with_rotations()

@@ -1,7 +1,8 @@
-"""Few-shot classification episodes: one gather from a data set on the device, addressed by a counter."""
+"""What a sampler of few-shot episodes is, and the one of classification: one gather from a data set on the device."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -12,8 +13,53 @@ from metafast.episodes.dataset import ImageDataset
 from metafast.tasks import TaskBatch
 
 
-class ClassificationSampler:
-    """N-way K-shot episodes from an :class:`ImageDataset` (Vinyals et al., NeurIPS 2016).
+class Sampler(ABC):
+    """Draws episodes by counter: ``batch(step)`` is a function of ``(seed, stream, step, task)`` and has no state.
+
+    Args:
+        shots: support samples, of a class in classification, of a task in regression.
+        queries: query samples, likewise.
+        tasks: T, the tasks of the global batch.
+        seed: any integer.
+        stream: name of the stream, e.g. "train", "validation", "test"; streams are unrelated.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, shots: int, queries: int, tasks: int, seed: int, stream: str) -> None:
+        check_positive(shots=shots, queries=queries, tasks=tasks)
+        self.shots, self.queries, self.tasks = shots, queries, tasks
+        self._counter = Counter(seed, stream)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the stream."""
+        return self._counter.seed
+
+    @property
+    def stream(self) -> str:
+        """The name of the stream."""
+        return self._counter.stream
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that the episodes depend on, fit for JSON: samplers with equal settings draw the same tasks."""
+
+    @abstractmethod
+    def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
+        """Draws the tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step.
+
+        A tensor ``step`` stays on its device; if it is a row of steps, their tasks follow one another.
+
+        Raises:
+            ValueError: world does not divide T, or rank or step is out of range.
+        """
+
+
+class ClassificationSampler(Sampler):
+    """Draws N-way K-shot episodes from an :class:`ImageDataset` (Vinyals et al., NeurIPS 2016).
 
     The sampler has no state: ``batch(step)`` is a function of ``(seed, stream, step, task)``, where ``task``
     is the index in the global batch of T tasks. So the episodes are the same for any number of processes and
@@ -48,23 +94,13 @@ class ClassificationSampler:
         seed: int = 0,
         stream: str = "train",
     ) -> None:
-        check_positive(ways=ways, shots=shots, queries=queries, tasks=tasks)
+        check_positive(ways=ways)
+        super().__init__(shots, queries, tasks, seed, stream)
         if ways > len(dataset):
             raise ValueError(f"a {ways}-way task needs {ways} classes; the data set has {len(dataset)}")
         _check_instances(dataset, shots, queries)
-        self.dataset, self.ways, self.shots, self.queries, self.tasks = dataset, ways, shots, queries, tasks
-        self._counter = Counter(seed, stream)
+        self.dataset, self.ways = dataset, ways
         self._labels = torch.arange(ways, device=dataset.device)
-
-    @property
-    def seed(self) -> int:
-        """The seed of the stream."""
-        return self._counter.seed
-
-    @property
-    def stream(self) -> str:
-        """The name of the stream."""
-        return self._counter.stream
 
     @property
     def device(self) -> torch.device:
@@ -73,13 +109,11 @@ class ClassificationSampler:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the episodes depend on, fit for JSON: samplers with equal settings agree in every bit."""
         numbers = {k: getattr(self, k) for k in ("ways", "shots", "queries", "tasks", "seed", "stream")}
         return {"kind": "classification", **numbers, "dataset": self.dataset.fingerprint}
 
     def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
-        """The tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step, or of
-        each of a row of steps, one after another.
+        """Draws the tasks of a step.
 
         Returns:
             ``support_x`` float32 ``[T / world, ways * shots, C, H, W]`` in [0, 1], ``support_y`` int64
@@ -99,7 +133,7 @@ class ClassificationSampler:
         return TaskBatch(*parts)
 
     def _draw(self, step: int | Tensor, tasks: range) -> tuple[Tensor, Tensor]:
-        """Classes ``[T, ways]`` and their instances ``[T, ways, shots + queries]``, support first."""
+        """Returns classes ``[T, ways]`` and their instances ``[T, ways, shots + queries]``, support first."""
         samples = self.shots + self.queries
         words = self._counter.words(step, tasks, self.ways * (1 + samples), self.device)
         classes = choose(words[:, : self.ways], len(self.dataset))

@@ -1,9 +1,6 @@
-"""Checks of what users hand in; each error names the value and the remedy."""
+"""Checks what users hand in; each error names the value and the remedy."""
 
 from __future__ import annotations
-
-import difflib
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +20,7 @@ def check_batch(tasks: TaskBatch) -> None:
 
 
 def check_like(tasks: TaskBatch, learner: nn.Module) -> None:
-    """The batch must live where the learner lives, in its dtype."""
+    """Raises where a tensor of the batch does not live where the learner lives, or in another dtype."""
     tensors = {name: t for name, t in learner.state_dict().items() if t.is_floating_point()}
     for name in ("support_x", "query_x", "support_y", "query_y"):
         x: Tensor = getattr(tasks, name)
@@ -66,32 +63,3 @@ def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
                 f"the padding of {name}_x changes the outputs of the samples that {name}_mask keeps: one of {derived} "
                 "mixes the samples of a task and does not see the mask. Use tasks of one size with this model"
             )
-
-
-def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn.Module) -> set[str]:
-    """Names of the parameters that ``chosen`` covers: parameter names, module names, or modules of ``model``.
-
-    Raises:
-        ValueError: a name or module that the model does not have, or one without parameters.
-    """
-    items = [chosen] if isinstance(chosen, str | nn.Module) else list(chosen)
-    parameters = [name for name, _ in model.named_parameters()]
-    modules = {module: name for name, module in model.named_modules()}
-    found: set[str] = set()
-    for item in items:
-        if not isinstance(item, str | nn.Module):
-            raise TypeError(f"{item!r} is neither a name nor a module; adapt takes names of parameters and modules")
-        if isinstance(item, nn.Module):
-            if item not in modules:
-                raise ValueError(f"{type(item).__name__} is not a module of this model; pass one of its own, or a name")
-            item = modules[item]
-        covered = {name for name in parameters if name == item or item == "" or name.startswith(item + ".")}
-        if not covered:
-            holders = [name for module, name in modules.items() if name and any(True for _ in module.parameters())]
-            known = [*holders, *parameters]
-            close = difflib.get_close_matches(item, known, 3, 0.4) or known[:6]
-            raise ValueError(f"{item!r} is no parameter, nor a module with parameters, of this model; it has {close}")
-        found |= covered
-    if not found:
-        raise ValueError("adapt is empty: name at least one parameter or module for the inner loop to move")
-    return found

@@ -1,12 +1,10 @@
-"""What all gradient-based learners share: the captured model, the checks, the choice of executor, adaptation."""
+"""Holds what the gradient-based learners share: the captured model, the checks, the choice of executor, adaptation."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,9 @@ from metafast.executors import Choice, Executor, check_backend, check_precision,
 from metafast.executors.reference.executor import ReferenceExecutor
 from metafast.inner.rates import Rate, Rates
 from metafast.kernels.batch_norm import MODES
-from metafast.learners.checks import check_batch, check_like, check_padding, resolve_names
+from metafast.learners.adapted_parameters import resolve_names
+from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
+from metafast.learners.checks import check_batch, check_like, check_padding
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.program import Program
 from metafast.program.capture import capture
@@ -25,27 +25,18 @@ from metafast.program.losses import LossLike, as_loss
 from metafast.program.running_statistics import track
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
-
-@dataclass(frozen=True)
-class LearnerOutput:
-    """``loss``: the mean over tasks; ``losses [T]``; ``outputs [T, m, ...]`` of the adapted models on the query sets
-    (no gradient flows through the outputs)."""
-
-    losses: Tensor
-    outputs: Tensor
-
-    @cached_property
-    def loss(self) -> Tensor:
-        """The mean of ``losses``, with their graph wherever it is read first."""
-        if not self.losses.requires_grad:
-            return self.losses.mean()
-        with torch.enable_grad():
-            return self.losses.mean()
+_STATISTICS = {
+    "task": "task: the statistics of each pass over a task's own support or query samples, in training and test",
+    "per_step": "per_step: the statistics of each pass over a task's own support or query samples, in training and "
+    "test, with a scale and a shift for each inner step",
+    "frozen": "frozen: the model's running statistics, which stay as they were",
+    "running": "running: the model's running statistics, which training moves",
+}
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """T adapted models. ``parameters [T, P]``; ``sample`` is the shape of a sample."""
+    """Holds T adapted models: their ``parameters [T, P]``, and the shape of a ``sample``."""
 
     program: Program
     choice: Choice
@@ -54,7 +45,12 @@ class Adapted:
     sample: tuple[int, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept."""
+        """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
+
+        Raises:
+            ValueError: another number of tasks, or samples of another shape.
+            TypeError: ``x`` is of another dtype, or on another device.
+        """
         theta = self.parameters
         if x.dim() < 2 or x.shape[0] != theta.shape[0] or x.shape[2:] != self.sample:
             raise ValueError(
@@ -69,24 +65,34 @@ class Adapted:
         return self.choice.executor.predict(self.program, self.parameters, x.contiguous(), self.step)
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
-        """The parameters of one task under the user's names: ``model.load_state_dict(..., strict=False)``."""
+        """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.
+
+        Raises:
+            IndexError: there is no such task.
+        """
         if not 0 <= task < self.parameters.shape[0]:
             raise IndexError(f"task={task}: the adapted models are numbered 0..{self.parameters.shape[0] - 1}")
         tensors = self.program.unflatten(self.parameters[task])
         return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
 
 
-class _Seen(NamedTuple):
-    """Of a kind of batch: the executor, the shape of a sample's output, and whether the targets of every batch are
-    looked at."""
+class KnownBatch(NamedTuple):
+    """Holds what is known of one kind of batch since the first of it was seen.
+
+    ``output`` is the shape of a sample's output; ``checks_targets`` says whether the values of the targets are looked
+    at in every batch.
+    """
 
     choice: Choice
     output: tuple[int, ...]
-    check_each: bool
+    checks_targets: bool
 
 
-class Learner(nn.Module):
-    """A model that learns to adapt. ``parameters()`` are the meta-parameters; torch optimisers do the outer step.
+class GradientLearner(Learner):
+    """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
+
+    ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
+    learned; torch optimisers do the outer step.
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
@@ -104,6 +110,10 @@ class Learner(nn.Module):
         CaptureError: the model's forward pass cannot become a Program.
         ValueError: an option out of its range; the text names it.
     """
+
+    inner_settings = INNER_SETTINGS
+    inner_optimizers: ClassVar[tuple[str, ...]] = ("sgd",)
+    """The inner optimisers that a recipe may ask for."""
 
     def __init__(
         self,
@@ -133,16 +143,49 @@ class Learner(nn.Module):
         self.program = self._capture()
         first = next(model.parameters())
         self.rows = self._rows_per_step()
-        self._sources, self._captured = self._parameters_in_order(), ModuleSnapshot(model)
+        self._sources, self._model_snapshot = self._parameters_in_order(), ModuleSnapshot(model)
         self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self.program, steps, first)
-        self._fixed_rate, self._watch = self.rate.fixed, ModuleSnapshot(self, owner=self)
-        self.tracks = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
-        self._seen: dict[tuple[object, ...], _Seen] = {}
+        self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
+        self.tracks_statistics = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
+        self._known: dict[tuple[object, ...], KnownBatch] = {}
+
+    @classmethod
+    def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> GradientLearner:
+        """Builds the learner with the recipe's loss, rate and steps, and with what :meth:`recipe_options` returns."""
+        inner: dict[str, Any] = {"loss": recipe.loss, "lr": recipe.inner_lr, "steps": recipe.steps}
+        return cls(model, backend=backend, **inner, **cls.recipe_options(recipe, model))
+
+    @classmethod
+    def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
+        """Returns the arguments of the constructor that a recipe decides, beside loss, rate and steps."""
+        return {}
+
+    @classmethod
+    def check_recipe(cls, recipe: LearnerRecipe) -> None:
+        """Checks what any learner checks, and that the inner optimiser is one of ``inner_optimizers``."""
+        super().check_recipe(recipe)
+        if recipe.inner_optimizer not in cls.inner_optimizers:
+            raise ValueError(
+                f"inner_optimizer is {recipe.inner_optimizer!r}; {cls.name} takes {' or '.join(cls.inner_optimizers)}"
+            )
+
+    @classmethod
+    def test_settings(cls, recipe: LearnerRecipe) -> list[dict[str, Any]]:
+        """Returns one set for each number of inner steps in the recipe's ``test_steps``."""
+        return [{"steps": steps} for steps in recipe.test_steps or ()]
+
+    def batch_norm(self) -> str | None:
+        """Says what ``bn`` means, where the model has a batch norm."""
+        return None if super().batch_norm() is None else _STATISTICS[self.bn]
+
+    def graph_obstacle(self, tasks: TaskBatch) -> str | None:
+        """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
+        return self._choose(tasks.shapes).plan.graph_obstacle
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of any module, without its walk through all modules where none has changed."""
-        if set_to_none and not self._watch.changed():
-            for parameter in self._watch.parameters:
+        """Does what any module's does, without its walk through all modules where none has changed."""
+        if set_to_none and not self._snapshot.changed():
+            for parameter in self._snapshot.parameters:
                 parameter.grad = None
         else:
             super().zero_grad(set_to_none)
@@ -155,7 +198,7 @@ class Learner(nn.Module):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._prepare(tasks)
+        choice = self._choice_for(tasks)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
@@ -164,11 +207,11 @@ class Learner(nn.Module):
         return Adapted(self.program, choice, theta, steps, tuple(support_x.shape[2:]))
 
     def explain(self, x: Tensor | None = None) -> str:
-        """Which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
+        """Says which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
             choice = self._choose(TaskShapes.of_samples(x))
-        elif self._seen:
-            choice = next(reversed(self._seen.values())).choice
+        elif self._known:
+            choice = next(reversed(self._known.values())).choice
         else:
             return "no batch has been seen yet; call explain(support_x)"
         hows, memory = choice.plan.layers, choice.plan.memory()
@@ -190,7 +233,7 @@ class Learner(nn.Module):
         return InnerLoop.judged_last(self.steps)
 
     def flat_parameters(self) -> Tensor:
-        """The meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
+        """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
@@ -201,8 +244,8 @@ class Learner(nn.Module):
     def _capture(self) -> Program:
         return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
 
-    def _probe(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of a sample's output, from a run of one task."""
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Finds the shape of a sample's output by a run of one task."""
         y = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
         if y.shape[:2] != (1, x.shape[1]):
             raise ValueError(
@@ -211,18 +254,18 @@ class Learner(nn.Module):
             )
         return tuple(y.shape[2:])
 
-    def _refresh(self) -> None:
+    def _follow_changes(self) -> None:
         """Captures the module again where it was moved (its buffers are other tensors then) or has changed its mode."""
-        if not self._watch.changed():
+        if not self._snapshot.changed():
             return
-        if self._captured.changed():
+        if self._model_snapshot.changed():
             self.program = self._capture()
-            self._sources, self._captured = self._parameters_in_order(), ModuleSnapshot(self.model)
-            self._seen.clear()
-        self._fixed_rate, self._watch = self.rate.fixed, ModuleSnapshot(self, owner=self)
+            self._sources, self._model_snapshot = self._parameters_in_order(), ModuleSnapshot(self.model)
+            self._known.clear()
+        self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
 
     def _rates(self) -> Tensor:
-        """``[1 or S, 1 or P]``: of the rule of the inner update."""
+        """Returns the inner rates, ``[1 or S, 1 or P]``."""
         return self.rate() if self._fixed_rate is None else self._fixed_rate
 
     def _parameters_in_order(self) -> list[Tensor]:
@@ -230,7 +273,7 @@ class Learner(nn.Module):
         return [named[p.name] for p in self.program.parameters]
 
     def _rows_per_step(self) -> nn.ParameterDict:
-        """``per_step`` batch norm: gamma and beta with a row for each inner step, started from the model's."""
+        """Makes gamma and beta of ``per_step`` batch norm, with a row for each inner step, started from the model's."""
         named = dict(self.model.named_parameters())
         rows = nn.ParameterDict()
         for p in self.program.parameters:
@@ -238,68 +281,51 @@ class Learner(nn.Module):
                 rows[p.name.replace(".", "/")] = nn.Parameter(named[p.name].detach().expand(p.shape).clone())
         return rows
 
-    def _prepare(self, tasks: TaskBatch) -> Choice:
+    def _choice_for(self, tasks: TaskBatch) -> Choice:
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
         check_batch(tasks)
-        self._refresh()
+        self._follow_changes()
         key = self._kind(tasks)
-        seen = self._seen.get(key)
-        if seen is None:
-            seen = self._meet(tasks)
-            self._check_targets(seen, tasks)
-            self._seen[key] = seen
-        elif seen.check_each:
-            self._check_targets(seen, tasks)
-        return seen.choice
+        known = self._known.get(key)
+        if known is None:
+            known = self._examine(tasks)
+            self._check_targets(known, tasks)
+            self._known[key] = known
+        elif known.checks_targets:
+            self._check_targets(known, tasks)
+        return known.choice
 
     def _kind(self, tasks: TaskBatch) -> tuple[object, ...]:
-        """What all that holds of a batch depends on, but for the values of its labels."""
+        """Returns all that decides whether a batch fits and what runs it, but for the values of its labels."""
         own = self._sources[0]
         return tasks.shapes, own.dtype, own.device
 
     def _choose(self, shapes: TaskShapes) -> Choice:
         return choose(self.program, self.loop, shapes, self.backend, self.precision)
 
-    def _meet(self, tasks: TaskBatch) -> _Seen:
+    def _examine(self, tasks: TaskBatch) -> KnownBatch:
+        """Checks the first batch of a kind."""
         check_like(tasks, self)
         if tasks.shapes.ragged:
             check_padding(self.program, self.flat_parameters().detach(), tasks)
-        output = self._probe(tasks.support_x)
-        self._probe(tasks.query_x)
+        output = self._output_shape(tasks.support_x)
+        self._output_shape(tasks.query_x)
         choice = self._choose(tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        return _Seen(choice, output, self.program.loss.reads_targets and tasks.support_x.device.type == "cpu")
+        looks = self.program.loss.reads_targets and tasks.support_x.device.type == "cpu"
+        return KnownBatch(choice, output, looks)
 
-    def _check_targets(self, seen: _Seen, tasks: TaskBatch) -> None:
-        self.program.loss.check(seen.output, tasks.support_y, "support_y")
-        self.program.loss.check(seen.output, tasks.query_y, "query_y")
+    def _check_targets(self, known: KnownBatch, tasks: TaskBatch) -> None:
+        self.program.loss.check(known.output, tasks.support_y, "support_y")
+        self.program.loss.check(known.output, tasks.query_y, "query_y")
 
     def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Adds one for each meta-parameter of the model to its ``.grad``."""
+        """Adds the gradient of each meta-parameter of the model to its ``.grad``."""
         for parameter, gradient in zip(self._sources, gradients, strict=True):
             if parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.detach() + gradient
 
-    def _track(self, tasks: TaskBatch) -> None:
-        if self.tracks:
+    def _track_statistics(self, tasks: TaskBatch) -> None:
+        """Moves the running statistics of batch norm, where ``bn="running"``."""
+        if self.tracks_statistics:
             track(self.program, self.flat_parameters().detach(), tasks.support)
-
-
-def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
-    """Weights of the query losses after steps ``0..S``; ``None``: the last only.
-
-    Raises:
-        ValueError: not S numbers, one that is not finite, or nothing but zeros.
-    """
-    if weights is None:
-        return [0.0] * steps + [1.0]
-    try:
-        values = [float(w) for w in weights]
-    except (TypeError, ValueError):
-        values = []
-    if len(values) != steps or not all(math.isfinite(w) for w in values) or not any(values):
-        raise ValueError(
-            f"step_weights={weights!r}: give {steps} finite numbers, not all zero, one for the query loss after each "
-            "step"
-        )
-    return [0.0, *values]

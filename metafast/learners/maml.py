@@ -1,7 +1,8 @@
-"""MAML: an initialisation from which a few gradient steps learn a task."""
+"""MAML learns an initialisation from which a few gradient steps learn a task."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,23 +11,30 @@ from torch import nn
 
 from metafast.inner.autograd import Adapt, TaskLoss, recorded
 from metafast.inner.rates import Rate
-from metafast.learners.gradient import Learner, LearnerOutput, finite_weights
+from metafast.learners.adapted_parameters import without_batch_norm
+from metafast.learners.base import LearnerOutput, LearnerRecipe
+from metafast.learners.gradient import GradientLearner
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.tasks import TaskBatch
 
 
-class MAML(Learner):
-    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, 1703.03400), with its exact second-order gradient.
+class MAML(GradientLearner):
+    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, 1703.03400) takes its exact second-order gradient here.
 
     ``theta_{s+1} = theta_s - alpha grad L_support(theta_s)``, ``s = 0..S-1``; the meta-loss is
     ``mean_t L_query(theta_S)``, or ``mean_t sum_s w_s L_query(theta_s)`` with ``step_weights``.
+    Its recipes move no parameter of a batch norm, as the MAML papers do.
 
     Args:
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
-        **options: see :class:`Learner`.
+        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+            :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
+
+    name = "maml"
+    paper = "Finn, Abbeel, Levine 2017, 1703.03400"
 
     def __init__(
         self,
@@ -43,24 +51,36 @@ class MAML(Learner):
         self.first_order = first_order
         self.step_weights = step_weights
 
+    @classmethod
+    def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
+        """Lets the inner loop of a recipe move all but batch norm."""
+        return {"adapt": without_batch_norm(model)}
+
     @property
     def step_weights(self) -> list[float]:
-        """Weights of the query losses after steps ``0..S``."""
+        """They are the weights of the query losses after steps ``0..S``."""
         return self._weights
 
     @step_weights.setter
     def step_weights(self, weights: Iterable[float] | None) -> None:
         self._weights = finite_weights(weights, self.steps)
 
+    def schedule(self, iteration: int, iterations: int) -> tuple[object, ...]:
+        """Changes nothing; a recording holds the weights of the query losses and the order of differentiation."""
+        return self.step_weights, self.first_order
+
     def forward(self, tasks: TaskBatch, create_graph: bool = False) -> LearnerOutput:
         """Adapts to each task and judges it on its query set; ``.loss.backward()`` gives the exact meta-gradient.
 
         ``create_graph=True`` records the unrolled computation through the reference path instead: slower and larger,
         but differentiable any number of times.
+
+        Raises:
+            TypeError, ValueError: the batch does not fit the model, or ``create_graph`` goes with ``first_order``.
         """
-        choice = self._prepare(tasks)
+        choice = self._choice_for(tasks)
         if torch.is_grad_enabled():
-            self._track(tasks)
+            self._track_statistics(tasks)
         theta, rate = self.flat_parameters(), self.rate()
         if create_graph:
             if self.first_order:
@@ -79,8 +99,8 @@ class MAML(Learner):
 
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
-        choice = self._prepare(tasks)
-        self._track(tasks)
+        choice = self._choice_for(tasks)
+        self._track_statistics(tasks)
         rate = self._rates()
         found = choice.executor.meta_gradient(self.program, self.loop, self._sources, rate, tasks)
         self._add_gradients(found.grads)
@@ -92,3 +112,23 @@ class MAML(Learner):
     def loop(self) -> InnerLoop:
         """The inner loop as the executors read it, by the settings of now."""
         return InnerLoop(self.steps, tuple(self._weights), self.first_order, self.rate.value.requires_grad)
+
+
+def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
+    """Returns the weights of the query losses after steps ``0..S``; ``None`` puts all weight on the last.
+
+    Raises:
+        ValueError: not S numbers, one that is not finite, or nothing but zeros.
+    """
+    if weights is None:
+        return [0.0] * steps + [1.0]
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        values = []
+    if len(values) != steps or not all(math.isfinite(w) for w in values) or not any(values):
+        raise ValueError(
+            f"step_weights={weights!r}: give {steps} finite numbers, not all zero, one for the query loss after each "
+            "step"
+        )
+    return [0.0, *values]

@@ -1,28 +1,47 @@
-"""MAML++: what makes MAML of many steps train well."""
+"""MAML++ adds to MAML what makes it train well with many steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from metafast.inner.rates import Rate
+from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.maml import MAML
 from metafast.program.losses import LossLike
 
+# A training is divided into this many epochs (Antoniou et al. 2019).
+EPOCHS = 100
+
 
 class MAMLPlusPlus(MAML):
-    """MAML++ (Antoniou, Edwards, Storkey 2019, 1810.09502), as settings of MAML.
+    """MAML++ (Antoniou, Edwards, Storkey 2019, 1810.09502) is a set of settings of MAML.
 
-    Learned rates for each layer and step, batch norm parameters for each step (not adapted), and, moved by
-    :meth:`at_epoch`, a multi-step loss that fades into the last step's and first order before second order. The cosine
+    They are: learned rates for each layer and step, batch norm parameters for each step (not adapted), and, moved by
+    :meth:`at_epoch`, a multi-step loss that fades into the last step's, and first order before second order. The cosine
     rate of the outer optimiser is torch's ``CosineAnnealingLR``.
 
     Args:
         multi_step_epochs: epochs until the loss weights have settled on the last step.
         second_order_from: the epoch from which second-order gradients are used.
+        **options: those of :class:`MAML`.
+
+    Raises:
+        ValueError: ``multi_step_epochs`` is below 1.
     """
+
+    name = "maml++"
+    paper = "Antoniou, Edwards, Storkey 2019, 1810.09502"
+    # The Omniglot configuration of the paper's code.
+    recipe_changes: ClassVar = {
+        "classification": {
+            "network": "conv4-pool", "steps": 5, "inner_lr": 0.1, "tasks": 8, "iterations": 50_000,
+            "lr": 1e-3, "schedule": "cosine", "final_lr": 1e-5, "test_steps": (0, 5),
+        },
+        "regression": {"steps": 5, "schedule": "cosine", "final_lr": 1e-5, "test_steps": (0, 1, 5)},
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -43,6 +62,11 @@ class MAMLPlusPlus(MAML):
         self.multi_step_epochs, self.second_order_from = multi_step_epochs, second_order_from
         self.at_epoch(0)
 
+    def schedule(self, iteration: int, iterations: int) -> tuple[object, ...]:
+        """Goes to the iteration's epoch, of the ``EPOCHS`` that a training has."""
+        self.at_epoch(EPOCHS * iteration // iterations)
+        return super().schedule(iteration, iterations)
+
     def at_epoch(self, epoch: int) -> None:
         """Sets the loss weights and the order of differentiation for an epoch, counted from 0."""
         self.step_weights = multi_step_weights(epoch, self.steps, self.multi_step_epochs)
@@ -50,7 +74,7 @@ class MAMLPlusPlus(MAML):
 
 
 def multi_step_weights(epoch: int, steps: int, horizon: int) -> list[float]:
-    """``w_1 .. w_S`` of MAML++: all ``1/S`` at epoch 0, nearly all on the last step from ``horizon`` epochs on.
+    """Returns ``w_1 .. w_S`` of MAML++: all ``1/S`` at epoch 0, nearly all on the last step from ``horizon`` epochs on.
 
     ``w_s = max(1/S - e/(S h), 0.03/S)`` for ``s < S`` and ``w_S = min(1/S + e (S-1)/(S h), 1 - (S-1) 0.03/S)``.
 
@@ -64,9 +88,3 @@ def multi_step_weights(epoch: int, steps: int, horizon: int) -> list[float]:
     faded = max(1 / steps - epoch / (steps * horizon), 0.03 / steps)
     last = min(1 / steps + epoch * (steps - 1) / (steps * horizon), 1 - (steps - 1) * 0.03 / steps)
     return [faded] * (steps - 1) + [last]
-
-
-def without_batch_norm(model: nn.Module) -> list[str]:
-    """Names of all parameters but those of batch norms: what the MAML papers adapt."""
-    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return [name for name, _ in model.named_parameters() if not any(name.startswith(norm + ".") for norm in norms)]

@@ -9,10 +9,10 @@ from torch import nn
 
 
 class ModuleSnapshot:
-    """Parameters, buffers, sub-modules and modes of ``module`` at one moment.
+    """Holds the parameters, buffers, sub-modules and modes of ``module`` at one moment.
 
-    A module that keeps the watch on itself is its ``owner``. Its own mode is left out: a watch that held its owner
-    would keep both alive.
+    A module that keeps the snapshot of itself is its ``owner``. Its own mode is left out: a snapshot that held its
+    owner would keep both alive.
     """
 
     def __init__(self, module: nn.Module, owner: nn.Module | None = None) -> None:
@@ -27,7 +27,7 @@ class ModuleSnapshot:
         self._items = [item for registry in self._registries for item in registry.values()]
 
     def changed(self) -> bool:
-        """Has anything been replaced, added or taken away, or a mode been switched?"""
+        """Says whether anything has been replaced, added or taken away, or a mode been switched."""
         items = map(dict.get, self._homes, self._names)
         return not (
             all(map(is_, items, self._items))

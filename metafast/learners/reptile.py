@@ -1,21 +1,22 @@
-"""Reptile: move towards where the tasks' own training leads."""
+"""Reptile moves towards where the tasks' own training leads."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from metafast.executors import Choice
 from metafast.inner.rates import Rate
-from metafast.learners.gradient import Learner, LearnerOutput
+from metafast.learners.base import LearnerOutput, LearnerRecipe, rate_beside
+from metafast.learners.gradient import GradientLearner
 from metafast.program.losses import LossLike
 from metafast.tasks import Batch, TaskBatch
 
 
-class Reptile(Learner):
-    """Reptile (Nichol, Achiam, Schulman 2018, 1803.02999): ``theta <- theta + eps mean_t (theta_S,t - theta)``.
+class Reptile(GradientLearner):
+    """Reptile (Nichol, Achiam, Schulman 2018, 1803.02999) does ``theta <- theta + eps mean_t (theta_S,t - theta)``.
 
     :meth:`backward` gives the "gradient" ``theta - mean_t theta_S,t``, so an outer ``torch.optim.SGD`` with ``lr=eps``
     is Reptile. One task a batch is the serial form, many tasks the batched one.
@@ -25,8 +26,26 @@ class Reptile(Learner):
             ``m <- 0.999 m + 0.001 g^2``, ``theta <- theta - lr g / (sqrt(m / (1 - 0.999^k)) + 1e-8)``, fresh by task.
         batch_size: samples of the support set that each inner step sees, in a fixed shuffled order that starts again
             where it ends; ``None``: all.
-        **options: see :class:`Learner`.
+        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+            :class:`~metafast.learners.gradient.GradientLearner`.
+
+    Raises:
+        ValueError: an unknown optimiser, a ``batch_size`` below 1, or rates that are to be learned.
     """
+
+    name = "reptile"
+    paper = "Nichol, Achiam, Schulman 2018, 1803.02999"
+    # The Omniglot command lines of the paper's code.
+    recipe_changes: ClassVar = {
+        "classification": {
+            "shots": 10, "queries": 1, "steps": 5, "inner_optimizer": "adam", "inner_lr": 1e-3, "tasks": 5,
+            "iterations": 100_000, "lr": 1.0, "schedule": "linear", "test_steps": (0, 5, 50),
+        },
+        "regression": {
+            "steps": 10, "inner_lr": 0.02, "tasks": 5, "lr": 1.0, "schedule": "linear", "test_steps": (0, 1, 10, 32),
+        },
+    }  # fmt: skip
+    inner_optimizers = ("sgd", "adam")
 
     def __init__(
         self,
@@ -40,7 +59,7 @@ class Reptile(Learner):
         **options: Any,
     ) -> None:
         super().__init__(model, loss=loss, lr=lr, steps=steps, **options)
-        if optimizer not in ("sgd", "adam"):
+        if optimizer not in self.inner_optimizers:
             raise ValueError(f"optimizer={optimizer!r} is unknown; Reptile's inner optimiser is 'sgd' or 'adam'")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size={batch_size!r}: an inner step takes a whole number of samples, at least 1")
@@ -50,22 +69,38 @@ class Reptile(Learner):
             )
         self.optimizer, self.batch_size = optimizer, batch_size
 
+    @classmethod
+    def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
+        """Takes the recipe's inner optimiser; all parameters move, those of batch norm too."""
+        return {"optimizer": recipe.inner_optimizer}
+
+    def outer_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """Makes plain SGD: the "gradient" is the way to go itself, and ``lr`` is ``eps``."""
+        parameters = list(self.parameters())
+        return torch.optim.SGD(parameters, lr=rate_beside(parameters[0], lr), fused=True)
+
+    def graph_obstacle(self, tasks: TaskBatch) -> str | None:
+        """Says what it says of any gradient-based learner, and that the inner Adam waits for the host."""
+        if self.optimizer == "adam":
+            return "Reptile's inner Adam takes its mask from the host"
+        return super().graph_obstacle(tasks)
+
     @torch.no_grad()
     def forward(self, tasks: TaskBatch) -> LearnerOutput:
-        """Query losses and outputs after adaptation. Reptile has no meta-loss: train it with :meth:`backward`."""
-        choice = self._prepare(tasks)
-        return self._judge(choice, self._adapted(choice, tasks.support, self.steps), tasks)
+        """Judges the adapted models on the query sets. Reptile has no meta-loss: train it with :meth:`backward`."""
+        choice = self._choice_for(tasks)
+        return self._on_queries(choice, self._adapted(choice, tasks.support, self.steps), tasks)
 
     @torch.no_grad()
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
-        choice = self._prepare(tasks)
-        self._track(tasks)
+        choice = self._choice_for(tasks)
+        self._track_statistics(tasks)
         adapted = self._adapted(choice, tasks.support, self.steps)
         self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))
-        return self._judge(choice, adapted, tasks)
+        return self._on_queries(choice, adapted, tasks)
 
-    def _judge(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:
+    def _on_queries(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:
         losses, _, outputs = choice.executor.loss_and_grad(self.program, adapted, tasks.query, self.steps)
         return LearnerOutput(losses, outputs)
 

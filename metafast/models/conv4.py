@@ -12,7 +12,7 @@ def conv4(
     ways: int,
     *,
     channels: int = 64,
-    image: tuple[int, int, int] = (1, 28, 28),
+    image: tuple[int, ...] = (1, 28, 28),
     pool: bool = False,
     head_std: float = 1.0,
     blocks: int = 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from metafast.kernels.contract.layer import Loss
@@ -13,6 +14,12 @@ from metafast.kernels.custom_loss import CustomLoss
 from metafast.kernels.mse import MSE
 
 _BY_NAME: dict[str, Loss] = {loss.kind: loss for loss in (CrossEntropy(), MSE())}
+
+# What PyTorch calls the losses that have a name, for code that does the same as metafast without its rules.
+TORCH_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+}
 
 LossLike: TypeAlias = str | Loss | Callable[[Tensor, Tensor], Tensor]
 

@@ -1,1 +1,1 @@
-"""From a recipe to a trained learner in a folder."""
+"""Leads from a recipe to a trained learner in a folder."""

@@ -1,22 +1,19 @@
-"""From a recipe to its model, learner and outer optimiser."""
+"""Builds a recipe's model and learner."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
 
 from metafast import learners
+from metafast.episodes import sources
+from metafast.learners import Learner
 from metafast.models import conv4, mlp
-from metafast.training.data import IMAGE
 from metafast.training.recipes import Recipe
-
-MetaLearner = learners.MAML | learners.Reptile
 
 
 def choose_device(name: str) -> str:
-    """``auto`` becomes ``cuda`` where there is one, else ``cpu``; anything else is taken at its word.
+    """Makes ``cuda`` of ``auto`` where there is one, else ``cpu``; anything else is taken at its word.
 
     Raises:
         ValueError: there is no such device here.
@@ -38,46 +35,19 @@ def choose_device(name: str) -> str:
 
 
 def build_model(recipe: Recipe, seed: int) -> nn.Module:
-    """The recipe's network with initial values from ``seed``."""
+    """Builds the recipe's network with initial values from ``seed``."""
     if recipe.network == "mlp":
         return mlp(hidden=(recipe.channels, recipe.channels), seed=seed)
     return conv4(
         recipe.ways,
         channels=recipe.channels,
-        image=IMAGE[recipe.data],
+        image=sources.find(recipe.data).sample,
         pool=recipe.network == "conv4-pool",
         head_std=recipe.head_std,
         seed=seed,
     )
 
 
-def build_learner(recipe: Recipe, model: nn.Module, backend: str) -> MetaLearner:
-    """The recipe's algorithm around ``model``. But for Reptile, no inner step moves batch norm's parameters."""
-    inner: dict[str, Any] = {
-        "loss": recipe.loss, "lr": recipe.inner_lr, "steps": recipe.steps, "backend": backend,
-    }  # fmt: skip
-    if recipe.algorithm == "reptile":
-        return learners.Reptile(model, optimizer=recipe.inner_optimizer, **inner)
-    if recipe.algorithm == "anil":
-        return learners.ANIL(model, head="head", **inner)
-    settings_of_maml = {
-        "maml": learners.MAML,
-        "fomaml": learners.FOMAML,
-        "metasgd": learners.MetaSGD,
-        "maml++": learners.MAMLPlusPlus,
-    }
-    return settings_of_maml[recipe.algorithm](model, adapt=learners.without_batch_norm(model), **inner)
-
-
-def build_optimizer(recipe: Recipe, learner: nn.Module) -> torch.optim.Optimizer:
-    """Adam, as in the papers; plain SGD for Reptile, whose meta-gradient is the way to go itself.
-
-    Its ``lr`` is a tensor beside the parameters, and a step reads nothing back: a CUDA graph can hold it.
-    """
-    parameters = list(learner.parameters())
-    on_gpu = parameters[0].is_cuda
-    # The kernels read a rate on a GPU as float32, and one on the CPU as float64.
-    lr = torch.tensor(recipe.lr, dtype=torch.float32 if on_gpu else torch.float64, device=parameters[0].device)
-    if recipe.algorithm == "reptile":
-        return torch.optim.SGD(parameters, lr=lr, fused=True)
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+def build_learner(recipe: Recipe, model: nn.Module, backend: str) -> Learner:
+    """Builds the recipe's learner around ``model``."""
+    return learners.by_name(recipe.algorithm).from_recipe(recipe, model, backend)

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file, the tensors beside a JSON description in its header. Nothing is unpickled."""
+"""Writes and reads checkpoints, safetensors files with a JSON description in the header. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = "metafast-checkpoint-1"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the text says which file, why, and what to do."""
+    """A checkpoint cannot be used; the text says which file, why, and what to do."""
 
 
 class NotFinite(CheckpointError):
@@ -40,7 +40,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, An
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the description of a checkpoint.
+    """Reads the tensors (on the CPU) and the description of a checkpoint.
 
     Raises:
         CheckpointError: no such file, or it is truncated, damaged or not a checkpoint of metafast.
@@ -66,8 +66,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What an optimiser has gathered, as tensors named ``<parameter>.<key>`` and the rest, which JSON can hold. Not its
-    settings: those are the recipe's and the device's."""
+    """Returns what an optimiser has gathered: tensors named ``<parameter>.<key>``, and the rest, which JSON can hold.
+
+    Its settings are left out: those are the recipe's and the device's.
+    """
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for index, entries in optimizer.state_dict()["state"].items():
@@ -91,7 +93,7 @@ def unpack_optimizer(
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line ``field: wanted, found`` for each entry in which two JSON descriptions differ."""
+    """Writes one line ``field: wanted, found`` for each entry in which two JSON descriptions differ."""
     missing = object()
     lines = []
     for key in [*wanted, *(k for k in found if k not in wanted)]:

@@ -1,4 +1,4 @@
-"""The record of a run: ``metrics.jsonl``, one JSON object a line, and TensorBoard when asked for."""
+"""Keeps the record of a run in ``metrics.jsonl``, one JSON object a line, and in TensorBoard when asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's record; a last line that was cut off by a crash is left out."""
+    """Reads the lines of a run's record; a last line that was cut off by a crash is left out."""
     path = folder / FILE
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""The outer step: tasks, meta-gradient, clipping, optimiser. On a GPU it is one CUDA graph where it can be."""
+"""Runs the outer step: tasks, meta-gradient, clipping, optimiser. On a GPU it is one CUDA graph where it can be."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metafast.executors import choose
+from metafast.episodes import Sampler
 from metafast.executors.cuda_graphs import CudaGraph
-from metafast.learners import MAML, MAMLPlusPlus, Reptile
+from metafast.learners import Learner
 from metafast.tasks import TaskBatch
-from metafast.training.build import MetaLearner, build_optimizer
-from metafast.training.data import Sampler
 from metafast.training.evaluate import task_scores
 from metafast.training.recipes import Recipe
 
-# Rows of the window: iterations between two reads of the losses. To read them at every step would stall a GPU.
+# The window has this many rows: iterations between two reads of the losses. To read at every step would stall a GPU.
 WINDOW = 25
-# Bytes of the tasks that are drawn at once: a draw of few bytes costs as much as one of many.
+# Tasks of this many bytes are drawn at once: a draw of few bytes costs as much as one of many.
 AHEAD = 1 << 20
-# MAML++ divides its training into this many epochs (Antoniou et al. 2019).
-EPOCHS = 100
 
-# Takes a function and, without running it, gives one that does what it would do on the device.
+# A recorder takes a function and, without running it, gives one that does what it would do on the device.
 Recorder = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 
 
 class OuterStep:
-    """The iterations of a recipe, ``theta <- optimiser(theta, clip(d/dtheta mean_t L_t))`` on the tasks of each.
+    """Runs a recipe's iterations, ``theta <- optimiser(theta, clip(d/dtheta mean_t L_t))`` on the tasks of each.
 
     All that differs between them lies on the device: the number of the iteration, the outer rate, parameters, the
-    optimiser's state. So one can be recorded and replayed for all. With a recorder, the first iteration under new
-    weights of MAML++ runs as it is (kernels are compiled, caches filled); from the second on a recording is replayed.
+    optimiser's state; and what the learner's schedule sets, which a recording holds as it was. So one can be recorded
+    and replayed for all that share these settings. With a recorder, the first iteration under new settings runs as it
+    is (kernels are compiled, caches filled); from the second on a recording is replayed.
 
     Attributes:
         optimizer: its ``lr`` is a tensor that each iteration sets.
@@ -40,11 +37,9 @@ class OuterStep:
             its accuracy.
     """
 
-    def __init__(
-        self, recipe: Recipe, learner: MetaLearner, sampler: Sampler, recorder: Recorder | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, learner: Learner, sampler: Sampler, recorder: Recorder | None = None) -> None:
         self.recipe, self.learner, self.sampler, self.recorder = recipe, learner, sampler, recorder
-        self.optimizer = build_optimizer(recipe, learner)
+        self.optimizer = learner.outer_optimizer(recipe.lr)
         self.device = next(learner.parameters()).device
         self.window = torch.zeros(WINDOW, 2, device=self.device)
         self._iteration = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -66,7 +61,7 @@ class OuterStep:
             self._replay()
 
     def _tasks(self, iteration: int) -> TaskBatch:
-        """The iteration's tasks, drawn with those of the iterations behind it."""
+        """Returns the iteration's tasks, which are drawn with those of the iterations behind it."""
         if self._drawn is None or not self._first <= iteration < self._first + self._count:
             if self._drawn is not None:
                 size = (self._drawn.support_x.nbytes + self._drawn.query_x.nbytes) // self._count
@@ -81,9 +76,7 @@ class OuterStep:
         self._iteration.fill_(iteration)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.recipe.lr_at(iteration))
-        if isinstance(self.learner, MAMLPlusPlus):
-            self.learner.at_epoch(EPOCHS * iteration // self.recipe.iterations)
-        return (self.learner.step_weights, self.learner.first_order) if isinstance(self.learner, MAML) else ()
+        return self.learner.schedule(iteration, self.recipe.iterations)
 
     def _draw_and_run(self) -> None:
         self._run(self.sampler.batch(self._iteration))
@@ -104,18 +97,15 @@ class OuterStep:
         return task_scores(outputs, tasks.query_y, True).mean()
 
 
-def graph_obstacle(learner: MetaLearner, tasks: TaskBatch) -> str | None:
-    """In words, why no CUDA graph can hold an outer step on batches like ``tasks``; ``None``: one can."""
+def graph_obstacle(learner: Learner, tasks: TaskBatch) -> str | None:
+    """Says why no CUDA graph can hold an outer step on batches like ``tasks``; it is ``None`` where one can."""
     if not tasks.support_x.is_cuda:
         return f"device {tasks.support_x.device} has no CUDA graphs"
-    if isinstance(learner, Reptile) and learner.optimizer == "adam":
-        return "Reptile's inner Adam takes its mask from the host"
-    chosen = choose(learner.program, learner.loop, tasks.shapes, learner.backend, learner.precision)
-    return chosen.plan.graph_obstacle
+    return learner.graph_obstacle(tasks)
 
 
 def record_graph(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The recorder of CUDA graphs.
+    """Records CUDA graphs.
 
     Raises:
         RuntimeError: CUDA refuses; the text says why, and how to train all the same.

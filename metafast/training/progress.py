@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a bar on a terminal, plain lines in a log."""
+"""Shows how a run goes on: by a bar on a terminal, by plain lines in a log."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ LINE_EVERY = 5.0
 
 
 class Progress:
-    """Nothing is shown; the base of those that show something."""
+    """Shows nothing; it is the base of those that show something."""
 
     def start(self, done: int, total: int) -> None:
-        """The run begins, or goes on, at iteration ``done``."""
+        """Is called when the run begins, or goes on, at iteration ``done``."""
 
     def step(self, done: int) -> None:
-        """An iteration has been launched."""
+        """Is called when an iteration has been launched."""
 
     def report(self, done: int, values: dict[str, float], left: float) -> None:
-        """What the iterations up to ``done`` measured; ``left`` is the time left in seconds."""
+        """Shows what the iterations up to ``done`` measured; ``left`` is the time left in seconds."""
 
     def note(self, text: str) -> None:
-        """Something worth saying once."""
+        """Shows something worth saying once."""
 
     def close(self) -> None:
-        """The iterations are over."""
+        """Is called when the iterations are over."""
 
 
 class Lines(Progress):
-    """Plain lines."""
+    """Shows plain lines."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -52,7 +52,7 @@ class Lines(Progress):
 
 
 class Bar(Progress):
-    """A bar that stays on one line."""
+    """Shows a bar that stays on one line."""
 
     def __init__(self, stream: TextIO) -> None:
         progress, console = require("rich.progress"), require("rich.console")
@@ -82,12 +82,12 @@ class Bar(Progress):
 
 
 def terminal() -> Progress:
-    """A bar when standard error is a terminal, else lines."""
+    """Returns a bar when standard error is a terminal, else lines."""
     return Bar(sys.stderr) if sys.stderr.isatty() else Lines(sys.stderr)
 
 
 def describe(values: dict[str, float]) -> str:
-    """``loss 0.1234  accuracy 97.5%  310 tasks/s``."""
+    """Writes ``loss 0.1234  accuracy 97.5%  310 tasks/s``."""
     parts = [f"loss {values['loss']:.4f}"]
     if "accuracy" in values:
         parts.append(f"accuracy {values['accuracy']:.1%}")
@@ -95,6 +95,6 @@ def describe(values: dict[str, float]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Writes hours, minutes and seconds."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

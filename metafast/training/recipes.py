@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a training run, as data, with the settings of the papers.
+"""Holds the recipes: everything that decides a training run, as data, with the settings of the papers.
 
 Losses here are means over the samples. The code behind Finn et al. 2017 divides the summed cross-entropy by the shots
 only, so its inner gradient is ``ways`` times larger: its rate 0.4 (5 ways) and 0.1 (20 ways) are both 2.0 here.
@@ -14,32 +14,36 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-ALGORITHMS = ("maml", "fomaml", "metasgd", "anil", "reptile", "maml++")
+from metafast import learners
+from metafast.learners.base import INNER_SETTINGS
+
 NETWORKS = ("mlp", "conv4-stride", "conv4-pool")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run and how it is judged.
+    """Describes one training run and how it is judged.
 
     Attributes:
         name: how the command line calls it.
         note: where the settings come from and what differs from that source.
-        data: ``sinusoid``, ``glyphs``, ``omniglot`` or ``folder``.
-        split: how classes are divided, for data that offer more than one way (Omniglot: ``background``, ``maml``).
-        algorithm: one of ``ALGORITHMS``.
+        data: the name of a data set, as its record in ``metafast.episodes.sources`` has it.
+        split: how classes are divided, for data whose record offers more than one way.
+        algorithm: the name of a learner, one of ``learners.names()``.
         network: one of ``NETWORKS``; ``channels`` is its width, ``head_std`` the deviation of the initial head of
             ``conv4-stride``.
         ways: classes in a task; 0 for regression.
         shots, queries: samples a class (or a task, in regression) in training.
-        steps, inner_lr, inner_optimizer: the inner loop in training; the rate belongs to the mean loss.
+        steps, inner_lr, inner_optimizer: the inner loop in training; the rate belongs to the mean loss. They and
+            ``test_steps`` are ``None`` where the learner has no such setting.
         tasks: tasks in a meta-batch.
         iterations: outer steps.
         lr, final_lr, schedule: the outer optimiser's rate, ``lr`` at the start and ``final_lr`` at the end.
         clip: bound on each element of the meta-gradient, or ``None``.
-        test_shots, test_queries, test_steps: the final test, once for each shot and number of inner steps. The first
-            of ``test_shots`` with the last of ``test_steps`` is the result that a run is known by.
+        test_shots, test_queries, test_steps: the final test, once for each shot and, where the learner takes inner
+            steps, for each number of them. The first of ``test_shots`` with the last of ``test_steps`` is the result
+            that a run is known by.
         eval_every: iterations between validations on unseen classes; 0 for none.
         eval_tasks: tasks in a validation.
     """
@@ -52,17 +56,17 @@ class Recipe:
     ways: int
     shots: int
     queries: int
-    steps: int
-    inner_lr: float
+    steps: int | None
+    inner_lr: float | None
     tasks: int
     iterations: int
     test_shots: tuple[int, ...]
     test_queries: int
-    test_steps: tuple[int, ...]
+    test_steps: tuple[int, ...] | None
     head_std: float = 1.0
     split: str = "background"
     algorithm: str = "maml"
-    inner_optimizer: str = "sgd"
+    inner_optimizer: str | None = "sgd"
     lr: float = 1e-3
     final_lr: float = 0.0
     schedule: str = "constant"
@@ -71,7 +75,8 @@ class Recipe:
     eval_tasks: int = 200
 
     def __post_init__(self) -> None:
-        for name, choices in (("algorithm", ALGORITHMS), ("network", NETWORKS), ("schedule", SCHEDULES)):
+        learners.by_name(self.algorithm).check_recipe(self)
+        for name, choices in (("network", NETWORKS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         for name in (
@@ -84,13 +89,13 @@ class Recipe:
             "test_queries",
             "eval_tasks",
         ):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("inner_lr", "lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive number")
         for name, least in (("test_shots", 1), ("test_steps", 0)):
-            if not getattr(self, name) or min(getattr(self, name)) < least:
+            if (value := getattr(self, name)) is not None and (not value or min(value) < least):
                 raise ValueError(f"{name} is {getattr(self, name)}; it needs numbers of at least {least}")
         if self.ways < 0 or self.ways == 1:
             raise ValueError(f"ways is {self.ways}; a classification task needs at least 2 classes (0: regression)")
@@ -99,21 +104,21 @@ class Recipe:
 
     @property
     def classification(self) -> bool:
-        """Is a task a choice among classes?"""
+        """Says whether a task is a choice among classes."""
         return self.ways > 0
 
     @property
     def loss(self) -> str:
-        """The loss that a learner is built with."""
+        """Names the loss that a learner is built with."""
         return "cross_entropy" if self.classification else "mse"
 
     @property
     def metric(self) -> str:
-        """What the tests report."""
+        """Names what the tests report."""
         return "accuracy" if self.classification else "mse"
 
     def lr_at(self, iteration: int) -> float:
-        """The outer rate of an iteration, counted from 0."""
+        """Returns the outer rate of an iteration, counted from 0."""
         if self.schedule == "constant":
             return self.lr
         progress = iteration / self.iterations
@@ -121,13 +126,13 @@ class Recipe:
         return self.final_lr + (self.lr - self.final_lr) * remaining
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, one a field."""
+        """Returns plain JSON values, one for each field."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recipe:
-        """What ``to_json`` wrote.
+        """Reads what ``to_json`` wrote.
 
         Raises:
             ValueError: a field is unknown or missing; the text names it.
@@ -141,7 +146,9 @@ class Recipe:
 
 
 def recipe(name: str, algorithm: str | None = None, **overrides: Any) -> Recipe:
-    """The recipe of that name under an algorithm, with fields replaced; an override of ``None`` changes nothing.
+    """Returns the recipe of that name under an algorithm, with fields replaced.
+
+    An override of ``None`` changes nothing. Settings of an inner loop that the algorithm does not take become ``None``.
 
     Raises:
         ValueError: no recipe or algorithm of that name, or a value out of range.
@@ -149,11 +156,11 @@ def recipe(name: str, algorithm: str | None = None, **overrides: Any) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; choose from {', '.join(RECIPES)}")
     chosen = RECIPES[name]
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(f"there is no algorithm {algorithm!r}; choose from {', '.join(ALGORITHMS)}")
     if algorithm is not None and algorithm != chosen.algorithm:
-        settings = _REGRESSION if not chosen.classification else _CLASSIFICATION
-        chosen = replace(chosen, algorithm=algorithm, **settings.get(algorithm, {}))
+        learner = learners.by_name(algorithm)
+        unused: dict[str, Any] = {name: None for name in INNER_SETTINGS if name not in learner.inner_settings}
+        changes = learner.recipe_changes.get("classification" if chosen.classification else "regression", {})
+        chosen = replace(chosen, algorithm=algorithm, **unused, **changes)
     given = {key: value for key, value in overrides.items() if value is not None}
     if "shots" in given and "test_shots" not in given:
         given["test_shots"] = (given["shots"],)
@@ -255,23 +262,3 @@ RECIPES: dict[str, Recipe] = {
         _FOLDER,
     )
 }
-
-# What an algorithm changes in a recipe written for MAML. Meta-SGD: Li et al. 2017 and its public code. Reptile:
-# Nichol et al. 2018, the Omniglot command lines of its code. MAML++: Antoniou et al. 2019, the Omniglot configuration.
-_CLASSIFICATION: dict[str, dict[str, Any]] = {
-    "metasgd": {"steps": 1, "test_steps": (0, 1), "iterations": 40_000},
-    "reptile": {
-        "shots": 10, "queries": 1, "steps": 5, "inner_optimizer": "adam", "inner_lr": 1e-3, "tasks": 5,
-        "iterations": 100_000, "lr": 1.0, "schedule": "linear", "test_steps": (0, 5, 50),
-    },
-    "maml++": {
-        "network": "conv4-pool", "steps": 5, "inner_lr": 0.1, "tasks": 8, "iterations": 50_000,
-        "lr": 1e-3, "schedule": "cosine", "final_lr": 1e-5, "test_steps": (0, 5),
-    },
-}  # fmt: skip
-_REGRESSION: dict[str, dict[str, Any]] = {
-    "reptile": {
-        "steps": 10, "inner_lr": 0.02, "tasks": 5, "lr": 1.0, "schedule": "linear", "test_steps": (0, 1, 10, 32),
-    },
-    "maml++": {"steps": 5, "schedule": "cosine", "final_lr": 1e-5, "test_steps": (0, 1, 5)},
-}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``summary.json``, ``curves.png`` and, for regression, ``adaptation.png``."""
+"""Writes what a run leaves behind: ``summary.json``, ``curves.png`` and, for known curves, ``adaptation.png``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from metafast.episodes import sources
 from metafast.extras import require
 from metafast.files import write_json
 from metafast.learners import Learner
@@ -21,9 +22,6 @@ from metafast.training.recipes import Recipe
 from metafast.training.run import Training
 
 SUMMARY = "summary.json"
-BATCH_NORM = "task: the statistics of each pass over a task's own support or query samples, in training and test"
-# Steps drawn in the picture of adaptation; 0 is the model before it adapts.
-DRAWN_STEPS = (0, 1, 5, 10)
 
 
 def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str, Any]:
@@ -35,10 +33,10 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
         "recipe": recipe.name,
         "algorithm": recipe.algorithm,
         "metric": recipe.metric,
-        "result": headline(recipe, rows),
+        "result": headline(rows),
         "tests": rows,
         "queries": f"{recipe.test_queries} a {'class' if recipe.classification else 'task'}",
-        "batch_norm": BATCH_NORM if recipe.network != "mlp" else None,
+        "batch_norm": training.learner.batch_norm(),
         "tested": tested,
         "training": {
             "iterations": training.done,
@@ -60,40 +58,43 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
     }
     write_json(folder / SUMMARY, summary)
     draw_curves(read_metrics(folder), recipe, folder / "curves.png")
-    if not recipe.classification:
-        draw_adaptation(training.learner, training.episodes, recipe, folder / "adaptation.png")
+    if (curve := sources.find(recipe.data).curve) is not None:
+        draw_adaptation(training.learner, training.episodes, recipe, curve, folder / "adaptation.png")
     return summary
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Returns the versions of what a result depends on."""
     others = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")}
     return {"metafast": VERSION, "python": platform.python_version(), **others}
 
 
 def device_name(device: str) -> str:
-    """The device in words."""
+    """Names the device in words."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """The rows of a test, as text."""
-    lines = [f"{'shots':>5} {'steps':>5}  {metric} with 95% interval"]
-    lines += [f"{row['shots']:>5} {row['steps']:>5}  {measured(row, metric)}" for row in rows]
+    """Writes the rows of a test as text: the settings of each, and what was measured."""
+    settings = [name for name in rows[0] if name not in (metric, "ci95", "tasks")]
+    lines = [" ".join(f"{name:>5}" for name in settings) + f"  {metric} with 95% interval"]
+    for row in rows:
+        values = (f"{row[name]:>{max(5, len(name))}}" for name in settings)
+        lines.append(f"{' '.join(values)}  {measured(row, metric)}")
     return "\n".join(lines)
 
 
 def measured(row: dict[str, Any], metric: str) -> str:
-    """``97.32% ± 0.41% over 600 tasks``."""
+    """Writes ``97.32% ± 0.41% over 600 tasks``."""
     value, half = row[metric], row["ci95"]
     text = f"{value:.2%} ± {half:.2%}" if metric == "accuracy" else f"{value:.4g} ± {half:.2g}"
     return f"{text} over {row['tasks']} tasks"
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], recipe: Recipe, path: Path) -> None:
-    """Training loss, and the metric in training and validation, against the iteration."""
+    """Draws the training loss, and the metric in training and validation, against the iteration."""
     shown = ["loss", "accuracy"] if recipe.classification else ["loss"]
     figure = require("matplotlib.figure").Figure(figsize=(5 * len(shown), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -110,18 +111,24 @@ def draw_curves(lines: Sequence[dict[str, Any]], recipe: Recipe, path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
-def draw_adaptation(learner: Learner, episodes: Episodes, recipe: Recipe, path: Path, tasks: int = 3) -> None:
-    """Test sinusoids: the truth, the support points, and the model before and after 1, 5 and 10 inner steps."""
+@torch.no_grad()
+def draw_adaptation(
+    learner: Learner, episodes: Episodes, recipe: Recipe, curve: tuple[float, float], path: Path, tasks: int = 3
+) -> None:
+    """Draws test tasks over the interval ``curve``: truth, support points, the model under each test setting."""
     sampler: Any = episodes.test[recipe.test_shots[-1]]
     batch, truth = sampler.batch(0), sampler.truth(0)
-    x = torch.linspace(-5, 5, 200, device=batch.support_x.device).view(1, -1, 1).expand(len(batch), -1, 1)
-    fits = {s: learner.adapt(batch.support_x, batch.support_y, steps=s)(x).cpu() for s in DRAWN_STEPS}
+    x = torch.linspace(*curve, 200, device=batch.support_x.device).view(1, -1, 1).expand(len(batch), -1, 1)
+    fits = [
+        (settings, learner.adapt(batch.support_x, batch.support_y, **settings)(x).cpu())
+        for settings in learner.test_settings(recipe)
+    ]
     figure = require("matplotlib.figure").Figure(figsize=(4.5 * tasks, 3.5), layout="constrained")
     for t, axes in enumerate(figure.subplots(1, tasks, sharey=True)):
         axes.plot(x[t].cpu(), truth(x)[t].cpu(), color="black", linewidth=2, label="truth")
-        for steps, fit in fits.items():
-            name = "before" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
-            axes.plot(x[t].cpu(), fit[t], linestyle=":" if steps == 0 else "-", label=name)
+        for settings, fit in fits:
+            name = ", ".join(f"{key} {value}" for key, value in settings.items()) or "adapted"
+            axes.plot(x[t].cpu(), fit[t], linestyle=":" if settings.get("steps") == 0 else "-", label=name)
         axes.plot(batch.support_x[t].cpu(), batch.support_y[t].cpu(), "^", color="purple", label="support")
         axes.set(xlabel="x", title=f"test task {t + 1}, {recipe.test_shots[-1]} shots")
     axes.legend(fontsize="small")
@@ -129,7 +136,7 @@ def draw_adaptation(learner: Learner, episodes: Episodes, recipe: Recipe, path: 
 
 
 def draw_fit(support: Sequence[Sequence[float]], fit: Sequence[tuple[float, float]], path: Path) -> None:
-    """One's own points and what the adapted model predicts, both as pairs ``(x, y)``."""
+    """Draws one's own points and what the adapted model predicts, both given as pairs ``(x, y)``."""
     figure = require("matplotlib.figure").Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*sorted(fit), strict=True), marker=".", label="predicted")

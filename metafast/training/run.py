@@ -1,4 +1,4 @@
-"""The outer loop: trains a recipe in a folder, and can be killed at any moment and resumed to the same bits."""
+"""Runs the outer loop: it trains a recipe in a folder, and can be killed at any moment and resumed to the same bits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metafast.files import write_json
+from metafast.learners import Learner
 from metafast.training import checkpoint
 from metafast.training.build import build_learner, build_model, choose_device
 from metafast.training.checkpoint import CheckpointError
@@ -36,12 +37,12 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C: the step was finished and a checkpoint written."""
+    """Ctrl-C was pressed; the step was finished and a checkpoint written."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a recipe runs.
+    """Says where and how a recipe runs.
 
     Attributes:
         out: the run's folder.
@@ -67,7 +68,7 @@ class Options:
 
 
 class Training:
-    """A run between its iterations: all state that the next iteration depends on.
+    """Is a run between its iterations: it holds all state that the next iteration depends on.
 
     Raises:
         ValueError: the options do not fit the recipe, or the folder holds a run already.
@@ -100,7 +101,7 @@ class Training:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What two runs must share for one to go on from the other's checkpoint."""
+        """Holds what two runs must share for one to go on from the other's checkpoint."""
         identity = self.recipe.to_json()
         for judging in ("note", "eval_every", "eval_tasks", "test_shots", "test_queries", "test_steps"):
             identity.pop(judging)
@@ -141,7 +142,7 @@ class Training:
         self.save(LAST)
 
     def step(self) -> None:
-        """One outer step."""
+        """Takes one outer step."""
         self.outer(self.done)
         self.done += 1
 
@@ -196,7 +197,7 @@ class Training:
         self.done, self.seconds, self.best = state["iteration"], state["seconds"], state["best"]
 
     def _recent(self) -> Tensor:
-        """Loss and score of the iterations since the last report, ``[n, 2]``, known to be finite."""
+        """Returns loss and score of the iterations since the last report, ``[n, 2]``, known to be finite."""
         count = self.done % WINDOW or min(self.done, WINDOW)
         recent = self.outer.window[:count].cpu()
         bad = (~torch.isfinite(recent[:, 0])).nonzero()
@@ -224,8 +225,8 @@ class Training:
             raise ValueError(
                 f"{recipe.data} has no classes set aside for validation; give --eval-every 0, or a folder with val/"
             )
-        steps = recipe.test_steps[-1]
-        found = scores(self.learner, fixed_list(sampler, recipe.eval_tasks), steps, recipe.classification)
+        settings = self.learner.test_settings(recipe)[-1]
+        found = scores(self.learner, fixed_list(sampler, recipe.eval_tasks), settings, recipe.classification)
         value, half = interval(found)
         metrics.write(self.done, "validation", **{recipe.metric: value, "ci95": half})
         progress.note(f"iteration {self.done}: validation {recipe.metric} {value:.4f} ± {half:.4f}")
@@ -249,10 +250,12 @@ class Training:
         path = self.options.out / LAST
         good = checkpoint.load(path)[1]["iteration"] if path.is_file() else None
         kept = "nothing was saved yet" if good is None else f"{path} still holds iteration {good}"
-        return Diverged(f"iteration {iteration}: {why}; {kept}. Lower --inner-lr or --lr, or use fewer --steps")
+        lower = "Lower --lr" if self.recipe.inner_lr is None else "Lower --inner-lr or --lr"
+        fewer = "" if self.recipe.steps is None else ", or use fewer --steps"
+        return Diverged(f"iteration {iteration}: {why}; {kept}. {lower}{fewer}")
 
 
-def load_learner(learner: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_learner(learner: Learner, tensors: dict[str, Tensor]) -> None:
     """Puts a checkpoint's parameters into a learner.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What one does with a finished run: test it again, look inside, adapt it to one's own samples."""
+"""Opens a finished run: to test it again, to look inside, to adapt it to one's own samples."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.episodes.sources import folder as pictures
+from metafast.episodes import pictures, sources
 from metafast.learners import Learner
 from metafast.training import checkpoint
 from metafast.training.build import build_learner, build_model, choose_device
-from metafast.training.data import IMAGE, open_episodes
+from metafast.training.data import open_episodes
 from metafast.training.evaluate import final_test, headline
 from metafast.training.recipes import Recipe
-from metafast.training.report import BATCH_NORM, device_name, draw_fit
+from metafast.training.report import device_name, draw_fit
 from metafast.training.run import BEST, LAST, load_learner
-
-# Data whose pictures are bright ink on a black ground.
-INK = ("glyphs", "omniglot")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run read back: the learner holds the parameters that its final test judged."""
+    """Is a run read back: the learner holds the parameters that its final test judged."""
 
     recipe: Recipe
     learner: Learner
@@ -39,7 +36,7 @@ class Trained:
 
 
 def open_run(folder: Path, device: str = "auto", backend: str = "auto") -> Trained:
-    """Reads a run: its best checkpoint by validation, else its last.
+    """Reads a run from its best checkpoint by validation, else from its last.
 
     Raises:
         CheckpointError: the folder holds no checkpoint, or a damaged one.
@@ -67,7 +64,7 @@ def retest(
         run.recipe,
         test_shots=tuple(shots or run.recipe.test_shots),
         test_queries=queries or run.recipe.test_queries,
-        test_steps=tuple(steps or run.recipe.test_steps),
+        test_steps=tuple(steps) if steps else run.recipe.test_steps,
     )
     episodes = open_episodes(recipe, data or run.data, run.seed, run.device)
     rows = final_test(run.learner, recipe, episodes, tasks)
@@ -75,10 +72,10 @@ def retest(
         "recipe": recipe.name,
         "algorithm": recipe.algorithm,
         "metric": recipe.metric,
-        "result": headline(recipe, rows),
+        "result": headline(rows),
         "tests": rows,
         "queries": recipe.test_queries,
-        "batch_norm": BATCH_NORM if recipe.classification else None,
+        "batch_norm": run.learner.batch_norm(),
         "checkpoint": run.checkpoint.name,
         "iteration": run.iteration,
         "device": device_name(run.device),
@@ -86,14 +83,14 @@ def retest(
 
 
 def explain_recipe(recipe: Recipe, device: str, backend: str) -> str:
-    """Which executor runs each layer of a recipe's network on its meta-batches, and why."""
+    """Says what runs a recipe's learner on its meta-batches: which executor runs each layer, and why."""
     device = choose_device(device)
     learner = build_learner(recipe, build_model(recipe, seed=0).to(device), backend)
-    sample = IMAGE[recipe.data] if recipe.classification else (1,)
     samples = recipe.shots * max(recipe.ways, 1)
-    return learner.explain(torch.zeros(recipe.tasks, samples, *sample, device=device))
+    return learner.explain(torch.zeros(recipe.tasks, samples, *sources.find(recipe.data).sample, device=device))
 
 
+@torch.no_grad()
 def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Path | None) -> list[dict[str, Any]]:
     """Adapts to ``support`` and predicts ``query``: one row a picture, or one a point.
 
@@ -106,8 +103,9 @@ def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Pa
     kinds = (".csv",) if run.recipe.classification else (".csv", ".png")
     if out is not None and out.suffix not in kinds:
         raise ValueError(f"--out {out} must end in {' or '.join(kinds)}")
-    steps = run.recipe.test_steps[-1] if steps is None else steps
-    rows = (_classify if run.recipe.classification else _regress)(run, support, query, steps)
+    recipe = run.recipe if steps is None else replace(run.recipe, test_steps=(steps,))
+    settings = run.learner.test_settings(recipe)[-1]
+    rows = (_classify if run.recipe.classification else _regress)(run, support, query, settings)
     if out is not None and out.suffix == ".png":
         draw_fit(_columns(support, ("x", "y")).tolist(), [(row["x"], row["y"]) for row in rows], out)
     elif out is not None:
@@ -118,9 +116,9 @@ def predict(run: Trained, support: Path, query: Path, steps: int | None, out: Pa
     return rows
 
 
-def _classify(run: Trained, support: Path, query: Path, steps: int) -> list[dict[str, Any]]:
+def _classify(run: Trained, support: Path, query: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     support_x, support_y, names = _labelled(run, support)
-    fast = run.learner.adapt(support_x, support_y, steps=steps)
+    fast = run.learner.adapt(support_x, support_y, **settings)
     files = pictures.images_in(query) if query.is_dir() else [query]
     if not files:
         raise FileNotFoundError(f"{query} holds no pictures ({', '.join(sorted(pictures.SUFFIXES))})")
@@ -136,7 +134,7 @@ def _classify(run: Trained, support: Path, query: Path, steps: int) -> list[dict
 
 
 def _labelled(run: Trained, root: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """``x [1, n, C, H, W]`` and ``y [1, n]`` of a folder with one sub-folder a class, and the classes' names."""
+    """Reads ``x [1, n, C, H, W]``, ``y [1, n]`` and the classes' names from a folder with one sub-folder a class."""
     classes = {found.name: pictures.images_in(found) for found in pictures.folders_in(root)}
     if len(classes) < 2:
         raise ValueError(f"{root} has {len(classes)} sub-folders; give one sub-folder of pictures a class, at least 2")
@@ -153,26 +151,27 @@ def _labelled(run: Trained, root: Path) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _picture(run: Trained, file: Path) -> Tensor:
-    """``[C, H, W]`` as in training. Where that was ink on black, a picture that is mostly light is inverted."""
+    """Reads ``[C, H, W]`` as in training. Where that was ink on black, a picture that is mostly light is inverted."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no picture at {file}")
-    channels, size, _ = IMAGE[run.recipe.data]
+    source = sources.find(run.recipe.data)
+    channels, size, _ = source.sample
     pixels = torch.tensor(pictures.read_fitted(file, size, channels)).float() / 255
-    if run.recipe.data in INK and pixels.mean() > 0.5:
+    if source.ink_on_black and pixels.mean() > 0.5:
         pixels = 1 - pixels
     return pixels.to(run.device)
 
 
-def _regress(run: Trained, support: Path, query: Path, steps: int) -> list[dict[str, Any]]:
+def _regress(run: Trained, support: Path, query: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     points = _columns(support, ("x", "y"))
     x = _columns(query, ("x",))
     support_x, support_y = points[None, :, :1].to(run.device), points[None, :, 1:].to(run.device)
-    y = run.learner.adapt(support_x, support_y, steps=steps)(x[None].to(run.device))[0]
+    y = run.learner.adapt(support_x, support_y, **settings)(x[None].to(run.device))[0]
     return [{"x": float(a), "y": float(b)} for a, b in zip(x[:, 0], y[:, 0].cpu(), strict=True)]
 
 
 def _columns(path: Path, names: tuple[str, ...]) -> Tensor:
-    """The named columns of a CSV file with a header, ``[n, len(names)]``."""
+    """Reads the named columns of a CSV file with a header, ``[n, len(names)]``."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in names if name not in (reader.fieldnames or [])]:

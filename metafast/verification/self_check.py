@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import nn
@@ -15,11 +12,10 @@ from metafast.executors import Executor
 from metafast.learners import MAML
 from metafast.models import mlp
 from metafast.tasks import TaskBatch
-from metafast.verification import torch_loop
 from metafast.verification.certificate import Certificate, verify
+from metafast.verification.speed import SpeedComparison, compare
 
 _RATE, _STEPS = 0.01, 5  # of the sinusoid problem
-_SECONDS = 1.0  # for each time that is taken
 
 
 @dataclass(frozen=True)
@@ -72,38 +68,8 @@ def refusal(executor: Executor, probe: Probe) -> str | None:
     return plan if isinstance(plan, str) else None
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of one meta-gradient of the sinusoid problem, 25 tasks and 5 steps: an executor's and a torch loop's."""
-
-    executor: float
-    loop: float
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster than the loop."""
-        return self.loop / self.executor
-
-
-def speed(executor: Executor, device: str) -> Speed:
-    """Medians of what a second holds."""
+def speed(executor: Executor, device: str) -> SpeedComparison:
+    """Compares the executor with a torch loop on the sinusoid problem, with 25 tasks and 5 steps."""
     tasks, model = SinusoidSampler(10, 10, 25, device=device).batch(0), mlp().to(device)
     learner = MAML(model, loss="mse", lr=_RATE, steps=_STEPS, backend=executor)
-    names = {name for name, _ in model.named_parameters()}
-    loop = _median(
-        lambda: torch_loop.meta_gradient(model, nn.functional.mse_loss, tasks, _RATE, _STEPS, names), device
-    )
-    return Speed(_median(lambda: learner.backward(tasks), device), loop)
-
-
-def _median(call: Callable[[], object], device: str) -> float:
-    call()
-    times: list[float] = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < _SECONDS or len(times) < 3:
-        start = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    return compare(learner, tasks, _RATE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +10,37 @@ from torch.func import functional_call
 
 from metafast.tasks import TaskBatch
 
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-def meta_gradient(
+
+def task_loss(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: LossFunction,
+    start: Mapping[str, Tensor],
     tasks: TaskBatch,
+    t: int,
     lr: float,
     steps: int,
-    adapted: set[str],
+    adapted: Collection[str],
+) -> Tensor:
+    """The query loss of task ``t`` after ``steps`` inner steps from the parameters ``start``, of which those in
+    ``adapted`` move. Autograd can differentiate it with respect to ``start``."""
+    fast = dict(start)
+    for _ in range(steps):
+        support = loss(functional_call(model, fast, tasks.support_x[t]), tasks.support_y[t])
+        moved = {name: fast[name] for name in adapted}
+        grads = torch.autograd.grad(support, list(moved.values()), create_graph=True)
+        fast = fast | {name: p - lr * g for (name, p), g in zip(moved.items(), grads, strict=True)}
+    return loss(functional_call(model, fast, tasks.query_x[t]), tasks.query_y[t])
+
+
+def meta_gradient(
+    model: nn.Module, loss: LossFunction, tasks: TaskBatch, lr: float, steps: int, adapted: Collection[str]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The mean query loss after ``steps`` inner steps on the parameters in ``adapted``, and its exact gradient."""
+    """The mean query loss of all tasks after ``steps`` inner steps, and its exact gradient, of all parameters."""
     start: dict[str, Tensor] = dict(model.named_parameters())
     total = torch.zeros((), device=tasks.support_x.device)
     for t in range(len(tasks)):
-        fast = start
-        for _ in range(steps):
-            support = loss(functional_call(model, fast, tasks.support_x[t]), tasks.support_y[t])
-            moved = {name: fast[name] for name in adapted}
-            grads = torch.autograd.grad(support, list(moved.values()), create_graph=True)
-            fast = fast | {name: p - lr * g for (name, p), g in zip(moved.items(), grads, strict=True)}
-        total = total + loss(functional_call(model, fast, tasks.query_x[t]), tasks.query_y[t])
+        total = total + task_loss(model, loss, start, tasks, t, lr, steps, adapted)
     mean = total / len(tasks)
     return mean.detach(), dict(zip(start, torch.autograd.grad(mean, list(start.values())), strict=True))

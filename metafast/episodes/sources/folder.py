@@ -10,10 +10,9 @@ import torch
 from metafast.episodes.cache import Arrays, cached
 from metafast.episodes.counter import check_positive
 from metafast.episodes.dataset import ImageDataset, Splits
-from metafast.episodes.sources.pictures import decode, listing
-from metafast.extras import require
+from metafast.episodes.pictures import SUFFIXES, decoder, folders_in, images_in, listing, read_fitted
+from metafast.episodes.source import Parts, Source
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 VALIDATION_NAMES = ("validation", "valid", "val")
 
 
@@ -24,7 +23,7 @@ def load_folder(
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.2),
     seed: int = 0,
 ) -> Splits:
-    """Images of any size from one folder a class, cropped to a centred square and resized.
+    """Reads images of any size from one folder a class, cropped to a centred square and resized.
 
     The layout is either ``path/<class>/<image>``, whose classes are divided at random by ``fractions`` and
     ``seed``, or ``path/{train,val,test}/<class>/<image>`` (val, valid or validation, which may be missing).
@@ -86,18 +85,6 @@ def _check_disjoint(parts: tuple[Path | None, ...]) -> None:
             seen[folder.name] = folder.parent
 
 
-def folders_in(root: Path) -> list[Path]:
-    """Its sub-folders by name, without hidden ones; none where there is no such folder."""
-    if not root.is_dir():
-        return []
-    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The files of the folder that are images by their names, in order."""
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-
-
 def _read(root: Path, size: int, channels: int) -> ImageDataset:
     classes = {folder.name: images_in(folder) for folder in folders_in(root)}
     if not classes:
@@ -111,14 +98,7 @@ def _read(root: Path, size: int, channels: int) -> ImageDataset:
                 f"and one for the query set (suffixes read: {', '.join(sorted(SUFFIXES))})"
             )
     found = listing(root, (f for group in classes.values() for f in group))
-    depends_on = (
-        Path(__file__).read_bytes(),
-        require("PIL", "train").__version__,
-        size,
-        channels,
-        str(root.resolve()),
-        found,
-    )
+    depends_on = (Path(__file__).read_bytes(), decoder(), size, channels, str(root.resolve()), found)
     arrays = cached("folder", depends_on, lambda: _decode_all(classes, size, channels))
     counts = torch.tensor([len(group) for group in classes.values()])
     ragged = bool((counts != counts[0]).any())
@@ -134,11 +114,14 @@ def _decode_all(classes: dict[str, list[Path]], size: int, channels: int) -> Arr
     return {"images": images}
 
 
-def read_fitted(file: Path, size: int, channels: int) -> np.ndarray:
-    """``uint8 [channels, size, size]``: upright, cropped to a square about its middle."""
-    from PIL import Image, ImageOps
+def _open(folder: Path, split: str, device: str) -> Parts:
+    channels, size, _ = SOURCE.sample
+    return Parts.of_images(load_folder(folder, size=size, channels=channels).to(device))
 
-    picture = ImageOps.exif_transpose(decode(file.read_bytes(), str(file)))
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    pixels = np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
-    return pixels.reshape(size, size, channels).transpose(2, 0, 1)
+
+SOURCE = Source(
+    name="folder",
+    sample=(3, 84, 84),
+    open=_open,
+    folder="a folder with one sub-folder of pictures a class",
+)

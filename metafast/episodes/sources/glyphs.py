@@ -19,6 +19,7 @@ import torch
 
 from metafast.episodes.cache import Arrays, cached
 from metafast.episodes.dataset import ImageDataset, Splits
+from metafast.episodes.source import Parts, Source
 from metafast.extras import require
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 INSTANCES = 20
 SIZE = 28
-CANVAS = 3 * SIZE  # drawn large, then averaged down
-BOX = 2.3 * SIZE  # longer side of a glyph on the canvas, before jitter
+CANVAS = 3 * SIZE  # a glyph is drawn large, then averaged down
+BOX = 2.3 * SIZE  # the longer side of a glyph on the canvas, before jitter
 MINIMUM_FONTS = 8
-SAME = 0.93  # cosine of two plain renderings from which on they count as one character
+SAME = 0.93  # two characters whose renderings without jitter have at least this cosine count as one
 
 BASES = ("DejaVuSans", "DejaVuSerif")
 FONTS = (
@@ -48,10 +49,10 @@ LEFT_OUT = ((0x2500, 0x259F), (0x2800, 0x28FF), (0xE000, 0xF8FF), (0x1D400, 0x1D
 
 
 def load_glyphs(seed: int = 0) -> Splits:
-    """Characters of many scripts, 28x28, 20 instances each, split 64:16:20 by character.
+    """Renders characters of many scripts, 28x28, 20 instances each, split 64:16:20 by character.
 
-    Look-alikes (Latin A, Greek Alpha, Cyrillic A) are one class. Rendered on the first call and then read
-    from the user's cache folder. Turned by 90 degrees some characters become others (arrows, u and n): with
+    Look-alikes (Latin A, Greek Alpha, Cyrillic A) are one class. They are rendered on the first call and
+    then read from the user's cache folder. Turned by 90 degrees some characters become others (arrows, u and n): with
     rotations as new classes about one 5-way task in a thousand has two labels for one shape.
 
     Args:
@@ -106,7 +107,7 @@ class _Typeface:
         return self._sizes[size]
 
     def glyph(self, character: int) -> Image.Image | None:
-        """The character in about BOX pixels, cropped; None if the font lacks it or leaves it blank."""
+        """Draws the character in about BOX pixels, cropped. None if the font lacks it or leaves it blank."""
         if character not in self.characters:
             return None
         size = 64
@@ -127,7 +128,7 @@ class _Typeface:
 
 
 def _candidates(typefaces: list[_Typeface]) -> list[int]:
-    """Letters, numbers, symbols and punctuation that the base font and enough others have."""
+    """Lists the letters, numbers, symbols and punctuation that the base font and enough others have."""
     base = next(t for t in typefaces if t.path.stem == BASES[0])
     return [
         c
@@ -158,7 +159,7 @@ def _distinct(characters: list[int], bases: list[_Typeface]) -> list[int]:
 
 
 def _instances(character: int, typefaces: list[_Typeface], seed: int) -> np.ndarray:
-    """uint8 ``[20, 28, 28]``: the fonts that have it in random order, over again if too few."""
+    """Draws uint8 ``[20, 28, 28]``: the fonts that have the character take turns, in random order."""
     random = np.random.Generator(np.random.Philox(key=[seed % 2**64, character]))
     glyphs = [g for g in (t.glyph(character) for t in typefaces) if g is not None]
     order = np.argsort(random.random(len(glyphs)))
@@ -176,7 +177,7 @@ def _place(
     down: float = 0,
     weight: float = 0,
 ) -> np.ndarray:
-    """The glyph on 28x28, centred and scaled to BOX, then changed by jitter: each number in [-1, 1]."""
+    """Puts the glyph on 28x28, centred and scaled to BOX, then changed by jitter: each number in [-1, 1]."""
     from PIL import Image, ImageFilter
 
     width, height = glyph.size
@@ -192,5 +193,12 @@ def _place(
 
 @cache
 def _contrast(threshold: int) -> list[int]:
-    """Grey values sharpened around a threshold: on a blurred glyph a low one thickens the strokes."""
+    """Sharpens grey values around a threshold: on a blurred glyph a low one thickens the strokes."""
     return [min(max((v - threshold) * 4 + 128, 0), 255) for v in range(256)]
+
+
+def _open(folder: None, split: str, device: str) -> Parts:
+    return Parts.of_images(load_glyphs().with_rotations().to(device))
+
+
+SOURCE = Source(name="glyphs", sample=(1, SIZE, SIZE), open=_open, makes="renders", ink_on_black=True)

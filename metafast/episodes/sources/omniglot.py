@@ -18,21 +18,21 @@ import torch
 from metafast.episodes.cache import Arrays, cached
 from metafast.episodes.counter import Counter
 from metafast.episodes.dataset import ImageDataset, Splits
-from metafast.episodes.sources.pictures import decode, listing
-from metafast.extras import require
+from metafast.episodes.pictures import decode, decoder, listing
+from metafast.episodes.source import Parts, Source
 
 SIZE = 28
 DRAWINGS = 20
 BACKGROUND, EVALUATION = "images_background", "images_evaluation"
 MAML_TRAINING = 1200  # characters that Finn et al. (ICML 2017) train on, after Santoro et al. (ICML 2016)
-SOURCE = "the Omniglot release at https://github.com/brendenlake/omniglot (folder python)"
+RELEASE = "the Omniglot release at https://github.com/brendenlake/omniglot (folder python)"
 
 
 def load_omniglot(path: str | Path, split: str = "background", validation: int = 0, seed: int = 0) -> Splits:
-    """The characters as 28x28 images, 20 drawings each: 105x105 resized with Lanczos, ink 255 on 0.
+    """Reads the characters as 28x28 images, 20 drawings each: 105x105 resized with Lanczos, ink 255 on 0.
 
-    Instance i of a character is drawing i + 1. Decoded on the first call, then read from the user's cache
-    folder. Rotations as new classes: ``load_omniglot(path).with_rotations()``.
+    Instance i of a character is drawing i + 1. They are decoded on the first call, then read from the user's
+    cache folder. Rotations as new classes: ``load_omniglot(path).with_rotations()``.
 
     Args:
         path: folder that holds ``images_background`` and ``images_evaluation``, each as a zip or extracted.
@@ -57,11 +57,7 @@ def load_omniglot(path: str | Path, split: str = "background", validation: int =
     if validation < 0:
         raise ValueError(f"validation is {validation}; it must be 0 or more")
     halves = [_find(Path(path), half) for half in (BACKGROUND, EVALUATION)]
-    depends_on = (
-        Path(__file__).read_bytes(),
-        require("PIL", "train").__version__,
-        [_identity(half) for half in halves],
-    )
+    depends_on = (Path(__file__).read_bytes(), decoder(), [_identity(half) for half in halves])
     arrays = cached("omniglot", depends_on, lambda: _decode_all(halves))
     characters = ImageDataset(torch.from_numpy(arrays["images"]), tuple(arrays["names"].tolist()))
     background = int(arrays["background"])
@@ -88,7 +84,7 @@ def _at_random(characters: ImageDataset, validation: int, seed: int) -> Splits:
     if len(characters) <= MAML_TRAINING:
         raise ValueError(
             f"split 'maml' trains on {MAML_TRAINING} characters, but only {len(characters)} are there; "
-            f"get all of {SOURCE}"
+            f"get all of {RELEASE}"
         )
     if validation >= MAML_TRAINING:
         raise ValueError(f"validation is {validation} characters; the training part has {MAML_TRAINING} in all")
@@ -102,7 +98,7 @@ def _at_random(characters: ImageDataset, validation: int, seed: int) -> Splits:
 
 
 def _find(root: Path, half: str) -> Path:
-    """The archive or the folder of one half of the data."""
+    """Finds the archive or the folder of one half of the data."""
     if not root.exists():
         raise FileNotFoundError(
             f"{root} does not exist; pass the folder that holds {BACKGROUND}.zip and {EVALUATION}.zip"
@@ -112,7 +108,7 @@ def _find(root: Path, half: str) -> Path:
             return found
     raise FileNotFoundError(
         f"{root} holds neither {half}.zip nor a folder {half}; pass the folder that holds {BACKGROUND} and "
-        f"{EVALUATION} (zipped or extracted) from {SOURCE}"
+        f"{EVALUATION} (zipped or extracted) from {RELEASE}"
     )
 
 
@@ -132,7 +128,7 @@ def _decode_all(halves: list[Path]) -> Arrays:
             if len(drawings) != DRAWINGS:
                 raise ValueError(
                     f"{half} has {len(drawings)} drawings of {name}, not {DRAWINGS}; it is incomplete or not "
-                    f"Omniglot: get it again from {SOURCE}"
+                    f"Omniglot: get it again from {RELEASE}"
                 )
             names.append(name)
             images += [drawings[k] for k in sorted(drawings)]
@@ -142,19 +138,21 @@ def _decode_all(halves: list[Path]) -> Arrays:
 
 
 def _drawings(half: Path) -> dict[str, dict[str, np.ndarray]]:
-    """alphabet/character -> file name -> uint8 ``[28, 28]``."""
+    """Reads the drawings, uint8 ``[28, 28]``, by ``alphabet/character`` and then by file name."""
     characters: dict[str, dict[str, np.ndarray]] = {}
     for path, data in _files(half):
         alphabet, character, file = path.split("/")
         image = _shrink(data, f"{path} in {half}")
         characters.setdefault(f"{alphabet}/{character}", {})[file] = image
     if not characters:
-        raise FileNotFoundError(f"{half} has no <alphabet>/<character>/<drawing>.png in it; get it again from {SOURCE}")
+        raise FileNotFoundError(
+            f"{half} has no <alphabet>/<character>/<drawing>.png in it; get it again from {RELEASE}"
+        )
     return characters
 
 
 def _files(half: Path) -> Iterator[tuple[str, bytes]]:
-    """``<alphabet>/<character>/<drawing>.png`` and the bytes of each drawing."""
+    """Yields ``<alphabet>/<character>/<drawing>.png`` and the bytes of each drawing."""
     if half.is_dir():
         for file in sorted(half.glob("*/*/*.png")):
             yield file.relative_to(half).as_posix(), file.read_bytes()
@@ -166,7 +164,7 @@ def _files(half: Path) -> Iterator[tuple[str, bytes]]:
                 if match := pattern.fullmatch(member):
                     yield match[1], archive.read(member)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"{half} is a broken zip archive ({error}); get it again from {SOURCE}") from error
+        raise ValueError(f"{half} is a broken zip archive ({error}); get it again from {RELEASE}") from error
 
 
 def _shrink(data: bytes, name: str) -> np.ndarray:
@@ -174,3 +172,22 @@ def _shrink(data: bytes, name: str) -> np.ndarray:
 
     ink = ImageOps.invert(decode(data, name).convert("L"))
     return np.asarray(ink.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+
+
+# Recipes hold out so many training alphabets, or characters (as in the code of Finn et al. 2017), for validation.
+HELD_OUT = {"background": 3, "maml": 100}
+
+
+def _open(folder: Path, split: str, device: str) -> Parts:
+    splits = load_omniglot(folder, split=split, validation=HELD_OUT[split])
+    return Parts.of_images(splits.with_rotations().to(device))
+
+
+SOURCE = Source(
+    name="omniglot",
+    sample=(1, SIZE, SIZE),
+    open=_open,
+    folder="the folder that holds images_background.zip and images_evaluation.zip",
+    splits={"background": "background alphabets to evaluation alphabets", "maml": "maml (random)"},
+    ink_on_black=True,
+)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.episodes.counter import Counter, check_positive, local_tasks, uniform
+from metafast.episodes.counter import local_tasks, uniform
+from metafast.episodes.sampler import Sampler
+from metafast.episodes.source import Parts, Source
 from metafast.tasks import TaskBatch
 
 AMPLITUDE = (0.1, 5.0)
@@ -25,15 +27,15 @@ class Sinusoids:
     phase: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The true y at ``x [T, n, 1]`` (or anything that broadcasts), in the dtype of ``x``.
+        """Returns the true y at ``x [T, n, 1]`` (or anything that broadcasts), in the dtype of ``x``.
 
-        Evaluated in float64 and rounded once, so that a device's own sine hardly ever shows in float32.
+        It is evaluated in float64 and rounded once, so that a device's own sine hardly ever shows in float32.
         """
         return (self.amplitude * torch.sin(x.double() - self.phase)).to(x.dtype)
 
 
-class SinusoidSampler:
-    """K-shot regression on sinusoids: A uniform in [0.1, 5], phase in [0, pi], x in [-5, 5], as in the paper.
+class SinusoidSampler(Sampler):
+    """Draws K-shot regression on sinusoids: A uniform in [0.1, 5], phase in [0, pi], x in [-5, 5], as in the paper.
 
     Stateless like :class:`~metafast.episodes.ClassificationSampler`: a batch is a function of (seed, stream,
     step, task). From the words of a task are drawn: draw 0 the amplitude, draw 1 the phase, draw ``2 + i``
@@ -60,30 +62,16 @@ class SinusoidSampler:
         stream: str = "train",
         device: torch.device | str = "cpu",
     ) -> None:
-        check_positive(shots=shots, queries=queries, tasks=tasks)
-        self.shots, self.queries, self.tasks = shots, queries, tasks
+        super().__init__(shots, queries, tasks, seed, stream)
         self.device = torch.device(device)
-        self._counter = Counter(seed, stream)
-
-    @property
-    def seed(self) -> int:
-        """The seed of the stream."""
-        return self._counter.seed
-
-    @property
-    def stream(self) -> str:
-        """The name of the stream."""
-        return self._counter.stream
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the tasks depend on, fit for JSON: samplers with equal settings draw the same tasks."""
         numbers = {k: getattr(self, k) for k in ("shots", "queries", "tasks", "seed", "stream")}
         return {"kind": "sinusoid", **numbers}
 
     def batch(self, step: int | Tensor, rank: int = 0, world: int = 1) -> TaskBatch:
-        """The tasks ``rank * T / world ... (rank + 1) * T / world`` of the global batch of a step, or of
-        each of a row of steps, one after another.
+        """Draws the tasks of a step.
 
         Returns:
             ``support_x``, ``support_y`` float32 ``[T / world, shots, 1]``; ``query_x``, ``query_y`` likewise.
@@ -97,7 +85,7 @@ class SinusoidSampler:
         return TaskBatch(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
 
     def truth(self, step: int | Tensor, rank: int = 0, world: int = 1) -> Sinusoids:
-        """The waves behind ``batch(step, rank, world)``, e.g. to draw them."""
+        """Returns the waves behind ``batch(step, rank, world)``, e.g. to draw them."""
         return _waves(self._words(step, rank, world))
 
     def _words(self, step: int | Tensor, rank: int, world: int) -> Tensor:
@@ -112,3 +100,13 @@ def _waves(words: Tensor) -> Sinusoids:
 def _between(limits: tuple[float, float], words: Tensor) -> Tensor:
     low, high = limits
     return uniform(words) * (high - low) + low
+
+
+def _open(folder: None, split: str, device: str) -> Parts:
+    def make(ways: int, shots: int, queries: int, tasks: int, seed: int, stream: str) -> SinusoidSampler:
+        return SinusoidSampler(shots, queries, tasks, seed, stream, device)
+
+    return Parts(make, make, make)
+
+
+SOURCE = Source(name="sinusoid", sample=(1,), open=_open, curve=INPUT)

@@ -159,8 +159,10 @@ class CpuExecutor(Executor):
 
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
         model, packing = self._models.of(program, batch.x.shape[2:]), RaggedPacking(batch.mask)
-        head = self._head(model, params.dtype)
-        found = call_op(torch.ops.metafast.cpu_predict, *head, as_input(params), packing.pack(batch.x), packing.sizes, step)
+        found = call_op(
+            torch.ops.metafast.cpu_predict, *self._head(model, params.dtype), as_input(params),
+            packing.pack(batch.x), packing.sizes, step,
+        )  # fmt: skip
         return packing.unpack(found)
 
     def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:

@@ -69,18 +69,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_watch_notices(change):
+def test_a_snapshot_notices(change):
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.BatchNorm1d(2))
-    watch = ModuleSnapshot(model)
+    snapshot = ModuleSnapshot(model)
     with torch.no_grad():
         model[0].weight.add_(1)
     model[0].weight.requires_grad_(False)
-    assert not watch.changed()
+    assert not snapshot.changed()
     change(model)
-    assert watch.changed()
+    assert snapshot.changed()
 
 
-def test_a_watch_does_not_keep_its_owner():
+def test_a_snapshot_does_not_keep_its_owner():
     learner = maml()
     learner.backward(regression())
     gone = weakref.ref(learner)

@@ -1,0 +1,88 @@
+"""How fast is metafast beside the loop that it replaces? The two are timed once they have agreed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from torch import Tensor
+
+from metafast.learners import MAML
+from metafast.machine import timings
+from metafast.program.losses import TORCH_FUNCTIONS
+from metafast.tasks import TaskBatch
+from metafast.verification import torch_loop
+from metafast.verification.agreement import ONE_STEP, Answer, agreement
+
+# A time is the median over at least this many calls and seconds.
+CALLS, SECONDS = 5, 1.0
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """The second-order meta-gradient of the same tensors by metafast and by a plain torch loop.
+
+    Args:
+        tasks: how many tasks the batch has.
+        metafast: the median seconds of metafast.
+        loop: the median seconds of the loop.
+        difference: the norm of what the two gradients differ by, relative to that of the loop's.
+    """
+
+    tasks: int
+    metafast: float
+    loop: float
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        """Says how many times faster than the loop metafast is."""
+        return self.loop / self.metafast
+
+    @property
+    def agrees(self) -> bool:
+        """Is the difference within its tolerance? Only then does the ratio mean something."""
+        return self.difference <= ONE_STEP.value
+
+    def to_json(self) -> dict[str, float]:
+        """Returns plain JSON values, with the speeds in tasks a second."""
+        return {
+            "metafast_tasks_per_s": self.tasks / self.metafast,
+            "loop_tasks_per_s": self.tasks / self.loop,
+            "difference": self.difference,
+        }
+
+    def __str__(self) -> str:
+        if not self.agrees:
+            return f"the meta-gradients differ by {self.difference:.1e} (relative): no comparison"
+        return (
+            f"{self.tasks / self.metafast:,.0f} tasks/s, plain torch loop {self.tasks / self.loop:,.0f} tasks/s: "
+            f"{self.ratio:.1f} times (the meta-gradients agree to {self.difference:.0e})"
+        )
+
+
+def compare(learner: MAML, tasks: TaskBatch, lr: float) -> SpeedComparison:
+    """Times one meta-gradient by ``learner``, whose inner rate is ``lr``, and by the loop, after comparing the two."""
+    device = tasks.support_x.device.type
+    loss = TORCH_FUNCTIONS[learner.loss.kind]
+    adapted = {parameter.name for parameter in learner.program.parameters if parameter.adapted}
+
+    def by_metafast() -> Tensor:
+        learner.zero_grad()
+        return learner.backward(tasks).losses
+
+    def by_loop() -> tuple[Tensor, Mapping[str, Tensor]]:
+        return torch_loop.meta_gradient(learner.model, loss, tasks, lr, learner.steps, adapted)
+
+    mean = by_metafast().mean()
+    gradient = {name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None}
+    difference = agreement(_answer(mean, gradient), _answer(*by_loop())).gradient
+    metafast, loop = (median(timings(call, device, SECONDS, fewest=CALLS)) for call in (by_metafast, by_loop))
+    learner.zero_grad()
+    return SpeedComparison(len(tasks), metafast, loop, difference)
+
+
+def _answer(loss: Tensor, gradient: Mapping[str, Tensor]) -> Answer:
+    arrays = {name: value.detach().cpu().numpy() for name, value in gradient.items()}
+    return loss.detach().cpu().numpy(), arrays
