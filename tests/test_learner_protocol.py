@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,14 @@ def test_outer_optimisers_are_those_of_the_papers():
         optimizer = learner(nn.Linear(1, 1), **options).outer_optimizer(0.25)
         assert type(optimizer) is kind
         assert float(optimizer.param_groups[0]["lr"]) == 0.25
+
+
+def test_the_learner_of_the_page_can_be_trained(monkeypatch):
+    monkeypatch.setattr(base, "_LEARNERS", dict(base._LEARNERS))
+    page = (Path(__file__).parent.parent / "docs" / "adding_a_learner.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {"MAML": mf.MAML, "__name__": "page"})
+    chosen = recipe("glyphs-5w1s", "fo-head", channels=4)
+    assert (chosen.algorithm, chosen.steps, chosen.test_steps) == ("fo-head", 5, (0, 5))
+    learner = build_learner(chosen, build_model(chosen, seed=0), "auto")
+    assert learner.first_order
+    assert {p.name for p in learner.program.parameters if p.adapted} == {"head.weight", "head.bias"}
