@@ -36,7 +36,7 @@ from torch import nn
 from metafast import executors
 from metafast.executors.triton.executor import TritonExecutor
 from metafast.executors.triton.lowering import lower, triton_layer, triton_loss
-from metafast.kernels.activation import ReLU
+from metafast.kernels.pointwise.reference import ReLU
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
 from metafast.kernels.contract.layer import Layer, RuleContext

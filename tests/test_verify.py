@@ -14,7 +14,7 @@ from torch import nn
 
 import metafast as mf
 from metafast.executors import CpuExecutor, ReferenceExecutor
-from metafast.kernels.activation import Tanh
+from metafast.kernels.pointwise.reference import Tanh
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.cross_entropy import CrossEntropy

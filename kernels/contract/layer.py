@@ -47,7 +47,28 @@ class Layer:
 
     kind: ClassVar[str]
     varies: ClassVar[bool] = False
-    """Does the map change from inner step to inner step by itself?"""
+    """Does the map change from inner step to inner step by itself? Its parameters then have a row for each."""
+    keeps_channels: ClassVar[bool] = False
+    """Does each channel of the output follow from the same channel of the input, at any size of an image?"""
+    input_rank: ClassVar[int | None] = None
+    """The axes behind the samples that the rules in C++ ask of an input; ``None``: any number."""
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """What torch calls the parameters, in the order in which the rules take them."""
+        return ()
+
+    @property
+    def constant_names(self) -> tuple[str, ...]:
+        """What torch calls the constants, likewise."""
+        return ()
+
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """What the rules in C++ are told beside the sizes of values, in the order in which csrc reads it.
+
+        ``shapes`` are those of the node's parameters.
+        """
+        return []
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         """``y`` of shape ``[T, n, ...]``; keeps in ``ctx`` what the other rules need."""
