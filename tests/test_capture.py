@@ -158,7 +158,7 @@ def test_no_two_layers_match_the_same():
     reference.PATTERNS = Pattern(lambda input: None, modules=(kind,)), Pattern(lambda input: None, modules=(kind,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "modules", lambda file: [reference])
-        with pytest.raises(ValueError, match="Linear.*two patterns"):
+        with pytest.raises(ValueError, match=r"Linear.*two patterns"):
             patterns.catalogue.__wrapped__()
 
 

@@ -36,7 +36,6 @@ from torch import nn
 from metafast import executors
 from metafast.executors.triton.executor import TritonExecutor
 from metafast.executors.triton.lowering import lower, triton_layer, triton_loss
-from metafast.kernels.pointwise.reference import ReLU
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
 from metafast.kernels.contract.layer import Layer, RuleContext
@@ -44,6 +43,7 @@ from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
 from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.max_pool2d import MaxPool2d
+from metafast.kernels.pointwise.reference import ReLU
 from metafast.kernels.primitives import launch, products
 from metafast.models import conv4
 

@@ -135,7 +135,7 @@ def test_a_label_outside_makes_its_task_nan_and_no_other():
     assert g[0].isnan().any(-1).tolist() == [[False] * 4, [False, True, False, False]]
 
 
-LAUNCHING = ("batch_norm.kernel", "cross_entropy.kernel", "products", "sums")
+LAUNCHING = ("batch_norm.kernel", "cross_entropy.kernel", "primitives.products", "primitives.row_reductions")
 MODEL = {"forward": 2, "backward": 5, "jvp": 3, "hvp": 10}  # in units of all convolutions' outputs
 
 

@@ -40,7 +40,7 @@ from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
 from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.flatten import Flatten
-from metafast.kernels.flatten.kernel import FlattenPixels
+from metafast.kernels.flatten.pixels import FlattenPixels
 from metafast.kernels.primitives import launch, row_reductions
 from metafast.program.capture import capture
 from metafast.program.losses import as_loss

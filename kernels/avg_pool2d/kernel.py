@@ -1,4 +1,4 @@
-"""Average pooling, and adaptive pooling whose windows are all alike."""
+"""Average pooling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..adaptive_avg_pool2d import AdaptiveAvgPool2d
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
 from ..primitives.launch import channels_first, channels_last
@@ -36,29 +35,6 @@ class TritonAvgPool2d(LinearMap):
         )
 
 
-@dataclass(frozen=True)
-class TritonAdaptiveAvgPool2d(LinearMap):
-    """The rules of ``AdaptiveAvgPool2d``: by windows where the size divides the image's, else by PyTorch."""
-
-    options: AdaptiveAvgPool2d
-    kind = "adaptive_avg_pool2d"
-
-    def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
-        sizes = self._sizes(ctx)
-        if sizes is None:
-            return self.options.apply(ctx, x)
-        return channels_first(windows(channels_last(x), sizes, "mean")[0])
-
-    def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
-        sizes = self._sizes(ctx)
-        if sizes is None:
-            return self.options.transpose(ctx, g)
-        return channels_first(windows_transpose(channels_last(g), sizes))
-
-    def _sizes(self, ctx: RuleContext) -> Windows | None:
-        height, width = ctx.x.shape[3:]
-        out_h, out_w = self.options.size
-        if height % out_h or width % out_w:
-            return None
-        kernel = height // out_h, width // out_w
-        return Windows(height, width, out_h, out_w, *kernel, *kernel, 0, 0)
+def lower(layer: AvgPool2d, precision: str) -> TritonAvgPool2d:
+    """The rules of ``layer`` in Triton."""
+    return TritonAvgPool2d(layer)

@@ -173,3 +173,8 @@ class TritonBatchNorm(Layer):
     @staticmethod
     def _row(ctx: RuleContext, parameter: Tensor) -> int:
         return min(ctx.step, parameter.shape[1] - 1)
+
+
+def lower(layer: BatchNorm, precision: str) -> TritonBatchNorm:
+    """The rules of ``layer`` in Triton."""
+    return TritonBatchNorm(layer)

@@ -88,3 +88,8 @@ class TritonCrossEntropy(Loss):
     def _block(rows: int, classes: int) -> dict[str, int]:
         columns = block(classes, 1, classes * 2)
         return {"BR": block(rows, 1, max(1, TILES.elements // columns)), "BK": columns}
+
+
+def lower(loss: CrossEntropy, precision: str) -> TritonCrossEntropy:
+    """The rules of ``loss`` in Triton."""
+    return TritonCrossEntropy(loss)

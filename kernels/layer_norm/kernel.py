@@ -228,3 +228,8 @@ class TritonLayerNorm(Layer):
         rest = list(params)
         found = [rest.pop(0) if present else None for present in (self.options.scale, self.options.shift)]
         return [(None, 0) if p is None else by_task(p) for p in found]
+
+
+def lower(layer: LayerNorm, precision: str) -> TritonLayerNorm:
+    """The rules of ``layer`` in Triton."""
+    return TritonLayerNorm(layer)

@@ -34,3 +34,8 @@ class TritonMaxPool2d(LinearMap):
 
     def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         return channels_first(windows_transpose(channels_last(g), ctx.sizes, ctx.code))
+
+
+def lower(layer: MaxPool2d, precision: str) -> TritonMaxPool2d:
+    """The rules of ``layer`` in Triton."""
+    return TritonMaxPool2d(layer)

@@ -9,9 +9,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .blocks import choose_blocks
 from .contraction import metafast_add_slices, metafast_gather_product, metafast_weight_gradient
 from .launch import REACH, TILES, block, by_task, cdiv, empty, launch, processors, within_reach
+from .product_blocks import choose_blocks
 
 Term = tuple[Tensor, Tensor]
 

@@ -18,7 +18,8 @@ from metafast import kernels
 from metafast.kernels.contract.layer import Layer
 from metafast.kernels.contract.pattern import SAMPLES, Pattern
 
-_PASSED_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PASSED_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+              nn.FeatureAlphaDropout)  # fmt: skip
 """Modules that hand their input on: dropout outside of training, which is refused before."""
 _ADDED_FREELY = {"__module__", "__doc__", "__init__", "__annotations__", "__constants__", "extra_repr", "__qualname__",
                  "__firstlineno__", "__static_attributes__"}  # fmt: skip

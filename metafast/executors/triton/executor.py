@@ -92,7 +92,7 @@ class TritonExecutor(Executor):
         lowered = self._lowered(program, support_x)
         step = MetaStep(lowered.program, steps, query_weights(None, steps), first_order=False, needs_lr=False)
         parts = [(x, x.new_empty(x.shape[:2], dtype=torch.int64)) for x in (support_x, query_x)]
-        return str(self._plan(step, lowered.most, support_x.new_empty(1, 1), TaskBatch(*parts[0], *parts[1])))
+        return str(self._plan(step, lowered.max_tasks, support_x.new_empty(1, 1), TaskBatch(*parts[0], *parts[1])))
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         lowered = self._lowered(program, x)
@@ -147,7 +147,7 @@ class TritonExecutor(Executor):
     ) -> MetaGradient:
         lowered = self._lowered(program, tasks.support_x)
         step = MetaStep(lowered.program, steps, query_weights(step_weights, steps), first_order, needs_lr)
-        plan = self._plan(step, lowered.most, lr, tasks)
+        plan = self._plan(step, lowered.max_tasks, lr, tasks)
 
         def compute(params: Tensor, lr: Tensor, *parts: Any) -> Results:
             found = self._in_chunks(step, plan, lowered.pack(params), _pack_rates(lowered, lr), TaskBatch(*parts))
@@ -208,7 +208,7 @@ class TritonExecutor(Executor):
         return torch.cuda.get_device_properties(x.device).total_memory // 2 if x.is_cuda else _BUDGET
 
     def _sweep(self, lowered: Lowered, x: Tensor) -> ReferenceExecutor:
-        return ReferenceExecutor(self._budget(x), lowered.most)
+        return ReferenceExecutor(self._budget(x), lowered.max_tasks)
 
     def _lowered(self, program: Program, x: Tensor) -> Lowered:
         from metafast.executors.triton.lowering import lower
