@@ -55,6 +55,16 @@ def point(case, tasks=3, dtype=torch.float64):
     return Point(params, inputs, d_params, d_inputs, torch.randn(output), torch.randn(output)).to(dtype)
 
 
+def point_without_memory(case, tasks):
+    """A point of ``tasks`` tasks on tensors that have only shapes."""
+    one = point(case, tasks=1, dtype=torch.float32)
+
+    def empty(value):
+        return torch.empty(tasks, *value.shape[1:], device="meta")
+
+    return Point(*([empty(v) for v in x] if isinstance(x, list) else empty(x) for x in vars(one).values()))
+
+
 def truth(function, at):
     """Value, gradients, tangent, tangents of the gradients; each a list of tensors, inputs before parameters."""
     primals = [v.clone().requires_grad_() for v in (*at.inputs, *at.params)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
 from ..primitives.launch import channels_first, channels_last
-from ..primitives.pooling import Windows, windows, windows_transpose
+from ..primitives.pooling import Pooling, pool, pool_transpose
 from .reference import AdaptiveAvgPool2d
 
 
@@ -24,21 +24,21 @@ class TritonAdaptiveAvgPool2d(LinearMap):
         sizes = self._sizes(ctx)
         if sizes is None:
             return self.options.apply(ctx, x)
-        return channels_first(windows(channels_last(x), sizes, "mean")[0])
+        return channels_first(pool(channels_last(x), sizes, "mean")[0])
 
     def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         sizes = self._sizes(ctx)
         if sizes is None:
             return self.options.transpose(ctx, g)
-        return channels_first(windows_transpose(channels_last(g), sizes))
+        return channels_first(pool_transpose(channels_last(g), sizes))
 
-    def _sizes(self, ctx: RuleContext) -> Windows | None:
+    def _sizes(self, ctx: RuleContext) -> Pooling | None:
         height, width = ctx.x.shape[3:]
         out_h, out_w = self.options.size
         if height % out_h or width % out_w:
             return None
         kernel = height // out_h, width // out_w
-        return Windows(height, width, out_h, out_w, *kernel, *kernel, 0, 0)
+        return Pooling(height, width, out_h, out_w, *kernel, *kernel, 0, 0)
 
 
 def lower(layer: AdaptiveAvgPool2d, precision: str) -> TritonAdaptiveAvgPool2d:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
 from ..primitives.launch import channels_first, channels_last
-from ..primitives.pooling import Windows, out_size, windows, windows_transpose
+from ..primitives.pooling import Pooling, pool, pool_transpose, pooled_size
 from .reference import AvgPool2d
 
 
@@ -21,16 +21,16 @@ class TritonAvgPool2d(LinearMap):
     kind = "avg_pool2d"
 
     def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
-        return channels_first(windows(channels_last(x), self._sizes(ctx), "mean")[0])
+        return channels_first(pool(channels_last(x), self._sizes(ctx), "mean")[0])
 
     def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
-        return channels_first(windows_transpose(channels_last(g), self._sizes(ctx)))
+        return channels_first(pool_transpose(channels_last(g), self._sizes(ctx)))
 
-    def _sizes(self, ctx: RuleContext) -> Windows:
+    def _sizes(self, ctx: RuleContext) -> Pooling:
         o, extents = self.options, ctx.x.shape[3:]
         axes = zip(extents, o.kernel, o.stride, o.padding, strict=True)
-        size = [out_size(*axis, o.ceil_mode) for axis in axes]
-        return Windows(
+        size = [pooled_size(*axis, o.ceil_mode) for axis in axes]
+        return Pooling(
             *extents, *size, *o.kernel, *o.stride, *o.padding, divisor=o.divisor or 0, padded=o.count_include_pad
         )
 

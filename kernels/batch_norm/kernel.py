@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 from ..primitives.launch import TILES, block, by_task, cdiv, channels_first, channels_last, empty, launch
-from ..primitives.row_reductions import ROWS, TILES_AT_ONCE, add_tiles, moments, moments_for, sums_for
+from ..primitives.row_reductions import ROWS, TILES_AT_ONCE, add_tiles, readable_moments, readable_sums, tile_moments
 from .device import Image, metafast_norm_backward, metafast_norm_forward, metafast_norm_sums, metafast_norm_tangent
 from .reference import BatchNorm
 
@@ -56,8 +56,8 @@ class TritonBatchNorm(Layer):
             parts, tile_rows = None, 0
         else:
             ctx.stat = empty(x, tasks, 2, channels, dtype=torch.float32)
-            parts, tile_rows = ctx.__dict__.get("moments") or (moments(x), ROWS)
-            parts, tile_rows = moments_for(self._tiles(ctx, s.values(n)), parts, tile_rows, s.pixels(n))
+            parts, tile_rows = ctx.__dict__.get("moments") or (tile_moments(x), ROWS)
+            parts, tile_rows = readable_moments(self._tiles(ctx, s.values(n)), parts, tile_rows, s.pixels(n))
         size = (s.out_h, s.out_w) if s.window > 1 else tuple(spatial)
         ctx.y_shape = (tasks, n, *size, channels)
         y = empty(x, *ctx.y_shape)
@@ -82,7 +82,7 @@ class TritonBatchNorm(Layer):
             if not s.fixed_statistics:
                 parts = ctx.__dict__.get("tangent_parts")
                 parts = self._tangent_parts(ctx) if parts is None else parts
-                parts = sums_for(self._tiles(ctx, s.values(n)), parts)
+                parts = readable_sums(self._tiles(ctx, s.values(n)), parts)
                 ctx.xd_sums = torch.empty_like(ctx.stat)
         yd = empty(ctx.x, *ctx.y_shape)
         (gamma, gamma_stride), _ = self._affine(ctx, params)
@@ -106,7 +106,7 @@ class TritonBatchNorm(Layer):
         parts = self._parts(ctx, gd) if any(ctx.needs_params) or (through and not s.fixed_statistics) else None
         if not through:
             return None, None if parts is None else add_tiles(parts)
-        parts = None if parts is None else sums_for(self._tiles(ctx, s.pixels(n)), parts)
+        parts = None if parts is None else readable_sums(self._tiles(ctx, s.pixels(n)), parts)
         out, sums = torch.empty_like(ctx.x), None if parts is None else torch.empty_like(ctx.stat)
         (gamma, gamma_stride), _ = self._affine(ctx, params)
         (gammad, gammad_stride), _ = ((None, 0), None) if gd is None else self._affine(ctx, d_params)

@@ -24,18 +24,18 @@ class Tiles:
 
 TILES = Tiles()
 REACH = 2**31 - 1  # offsets within a task are 32-bit
-MOST_REGISTERS = 255  # of a thread
-CAPPED = 90  # the architecture from which operands of products need not pass through registers
+MAX_REGISTERS = 255  # of a thread
+REGISTERS_BOUND_FROM = 90  # the architecture from which operands of products need not pass through registers
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **given: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...); on tensors without memory nothing.
 
     ``given``: the kernel's constants, and of ``options`` those that are not the usual ones.
     """
     if args[0].is_meta:
         return
-    chosen, constants = options(_architecture(args[0].device), **given)
+    chosen, constants = options(_architecture(args[0].device), **settings)
     kernel[grid](*args, **constants, **chosen)
 
 
@@ -47,8 +47,8 @@ def options(
     ``registers``: the most of a thread, where the GPU's matrix instructions leave room for such a bound; elsewhere as
     many as there are, since an assembler that is told nothing stops earlier and spills.
     """
-    most = registers if architecture >= CAPPED else MOST_REGISTERS
-    bound = {} if registers is None else {"maxnreg": most}
+    limit = registers if architecture >= REGISTERS_BOUND_FROM else MAX_REGISTERS
+    bound = {} if registers is None else {"maxnreg": limit}
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **bound}, constants
 
 

@@ -189,5 +189,5 @@ def _add_slices(
 
 def _together(tasks: int, elements: int) -> int:
     """How many tasks of so many elements run as one: the most that 32 bits reach."""
-    most = min(tasks, max(1, REACH // elements))
-    return next(count for count in range(most, 0, -1) if tasks % count == 0)
+    limit = min(tasks, max(1, REACH // elements))
+    return next(count for count in range(limit, 0, -1) if tasks % count == 0)
