@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import metafast as mf
-from metafast import kernels
 from metafast.executors import ReferenceExecutor
 from metafast.kernels.contract.pattern import Pattern
 from metafast.kernels.mse import MSE
@@ -157,7 +156,7 @@ def test_no_two_layers_match_the_same():
     reference, kind = types.ModuleType("reference"), nn.Linear
     reference.PATTERNS = Pattern(lambda input: None, modules=(kind,)), Pattern(lambda input: None, modules=(kind,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "modules", lambda file: [reference])
+        patch.setattr(patterns, "modules", lambda file: [reference])
         with pytest.raises(ValueError, match=r"Linear.*two patterns"):
             patterns.catalogue.__wrapped__()
 

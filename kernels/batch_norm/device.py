@@ -46,12 +46,12 @@ class Image:
 
     @property
     def window(self) -> int:
-        """Pixels of a window; also the code of a value that ReLU cut off."""
+        """The pixels of a window. A value that ReLU cut off has this number as its code."""
         return self.window_h * self.window_w
 
     @property
     def coded(self) -> bool:
-        """Is there anything to remember?"""
+        """Does the forward pass keep a code for each value?"""
         return self.relu or self.window > 1
 
 
@@ -133,8 +133,11 @@ def metafast_norm_forward(
     y, code, won_xh, x, stat, parts, tiles, tile_rows, eps, gamma, beta, gamma_stride, beta_stride, n,
     S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """``y``, the codes, the winners' ``xh``, and of ``parts``, moments of tiles of ``x``, ``stat``: mean and
-    ``(var + eps)^-1/2``. Grid (row tile x column tile, task), as of all kernels here."""
+    """Writes ``y``, the codes and the winners' ``xh``.
+
+    From ``parts``, the moments of tiles of ``x``, it also finds ``stat``: the mean and ``(var + eps)^-1/2``. Its grid
+    is (row tile x column tile, task), as that of all kernels here.
+    """
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
@@ -217,7 +220,7 @@ def metafast_norm_backward(
     out, sums, parts, tiles, x, code, g, stat, gamma, xd, gd, gammad, xd_sums, g_sums, gamma_stride, gammad_stride, n,
     S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """``g_x``, or with ``gd`` its tangent; and ``sums`` of the ``parts`` that belong to the rule."""
+    """Writes ``g_x``, or with ``gd`` its tangent, and the ``sums`` of the rule's ``parts``."""
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
@@ -259,8 +262,10 @@ def metafast_norm_tangent(
     yd, won_xhd, xd_sums, parts, tiles, x, code, stat, gamma, xd, gammad, betad, gamma_stride, gammad_stride,
     betad_stride, n, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """``yd``, the winners' ``xhd``, and ``xd_sums`` of their ``parts``. Where windows have more than one pixel, ``x``
-    is the winners' ``xh``."""
+    """Writes ``yd``, the winners' ``xhd``, and ``xd_sums`` from their ``parts``.
+
+    Where windows have more than one pixel, ``x`` is the winners' ``xh``.
+    """
     columns: tl.constexpr = (S.channels + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)

@@ -1,4 +1,4 @@
-"""Batch norm with the ReLU and the max-pool behind it, each rule in one pass; formulas in ``normalise``.
+"""Batch norm with the ReLU and the max-pool behind it, each rule in one pass, by the formulas of ``normalise``.
 
 The forward pass keeps for each value of the result a code: which pixel of its window won, or none where ReLU cut it
 off; and where windows have more than one pixel the winners' ``xh``, a tangent pass their ``xhd``. The sums over an
@@ -28,7 +28,7 @@ from .reference import BatchNorm
 
 
 def _count(parts: Tensor | None) -> int:
-    """Tiles of ``[T, tiles, 2, C]``."""
+    """The number of tiles of ``[T, tiles, 2, C]``."""
     return 0 if parts is None else parts.shape[1]
 
 
@@ -116,19 +116,19 @@ class TritonBatchNorm(Layer):
         return channels_first(out), sums
 
     def _parts(self, ctx: RuleContext, gd: Tensor | None) -> Tensor:
-        """Sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``, of each tile."""
+        """Each tile's sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``."""
         n, x = ctx.x.shape[1], ctx.x if ctx.xh is None else ctx.xh
         xd, xd_sums = (None, None) if gd is None else (ctx.xhd, ctx.xd_sums)
         return self._sum(ctx, ctx.s, ctx.s.values(n), x, ctx.code, ctx.g, ctx.stat, xd, gd, xd_sums, n)
 
     def _tangent_parts(self, ctx: RuleContext) -> Tensor:
-        """Sums of ``(xd, xd xh)`` of each tile: those of an adjoint that reaches every pixel."""
+        """Each tile's sums of ``(xd, xd xh)``: those of an adjoint that reaches every pixel."""
         s, n = ctx.s, ctx.x.shape[1]
         whole = Image(s.height, s.width, s.channels)
         return self._sum(ctx, whole, s.pixels(n), ctx.x, None, ctx.xd, ctx.stat, None, None, None, n)
 
     def _sum(self, ctx: RuleContext, image: Image, rows: int, *args: object) -> Tensor:
-        """``[T, tiles, 2, C]``."""
+        """Launches the sums of each tile, ``[T, tiles, 2, C]``."""
         parts = empty(ctx.stat, ctx.x.shape[0], self._tiles(ctx, rows), 2, image.channels)
         self._run(metafast_norm_sums, ctx, rows, parts, *args, image=image)
         return parts
@@ -143,11 +143,11 @@ class TritonBatchNorm(Layer):
         return block(ctx.s.channels, 16, 64)
 
     def _tiles(self, ctx: RuleContext, rows: int) -> int:
-        """Programs that go over the rows of a task and of one block of channels."""
+        """How many programs go over the rows of a task for each block of channels."""
         return cdiv(rows, TILES.elements // self._columns(ctx))
 
     def _affine(self, ctx: RuleContext, params: Tangents) -> list[tuple[Tensor | None, int]]:
-        """Scale and shift (or their directions) of the inner step at hand, with the stride from task to task."""
+        """Scale and shift of this inner step, or their directions, each with its stride from task to task."""
         rest = list(params)
         found: list[tuple[Tensor | None, int]] = []
         for present in (self.options.scale, self.options.shift):

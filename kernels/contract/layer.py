@@ -97,8 +97,12 @@ class Loss:
     """Does ``check`` depend on the values of the targets, not on their shape and dtype alone?"""
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
-        """Raises ValueError or TypeError where ``targets [T, n, ...]``, called ``name``, do not suit outputs whose
-        samples have the shape ``output``."""
+        """Looks at ``targets [T, n, ...]``, which the user knows as ``name``, beside outputs of samples ``output``.
+
+        Raises:
+            ValueError: their shape or their values do not suit.
+            TypeError: their dtype does not.
+        """
 
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         """Losses ``[T]``, each the mean over the samples of its task that ``ctx.mask`` keeps."""

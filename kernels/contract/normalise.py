@@ -1,4 +1,4 @@
-"""What batch norm and layer norm share: one set of formulas, told apart by what a mean runs over.
+"""Batch norm and layer norm share one set of formulas, and differ in what a mean runs over.
 
 With ``mean`` over the normalised axes, ``r = (var x + eps)^-1/2`` and ``xh = r (x - mean x)``, let
 ``P(u) = r (u - mean u - xh mean(xh u))``, a symmetric map. Then, with ``gh = gamma g_y``,

@@ -35,7 +35,7 @@ def _rows(p, task, row, rows):
 def metafast_layer_norm(
     y, stat, x, gamma, beta, gamma_stride, beta_stride, rows, eps, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """``y`` and ``stat [T, rows, 2]``: mean and ``(var + eps)^-1/2``. Grid (row tile, task), as of all kernels here."""
+    """Writes ``y`` and ``stat [T, rows, 2]``: mean and ``(var + eps)^-1/2``. All grids here are (row tile, task)."""
     task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
     base = (task * rows + row)[:, None] * D
     mean = tl.zeros((BR, 1), tl.float32)
@@ -67,7 +67,7 @@ def metafast_layer_norm_tangent(
     yd, xd_means, x, stat, gamma, xd, gammad, betad, gamma_stride, gammad_stride, betad_stride, rows,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``yd`` and ``xd_means [T, rows, 2]``: the mean of ``xd`` and its projection on ``xh``, ``mean(xd xh)``."""
+    """Writes ``yd`` and ``xd_means [T, rows, 2]``: the mean of ``xd`` and its projection on ``xh``, ``mean(xd xh)``."""
     task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
     base = (task * rows + row)[:, None] * D
     mean, r = _rows(stat, task, row, rows)
@@ -119,7 +119,7 @@ def metafast_layer_norm_backward(
     out, parts, x, stat, gamma, g, xd, gd, gammad, xd_means, gamma_stride, gammad_stride, rows,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``g_x`` or with ``gd`` its tangent, and of each tile the sums for beta and gamma: ``[T, tiles, 2, D]``."""
+    """Writes ``g_x`` or with ``gd`` its tangent, and each tile's sums for beta and gamma, ``[T, tiles, 2, D]``."""
     task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
     base = (task * rows + row)[:, None] * D
     mean, r = _rows(stat, task, row, rows)
@@ -225,7 +225,7 @@ class TritonLayerNorm(Layer):
         return max(1, min(TILES.elements // bd, 128)), bd
 
     def _affine(self, params: Tangents) -> list[tuple[Tensor | None, int]]:
-        """Scale and shift (or their directions), with the stride from task to task."""
+        """Scale and shift, or their directions, each with its stride from task to task."""
         rest = list(params)
         found = [rest.pop(0) if present else None for present in (self.options.scale, self.options.shift)]
         return [(None, 0) if p is None else by_task(p) for p in found]

@@ -136,7 +136,7 @@ def metafast_pool_transpose(g_x, code, g, n, C: tl.constexpr, S: tl.constexpr, B
 
 
 def pool(x: Tensor, sizes: Pooling, rule: str, code: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """``[T,n,H,W,C]`` -> ``[T,n,out_h,out_w,C]`` by ``rule``, and the winners' taps where the rule knows them."""
+    """Turns ``[T,n,H,W,C]`` into ``[T,n,out_h,out_w,C]`` by ``rule``; returns the winners' taps where it knows them."""
     tasks, n, _, _, channels = x.shape
     y = empty(x, tasks, n, sizes.out_h, sizes.out_w, channels)
     within_reach(y)
@@ -150,7 +150,7 @@ def pool(x: Tensor, sizes: Pooling, rule: str, code: Tensor | None = None) -> tu
 
 
 def pool_transpose(g: Tensor, sizes: Pooling, code: Tensor | None = None) -> Tensor:
-    """``[T,n,out_h,out_w,C]`` -> ``[T,n,H,W,C]``."""
+    """Turns an adjoint ``[T,n,out_h,out_w,C]`` into that of the input, ``[T,n,H,W,C]``."""
     tasks, n, _, _, channels = g.shape
     g_x = empty(g, tasks, n, sizes.height, sizes.width, channels)
     bc = block(channels, 16, 64)
@@ -161,7 +161,8 @@ def pool_transpose(g: Tensor, sizes: Pooling, code: Tensor | None = None) -> Ten
 
 
 def pooled_size(extent: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Windows along an axis, by torch's rule: with ``ceil_mode`` a last one may hang over, if it begins inside."""
+    """The number of windows along an axis by torch's rule: with ``ceil_mode`` the last may hang over the edge, if it
+    begins inside."""
     span = extent + 2 * padding - kernel
     count = (cdiv(span, stride) if ceil_mode else span // stride) + 1
     if ceil_mode and (count - 1) * stride >= extent + padding:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .launch import block, cdiv, empty, launch
 
-ROWS = 128  # of a tile
-TILES_AT_ONCE = 8  # that a program adds up: more cost registers
+ROWS = 128  # that a tile has
+TILES_AT_ONCE = 8  # that a program adds up; more of them would cost registers
 
 # Programs that read partial results merge them themselves while all of them together read no more bytes for that: about
 # what L2 delivers in the time of a launch, which this saves. The way through the tiles one after another is as long in
@@ -127,12 +127,12 @@ def add_tiles(parts: Tensor) -> Tensor:
 
 
 def readable_sums(readers: int, parts: Tensor) -> Tensor:
-    """What ``readers`` programs of each task add up: ``parts [T, tiles, ...]``, or their sum as a single tile."""
+    """``parts [T, tiles, ...]`` for ``readers`` programs of each task to add up, or their sum as a single tile."""
     return parts if _readable(readers, parts) else add_tiles(parts)[:, None]
 
 
 def readable_moments(readers: int, parts: Tensor, tile_rows: int, rows: int) -> tuple[Tensor, int]:
-    """The same of moments, of tiles of ``tile_rows`` of ``rows`` rows: ``[T, tiles, 2, C]`` and the rows of a tile."""
+    """Likewise the moments ``[T, tiles, 2, C]`` of tiles of ``tile_rows`` of ``rows`` rows, and the rows of a tile."""
     if _readable(readers, parts):
         return parts, tile_rows
     tasks, tiles, _, columns = parts.shape

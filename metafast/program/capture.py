@@ -1,4 +1,4 @@
-"""Capture: a user's nn.Module -> Program, by torch.fx. The module itself stays untouched.
+"""Capture makes a Program of a user's nn.Module, by torch.fx. The module itself stays untouched.
 
 Modules and functions that have rules of their own become those layers; whatever else makes a tensor becomes a
 ``Derived`` layer. Sizes, shapes and tuples are not values of a Program: they are worked out again inside the layer

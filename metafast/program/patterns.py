@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from metafast import kernels
+from metafast.kernels import modules
 from metafast.kernels.contract.layer import Layer
 from metafast.kernels.contract.pattern import SAMPLES, Pattern
 
@@ -53,7 +53,7 @@ def catalogue() -> _Catalogue:
         ValueError: two patterns match the same.
     """
     found = _Catalogue(modules=dict.fromkeys(_PASSED_ON))
-    for reference in kernels.modules("reference"):
+    for reference in modules("reference"):
         for pattern in getattr(reference, "PATTERNS", ()):
             _enter(found.modules, pattern.modules, pattern)
             _enter(found.functions, pattern.functions, pattern)

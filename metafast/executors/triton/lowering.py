@@ -1,4 +1,4 @@
-"""A Program for Triton: the same model with Triton's layers, chains of layers fused, parameters in memory order.
+"""Lowers a Program to Triton: its layers become Triton's, chains of them are fused, parameters lie in memory order.
 
 Convolution weights go from ``[O,C,kh,kw]`` to ``[O,kh,kw,C]``, and so do those of a linear layer that reads flattened
 images: their memory is channels-last, and flattening them copies nothing. Every parameter starts at a multiple of 64
@@ -150,20 +150,20 @@ class _Builder:
 
 def triton_layer(layer: Layer, precision: str = "float32") -> Layer | None:
     """The layer's rules as Triton kernels, where there are any: ``precision`` is that of operands of products."""
-    lowered: Layer | None = _lowering_of(type(layer))(layer, precision)
+    lowered: Layer | None = _lowering_beside(type(layer).__module__)(layer, precision)
     return lowered
 
 
 def triton_loss(loss: Loss) -> Loss | None:
     """The loss's rules as Triton kernels, where there are any."""
-    lowered: Loss | None = _lowering_of(type(loss))(loss, "float32")
+    lowered: Loss | None = _lowering_beside(type(loss).__module__)(loss, "float32")
     return lowered
 
 
 @functools.cache
-def _lowering_of(kind: type) -> Callable[[Any, str], Any]:
-    """The function ``lower`` of the file ``kernel.py`` beside the ``reference.py`` that has the class."""
-    folder, _, file = kind.__module__.rpartition(".")
+def _lowering_beside(reference: str) -> Callable[[Any, str], Any]:
+    """The function ``lower`` of the file ``kernel.py`` beside a layer's module ``reference``."""
+    folder, _, file = reference.rpartition(".")
     if not folder or file != "reference" or find_spec(f"{folder}.kernel") is None:
         return lambda layer, precision: None
     lower: Callable[[Any, str], Any] = import_module(f"{folder}.kernel").lower
