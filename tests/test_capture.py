@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 
 import models
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 
 import metafast as mf
 from metafast.executors import ReferenceExecutor
+from metafast.kernels.contract.pattern import Pattern
 from metafast.kernels.mse import MSE
+from metafast.program import patterns
 from metafast.program.capture import CaptureError, capture
 
 
@@ -39,6 +42,20 @@ class Call(nn.Module):
         return self.function(self, self.first(x))
 
 
+class RenamedNorm(nn.BatchNorm1d):
+    """Adds nothing to its base."""
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Negated(nn.Identity):
+    def forward(self, x):
+        return -x
+
+
 VECTOR, IMAGE, SEQUENCE = (4,), (2, 6, 4), (3, 4)
 SPELLINGS = [
     ("nn.ReLU", VECTOR, lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)), ["linear", "relu"]),
@@ -48,6 +65,8 @@ SPELLINGS = [
     ("x.relu", VECTOR, lambda: Call(lambda m, x: x.relu()), ["linear", "relu"]),
     ("x.relu_", VECTOR, lambda: Call(lambda m, x: x.relu_()), ["linear", "relu"]),
     ("F.leaky_relu", VECTOR, lambda: Call(lambda m, x: F.leaky_relu(x, negative_slope=0.3)), ["linear", "leaky_relu"]),
+    ("an option that is a tensor", VECTOR, lambda: Call(lambda m, x: F.leaky_relu(x, m.slope), slope=torch.tensor(0.3)),
+     ["linear", "derived"]),
     ("nn.LeakyReLU", VECTOR, lambda: Call(lambda m, x: m.a(x), a=nn.LeakyReLU(0.3)), ["linear", "leaky_relu"]),
     ("tanh", VECTOR, lambda: Call(lambda m, x: m.a(torch.tanh(x.tanh())), a=nn.Tanh()), ["linear"] + ["tanh"] * 3),
     ("sigmoid", VECTOR, lambda: Call(lambda m, x: m.a(torch.sigmoid(x.sigmoid())), a=nn.Sigmoid()),
@@ -65,12 +84,18 @@ SPELLINGS = [
     ("x + 1", VECTOR, lambda: Call(lambda m, x: x + 1), ["linear", "derived"]),
     ("1 + x", VECTOR, lambda: Call(lambda m, x: 1 + x), ["linear", "derived"]),
     ("add with fewer axes", VECTOR, lambda: Call(lambda m, x: x + x.mean(0)), ["linear", "derived", "add"]),
+    ("x plus a size", VECTOR, lambda: Call(lambda m, x: x + x.size(0)), ["linear", "derived"]),
     ("F.linear", VECTOR, lambda: Call(lambda m, x: F.linear(x, m.first.weight, m.first.bias)), ["linear", "linear"]),
     ("F.linear, by name", VECTOR, lambda: Call(lambda m, x: F.linear(input=x, weight=m.first.weight)), ["linear"] * 2),
     ("x @ w", VECTOR, lambda: Call(lambda m, x: x @ m.first.weight), ["linear", "derived"]),
     ("dropout in eval mode", VECTOR, lambda: Call(lambda m, x: m.d(x), d=nn.Dropout(0.5)).eval(), ["linear"]),
     ("F.dropout, not training", VECTOR, lambda: Call(lambda m, x: F.dropout(x, 0.5, False)),
      ["linear", "derived"]),
+    ("a norm that is called by another name", VECTOR, lambda: Call(lambda m, x: m.n(x), n=RenamedNorm(4)),
+     ["linear", "batch_norm"]),
+    ("a layer that computes more than its base", VECTOR, lambda: Call(lambda m, x: m.l(x), l=Doubled(4, 3)),
+     ["linear", "derived"]),
+    ("an identity that is none", VECTOR, lambda: Call(lambda m, x: m.i(x), i=Negated()), ["linear", "derived"]),
     ("identity", VECTOR, lambda: Call(lambda m, x: m.i(x), i=nn.Identity()), ["linear"]),
     ("LayerNorm", SEQUENCE, lambda: Call(lambda m, x: m.n(x), n=nn.LayerNorm([3, 4])), ["linear", "layer_norm"]),
     ("LayerNorm without map", VECTOR, lambda: Call(lambda m, x: m.n(x), n=nn.LayerNorm(4, elementwise_affine=False)),
@@ -101,6 +126,8 @@ SPELLINGS = [
     ("F.avg_pool2d", IMAGE, lambda: Call(lambda m, x: F.avg_pool2d(x, (2, 1), stride=1)), ["linear", "avg_pool2d"]),
     ("AdaptiveAvgPool2d", IMAGE, lambda: Call(lambda m, x: m.p(x), p=nn.AdaptiveAvgPool2d((4, 3))),
      ["linear", "adaptive_avg_pool2d"]),
+    ("a window as large as the image", IMAGE, lambda: Call(lambda m, x: F.avg_pool2d(x, x.shape[2:])),
+     ["linear", "derived"]),
     ("F.adaptive_avg_pool2d", IMAGE, lambda: Call(lambda m, x: F.adaptive_avg_pool2d(x, 2)),
      ["linear", "adaptive_avg_pool2d"]),
     ("adaptive pool that keeps an axis", IMAGE, lambda: Call(lambda m, x: m.p(x), p=nn.AdaptiveAvgPool2d((None, 2))),
@@ -123,6 +150,15 @@ SPELLINGS = [
     ("unpacking", SEQUENCE, lambda: Call(lambda m, x: _first_two(x.unbind(1))),
      ["linear", "derived", "derived", "add"]),
 ]  # fmt: skip
+
+
+def test_no_two_layers_match_the_same():
+    reference, kind = types.ModuleType("reference"), nn.Linear
+    reference.PATTERNS = Pattern(lambda input: None, modules=(kind,)), Pattern(lambda input: None, modules=(kind,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "modules", lambda file: [reference])
+        with pytest.raises(ValueError, match=r"Linear.*two patterns"):
+            patterns.catalogue.__wrapped__()
 
 
 def _iadd(a, b):

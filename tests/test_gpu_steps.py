@@ -134,12 +134,12 @@ def test_kernels_that_the_pack_lacks_are_named(tmp_path):
 
     def work(job):
         (tmp_path / "cache" / "new").mkdir()
-        (tmp_path / "cache" / "new" / "metafast_windows.cubin").touch()
+        (tmp_path / "cache" / "new" / "metafast_pool.cubin").touch()
         return PASSED
 
     job.do("tests", 10, work)
     (line,) = results.read(job.results.file)
-    assert (line["compiled"], line["kernels"]) == (1, ["metafast_windows"])
+    assert (line["compiled"], line["kernels"]) == (1, ["metafast_pool"])
 
 
 def test_the_tests_that_it_runs_are_all_that_need_a_gpu():

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
+from metafast import kernels
 from metafast.kernels.batch_norm import BatchNorm
+from metafast.kernels.contract.case import Case, LossCase
 from metafast.kernels.contract.layer import RuleContext
 from metafast.kernels.derived import Derived
 from metafast.kernels.max_pool2d import MaxPool2d
 
-LAYERS = ("activation", "adaptive_avg_pool2d", "add", "avg_pool2d", "batch_norm", "conv2d", "derived", "flatten",
-          "layer_norm", "linear", "max_pool2d")  # fmt: skip
-LOSSES = ("cross_entropy", "custom_loss", "mse")
-
-
-def _cases(kinds):
-    return [case for kind in kinds for case in import_module(f"metafast.kernels.{kind}.cases").CASES]
-
-
-CASES, LOSS_CASES = _cases(LAYERS), _cases(LOSSES)
+TABLES = [case for cases in kernels.modules("cases") for case in cases.CASES]
+CASES = [case for case in TABLES if isinstance(case, Case)]
+LOSS_CASES = [case for case in TABLES if isinstance(case, LossCase)]
 SMALL = [case for case in CASES if sum(torch.Size(x).numel() for x in case.inputs) < 2000]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_small_case = pytest.mark.parametrize("case", SMALL, ids=str)
@@ -61,6 +55,16 @@ def point(case, tasks=3, dtype=torch.float64):
     return Point(params, inputs, d_params, d_inputs, torch.randn(output), torch.randn(output)).to(dtype)
 
 
+def point_without_memory(case, tasks):
+    """A point of ``tasks`` tasks on tensors that have only shapes."""
+    one = point(case, tasks=1, dtype=torch.float32)
+
+    def empty(value):
+        return torch.empty(tasks, *value.shape[1:], device="meta")
+
+    return Point(*([empty(v) for v in x] if isinstance(x, list) else empty(x) for x in vars(one).values()))
+
+
 def truth(function, at):
     """Value, gradients, tangent, tangents of the gradients; each a list of tensors, inputs before parameters."""
     primals = [v.clone().requires_grad_() for v in (*at.inputs, *at.params)]
@@ -77,8 +81,8 @@ def truth(function, at):
     ]
     along = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
     tangent = torch.autograd.grad(along, w, retain_graph=True, materialize_grads=True)
-    bent = torch.autograd.grad(along + (y * at.gd).sum(), primals, materialize_grads=True)
-    return [y.detach()], [g.detach() for g in grads], list(tangent), list(bent)
+    of_gradients = torch.autograd.grad(along + (y * at.gd).sum(), primals, materialize_grads=True)
+    return [y.detach()], [g.detach() for g in grads], list(tangent), list(of_gradients)
 
 
 def rules(layer, at, constants=(), step=0, mask=None, needs=None):
@@ -208,10 +212,10 @@ def test_max_pool_sends_the_gradient_to_the_first_of_equals():
     g, gd = (torch.tensor(pair).reshape(1, 1, 1, 1, 2) for pair in ([3.0, 5.0], [7.0, 9.0]))
     at = Point([], [x], [], [xd], g, gd)
     layer = MaxPool2d((2, 2), (2, 2))
-    _, gradient, tangent, bent = rules(layer, at)
+    _, gradient, tangent, of_gradients = rules(layer, at)
     assert gradient[0].flatten().tolist() == [3, 0, 5, 0, 0, 0, 0, 0]
     assert tangent[0].flatten().tolist() == [0, 2]
-    assert bent[0].flatten().tolist() == [7, 0, 9, 0, 0, 0, 0, 0]
+    assert of_gradients[0].flatten().tolist() == [7, 0, 9, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL if c.layer.kind in ("relu", "leaky_relu", "max_pool2d")], ids=str)

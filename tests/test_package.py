@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import metafast as mf
+from metafast import kernels
+from metafast.kernels.contract.layer import Layer, Loss
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("metafast", "kernels", "tests", "benchmarks", "csrc")
@@ -86,14 +88,20 @@ def test_sources_are_short():
 
 
 def test_every_layer_has_its_folder():
-    """``reference.py`` and ``cases.py`` in each, with the kind of the folder."""
-    folders = [p for p in sorted((ROOT / "kernels").iterdir()) if (p / "__init__.py").exists()]
-    assert len(folders) >= 14
-    for folder in folders:
-        text = (folder / "reference.py").read_text()
-        kinds = set(re.findall(r'^    kind = "(\w+)"', text, re.MULTILINE))
-        assert folder.name in kinds or folder.name == "activation", f"{folder.name} has the kinds {kinds}"
-        assert "CASES = [" in (folder / "cases.py").read_text()
+    """Its ``reference.py`` has classes of the folder's kind, by themselves or by their base, and all have cases."""
+    references, tables = kernels.modules("reference"), kernels.modules("cases")
+    assert [m.__name__.split(".")[-2] for m in references] == [m.__name__.split(".")[-2] for m in tables]
+    kinds = []
+    for reference, table in zip(references, tables, strict=True):
+        folder = reference.__name__.split(".")[-2]
+        classes = {c for c in vars(reference).values() if inspect.isclass(c) and c.__module__ == reference.__name__}
+        classes = {c for c in classes if issubclass(c, Layer | Loss)}
+        assert classes == {type(getattr(case, "layer", None) or case.loss) for case in table.CASES}, folder
+        for found in classes:
+            assert folder in {getattr(base, "kind", None) for base in found.__mro__}, f"{found} in {folder}"
+        kinds += [found.kind for found in classes]
+    assert len(kinds) >= 18
+    assert len(set(kinds)) == len(kinds)
 
 
 def test_data_flows_one_way():

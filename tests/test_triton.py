@@ -33,10 +33,9 @@ from test_layers import (
 from test_meta_gradients import check_against_oracle
 from torch import nn
 
-from metafast import executors
+from metafast import executors, kernels
 from metafast.executors.triton.executor import TritonExecutor
 from metafast.executors.triton.lowering import lower, triton_layer, triton_loss
-from metafast.kernels.activation import ReLU
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
 from metafast.kernels.contract.layer import Layer, RuleContext
@@ -44,6 +43,7 @@ from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
 from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.max_pool2d import MaxPool2d
+from metafast.kernels.pointwise.reference import ReLU
 from metafast.kernels.primitives import launch, products
 from metafast.models import conv4
 
@@ -54,6 +54,11 @@ USUAL = LARGE if DEVICE == "cpu" else launch.Tiles()
 SMALL = launch.Tiles(16, 16, 16, 64)
 HAND_WRITTEN = [case for case in CASES if triton_layer(case.layer) is not None]
 LOSSES = [case for case in LOSS_CASES if triton_loss(case.loss) is not None]
+
+
+def test_every_kernel_file_lowers_what_its_folder_has_cases_of():
+    lowered = [triton_layer(case.layer) for case in HAND_WRITTEN] + [triton_loss(case.loss) for case in LOSSES]
+    assert {type(rules).__module__ for rules in lowered} == {m.__name__ for m in kernels.modules("kernel")}
 
 
 @pytest.fixture(autouse=True)

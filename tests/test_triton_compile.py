@@ -6,6 +6,7 @@ may hold the kernels interpreted.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -32,6 +33,19 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 def kernels_of_the_package():
     names = (re.findall(r"^def (metafast_\w+)", path.read_text(), re.M) for path in KERNELS.rglob("*.py"))
     return sorted(name for found in names for name in found)
+
+
+def layers_with_kernels(names):
+    """The cases of layers that have kernels of these names in their folders, and these layers in Triton."""
+    from test_layers import CASES
+
+    from metafast.executors.triton.lowering import triton_layer
+
+    for case in CASES:
+        folder = Path(inspect.getfile(type(case.layer))).parent
+        text = "".join(path.read_text() for path in folder.glob("*.py"))
+        if any(f"def {name}(" in text for name in names):
+            yield case, triton_layer(case.layer)
 
 
 def compiled(architecture, *what):
@@ -113,6 +127,8 @@ def main(architecture, what="everything"):
         chosen = [launch for launch in launched.values() if "PRECISION" in launch.source[2]]
     else:
         everything()
+        if what == "everything":
+            by_their_cases(set(kernels_of_the_package()) - {launch.name for launch in launched.values()})
         chosen = list(launched.values())
     if what == "large":
         chosen = [next(launch for launch in chosen if launch.name == "metafast_gather_product")]
@@ -144,6 +160,14 @@ def everything():
     step(narrow, (3, 20, 20), 5, "cross_entropy")
     step(conv4[4:6], (64, 42, 42), 0, "mse", "tf32")
     step(mlp, (40,), 0, "mse")
+
+
+def by_their_cases(names):
+    """Kernels that none of the networks launches, at the sizes at which their layers are tested."""
+    from test_layers import point_without_memory, rules
+
+    for case, layer in layers_with_kernels(names):
+        rules(layer, point_without_memory(case, 4), case.constants, case.step)
 
 
 def precisions(chosen):

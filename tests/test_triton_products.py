@@ -34,7 +34,7 @@ from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.linear import Linear
 from metafast.kernels.linear.kernel import TritonLinear
 from metafast.kernels.primitives import contraction, launch, products
-from metafast.kernels.primitives.blocks import choose_blocks
+from metafast.kernels.primitives.product_blocks import choose_blocks
 from metafast.kernels.primitives.products import Convolution, gather_product, weight_gradient
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

@@ -41,7 +41,7 @@ from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
 from metafast.kernels.conv2d.normalised import NormalisedConv
 from metafast.kernels.flatten import Flatten
-from metafast.kernels.flatten.kernel import FlattenPixels
+from metafast.kernels.flatten.pixels import FlattenPixels
 from metafast.kernels.primitives import launch, row_reductions
 from metafast.program.capture import capture
 from metafast.program.losses import as_loss
@@ -90,7 +90,7 @@ SIZES = {  # of a chain: its moments' tiles of 16 of the pixels, its sums' tiles
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("most", [0, row_reductions.MOST_BYTES])
+@pytest.mark.parametrize("most", [0, row_reductions.MAX_BYTES_READ])
 @pytest.mark.parametrize("name", SIZES)
 def test_tiles_are_merged_by_their_readers_or_before_them(name, most, merged, monkeypatch):
     case = SIZES[name]
@@ -115,7 +115,7 @@ def test_bytes_bound_what_readers_read_again(merged, monkeypatch):
         assert merged == ["metafast_add_tiles"] * launches
 
 
-@pytest.mark.parametrize("most", [0, row_reductions.MOST_BYTES])
+@pytest.mark.parametrize("most", [0, row_reductions.MAX_BYTES_READ])
 @pytest.mark.parametrize("case", [c for c in HAND_WRITTEN if isinstance(c.layer, BatchNorm)
                                   and sum(torch.Size(x).numel() for x in c.inputs) < 500], ids=str)  # fmt: skip
 def test_batch_norm_in_tiles(case, most, merged, monkeypatch):
@@ -124,7 +124,7 @@ def test_batch_norm_in_tiles(case, most, merged, monkeypatch):
     assert_close(run(TritonBatchNorm(case.layer), at, case), truth(case.function, at), case.tolerance)
 
 
-@pytest.mark.parametrize("most", [0, row_reductions.MOST_BYTES])
+@pytest.mark.parametrize("most", [0, row_reductions.MAX_BYTES_READ])
 def test_nan_reaches_its_own_channel_in_every_tile(most, merged, monkeypatch):
     monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
     x = torch.randn(2, 6, 3, 4, 4, device=DEVICE)

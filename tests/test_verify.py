@@ -14,11 +14,11 @@ from torch import nn
 
 import metafast as mf
 from metafast.executors import CpuExecutor, ReferenceExecutor
-from metafast.kernels.activation import Tanh
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.cross_entropy import CrossEntropy
 from metafast.kernels.linear import Linear
+from metafast.kernels.pointwise.reference import Tanh
 
 NAMES = ("MAML, 3 steps", "rate for each layer and step", "only biases adapted", "ragged regression", "custom loss",
          "tied weights", "direct parameters", "buffers", "SiLU, derived", "batch norm per step", "batch norm running",

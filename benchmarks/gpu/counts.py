@@ -11,11 +11,12 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from metafast import kernels as layers
 from metafast.bench.workloads import Workload, workload
-from metafast.executors.triton import lowering
 from metafast.executors.triton.executor import TritonExecutor
 from metafast.kernels.primitives import launch as launching
 from metafast.program.capture import capture
@@ -65,9 +66,9 @@ class Step:
 
 def modules_that_launch() -> list[Any]:
     """The modules of kernels that hold a ``launch`` of their own, by which their launches can be watched."""
-    layers = {sys.modules[kind.__module__] for kind in vars(lowering).values() if hasattr(kind, "__module__")}
-    shared = [sys.modules[f"metafast.kernels.primitives.{name}"] for name in ("products", "row_reductions", "pooling")]
-    return [module for module in (*layers, *shared) if hasattr(module, "launch")]
+    names = [entry.name for entry in walk_packages(layers.__path__, f"{layers.__name__}.") if not entry.ispkg]
+    modules = [import_module(name) for name in names]
+    return [module for module in modules if hasattr(module, "launch") and module is not launching]
 
 
 def meta_step(work: Workload, architecture: int) -> Step:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
-from ..contract.terms import total
+from ..contract.optional_sums import sum_present
+from ..contract.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Add(Layer):
         return tuple(g_y.sum_to_size(full).reshape(shape) if needed else None for shape, full, needed in places), ()
 
     def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
-        return total(*self._aligned(ctx, d_inputs)).expand(ctx.y_shape)
+        return sum_present(*self._aligned(ctx, d_inputs)).expand(ctx.y_shape)
 
     def tangent_backward(
         self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
@@ -41,3 +45,14 @@ class Add(Layer):
     def _aligned(ctx: RuleContext, values: Tangents) -> list[Tensor | None]:
         """Axes of length one behind the task axis, as broadcasting within a task would put in front."""
         return [None if v is None else v.reshape(full) for v, full in zip(values, ctx.full, strict=True)]
+
+
+def _read(input: Any, other: Any, *, alpha: Any = 1) -> Add | None:
+    return Add() if alpha == 1 else None
+
+
+PATTERNS = (
+    Pattern(
+        _read, functions=(operator.add, operator.iadd, torch.add), methods=("add", "add_"), inputs=("input", "other")
+    ),
+)

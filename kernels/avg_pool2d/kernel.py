@@ -1,4 +1,4 @@
-"""Average pooling, and adaptive pooling whose windows are all alike."""
+"""Average pooling."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..adaptive_avg_pool2d import AdaptiveAvgPool2d
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
 from ..primitives.launch import channels_first, channels_last
-from ..primitives.pooling import Windows, out_size, windows, windows_transpose
+from ..primitives.pooling import Pooling, pool, pool_transpose, pooled_size
 from .reference import AvgPool2d
 
 
@@ -22,43 +21,20 @@ class TritonAvgPool2d(LinearMap):
     kind = "avg_pool2d"
 
     def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
-        return channels_first(windows(channels_last(x), self._sizes(ctx), "mean")[0])
+        return channels_first(pool(channels_last(x), self._sizes(ctx), "mean")[0])
 
     def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
-        return channels_first(windows_transpose(channels_last(g), self._sizes(ctx)))
+        return channels_first(pool_transpose(channels_last(g), self._sizes(ctx)))
 
-    def _sizes(self, ctx: RuleContext) -> Windows:
+    def _sizes(self, ctx: RuleContext) -> Pooling:
         o, extents = self.options, ctx.x.shape[3:]
         axes = zip(extents, o.kernel, o.stride, o.padding, strict=True)
-        size = [out_size(*axis, o.ceil_mode) for axis in axes]
-        return Windows(
+        size = [pooled_size(*axis, o.ceil_mode) for axis in axes]
+        return Pooling(
             *extents, *size, *o.kernel, *o.stride, *o.padding, divisor=o.divisor or 0, padded=o.count_include_pad
         )
 
 
-@dataclass(frozen=True)
-class TritonAdaptiveAvgPool2d(LinearMap):
-    """The rules of ``AdaptiveAvgPool2d``: by windows where the size divides the image's, else by PyTorch."""
-
-    options: AdaptiveAvgPool2d
-    kind = "adaptive_avg_pool2d"
-
-    def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
-        sizes = self._sizes(ctx)
-        if sizes is None:
-            return self.options.apply(ctx, x)
-        return channels_first(windows(channels_last(x), sizes, "mean")[0])
-
-    def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
-        sizes = self._sizes(ctx)
-        if sizes is None:
-            return self.options.transpose(ctx, g)
-        return channels_first(windows_transpose(channels_last(g), sizes))
-
-    def _sizes(self, ctx: RuleContext) -> Windows | None:
-        height, width = ctx.x.shape[3:]
-        out_h, out_w = self.options.size
-        if height % out_h or width % out_w:
-            return None
-        kernel = height // out_h, width // out_w
-        return Windows(height, width, out_h, out_w, *kernel, *kernel, 0, 0)
+def lower(layer: AvgPool2d, precision: str) -> TritonAvgPool2d:
+    """The rules of ``layer`` in Triton."""
+    return TritonAvgPool2d(layer)

@@ -1,4 +1,4 @@
-"""Batch norm with the ReLU and the max-pool behind it, each rule in one pass; formulas in ``normalise``.
+"""Batch norm with the ReLU and the max-pool behind it, each rule in one pass, by the formulas of ``normalise``.
 
 The forward pass keeps for each value of the result a code: which pixel of its window won, or none where ReLU cut it
 off; and where windows have more than one pixel the winners' ``xh``, a tangent pass their ``xhd``. The sums over an
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 from ..primitives.launch import TILES, block, by_task, cdiv, channels_first, channels_last, empty, launch
-from ..primitives.row_reductions import ROWS, TILES_AT_ONCE, add_tiles, moments, moments_for, sums_for
+from ..primitives.row_reductions import ROWS, TILES_AT_ONCE, add_tiles, readable_moments, readable_sums, tile_moments
 from .device import Image, metafast_norm_backward, metafast_norm_forward, metafast_norm_sums, metafast_norm_tangent
 from .reference import BatchNorm
 
 
 def _count(parts: Tensor | None) -> int:
-    """Tiles of ``[T, tiles, 2, C]``."""
+    """The number of tiles of ``[T, tiles, 2, C]``."""
     return 0 if parts is None else parts.shape[1]
 
 
@@ -56,8 +56,8 @@ class TritonBatchNorm(Layer):
             parts, tile_rows = None, 0
         else:
             ctx.stat = empty(x, tasks, 2, channels, dtype=torch.float32)
-            parts, tile_rows = ctx.__dict__.get("moments") or (moments(x), ROWS)
-            parts, tile_rows = moments_for(self._tiles(ctx, s.values(n)), parts, tile_rows, s.pixels(n))
+            parts, tile_rows = ctx.__dict__.get("moments") or (tile_moments(x), ROWS)
+            parts, tile_rows = readable_moments(self._tiles(ctx, s.values(n)), parts, tile_rows, s.pixels(n))
         size = (s.out_h, s.out_w) if s.window > 1 else tuple(spatial)
         ctx.y_shape = (tasks, n, *size, channels)
         y = empty(x, *ctx.y_shape)
@@ -82,7 +82,7 @@ class TritonBatchNorm(Layer):
             if not s.fixed_statistics:
                 parts = ctx.__dict__.get("tangent_parts")
                 parts = self._tangent_parts(ctx) if parts is None else parts
-                parts = sums_for(self._tiles(ctx, s.values(n)), parts)
+                parts = readable_sums(self._tiles(ctx, s.values(n)), parts)
                 ctx.xd_sums = torch.empty_like(ctx.stat)
         yd = empty(ctx.x, *ctx.y_shape)
         (gamma, gamma_stride), _ = self._affine(ctx, params)
@@ -106,7 +106,7 @@ class TritonBatchNorm(Layer):
         parts = self._parts(ctx, gd) if any(ctx.needs_params) or (through and not s.fixed_statistics) else None
         if not through:
             return None, None if parts is None else add_tiles(parts)
-        parts = None if parts is None else sums_for(self._tiles(ctx, s.pixels(n)), parts)
+        parts = None if parts is None else readable_sums(self._tiles(ctx, s.pixels(n)), parts)
         out, sums = torch.empty_like(ctx.x), None if parts is None else torch.empty_like(ctx.stat)
         (gamma, gamma_stride), _ = self._affine(ctx, params)
         (gammad, gammad_stride), _ = ((None, 0), None) if gd is None else self._affine(ctx, d_params)
@@ -116,19 +116,19 @@ class TritonBatchNorm(Layer):
         return channels_first(out), sums
 
     def _parts(self, ctx: RuleContext, gd: Tensor | None) -> Tensor:
-        """Sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``, of each tile."""
+        """Each tile's sums of ``(g, g xh)``, or with ``gd`` of ``(gd, gd xh + g xhd)``."""
         n, x = ctx.x.shape[1], ctx.x if ctx.xh is None else ctx.xh
         xd, xd_sums = (None, None) if gd is None else (ctx.xhd, ctx.xd_sums)
         return self._sum(ctx, ctx.s, ctx.s.values(n), x, ctx.code, ctx.g, ctx.stat, xd, gd, xd_sums, n)
 
     def _tangent_parts(self, ctx: RuleContext) -> Tensor:
-        """Sums of ``(xd, xd xh)`` of each tile: those of an adjoint that reaches every pixel."""
+        """Each tile's sums of ``(xd, xd xh)``: those of an adjoint that reaches every pixel."""
         s, n = ctx.s, ctx.x.shape[1]
         whole = Image(s.height, s.width, s.channels)
         return self._sum(ctx, whole, s.pixels(n), ctx.x, None, ctx.xd, ctx.stat, None, None, None, n)
 
     def _sum(self, ctx: RuleContext, image: Image, rows: int, *args: object) -> Tensor:
-        """``[T, tiles, 2, C]``."""
+        """Launches the sums of each tile, ``[T, tiles, 2, C]``."""
         parts = empty(ctx.stat, ctx.x.shape[0], self._tiles(ctx, rows), 2, image.channels)
         self._run(metafast_norm_sums, ctx, rows, parts, *args, image=image)
         return parts
@@ -143,11 +143,11 @@ class TritonBatchNorm(Layer):
         return block(ctx.s.channels, 16, 64)
 
     def _tiles(self, ctx: RuleContext, rows: int) -> int:
-        """Programs that go over the rows of a task and of one block of channels."""
+        """How many programs go over the rows of a task for each block of channels."""
         return cdiv(rows, TILES.elements // self._columns(ctx))
 
     def _affine(self, ctx: RuleContext, params: Tangents) -> list[tuple[Tensor | None, int]]:
-        """Scale and shift (or their directions) of the inner step at hand, with the stride from task to task."""
+        """Scale and shift of this inner step, or their directions, each with its stride from task to task."""
         rest = list(params)
         found: list[tuple[Tensor | None, int]] = []
         for present in (self.options.scale, self.options.shift):
@@ -173,3 +173,8 @@ class TritonBatchNorm(Layer):
     @staticmethod
     def _row(ctx: RuleContext, parameter: Tensor) -> int:
         return min(ctx.step, parameter.shape[1] - 1)
+
+
+def lower(layer: BatchNorm, precision: str) -> TritonBatchNorm:
+    """The rules of ``layer`` in Triton."""
+    return TritonBatchNorm(layer)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract.layer import RuleContext, Tensors
 from ..contract.normalise import Normalise
+from ..contract.pattern import Pattern
 
 MODES = ("task", "per_step", "frozen", "running")
 
@@ -26,6 +29,7 @@ class BatchNorm(Normalise):
     """
 
     kind = "batch_norm"
+    keeps_channels = True
     mode: str = "task"
     eps: float = 1e-5
     scale: bool = True
@@ -39,6 +43,14 @@ class BatchNorm(Normalise):
     @property
     def varies(self) -> bool:  # type: ignore[override]
         return self.mode == "per_step"
+
+    @property
+    def constant_names(self) -> tuple[str, ...]:
+        return ("running_mean", "running_var") if self.fixed_statistics else ()
+
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """``eps``, whether statistics are fixed, and the rows of each parameter, one or one for each inner step."""
+        return [self.eps, self.fixed_statistics, shapes[0][0] if shapes and self.varies else 1]
 
     def mean(self, ctx: RuleContext, u: Tensor) -> Tensor:
         axes = (1, *range(3, u.dim()))
@@ -78,3 +90,21 @@ class BatchNorm(Normalise):
     @staticmethod
     def _row(ctx: RuleContext, parameter: Tensor) -> int:
         return min(ctx.step, parameter.shape[1] - 1)
+
+
+def _read(
+    input: Any, *, eps: float, momentum: float | None, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+    bn: str, name: str,
+) -> BatchNorm:  # fmt: skip
+    layer = BatchNorm(bn, eps, weight is not None, bias is not None, momentum or 0.0)
+    if layer.fixed_statistics and running_mean is None:
+        raise ValueError(
+            f"bn={bn!r} needs running statistics, but {name!r} keeps none (track_running_stats=False); use "
+            'bn="task"'
+        )
+    if momentum is None and bn == "running":
+        raise ValueError(f"{name!r} has momentum=None; bn='running' needs a number, such as momentum=0.1")
+    return layer
+
+
+PATTERNS = (Pattern(_read, modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),)

@@ -1,4 +1,4 @@
-"""What the tests and benchmarks of a layer walk: one set of sizes and options with an independent truth."""
+"""Cases: tests and benchmarks of a layer walk its sizes and options, each with an independent truth."""
 
 from __future__ import annotations
 

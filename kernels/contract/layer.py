@@ -47,7 +47,28 @@ class Layer:
 
     kind: ClassVar[str]
     varies: ClassVar[bool] = False
-    """Does the map change from inner step to inner step by itself?"""
+    """Does the map change from inner step to inner step by itself? Its parameters then have a row for each."""
+    keeps_channels: ClassVar[bool] = False
+    """Does each channel of the output follow from the same channel of the input, at any size of an image?"""
+    input_rank: ClassVar[int | None] = None
+    """The axes behind the samples that the rules in C++ ask of an input; ``None``: any number."""
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """What torch calls the parameters, in the order in which the rules take them."""
+        return ()
+
+    @property
+    def constant_names(self) -> tuple[str, ...]:
+        """What torch calls the constants, likewise."""
+        return ()
+
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """What the rules in C++ are told beside the sizes of values, in the order in which csrc reads it.
+
+        ``shapes`` are those of the node's parameters.
+        """
+        return []
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         """``y`` of shape ``[T, n, ...]``; keeps in ``ctx`` what the other rules need."""
@@ -76,8 +97,12 @@ class Loss:
     """Does ``check`` depend on the values of the targets, not on their shape and dtype alone?"""
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
-        """Raises ValueError or TypeError where ``targets [T, n, ...]``, called ``name``, do not suit outputs whose
-        samples have the shape ``output``."""
+        """Looks at ``targets [T, n, ...]``, which the user knows as ``name``, beside outputs of samples ``output``.
+
+        Raises:
+            ValueError: their shape or their values do not suit.
+            TypeError: their dtype does not.
+        """
 
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         """Losses ``[T]``, each the mean over the samples of its task that ``ctx.mask`` keeps."""

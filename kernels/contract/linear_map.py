@@ -1,4 +1,4 @@
-"""Linear maps without parameters: the tangent goes forward as the value does, adjoint and its tangent back alike."""
+"""Linear maps without parameters: a tangent goes forward as the value does, an adjoint's tangent back as it does."""
 
 from __future__ import annotations
 

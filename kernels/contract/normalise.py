@@ -1,4 +1,4 @@
-"""What batch norm and layer norm share: one set of formulas, told apart by what a mean runs over.
+"""Batch norm and layer norm share one set of formulas, and differ in what a mean runs over.
 
 With ``mean`` over the normalised axes, ``r = (var x + eps)^-1/2`` and ``xh = r (x - mean x)``, let
 ``P(u) = r (u - mean u - xh mean(xh u))``, a symmetric map. Then, with ``gh = gamma g_y``,
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layer import Layer, RuleContext, Tangents, Tensors
-from .terms import total
+from .optional_sums import sum_present
 
 
 class Normalise(Layer):
@@ -27,6 +27,10 @@ class Normalise(Layer):
     scale: bool
     shift: bool
     fixed_statistics: bool
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        return ("weight",) * self.scale + ("bias",) * self.shift
 
     def mean(self, ctx: RuleContext, u: Tensor) -> Tensor:
         """Mean over the normalised axes, kept as axes of length one."""
@@ -73,7 +77,7 @@ class Normalise(Layer):
         gammad, betad = self._split(d_params)
         ctx.xd = d_inputs[0]
         ctx.xhd = None if ctx.xd is None else self.project(ctx, ctx.xd)
-        return total(
+        return sum_present(
             None if ctx.xhd is None else self._scaled(ctx, self._split(params)[0], ctx.xhd),
             None if gammad is None else self.view(ctx, gammad) * ctx.xh,
             None if betad is None else self.view(ctx, betad).expand_as(ctx.xh),
@@ -88,11 +92,12 @@ class Normalise(Layer):
             ghd = self._scaled(ctx, self._split(params)[0], gd_y)
             gd_x = self.project(ctx, ghd if gammad is None else ghd + self.view(ctx, gammad) * ctx.g)
             if ctx.xhd is not None and not self.fixed_statistics:
-                gd_x = gd_x - self.keep(ctx, ctx.r * self._bend(ctx))
+                gd_x = gd_x - self.keep(ctx, ctx.r * self._projection_tangent(ctx))
         terms = [(gd_y, ctx.xh)] if ctx.xhd is None else [(gd_y, ctx.xh), (ctx.g, ctx.xhd)]
         return (gd_x,), self._adjoints(ctx, params, terms, gd_y)
 
-    def _bend(self, ctx: RuleContext) -> Tensor:
+    def _projection_tangent(self, ctx: RuleContext) -> Tensor:
+        """Minus the tangent of ``P`` itself, applied to ``gh``, over ``r``: the bracket of ``gd_x``."""
         return (
             ctx.xh * self.mean(ctx, ctx.gh * ctx.xhd)
             + ctx.xhd * self.mean(ctx, ctx.gh * ctx.xh)
@@ -110,7 +115,7 @@ class Normalise(Layer):
     def _adjoints(self, ctx: RuleContext, params: Tensors, terms: list[tuple[Tensor, Tensor]], g: Tensor) -> Tangents:
         adjoints: list[Tensor | None] = []
         if self.scale:
-            products = total(*(a * b for a, b in terms)) if ctx.needs_params[0] else None
+            products = sum_present(*(a * b for a, b in terms)) if ctx.needs_params[0] else None
             adjoints.append(None if products is None else self.reduce(ctx, products, params[0]))
         if self.shift:
             adjoints.append(self.reduce(ctx, g, params[-1]) if ctx.needs_params[-1] else None)

@@ -10,6 +10,9 @@ from .layer import Layer, RuleContext, Tangents, Tensors
 class Pointwise(Layer):
     """A function with its first two derivatives; no parameters."""
 
+    kind = "pointwise"
+    keeps_channels = True
+
     def value(self, x: Tensor) -> Tensor:
         """``f(x)``."""
         raise NotImplementedError

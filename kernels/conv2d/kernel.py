@@ -73,3 +73,8 @@ class TritonConv2d(Layer):
         if self.options.bias and ctx.needs_params[1]:
             found[1] = column_sums(g)
         return (g_x,), found
+
+
+def lower(layer: Conv2d, precision: str) -> TritonConv2d:
+    """The rules of ``layer`` in Triton."""
+    return TritonConv2d(layer, precision)

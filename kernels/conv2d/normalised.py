@@ -17,8 +17,10 @@ from .kernel import TritonConv2d
 
 @dataclass(frozen=True)
 class NormalisedConv(Layer):
-    """``norm(conv(x))``; ``conv`` has no bias, parameters are its weight, then those of ``norm``, which measures its
-    statistics."""
+    """``norm(conv(x))``, where ``conv`` has no bias and ``norm`` measures its statistics.
+
+    The parameters are the weight of ``conv``, then those of ``norm``.
+    """
 
     conv: TritonConv2d
     norm: TritonBatchNorm
@@ -43,8 +45,8 @@ class NormalisedConv(Layer):
 
     def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         (of_conv, of_norm), (d_conv, d_norm) = self._split(params), self._split(d_params)
-        ctx.bent = any(d is not None for d in (*d_conv, *d_inputs))
-        if not ctx.bent:
+        ctx.z_has_tangent = any(d is not None for d in (*d_conv, *d_inputs))
+        if not ctx.z_has_tangent:
             return self.norm.tangent_forward(ctx.norm, of_norm, d_norm, [None])
         ctx.conv.standard = ctx.norm.x, ctx.norm.stat
         zd = self.conv.tangent_forward(ctx.conv, of_conv, d_conv, d_inputs)
@@ -58,7 +60,7 @@ class NormalisedConv(Layer):
         (of_conv, of_norm), (d_conv, d_norm) = self._split(params), self._split(d_params)
         (gd_z,), found = self.norm.tangent_backward(ctx.norm, of_norm, d_norm, gd_y)
         assert gd_z is not None  # always asked for
-        if ctx.bent:
+        if ctx.z_has_tangent:
             into, before = self.conv.tangent_backward(ctx.conv, of_conv, d_conv, gd_z)
         else:  # the convolution's Jacobian is constant along the direction
             into, before = self.conv.backward(ctx.conv, of_conv, gd_z)

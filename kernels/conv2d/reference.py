@@ -8,13 +8,16 @@ Bilinear: writing ``*`` for the convolution, ``*'`` for its data gradient and ``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
-from ..contract.terms import add, total
+from ..contract.optional_sums import add_optional, sum_present
+from ..contract.pattern import Pattern, pair
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,20 @@ class Conv2d(Layer):
     """``y[t,n] = conv2d(x[t,n], W[t]) + b[t]``; ``x [T,n,C,H,W]``, ``W [T,O,C/groups,kh,kw]``, ``b [T,O]``."""
 
     kind = "conv2d"
+    input_rank = 3
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     bias: bool = True
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        return ("weight", "bias") if self.bias else ("weight",)
+
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """``O, C/groups, kh, kw``, then stride, padding and dilation along both axes."""
+        return [*shapes[0], *self.stride, *self.padding, *self.dilation]
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.x = _fold(inputs[0])
@@ -43,7 +55,7 @@ class Conv2d(Layer):
         xd, (wd, bd) = d_inputs[0], (*d_params, None)[:2]
         ctx.xd = None if xd is None else _fold(xd)
         tasks = params[0].shape[0]
-        return total(
+        return sum_present(
             None if ctx.xd is None else _unfold(self._conv(ctx.xd, params[0]), tasks),
             None if wd is None else _unfold(self._conv(ctx.x, wd), tasks),
             None if bd is None else bd[:, None, :, None, None].expand(ctx.y_shape),
@@ -56,9 +68,9 @@ class Conv2d(Layer):
         need_x, need_w = ctx.needs_inputs[0], ctx.needs_params[0]
         gd_x, gd_w = self._adjoints(gd, ctx.x, params[0], need_x, need_w)
         if need_w and ctx.xd is not None:
-            gd_w = add(self._adjoints(ctx.g, ctx.xd, params[0], False, True)[1], gd_w)
+            gd_w = add_optional(self._adjoints(ctx.g, ctx.xd, params[0], False, True)[1], gd_w)
         if need_x and d_params[0] is not None:
-            gd_x = add(self._adjoints(ctx.g, ctx.x, d_params[0], True, False)[0], gd_x)
+            gd_x = add_optional(self._adjoints(ctx.g, ctx.x, d_params[0], True, False)[0], gd_x)
         return (self._tasks(gd_x, params[0]),), self._with_bias(ctx, gd_w, gd_y)
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -94,3 +106,15 @@ def _fold(x: Tensor) -> Tensor:
 def _unfold(x: Tensor, tasks: int) -> Tensor:
     """The inverse of ``_fold``."""
     return x.unflatten(1, (tasks, -1)).transpose(0, 1)
+
+
+def _read(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    *, padding_mode: str = "zeros",
+) -> Conv2d | None:  # fmt: skip
+    if isinstance(padding, str) or padding_mode != "zeros":
+        return None
+    return Conv2d(pair(stride), pair(padding), pair(dilation), groups, bias is not None)
+
+
+PATTERNS = (Pattern(_read, modules=(nn.Conv2d,), functions=(nn.functional.conv2d, torch.conv2d)),)

@@ -25,8 +25,8 @@ def metafast_cross_entropy(loss, p, g, z, y, w, share, n, K: tl.constexpr, BR: t
     for start in range(0, n, BR):
         row = start + tl.arange(0, BR)
         inside = (row < n)[:, None] & (k < K)[None, :]
-        at = (task * n + row)[:, None] * K + k[None, :]
-        v = tl.load(z + at, inside, float("-inf")).to(tl.float32)
+        offset = (task * n + row)[:, None] * K + k[None, :]
+        v = tl.load(z + offset, inside, float("-inf")).to(tl.float32)
         top = tl.where(row < n, tl.max(v, 1), 0.0)
         e = tl.where(inside, tl.exp(v - top[:, None]), 0.0)
         s = tl.where(row < n, tl.sum(e, 1), 1.0)
@@ -37,8 +37,8 @@ def metafast_cross_entropy(loss, p, g, z, y, w, share, n, K: tl.constexpr, BR: t
         of_label = tl.sum(tl.where(hit & inside, v - top[:, None], 0.0), 1)
         total += weight * tl.where(weight != 0, tl.log(s) - of_label, 0.0)
         q = e / s[:, None]
-        tl.store(p + at, q, inside)
-        tl.store(g + at, weight[:, None] * (q - tl.where(hit, 1.0, 0.0)), inside)
+        tl.store(p + offset, q, inside)
+        tl.store(g + offset, weight[:, None] * (q - tl.where(hit, 1.0, 0.0)), inside)
     tl.store(loss + task, tl.sum(total, 0))
 
 
@@ -47,11 +47,11 @@ def metafast_cross_entropy_tangent(gd, p, zd, w, share, rows, K: tl.constexpr, B
     """``gd = w p (zd - sum p zd)``. Grid (row tile,)."""
     row, k = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BK)
     inside = (row < rows)[:, None] & (k < K)[None, :]
-    at = row.to(tl.int64)[:, None] * K + k[None, :]
-    q = tl.load(p + at, inside, 0.0)
-    d = tl.load(zd + at, inside, 0.0).to(tl.float32)
+    offset = row.to(tl.int64)[:, None] * K + k[None, :]
+    q = tl.load(p + offset, inside, 0.0)
+    d = tl.load(zd + offset, inside, 0.0).to(tl.float32)
     weight = share if w is None else tl.load(w + row, row < rows, 0.0)[:, None]
-    tl.store(gd + at, weight * q * (d - tl.sum(q * d, 1)[:, None]), inside)
+    tl.store(gd + offset, weight * q * (d - tl.sum(q * d, 1)[:, None]), inside)
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,8 @@ class TritonCrossEntropy(Loss):
     def _block(rows: int, classes: int) -> dict[str, int]:
         columns = block(classes, 1, classes * 2)
         return {"BR": block(rows, 1, max(1, TILES.elements // columns)), "BK": columns}
+
+
+def lower(loss: CrossEntropy, precision: str) -> TritonCrossEntropy:
+    """The rules of ``loss`` in Triton."""
+    return TritonCrossEntropy(loss)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
+from ..contract.pattern import SAMPLES, Pattern
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,19 @@ class Flatten(LinearMap):
 
     def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         return g.reshape(ctx.x.shape)
+
+
+def _read(input: Any, start_dim: int = 0, end_dim: int = -1) -> Flatten | None:
+    return Flatten(start_dim, end_dim) if start_dim >= 1 and (end_dim == -1 or end_dim >= start_dim) else None
+
+
+def _read_view(input: Any, *shape: Any) -> Flatten | None:
+    """``x.view(x.size(0), -1)``, with the sizes side by side or as one tuple."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    return Flatten() if len(sizes) == 2 and sizes[0] is SAMPLES and sizes[1] == -1 else None
+
+
+PATTERNS = (
+    Pattern(_read, modules=(nn.Flatten,), functions=(torch.flatten,), methods=("flatten",)),
+    Pattern(_read_view, functions=(torch.reshape,), methods=("view", "reshape")),
+)

@@ -1,4 +1,4 @@
-"""Layer norm: a block of samples a program, which goes over their features twice; formulas in ``normalise``."""
+"""Layer norm by the formulas of ``normalise``: a program has a block of samples and goes over their features twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .reference import LayerNorm
 
 @triton.jit
 def _feature(p, task, stride, d, D, absent: tl.constexpr):
-    """A parameter's values of features ``d``, as a row."""
+    """A row of the values that a parameter has in features ``d``."""
     if p is None:
         return tl.full((1, d.shape[0]), absent, tl.float32)
     else:
@@ -26,7 +26,7 @@ def _feature(p, task, stride, d, D, absent: tl.constexpr):
 
 @triton.jit
 def _rows(p, task, row, rows):
-    """Both values of each sample of ``[T, rows, 2]``, as columns."""
+    """Two columns, of both values that ``[T, rows, 2]`` has of each sample."""
     p += (task * rows + row) * 2
     return tl.load(p, row < rows, 0.0)[:, None], tl.load(p + 1, row < rows, 0.0)[:, None]
 
@@ -35,7 +35,7 @@ def _rows(p, task, row, rows):
 def metafast_layer_norm(
     y, stat, x, gamma, beta, gamma_stride, beta_stride, rows, eps, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """``y`` and ``stat [T, rows, 2]``: mean and ``(var + eps)^-1/2``. Grid (row tile, task), as of all kernels here."""
+    """Writes ``y`` and ``stat [T, rows, 2]``: mean and ``(var + eps)^-1/2``. All grids here are (row tile, task)."""
     task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
     base = (task * rows + row)[:, None] * D
     mean = tl.zeros((BR, 1), tl.float32)
@@ -57,35 +57,35 @@ def metafast_layer_norm(
         xh = (tl.load(x + base + d[None, :], inside, 0.0).to(tl.float32) - mean) * r
         v = _feature(gamma, task, gamma_stride, d, D, 1.0) * xh + _feature(beta, task, beta_stride, d, D, 0.0)
         tl.store(y + base + d[None, :], v, inside)
-    at = stat + ((task * rows + row) * 2)[:, None]
-    tl.store(at, mean, (row < rows)[:, None])
-    tl.store(at + 1, r, (row < rows)[:, None])
+    pair = stat + ((task * rows + row) * 2)[:, None]
+    tl.store(pair, mean, (row < rows)[:, None])
+    tl.store(pair + 1, r, (row < rows)[:, None])
 
 
 @triton.jit
 def metafast_layer_norm_tangent(
-    yd, xd_mean, x, stat, gamma, xd, gammad, betad, gamma_stride, gammad_stride, betad_stride, rows,
+    yd, xd_means, x, stat, gamma, xd, gammad, betad, gamma_stride, gammad_stride, betad_stride, rows,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``yd`` and ``xd_mean [T, rows, 2]``: the means of ``xd`` and ``xd xh``."""
+    """Writes ``yd`` and ``xd_means [T, rows, 2]``: the mean of ``xd`` and its projection on ``xh``, ``mean(xd xh)``."""
     task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
     base = (task * rows + row)[:, None] * D
     mean, r = _rows(stat, task, row, rows)
-    level = tl.zeros((BR, 1), tl.float32)
-    slope = tl.zeros((BR, 1), tl.float32)
+    xd_mean = tl.zeros((BR, 1), tl.float32)
+    xd_projection = tl.zeros((BR, 1), tl.float32)
     if xd is not None:
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
             inside = (row < rows)[:, None] & (d < D)[None, :]
             xh = (tl.load(x + base + d[None, :], inside, 0.0).to(tl.float32) - mean) * r
             u = tl.load(xd + base + d[None, :], inside, 0.0).to(tl.float32)
-            level += tl.sum(u, 1, keep_dims=True)
-            slope += tl.sum(u * xh, 1, keep_dims=True)
-        level /= D
-        slope /= D
-        at = xd_mean + ((task * rows + row) * 2)[:, None]
-        tl.store(at, level, (row < rows)[:, None])
-        tl.store(at + 1, slope, (row < rows)[:, None])
+            xd_mean += tl.sum(u, 1, keep_dims=True)
+            xd_projection += tl.sum(u * xh, 1, keep_dims=True)
+        xd_mean /= D
+        xd_projection /= D
+        pair = xd_means + ((task * rows + row) * 2)[:, None]
+        tl.store(pair, xd_mean, (row < rows)[:, None])
+        tl.store(pair + 1, xd_projection, (row < rows)[:, None])
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         inside = (row < rows)[:, None] & (d < D)[None, :]
@@ -93,68 +93,69 @@ def metafast_layer_norm_tangent(
         v = _feature(gammad, task, gammad_stride, d, D, 0.0) * xh + _feature(betad, task, betad_stride, d, D, 0.0)
         if xd is not None:
             u = tl.load(xd + base + d[None, :], inside, 0.0).to(tl.float32)
-            v += _feature(gamma, task, gamma_stride, d, D, 1.0) * (r * (u - level - xh * slope))
+            v += _feature(gamma, task, gamma_stride, d, D, 1.0) * (r * (u - xd_mean - xh * xd_projection))
         tl.store(yd + base + d[None, :], v, inside)
 
 
 @triton.jit
-def _at(x, g, xd, gd, at, inside, mean, r, scale, scaled, xd_level, xd_slope):
-    """At a block of features: ``xh``, ``xhd``, ``gh``, ``ghd``, and what the parameters' adjoints sum."""
-    xh = (tl.load(x + at, inside, 0.0).to(tl.float32) - mean) * r
-    g0 = tl.load(g + at, inside, 0.0).to(tl.float32)
-    xhd, ghd, sent, product = xh * 0.0, xh * 0.0, g0, g0 * xh
+def _summands(x, g, xd, gd, offset, inside, mean, r, scale, d_scale, xd_mean, xd_projection):
+    """What is summed over a block of features: ``xh``, ``xhd``, ``gh``, ``ghd``, and the summands of the parameters'
+    adjoints."""
+    xh = (tl.load(x + offset, inside, 0.0).to(tl.float32) - mean) * r
+    g0 = tl.load(g + offset, inside, 0.0).to(tl.float32)
+    xhd, ghd, beta_summand, gamma_summand = xh * 0.0, xh * 0.0, g0, g0 * xh
     if gd is not None:
-        sent = tl.load(gd + at, inside, 0.0).to(tl.float32)
-        product = sent * xh
+        beta_summand = tl.load(gd + offset, inside, 0.0).to(tl.float32)
+        gamma_summand = beta_summand * xh
         if xd is not None:
-            xhd = r * (tl.load(xd + at, inside, 0.0).to(tl.float32) - xd_level - xh * xd_slope)
-            product += g0 * xhd
-        ghd = scale * sent + scaled * g0
-    return xh, xhd, scale * g0, ghd, sent, product
+            xhd = r * (tl.load(xd + offset, inside, 0.0).to(tl.float32) - xd_mean - xh * xd_projection)
+            gamma_summand += g0 * xhd
+        ghd = scale * beta_summand + d_scale * g0
+    return xh, xhd, scale * g0, ghd, beta_summand, gamma_summand
 
 
 @triton.jit
 def metafast_layer_norm_backward(
-    out, parts, x, stat, gamma, g, xd, gd, gammad, xd_mean, gamma_stride, gammad_stride, rows,
+    out, parts, x, stat, gamma, g, xd, gd, gammad, xd_means, gamma_stride, gammad_stride, rows,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``g_x`` or with ``gd`` its tangent, and of each tile the sums for beta and gamma: ``[T, tiles, 2, D]``."""
+    """Writes ``g_x`` or with ``gd`` its tangent, and each tile's sums for beta and gamma, ``[T, tiles, 2, D]``."""
     task, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BR + tl.arange(0, BR)
     base = (task * rows + row)[:, None] * D
     mean, r = _rows(stat, task, row, rows)
-    xd_level, xd_slope = mean * 0.0, mean * 0.0
+    xd_mean, xd_projection = mean * 0.0, mean * 0.0
     if xd is not None:
-        xd_level, xd_slope = _rows(xd_mean, task, row, rows)
-    level = tl.zeros((BR, 1), tl.float32)
-    slope, leveld, sloped = level, level, level
+        xd_mean, xd_projection = _rows(xd_means, task, row, rows)
+    gh_sum = tl.zeros((BR, 1), tl.float32)
+    gh_xh_sum, ghd_sum, ghd_xh_sum = gh_sum, gh_sum, gh_sum
     parts += (task * tl.num_programs(0) + tl.program_id(0)) * 2 * D
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         inside = (row < rows)[:, None] & (d < D)[None, :]
         scale = _feature(gamma, task, gamma_stride, d, D, 1.0)
-        scaled = _feature(gammad, task, gammad_stride, d, D, 0.0)
-        xh, xhd, gh, ghd, sent, product = _at(
-            x, g, xd, gd, base + d[None, :], inside, mean, r, scale, scaled, xd_level, xd_slope
+        d_scale = _feature(gammad, task, gammad_stride, d, D, 0.0)
+        xh, xhd, gh, ghd, beta_summand, gamma_summand = _summands(
+            x, g, xd, gd, base + d[None, :], inside, mean, r, scale, d_scale, xd_mean, xd_projection
         )
-        level += tl.sum(gh, 1, keep_dims=True)
-        slope += tl.sum(gh * xh, 1, keep_dims=True)
-        leveld += tl.sum(ghd, 1, keep_dims=True)
-        sloped += tl.sum(ghd * xh + gh * xhd, 1, keep_dims=True)
-        tl.store(parts + d, tl.sum(sent, 0), d < D)
-        tl.store(parts + D + d, tl.sum(product, 0), d < D)
+        gh_sum += tl.sum(gh, 1, keep_dims=True)
+        gh_xh_sum += tl.sum(gh * xh, 1, keep_dims=True)
+        ghd_sum += tl.sum(ghd, 1, keep_dims=True)
+        ghd_xh_sum += tl.sum(ghd * xh + gh * xhd, 1, keep_dims=True)
+        tl.store(parts + d, tl.sum(beta_summand, 0), d < D)
+        tl.store(parts + D + d, tl.sum(gamma_summand, 0), d < D)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         inside = (row < rows)[:, None] & (d < D)[None, :]
         scale = _feature(gamma, task, gamma_stride, d, D, 1.0)
-        scaled = _feature(gammad, task, gammad_stride, d, D, 0.0)
-        xh, xhd, gh, ghd, _sent, _product = _at(
-            x, g, xd, gd, base + d[None, :], inside, mean, r, scale, scaled, xd_level, xd_slope
+        d_scale = _feature(gammad, task, gammad_stride, d, D, 0.0)
+        xh, xhd, gh, ghd, _beta_summand, _gamma_summand = _summands(
+            x, g, xd, gd, base + d[None, :], inside, mean, r, scale, d_scale, xd_mean, xd_projection
         )
-        g_x = r * (gh - level / D - xh * (slope / D))
+        g_x = r * (gh - gh_sum / D - xh * (gh_xh_sum / D))
         if gd is None:
             tl.store(out + base + d[None, :], g_x, inside)
         else:
-            gd_x = r * (ghd - leveld / D - xh * (sloped / D) - xhd * (slope / D) - xd_slope * g_x)
+            gd_x = r * (ghd - ghd_sum / D - xh * (ghd_xh_sum / D) - xhd * (gh_xh_sum / D) - xd_projection * g_x)
             tl.store(out + base + d[None, :], gd_x, inside)
 
 
@@ -182,11 +183,11 @@ class TritonLayerNorm(Layer):
 
     def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         ctx.xd = None if d_inputs[0] is None else d_inputs[0].contiguous()
-        ctx.xd_mean = None if ctx.xd is None else torch.empty_like(ctx.stat)
+        ctx.xd_means = None if ctx.xd is None else torch.empty_like(ctx.stat)
         yd = torch.empty_like(ctx.x)
         (gamma, gamma_stride), _ = self._affine(params)
         (gammad, gammad_stride), (betad, betad_stride) = self._affine(d_params)
-        self._run(metafast_layer_norm_tangent, ctx, yd, ctx.xd_mean, ctx.x, ctx.stat, gamma, ctx.xd, gammad, betad,
+        self._run(metafast_layer_norm_tangent, ctx, yd, ctx.xd_means, ctx.x, ctx.stat, gamma, ctx.xd, gammad, betad,
                   gamma_stride, gammad_stride, betad_stride, ctx.rows)  # fmt: skip
         return yd
 
@@ -203,9 +204,9 @@ class TritonLayerNorm(Layer):
         parts = empty(ctx.stat, ctx.x.shape[0], cdiv(ctx.rows, br), 2, ctx.features)
         (gamma, gamma_stride), _ = self._affine(params)
         (gammad, gammad_stride), _ = ((None, 0), None) if gd is None else self._affine(d_params)
-        xd, xd_mean = (None, None) if gd is None else (ctx.xd, ctx.xd_mean)
-        self._run(metafast_layer_norm_backward, ctx, out, parts, ctx.x, ctx.stat, gamma, ctx.g, xd, gd, gammad, xd_mean,
-                  gamma_stride, gammad_stride, ctx.rows)  # fmt: skip
+        xd, xd_means = (None, None) if gd is None else (ctx.xd, ctx.xd_means)
+        self._run(metafast_layer_norm_backward, ctx, out, parts, ctx.x, ctx.stat, gamma, ctx.g, xd, gd, gammad,
+                  xd_means, gamma_stride, gammad_stride, ctx.rows)  # fmt: skip
         wanted = [k for present, k in ((self.options.scale, 1), (self.options.shift, 0)) if present]
         found: list[Tensor | None] = [None] * len(wanted)
         if any(ctx.needs_params):
@@ -224,7 +225,12 @@ class TritonLayerNorm(Layer):
         return max(1, min(TILES.elements // bd, 128)), bd
 
     def _affine(self, params: Tangents) -> list[tuple[Tensor | None, int]]:
-        """Scale and shift (or their directions), with the stride from task to task."""
+        """Scale and shift, or their directions, each with its stride from task to task."""
         rest = list(params)
         found = [rest.pop(0) if present else None for present in (self.options.scale, self.options.shift)]
         return [(None, 0) if p is None else by_task(p) for p in found]
+
+
+def lower(layer: LayerNorm, precision: str) -> TritonLayerNorm:
+    """The rules of ``layer`` in Triton."""
+    return TritonLayerNorm(layer)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract.layer import RuleContext
 from ..contract.normalise import Normalise
+from ..contract.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,10 @@ class LayerNorm(Normalise):
     scale: bool = True
     shift: bool = True
 
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """``eps`` and the number of normalised axes."""
+        return [self.eps, self.axes]
+
     def mean(self, ctx: RuleContext, u: Tensor) -> Tensor:
         return u.mean(tuple(range(-self.axes, 0)), keepdim=True)
 
@@ -33,3 +40,12 @@ class LayerNorm(Normalise):
 
     def reduce(self, ctx: RuleContext, u: Tensor, parameter: Tensor) -> Tensor:
         return u.flatten(1, u.dim() - 1 - self.axes).sum(1)
+
+
+def _read(
+    input: Any, normalized_shape: tuple[int, ...], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> LayerNorm:
+    return LayerNorm(len(normalized_shape), eps, weight is not None, bias is not None)
+
+
+PATTERNS = (Pattern(_read, modules=(nn.LayerNorm,)),)

@@ -60,3 +60,8 @@ def _images(params: Tangents) -> list:
     """Weights ``[T,O,I]`` as ``[T,O,1,1,I]``; a bias stays."""
     weight = params[0]
     return [None if weight is None else weight[:, :, None, None], *params[1:]]
+
+
+def lower(layer: Linear, precision: str) -> TritonLinear:
+    """The rules of ``layer`` in Triton."""
+    return TritonLinear(layer, precision)

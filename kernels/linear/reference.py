@@ -5,13 +5,16 @@ Bilinear: each rule is a sum of products, one term in the plain passes and two i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
-from ..contract.terms import add, total
+from ..contract.optional_sums import add_optional, sum_present
+from ..contract.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,16 @@ class Linear(Layer):
     """
 
     kind = "linear"
+    input_rank = 1
     bias: bool = True
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        return ("weight", "bias") if self.bias else ("weight",)
+
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """``O, I``."""
+        return [*shapes[0]]
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         x = inputs[0]
@@ -40,7 +52,7 @@ class Linear(Layer):
         xd = d_inputs[0]
         ctx.xd = None if xd is None else xd.flatten(1, -2)
         bd = d_params[1] if self.bias else None
-        yd = total(
+        yd = sum_present(
             None if ctx.xd is None else self._product(ctx.xd, params[0], None),
             None if d_params[0] is None else self._product(ctx.x, d_params[0], None),
             None if bd is None else bd[:, None].expand(*ctx.x.shape[:2], -1),
@@ -53,7 +65,7 @@ class Linear(Layer):
         gd = gd_y.flatten(1, -2)
         gd_x = None
         if ctx.needs_inputs[0]:
-            gd_x = add(gd @ params[0], None if d_params[0] is None else ctx.g @ d_params[0]).reshape(ctx.shape)
+            gd_x = add_optional(gd @ params[0], None if d_params[0] is None else ctx.g @ d_params[0]).reshape(ctx.shape)
         terms = [(gd, ctx.x)] if ctx.xd is None else [(gd, ctx.x), (ctx.g, ctx.xd)]
         return (gd_x,), self._parameter_adjoints(ctx, terms, gd)
 
@@ -64,7 +76,14 @@ class Linear(Layer):
 
     def _parameter_adjoints(self, ctx: RuleContext, terms: list[tuple[Tensor, Tensor]], g: Tensor) -> Tangents:
         needs = ctx.needs_params
-        g_w = total(*(a.transpose(1, 2) @ b for a, b in terms)) if needs[0] else None
+        g_w = sum_present(*(a.transpose(1, 2) @ b for a, b in terms)) if needs[0] else None
         if not self.bias:
             return (g_w,)
         return g_w, torch.sum(g, 1) if needs[1] else None
+
+
+def _read(input: Any, weight: Any, bias: Any = None) -> Linear:
+    return Linear(bias is not None)
+
+
+PATTERNS = (Pattern(_read, modules=(nn.Linear,), functions=(nn.functional.linear,)),)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..contract.layer import RuleContext, Tensors
 from ..contract.linear_map import LinearMap
 from ..primitives.launch import channels_first, channels_last
-from ..primitives.pooling import Windows, out_size, windows, windows_transpose
+from ..primitives.pooling import Pooling, pool, pool_transpose, pooled_size
 from .reference import MaxPool2d
 
 
@@ -24,13 +24,18 @@ class TritonMaxPool2d(LinearMap):
         o, x = self.options, channels_last(inputs[0])
         spans = [d * (k - 1) + 1 for d, k in zip(o.dilation, o.kernel, strict=True)]
         extents = zip(x.shape[2:4], spans, o.stride, o.padding, strict=True)
-        size = [out_size(*extent, o.ceil_mode) for extent in extents]
-        ctx.sizes = Windows(*x.shape[2:4], *size, *o.kernel, *o.stride, *o.padding, *o.dilation)
-        y, ctx.code = windows(x, ctx.sizes, "max")
+        size = [pooled_size(*extent, o.ceil_mode) for extent in extents]
+        ctx.sizes = Pooling(*x.shape[2:4], *size, *o.kernel, *o.stride, *o.padding, *o.dilation)
+        y, ctx.code = pool(x, ctx.sizes, "max")
         return channels_first(y)
 
     def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
-        return channels_first(windows(channels_last(x), ctx.sizes, "pick", ctx.code)[0])
+        return channels_first(pool(channels_last(x), ctx.sizes, "pick", ctx.code)[0])
 
     def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
-        return channels_first(windows_transpose(channels_last(g), ctx.sizes, ctx.code))
+        return channels_first(pool_transpose(channels_last(g), ctx.sizes, ctx.code))
+
+
+def lower(layer: MaxPool2d, precision: str) -> TritonMaxPool2d:
+    """The rules of ``layer`` in Triton."""
+    return TritonMaxPool2d(layer)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract.layer import RuleContext, Tensors
 from ..contract.linear_map import LinearMap
+from ..contract.pattern import Pattern, pair
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,17 @@ class MaxPool2d(LinearMap):
     """Maximum over windows of ``x [T,n,C,H,W]``; the first of equals wins. Linear once the winners are known."""
 
     kind = "max_pool2d"
+    keeps_channels = True
+    input_rank = 3
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool = False
+
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """Size, stride, padding and dilation of a window along both axes, then ``ceil_mode``."""
+        return [*self.kernel, *self.stride, *self.padding, *self.dilation, self.ceil_mode]
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         x = inputs[0]
@@ -37,3 +46,17 @@ class MaxPool2d(LinearMap):
     def transpose(self, ctx: RuleContext, g: Tensor) -> Tensor:
         zeros = g.new_zeros(*ctx.shape[:3], ctx.shape[3] * ctx.shape[4])
         return zeros.scatter_add(3, ctx.winners, g.flatten(3)).reshape(ctx.shape)
+
+
+def _read(
+    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> MaxPool2d | None:  # fmt: skip
+    if return_indices:
+        return None
+    return MaxPool2d(pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation), ceil_mode)
+
+
+PATTERNS = (
+    Pattern(_read, modules=(nn.MaxPool2d,), functions=(nn.functional.max_pool2d, torch.max_pool2d)),
+)

@@ -64,3 +64,8 @@ class TritonMSE(Loss):
         block_size = block(n * size, 16, TILES.elements)
         launch(metafast_mse, (1, tasks), loss, g, z, y, ctx.w, 1 / (n * size), n, K=size, B=block_size, warps=8)
         return loss, g
+
+
+def lower(loss: MSE, precision: str) -> TritonMSE:
+    """The rules of ``loss`` in Triton."""
+    return TritonMSE(loss)

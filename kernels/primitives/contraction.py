@@ -78,11 +78,11 @@ def _share(slice, total, slices):
 
 
 @triton.jit
-def _finish(acc, y, bias, parts, z, stat, at, inside, column, present, width, count):
+def _finish(acc, y, bias, parts, z, stat, offset, inside, column, present, width, count):
     """Adds the bias, stores a tile of the result and the sums of its ``count`` rows that are asked for."""
     if bias is not None:
         acc += tl.load(bias + column, present, 0.0)[None, :]
-    tl.store(y + at, acc, inside)
+    tl.store(y + offset, acc, inside)
     if parts is not None:
         acc = tl.where(inside, acc, 0.0)
         if z is None:
@@ -91,7 +91,7 @@ def _finish(acc, y, bias, parts, z, stat, at, inside, column, present, width, co
             second = tl.sum(centred * centred, 0)
         else:
             mean, r = tl.load(stat + column, present, 0.0), tl.load(stat + width + column, present, 0.0)
-            zh = (tl.load(z + at, inside, 0.0).to(tl.float32) - mean[None, :]) * r[None, :]
+            zh = (tl.load(z + offset, inside, 0.0).to(tl.float32) - mean[None, :]) * r[None, :]
             first, second = tl.sum(acc, 0), tl.sum(acc * zh, 0)
         tl.store(parts + column, first, present)
         tl.store(parts + width + column, second, present)
@@ -148,9 +148,10 @@ def metafast_gather_product(
             sh, in_h = _source(h, kh, S.scale_h, S.offset_h, S.step_h, S.divide_h, S.source_h)
             sw, in_w = _source(w, kw, S.scale_w, S.offset_w, S.step_w, S.divide_w, S.source_w)
             pixel = ((sample * S.source_h + sh) * S.source_w + sw) * (S.channels * S.groups)
-            a_at = pixel[:, None] + c[None, :]
+            a_offset = pixel[:, None] + c[None, :]
             a_in = ((m < rows) & in_h & in_w)[:, None] & (c < S.channels)[None, :]
-            w_at = (kh * S.taps_w + kw) * S.tap_stride + c[:, None] * S.channel_stride + o[None, :] * S.output_stride
+            w_tap = (kh * S.taps_w + kw) * S.tap_stride
+            w_offset = w_tap + c[:, None] * S.channel_stride + o[None, :] * S.output_stride
             w_in = (c < S.channels)[:, None] & (o < S.outputs)[None, :]
         else:
             k = i % steps * BK + tl.arange(0, BK)
@@ -159,12 +160,13 @@ def metafast_gather_product(
             kw = first_w + tap % taps_w * S.classes_w
             sh, in_h = _source(h[:, None], kh[None, :], S.scale_h, S.offset_h, S.step_h, S.divide_h, S.source_h)
             sw, in_w = _source(w[:, None], kw[None, :], S.scale_w, S.offset_w, S.step_w, S.divide_w, S.source_w)
-            a_at = ((sample[:, None] * S.source_h + sh) * S.source_w + sw) * (S.channels * S.groups) + c[None, :]
+            a_offset = ((sample[:, None] * S.source_h + sh) * S.source_w + sw) * (S.channels * S.groups) + c[None, :]
             a_in = in_h & in_w & (m < rows)[:, None] & (k < depth)[None, :]
-            w_at = ((kh * S.taps_w + kw) * S.tap_stride + c * S.channel_stride)[:, None] + o[None, :] * S.output_stride
+            w_depth = (kh * S.taps_w + kw) * S.tap_stride + c * S.channel_stride
+            w_offset = w_depth[:, None] + o[None, :] * S.output_stride
             w_in = (k < depth)[:, None] & (o < S.outputs)[None, :]
-        pixels = tl.load(a + a_at, a_in, 0.0, cache_modifier=".ca")  # the next tap reads nearly the same ones
-        acc = _multiply(acc, pixels, tl.load(weight + w_at, w_in, 0.0), PRECISION)
+        pixels = tl.load(a + a_offset, a_in, 0.0, cache_modifier=".ca")  # the next tap reads nearly the same ones
+        acc = _multiply(acc, pixels, tl.load(weight + w_offset, w_in, 0.0), PRECISION)
 
     width: tl.constexpr = S.outputs * S.groups
     tasks = tl.num_programs(1) // S.groups
@@ -176,11 +178,11 @@ def metafast_gather_product(
     if z is not None:
         z += base
         stat += task.to(tl.int64) * 2 * width
-    at = ((sample * S.rows_h + h) * S.rows_w + w)[:, None] * width + (group * S.outputs + o)[None, :]
+    offset = ((sample * S.rows_h + h) * S.rows_w + w)[:, None] * width + (group * S.outputs + o)[None, :]
     present = o < S.outputs
     inside = (m < rows)[:, None] & present[None, :]  # offsets apart from the base: 64 bits for each element would spill
     count = tl.minimum(BM, rows - row_tile * BM)
-    _finish(acc, y + base, bias, parts, z, stat, at, inside, group * S.outputs + o, present, width, count)
+    _finish(acc, y + base, bias, parts, z, stat, offset, inside, group * S.outputs + o, present, width, count)
 
 
 @triton.jit
@@ -215,12 +217,12 @@ def metafast_weight_gradient(
         sample, h, w = p // (S.rows_h * S.rows_w), p // S.rows_w % S.rows_h, p % S.rows_w
         sh, in_h = _source(h[:, None], kh[None, :], S.scale_h, S.offset_h, S.step_h, 1, S.source_h)
         sw, in_w = _source(w[:, None], kw[None, :], S.scale_w, S.offset_w, S.step_w, 1, S.source_w)
-        x_at = ((sample[:, None] * S.source_h + sh) * S.source_w + sw) * (S.channels * S.groups) + c[None, :]
+        x_offset = ((sample[:, None] * S.source_h + sh) * S.source_w + sw) * (S.channels * S.groups) + c[None, :]
         x_in = in_h & in_w & (p < pixels)[:, None] & (k < columns)[None, :]
-        g_at = p[:, None] * width + o[None, :]
+        g_offset = p[:, None] * width + o[None, :]
         g_in = (p < pixels)[:, None] & (o < S.outputs)[None, :]
-        adjoints = tl.trans(tl.load(g + g_at, g_in, 0.0))
-        acc = _multiply(acc, adjoints, tl.load(x + x_at, x_in, 0.0), PRECISION)
+        adjoints = tl.trans(tl.load(g + g_offset, g_in, 0.0))
+        acc = _multiply(acc, adjoints, tl.load(x + x_offset, x_in, 0.0), PRECISION)
 
     tasks = tl.num_programs(1) // S.groups
     row = (slice.to(tl.int64) * tasks + task) * width + group * S.outputs + o
@@ -239,11 +241,11 @@ def metafast_add_slices(
     column = tl.program_id(0) % column_tiles * BC + tl.arange(0, BC)
     present = column < width
     inside = (row < rows)[:, None] & present[None, :]
-    at = row[:, None] * width + column[None, :]
+    offset = row[:, None] * width + column[None, :]
     base = task * rows * width
     total = tl.zeros((BR, BC), dtype=tl.float32)
     for _ in range(slices):
-        total += tl.load(added + base + at, inside, 0.0)
+        total += tl.load(added + base + offset, inside, 0.0)
         added += tl.num_programs(1).to(tl.int64) * rows * width
     if bias is not None:
         bias += task * bias_stride
@@ -253,4 +255,4 @@ def metafast_add_slices(
         z += base
         stat += task * 2 * width
     count = tl.minimum(BR, rows - row_tile * BR)
-    _finish(total, y + base, bias, parts, z, stat, at, inside, column, present, width, count)
+    _finish(total, y + base, bias, parts, z, stat, offset, inside, column, present, width, count)

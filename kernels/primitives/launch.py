@@ -13,8 +13,11 @@ from torch import Tensor
 
 @dataclass
 class Tiles:
-    """The largest block that one program works on: of a product ``rows x columns`` in steps of ``depth``, elsewhere
-    ``elements``. The defaults fit the registers of 128 or 256 threads."""
+    """The largest block that one program works on.
+
+    Of a product it makes ``rows x columns`` in steps of ``depth``; elsewhere it has ``elements``. The defaults fit the
+    registers of 128 or 256 threads.
+    """
 
     rows: int = 128
     columns: int = 64
@@ -23,32 +26,32 @@ class Tiles:
 
 
 TILES = Tiles()
-REACH = 2**31 - 1  # offsets within a task are 32-bit
-MOST_REGISTERS = 255  # of a thread
-CAPPED = 90  # the architecture from which operands of products need not pass through registers
+REACH = 2**31 - 1  # elements of a task that a kernel can address: its offsets within a task have 32 bits
+MAX_REGISTERS = 255  # that a thread can have
+REGISTERS_BOUND_FROM = 90  # the first architecture on which operands of products need not pass through registers
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **given: Any) -> None:
-    """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...); on tensors without memory nothing.
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+    """Runs ``kernel`` on ``grid``, whose axes are (tile, task, ...); on tensors without memory it does nothing.
 
-    ``given``: the kernel's constants, and of ``options`` those that are not the usual ones.
+    ``settings`` are the kernel's constants, and those of ``options`` that are not the usual ones.
     """
     if args[0].is_meta:
         return
-    chosen, constants = options(_architecture(args[0].device), **given)
+    chosen, constants = options(_architecture(args[0].device), **settings)
     kernel[grid](*args, **constants, **chosen)
 
 
 def options(
     architecture: int, warps: int = 4, stages: int = 3, registers: int | None = None, **constants: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Triton's options for a launch, and the rest of what was given.
+    """Triton's options for a launch, and the kernel's constants.
 
-    ``registers``: the most of a thread, where the GPU's matrix instructions leave room for such a bound; elsewhere as
-    many as there are, since an assembler that is told nothing stops earlier and spills.
+    A thread gets at most ``registers`` where the GPU's matrix instructions leave room for such a bound. Elsewhere it
+    may have as many as there are: an assembler that is told nothing stops earlier and spills.
     """
-    most = registers if architecture >= CAPPED else MOST_REGISTERS
-    bound = {} if registers is None else {"maxnreg": most}
+    limit = registers if architecture >= REGISTERS_BOUND_FROM else MAX_REGISTERS
+    bound = {} if registers is None else {"maxnreg": limit}
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **bound}, constants
 
 
@@ -95,12 +98,12 @@ def channels_first(x: Tensor) -> Tensor:
 
 
 def pixels_last(x: Tensor) -> Tensor:
-    """The same values: images with their memory in the order ``[T,n,H,W,C]``, anything else contiguous."""
+    """``x`` with the memory of images in the order ``[T,n,H,W,C]``, and anything else contiguous."""
     return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.dim() == 5 else x.contiguous()
 
 
 def by_task(parameter: Tensor) -> tuple[Tensor, int]:
-    """A parameter ``[T, ...]`` and the elements from one task's to the next: zero while tasks share it."""
+    """A parameter ``[T, ...]``, and the number of elements from one task's to the next: zero while tasks share it."""
     if not parameter[0].is_contiguous():
         parameter = parameter.contiguous()
     return parameter, parameter.stride(0)

@@ -1,4 +1,4 @@
-"""Windows over images ``[T,n,H,W,C]``: maximum and sum, and their transposes as gathers, free of atomics."""
+"""Pooling of images ``[T,n,H,W,C]`` by maximum or mean, and its transposes as gathers, free of atomics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from .launch import TILES, block, cdiv, empty, launch, within_reach
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Window ``(i, j)`` covers the pixels ``i stride - padding + tap dilation``. ``divisor``: of a mean; zero counts
-    the pixels of each window, those of the padding with them where ``padded``."""
+class Pooling:
+    """Window ``(i, j)`` covers the pixels ``i stride - padding + tap dilation``.
+
+    A mean is a sum over ``divisor``. Where that is zero the pixels of each window are counted, those of the padding
+    with them where ``padded``.
+    """
 
     height: int
     width: int
@@ -61,7 +64,7 @@ def _count(h, w, S: tl.constexpr):
 
 
 @triton.jit
-def metafast_windows(
+def metafast_pool(
     y, code, x, n, C: tl.constexpr, RULE: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
     """``RULE``: "max" writes the winning taps to ``code`` too, "pick" reads them, "mean". Grid (tile, task)."""
@@ -74,36 +77,36 @@ def metafast_windows(
     row, c = tile // columns * BR + tl.arange(0, BR), tile % columns * BC + tl.arange(0, BC)
     inside = (row < n * (S.out_h * S.out_w))[:, None] & (c < C)[None, :]
     h, w = row // S.out_w % S.out_h, row % S.out_w
-    at = row[:, None] * C + c[None, :]
+    offset = row[:, None] * C + c[None, :]
     start = row // (S.out_h * S.out_w) * (S.height * S.width)
     if RULE == "pick":
-        tap = tl.load(code + at, inside, 0).to(tl.int32)
+        tap = tl.load(code + offset, inside, 0).to(tl.int32)
         ih = h[:, None] * S.stride_h - S.padding_h + tap // S.kernel_w * S.dilation_h
         iw = w[:, None] * S.stride_w - S.padding_w + tap % S.kernel_w * S.dilation_w
         v = tl.load(x + (start[:, None] + ih * S.width + iw) * C + c[None, :], inside & (tap >= 0), 0.0)
-        tl.store(y + at, v, inside)
+        tl.store(y + offset, v, inside)
     else:
         best = tl.full((BR, BC), float("-inf") if RULE == "max" else 0.0, tl.float32)
         won = tl.full((BR, BC), -1, tl.int32)
         for tap in range(S.taps):
             ih = h * S.stride_h - S.padding_h + tap // S.kernel_w * S.dilation_h
             iw = w * S.stride_w - S.padding_w + tap % S.kernel_w * S.dilation_w
-            there = inside & ((ih >= 0) & (ih < S.height) & (iw >= 0) & (iw < S.width))[:, None]
-            v = tl.load(x + (start + ih * S.width + iw)[:, None] * C + c[None, :], there, 0.0).to(tl.float32)
+            inside_image = inside & ((ih >= 0) & (ih < S.height) & (iw >= 0) & (iw < S.width))[:, None]
+            v = tl.load(x + (start + ih * S.width + iw)[:, None] * C + c[None, :], inside_image, 0.0).to(tl.float32)
             if RULE == "max":
-                better = there & ((v > best) | (v != v) | (won < 0))
+                better = inside_image & ((v > best) | (v != v) | (won < 0))
                 best, won = tl.where(better, v, best), tl.where(better, tap, won)
             else:
                 best += v
         if RULE == "max":
-            tl.store(code + at, won.to(tl.int16), inside)
+            tl.store(code + offset, won.to(tl.int16), inside)
         else:
             best = best / _count(h, w, S)[:, None]
-        tl.store(y + at, best, inside)
+        tl.store(y + offset, best, inside)
 
 
 @triton.jit
-def metafast_windows_transpose(g_x, code, g, n, C: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def metafast_pool_transpose(g_x, code, g, n, C: tl.constexpr, S: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """Each pixel sums what the windows around it send back: all, or with ``code`` those it won. Grid (tile, task)."""
     columns: tl.constexpr = (C + BC - 1) // BC
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -122,18 +125,18 @@ def metafast_windows_transpose(g_x, code, g, n, C: tl.constexpr, S: tl.constexpr
         oh, ow = sh // S.stride_h, sw // S.stride_w
         meets = (sh >= 0) & (sw >= 0) & (oh < S.out_h) & (ow < S.out_w)
         meets = meets & (sh % S.stride_h == 0) & (sw % S.stride_w == 0)
-        there = inside & meets[:, None]
-        at = (start + oh * S.out_w + ow)[:, None] * C + c[None, :]
-        sent = tl.load(g + at, there, 0.0).to(tl.float32)
+        inside_result = inside & meets[:, None]
+        offset = (start + oh * S.out_w + ow)[:, None] * C + c[None, :]
+        adjoint = tl.load(g + offset, inside_result, 0.0).to(tl.float32)
         if code is None:
-            total += sent / tl.where(meets, _count(oh, ow, S), 1.0)[:, None]
+            total += adjoint / tl.where(meets, _count(oh, ow, S), 1.0)[:, None]
         else:
-            total += tl.where(tl.load(code + at, there, -1).to(tl.int32) == tap, sent, 0.0)
+            total += tl.where(tl.load(code + offset, inside_result, -1).to(tl.int32) == tap, adjoint, 0.0)
     tl.store(g_x + row[:, None] * C + c[None, :], total, inside)
 
 
-def windows(x: Tensor, sizes: Windows, rule: str, code: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """``[T,n,H,W,C]`` -> ``[T,n,out_h,out_w,C]`` by ``rule``, and the winners' taps where the rule knows them."""
+def pool(x: Tensor, sizes: Pooling, rule: str, code: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Turns ``[T,n,H,W,C]`` into ``[T,n,out_h,out_w,C]`` by ``rule``; returns the winners' taps where it knows them."""
     tasks, n, _, _, channels = x.shape
     y = empty(x, tasks, n, sizes.out_h, sizes.out_w, channels)
     within_reach(y)
@@ -142,23 +145,24 @@ def windows(x: Tensor, sizes: Windows, rule: str, code: Tensor | None = None) ->
     bc = block(channels, 16, 64)
     br = TILES.elements // bc
     grid = (cdiv(n * sizes.out_h * sizes.out_w, br) * cdiv(channels, bc), tasks)
-    launch(metafast_windows, grid, y, code, x, n, C=channels, RULE=rule, S=sizes, BR=br, BC=bc)
+    launch(metafast_pool, grid, y, code, x, n, C=channels, RULE=rule, S=sizes, BR=br, BC=bc)
     return y, code
 
 
-def windows_transpose(g: Tensor, sizes: Windows, code: Tensor | None = None) -> Tensor:
-    """``[T,n,out_h,out_w,C]`` -> ``[T,n,H,W,C]``."""
+def pool_transpose(g: Tensor, sizes: Pooling, code: Tensor | None = None) -> Tensor:
+    """Turns an adjoint ``[T,n,out_h,out_w,C]`` into that of the input, ``[T,n,H,W,C]``."""
     tasks, n, _, _, channels = g.shape
     g_x = empty(g, tasks, n, sizes.height, sizes.width, channels)
     bc = block(channels, 16, 64)
     br = TILES.elements // bc
     grid = (cdiv(n * sizes.height * sizes.width, br) * cdiv(channels, bc), tasks)
-    launch(metafast_windows_transpose, grid, g_x, code, g, n, C=channels, S=sizes, BR=br, BC=bc)
+    launch(metafast_pool_transpose, grid, g_x, code, g, n, C=channels, S=sizes, BR=br, BC=bc)
     return g_x
 
 
-def out_size(extent: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Windows along an axis, by torch's rule: with ``ceil_mode`` a last one may hang over, if it begins inside."""
+def pooled_size(extent: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """The number of windows along an axis by torch's rule: with ``ceil_mode`` the last may hang over the edge, if it
+    begins inside."""
     span = extent + 2 * padding - kernel
     count = (cdiv(span, stride) if ceil_mode else span // stride) + 1
     if ceil_mode and (count - 1) * stride >= extent + padding:

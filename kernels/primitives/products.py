@@ -9,18 +9,19 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .blocks import choose_blocks
 from .contraction import metafast_add_slices, metafast_gather_product, metafast_weight_gradient
 from .launch import REACH, TILES, block, by_task, cdiv, empty, launch, processors, within_reach
+from .product_blocks import choose_blocks
 
 Term = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Which pixels of a source each pixel of the result reads, and how weights lie in memory; per axis
+    """Which pixels of a source each pixel of the result reads, and how weights lie in memory.
 
-    ``source = (scale * row + offset + step * tap) / divide``, where that is a whole number inside the source.
+    Along each axis ``source = (scale * row + offset + step * tap) / divide``, where that is a whole number inside of
+    the source.
 
     Rows whose index leaves the same residue modulo ``classes`` use the same taps, each ``classes``-th from the first,
     which is ``(residue + offset) * inverse mod classes``. There are no more classes than rows: none is empty.
@@ -105,11 +106,12 @@ def gather_product(
     bias: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | bool = False,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """``sum_i A_i * W_i + bias``, ``[T,n,rows_h,rows_w,outputs]``; partial sums of its statistics; rows in each.
+    """Returns ``sum_i A_i * W_i + bias``, ``[T,n,rows_h,rows_w,outputs]``, partial sums over it, and the rows in each.
 
-    Partial sums are ``[T, tiles, 2, outputs]``: mean and sum of squared deviations of each tile for ``True``; for
-    ``(z, stat)``, with ``zh = (z - mean) r``, the sums of the result and of its product with ``zh``. Where none are
-    wanted, tasks that share their weights run as one task with the samples of all: its tiles are full.
+    Partial sums are ``[T, tiles, 2, outputs]``. With ``statistics=True`` they are the mean and the sum of squared
+    deviations of each tile; with ``(z, stat)`` they are the sums of the result and of its product with ``zh = (z -
+    mean) r``. Where none are wanted, tasks that share their weights run as one task with the samples of all: its
+    tiles are full.
     """
     s, source = gather, terms[0][0]
     tasks, n = source.shape[:2]
@@ -172,8 +174,7 @@ def _add_slices(
     bias_stride: int = 0,
     statistics: tuple[Tensor, Tensor] | bool = False,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """``y[T, ..., columns]`` as the sum of ``added[slice, ...]``; what is given and returned beside it is that of
-    ``gather_product``."""
+    """Makes ``y[T, ..., columns]`` the sum of ``added[slice, ...]``; the rest is as in ``gather_product``."""
     tasks, width = y.shape[0], y.shape[-1]
     rows, bc = y[0].numel() // width, block(width, 16, 64)
     br = TILES.elements // bc
@@ -188,6 +189,6 @@ def _add_slices(
 
 
 def _together(tasks: int, elements: int) -> int:
-    """How many tasks of so many elements run as one: the most that 32 bits reach."""
-    most = min(tasks, max(1, REACH // elements))
-    return next(count for count in range(most, 0, -1) if tasks % count == 0)
+    """How many tasks of so many elements run as one: as many as 32 bits reach and divide ``tasks``."""
+    limit = min(tasks, max(1, REACH // elements))
+    return next(count for count in range(limit, 0, -1) if tasks % count == 0)

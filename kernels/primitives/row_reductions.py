@@ -9,25 +9,25 @@ from torch import Tensor
 
 from .launch import block, cdiv, empty, launch
 
-ROWS = 128  # of a tile
-TILES_AT_ONCE = 8  # that a program adds up: more cost registers
+ROWS = 128  # that a tile has
+TILES_AT_ONCE = 8  # that a program adds up; more of them would cost registers
 
 # Programs that read partial results merge them themselves while all of them together read no more bytes for that: about
 # what L2 delivers in the time of a launch, which this saves. The way through the tiles one after another is as long in
 # a kernel of its own.
-MOST_BYTES = 8 << 20
+MAX_BYTES_READ = 8 << 20
 
 
 @triton.jit
 def metafast_row_sums(parts, x, rows, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, MOMENTS: tl.constexpr):
-    """Of each tile of rows: the sums, or mean and sum of squared deviations. Grid (row tile x column tile, task)."""
+    """Sums each tile of rows, or finds its mean and sum of squared deviations. Grid (row tile x column tile, task)."""
     tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns: tl.constexpr = (C + BC - 1) // BC
     row = tile // columns * BR + tl.arange(0, BR)
     c = tile % columns * BC + tl.arange(0, BC)
     inside = (row < rows)[:, None] & (c < C)[None, :]
-    at = task * rows * C + row[:, None] * C + c[None, :]
-    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    offset = task * rows * C + row[:, None] * C + c[None, :]
+    v = tl.load(x + offset, inside, 0.0).to(tl.float32)
     total = tl.sum(v, 0)
     tiles = tl.num_programs(0) // columns
     if MOMENTS:
@@ -46,8 +46,8 @@ def sum_of_tiles(parts, tiles, inside, STRIDE: tl.constexpr, BT: tl.constexpr):
     total = tl.zeros(inside.shape, dtype=tl.float32)
     for start in range(0, tiles, BT):
         t = start + tl.arange(0, BT)
-        at = parts[None, :] + t[:, None] * STRIDE
-        total += tl.sum(tl.load(at, (t < tiles)[:, None] & inside[None, :], 0.0), 0)
+        pointers = parts[None, :] + t[:, None] * STRIDE
+        total += tl.sum(tl.load(pointers, (t < tiles)[:, None] & inside[None, :], 0.0), 0)
     return total
 
 
@@ -58,17 +58,18 @@ def moments_of_tiles(parts, tiles, tile_rows, rows, inside, C: tl.constexpr, BT:
     mean = tl.zeros(inside.shape, dtype=tl.float32)
     for start in range(0, tiles, BT):
         t = start + tl.arange(0, BT)
-        there = (t < tiles)[:, None] & inside[None, :]
+        present = (t < tiles)[:, None] & inside[None, :]
         share = tl.minimum(tile_rows, rows - t * tile_rows).to(tl.float32)[:, None] / rows
-        mean += tl.sum(tl.load(parts[None, :] + t[:, None] * 2 * C, there, 0.0) * share, 0)
+        mean += tl.sum(tl.load(parts[None, :] + t[:, None] * 2 * C, present, 0.0) * share, 0)
     squares = tl.zeros(inside.shape, dtype=tl.float32)
     for start in range(0, tiles, BT):
         t = start + tl.arange(0, BT)
-        there = (t < tiles)[:, None] & inside[None, :]
+        present = (t < tiles)[:, None] & inside[None, :]
         count = tl.minimum(tile_rows, rows - t * tile_rows).to(tl.float32)[:, None]
-        at = parts[None, :] + t[:, None] * 2 * C
-        apart = tl.load(at, there, 0.0) - mean[None, :]
-        squares += tl.sum(tl.where(there, tl.load(at + C, there, 0.0) + count * apart * apart, 0.0), 0)
+        pointers = parts[None, :] + t[:, None] * 2 * C
+        deviation = tl.load(pointers, present, 0.0) - mean[None, :]
+        squared = tl.load(pointers + C, present, 0.0) + count * deviation * deviation
+        squares += tl.sum(tl.where(present, squared, 0.0), 0)
     return mean, squares
 
 
@@ -102,7 +103,7 @@ def column_sums(x: Tensor) -> Tensor:
     return add_tiles(parts)
 
 
-def moments(x: Tensor) -> Tensor:
+def tile_moments(x: Tensor) -> Tensor:
     """Mean and sum of squared deviations of each tile of ``ROWS`` rows of ``[T, ..., C]``: ``[T, tiles, 2, C]``."""
     tasks, columns = x.shape[0], x.shape[-1]
     rows = x[0].numel() // columns
@@ -125,13 +126,13 @@ def add_tiles(parts: Tensor) -> Tensor:
     return out
 
 
-def sums_for(readers: int, parts: Tensor) -> Tensor:
-    """What ``readers`` programs of each task add up: ``parts [T, tiles, ...]``, or their sum as a single tile."""
+def readable_sums(readers: int, parts: Tensor) -> Tensor:
+    """``parts [T, tiles, ...]`` for ``readers`` programs of each task to add up, or their sum as a single tile."""
     return parts if _readable(readers, parts) else add_tiles(parts)[:, None]
 
 
-def moments_for(readers: int, parts: Tensor, tile_rows: int, rows: int) -> tuple[Tensor, int]:
-    """The same of moments, of tiles of ``tile_rows`` of ``rows`` rows: ``[T, tiles, 2, C]`` and the rows of a tile."""
+def readable_moments(readers: int, parts: Tensor, tile_rows: int, rows: int) -> tuple[Tensor, int]:
+    """Likewise the moments ``[T, tiles, 2, C]`` of tiles of ``tile_rows`` of ``rows`` rows, and the rows of a tile."""
     if _readable(readers, parts):
         return parts, tile_rows
     tasks, tiles, _, columns = parts.shape
@@ -144,4 +145,4 @@ def moments_for(readers: int, parts: Tensor, tile_rows: int, rows: int) -> tuple
 
 
 def _readable(readers: int, parts: Tensor) -> bool:
-    return parts.shape[1] == 1 or readers * 4 * parts.numel() <= MOST_BYTES
+    return parts.shape[1] == 1 or readers * 4 * parts.numel() <= MAX_BYTES_READ

@@ -1,4 +1,4 @@
-"""Capture: a user's nn.Module -> Program, by torch.fx. The module itself stays untouched.
+"""Capture makes a Program of a user's nn.Module, by torch.fx. The module itself stays untouched.
 
 Modules and functions that have rules of their own become those layers; whatever else makes a tensor becomes a
 ``Derived`` layer. Sizes, shapes and tuples are not values of a Program: they are worked out again inside the layer
@@ -21,7 +21,7 @@ from metafast.kernels.contract.layer import Layer, Loss
 from metafast.kernels.derived import Derived
 from metafast.program import Node, Parameter, Program
 from metafast.program.derive import Folded, in_place
-from metafast.program.patterns import Match, recognise
+from metafast.program.patterns import Match, Recogniser
 
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "__len__"}
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
@@ -128,12 +128,13 @@ class _Builder:
     """Walks the graph once and collects nodes, parameters and constants."""
 
     def __init__(self, model: nn.Module, root: nn.Module, bn: str) -> None:
-        self.model, self.root, self.bn = model, root, bn
+        self.model, self.root = model, root
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.per_step: set[str] = set()
         self.value: dict[fx.Node, int] = {}
         self.attribute: dict[fx.Node, Any] = {}
+        self.recogniser = Recogniser(self.attribute, self.value, bn)
         self.sizes: set[fx.Node] = set()
         self.inlined: set[fx.Node] = set()
         self.nodes: list[tuple[str, Layer, tuple[int, ...], tuple[str, ...], tuple[Tensor, ...]]] = []
@@ -210,14 +211,14 @@ class _Builder:
 
     def _layer(self, node: fx.Node) -> None:
         self._refuse_in_place(node)
-        match = recognise(node, self._module(node), self.attribute, self.bn)
+        match = self.recogniser.match(node, self._module(node))
         if match is None:
             match = self._derive(node)
         if match.layer is None:
             self.value[node] = self.value[match.inputs[0]]
             return
         params = tuple(self._parameter(p, node) for p in match.params)
-        if match.layer.kind == "batch_norm" and match.layer.varies:
+        if match.layer.varies:
             self.per_step.update(params)
         name = str(node.target) if node.op == "call_module" else node.name
         inputs = tuple(self.value[i] for i in match.inputs)

@@ -1,4 +1,4 @@
-"""A graph node without rules of its own as a plain function of tensors, for a ``Derived`` layer.
+"""Makes a plain function of tensors of a graph node without rules of its own, for a ``Derived`` layer.
 
 The sizes and tuples that the node reads are folded in, in-place forms become out-of-place ones, and every parameter
 that is used on the way becomes an argument.
@@ -56,7 +56,7 @@ class Folded:
 
     @property
     def label(self) -> str:
-        """What to call it to people."""
+        """The name by which people know it."""
         if self.node in self.modules:
             return type(self.modules[self.node]).__name__
         return getattr(self.node.target, "__name__", str(self.node.target))

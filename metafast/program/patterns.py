@@ -1,27 +1,29 @@
-"""Which modules and functions have rules of their own, and how their options are read."""
+"""Finds the layer with rules of its own that a node of the traced graph is, by the patterns that each layer declares.
+
+This module alone knows how torch.fx spells an argument; ``metafast.kernels.contract.pattern`` says what a pattern is.
+"""
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from metafast.kernels.activation import GELU, LeakyReLU, ReLU, Sigmoid, Tanh
-from metafast.kernels.adaptive_avg_pool2d import AdaptiveAvgPool2d
-from metafast.kernels.add import Add
-from metafast.kernels.avg_pool2d import AvgPool2d
-from metafast.kernels.batch_norm import BatchNorm
+from metafast.kernels import modules
 from metafast.kernels.contract.layer import Layer
-from metafast.kernels.conv2d import Conv2d
-from metafast.kernels.flatten import Flatten
-from metafast.kernels.layer_norm import LayerNorm
-from metafast.kernels.linear import Linear
-from metafast.kernels.max_pool2d import MaxPool2d
+from metafast.kernels.contract.pattern import SAMPLES, Pattern
+
+_PASSED_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+              nn.FeatureAlphaDropout)  # fmt: skip
+"""Modules that hand their input on: dropout outside of training, which is refused before."""
+_ADDED_FREELY = {"__module__", "__doc__", "__init__", "__annotations__", "__constants__", "extra_repr", "__qualname__",
+                 "__firstlineno__", "__static_attributes__"}  # fmt: skip
+"""What a subclass may have of its own and still compute what its base computes."""
 
 
 @dataclass(frozen=True)
@@ -34,209 +36,135 @@ class Match:
     constants: Sequence[Tensor] = ()
 
 
-def recognise(
-    node: fx.Node, module: nn.Module | None, attributes: Mapping[fx.Node, Any], bn: str
-) -> Match | None:
-    """The layer with rules of its own that ``node`` is, or ``None``."""
-    if module is not None:
-        return _module(node, module, bn)
-    name = node.target if node.op == "call_method" else _FUNCTIONS.get(node.target)
-    recogniser = _CALLS.get(str(name))
-    return None if recogniser is None else recogniser(_Call(node, attributes))
+@dataclass
+class _Catalogue:
+    """The patterns of all layers, by what they match; ``None`` stands for a module that hands its input on."""
+
+    modules: dict[type, Pattern | None] = field(default_factory=dict)
+    functions: dict[Any, Pattern | None] = field(default_factory=dict)
+    methods: dict[str, Pattern | None] = field(default_factory=dict)
 
 
-def _module(node: fx.Node, m: nn.Module, bn: str) -> Match | None:
-    if len(node.args) != 1 or node.kwargs:
-        return None
-    for kind, read in _MODULES.items():
-        if type(m) is kind:
-            layer = read(m)
-            params = [p for p in (getattr(m, "weight", None), getattr(m, "bias", None)) if p is not None]
-            return None if layer is None else Match(layer, [node.args[0]], params)  # type: ignore[list-item]
-    if isinstance(m, nn.Identity | nn.modules.dropout._DropoutNd):
-        return Match(None, [node.args[0]])  # type: ignore[list-item]
-    if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-        return _batch_norm(node, m, bn)
+@cache
+def catalogue() -> _Catalogue:
+    """Read once, from the ``PATTERNS`` of every layer's ``reference.py``.
+
+    Raises:
+        ValueError: two patterns match the same.
+    """
+    found = _Catalogue(modules=dict.fromkeys(_PASSED_ON))
+    for reference in modules("reference"):
+        for pattern in getattr(reference, "PATTERNS", ()):
+            _enter(found.modules, pattern.modules, pattern)
+            _enter(found.functions, pattern.functions, pattern)
+            _enter(found.methods, pattern.methods, pattern)
+    return found
+
+
+def _enter(known: dict[Any, Pattern | None], matched: Sequence[Any], pattern: Pattern) -> None:
+    for key in matched:
+        if known.setdefault(key, pattern) is not pattern:
+            raise ValueError(f"{key} is matched by two patterns of metafast.kernels; take it out of one")
+
+
+class Recogniser:
+    """Matches nodes of one graph.
+
+    Args:
+        attributes: parameters, buffers and other constants, by the node that fetches them.
+        values: the nodes that are values of the batch.
+        bn: the learner's mode of batch norm.
+    """
+
+    def __init__(self, attributes: Mapping[fx.Node, Any], values: Container[fx.Node], bn: str) -> None:
+        self.attributes, self.values, self.bn = attributes, values, bn
+
+    def match(self, node: fx.Node, module: nn.Module | None) -> Match | None:
+        """The layer that ``node`` is, with what it reads; ``None`` where no pattern covers it."""
+        if module is not None:
+            return self._module(node, module)
+        known = catalogue()
+        pattern = known.methods.get(str(node.target)) if node.op == "call_method" else known.functions.get(node.target)
+        return None if pattern is None else self._call(node, pattern)
+
+    def _module(self, node: fx.Node, module: nn.Module) -> Match | None:
+        known, kind = catalogue().modules, _declared_class(module)
+        if kind is None or len(node.args) != 1 or node.kwargs or node.args[0] not in self.values:
+            return None
+        pattern = known[kind]
+        if pattern is None:
+            return Match(None, [node.args[0]])  # type: ignore[list-item]
+        given = {"bn": self.bn, "name": node.target}
+        parameters = inspect.signature(pattern.read).parameters
+        named = {name: given.get(name, getattr(module, name, p.default)) for name, p in parameters.items()}
+        named[pattern.inputs[0]] = node.args[0]
+        return self._matched(pattern, pattern.read(**named), named)
+
+    def _call(self, node: fx.Node, pattern: Pattern) -> Match | None:
+        args = [self._argument(node, argument) for argument in node.args]
+        kwargs = {name: self._argument(node, argument) for name, argument in node.kwargs.items()}
+        try:
+            bound = inspect.signature(pattern.read).bind(*args, **kwargs)
+        except TypeError:  # an option that the pattern does not know
+            return None
+        bound.apply_defaults()
+        options = [value for name, value in bound.arguments.items() if name not in pattern.inputs]
+        if not all(self._is_value(bound.arguments[name]) for name in pattern.inputs) or _nodes(options):
+            return None
+        match = self._matched(pattern, pattern.read(*bound.args, **bound.kwargs), bound.arguments)
+        return match if match is not None and _keeps_tensors(match, options) else None
+
+    def _matched(self, pattern: Pattern, layer: Layer | None, arguments: Mapping[str, Any]) -> Match | None:
+        if layer is None:
+            return None
+        names = pattern.inputs, layer.parameter_names, layer.constant_names
+        return Match(layer, *([arguments[name] for name in group] for group in names))
+
+    def _is_value(self, argument: Any) -> bool:
+        return isinstance(argument, fx.Node) and argument in self.values
+
+    def _argument(self, node: fx.Node, argument: Any) -> Any:
+        """``argument`` with constants in the place of the nodes that fetch them, and ``SAMPLES`` for their number."""
+
+        def found(source: fx.Node) -> Any:
+            return SAMPLES if _counts_samples(source, node) else self.attributes.get(source, source)
+
+        return fx.node.map_arg(argument, found)
+
+
+def _declared_class(module: nn.Module) -> type | None:
+    """The class with a pattern whose forward pass is that of ``module``: its own, or the base of one that adds nothing.
+
+    A subclass that has anything else of its own may compute something else.
+    """
+    known = catalogue().modules
+    for kind in type(module).__mro__:
+        if kind in known:
+            return kind
+        if not vars(kind).keys() <= _ADDED_FREELY:
+            return None
     return None
 
 
-def _batch_norm(node: fx.Node, m: Any, bn: str) -> Match:
-    constants: list[Tensor] = []
-    layer = BatchNorm(bn, m.eps, m.weight is not None, m.bias is not None, m.momentum or 0.0)
-    if layer.fixed_statistics:
-        if m.running_mean is None:
-            raise ValueError(
-                f"bn={bn!r} needs running statistics, but {node.target!r} keeps none (track_running_stats=False); "
-                'use bn="task"'
-            )
-        if m.momentum is None and bn == "running":
-            raise ValueError(f"{node.target!r} has momentum=None; bn='running' needs a number, such as momentum=0.1")
-        constants = [m.running_mean, m.running_var]
-    params = [p for p in (m.weight, m.bias) if p is not None]
-    return Match(layer, [node.args[0]], params, constants)  # type: ignore[list-item]
+def _nodes(arguments: Sequence[Any]) -> list[fx.Node]:
+    """Nodes anywhere in the arguments: what is known only when the data is there."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(tuple(arguments), lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
+    return found
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+def _keeps_tensors(match: Match, options: Sequence[Any]) -> bool:
+    """Does the layer take every tensor among the options of a call, and only parameters where it takes parameters?"""
+    taken = {id(tensor) for tensor in (*match.params, *match.constants)}
+    tensors = [option for option in options if isinstance(option, Tensor)]
+    return all(id(t) in taken for t in tensors) and all(isinstance(p, nn.Parameter) for p in match.params)
 
 
-def _conv2d(m: nn.Conv2d) -> Layer | None:
-    if isinstance(m.padding, str) or m.padding_mode != "zeros":
-        return None
-    return Conv2d(_pair(m.stride), _pair(m.padding), _pair(m.dilation), m.groups, m.bias is not None)
-
-
-def _max_pool(m: Any) -> Layer | None:
-    if m.return_indices:
-        return None
-    return MaxPool2d(_pair(m.kernel_size), _pair(m.stride), _pair(m.padding), _pair(m.dilation), m.ceil_mode)
-
-
-def _avg_pool(m: Any) -> Layer:
-    return AvgPool2d(
-        _pair(m.kernel_size), _pair(m.stride), _pair(m.padding), m.ceil_mode, m.count_include_pad, m.divisor_override
-    )
-
-
-def _adaptive(size: Any) -> Layer | None:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    return AdaptiveAvgPool2d(pair) if all(isinstance(s, int) for s in pair) else None
-
-
-def _flatten(start: Any, end: Any) -> Layer | None:
-    whole = isinstance(start, int) and isinstance(end, int)
-    return Flatten(start, end) if whole and start >= 1 and (end == -1 or end >= start) else None
-
-
-_MODULES: dict[type, Callable[[Any], Layer | None]] = {
-    nn.Linear: lambda m: Linear(m.bias is not None),
-    nn.Conv2d: _conv2d,
-    nn.LayerNorm: lambda m: LayerNorm(len(m.normalized_shape), m.eps, m.weight is not None, m.bias is not None),
-    nn.ReLU: lambda m: ReLU(),
-    nn.LeakyReLU: lambda m: LeakyReLU(m.negative_slope),
-    nn.Tanh: lambda m: Tanh(),
-    nn.Sigmoid: lambda m: Sigmoid(),
-    nn.GELU: lambda m: GELU() if m.approximate == "none" else None,
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: lambda m: _adaptive(m.output_size),
-    nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
-}
-
-
-class _Call:
-    """The arguments of a function or method call, by position or by name."""
-
-    def __init__(self, node: fx.Node, attributes: Mapping[fx.Node, Any]) -> None:
-        self.node, self.attributes = node, attributes
-
-    def get(self, position: int, name: str, default: Any = None) -> Any:
-        args, kwargs = self.node.args, self.node.kwargs
-        value = args[position] if len(args) > position else kwargs.get(name, default)
-        return self.attributes.get(value, value) if isinstance(value, fx.Node) else value
-
-    @property
-    def x(self) -> Any:
-        return self.get(0, "input", self.node.kwargs.get("self"))
-
-    def is_value(self, value: Any) -> bool:
-        return isinstance(value, fx.Node)
-
-
-def _plain(layer: Layer | None, call: _Call) -> Match | None:
-    return None if layer is None or not call.is_value(call.x) else Match(layer, [call.x])
-
-
-def _call_linear(call: _Call) -> Match | None:
-    weight, bias = call.get(1, "weight"), call.get(2, "bias")
-    return _bilinear(Linear(bias is not None), call, weight, bias)
-
-
-def _call_conv2d(call: _Call) -> Match | None:
-    weight, bias, padding = call.get(1, "weight"), call.get(2, "bias"), call.get(4, "padding", 0)
-    if isinstance(padding, str):
-        return None
-    layer = Conv2d(
-        _pair(call.get(3, "stride", 1)), _pair(padding), _pair(call.get(5, "dilation", 1)), call.get(6, "groups", 1),
-        bias is not None,
-    )  # fmt: skip
-    return _bilinear(layer, call, weight, bias)
-
-
-def _bilinear(layer: Layer, call: _Call, weight: Any, bias: Any) -> Match | None:
-    params = [p for p in (weight, bias) if p is not None]
-    if not call.is_value(call.x) or not all(isinstance(p, nn.Parameter) for p in params):
-        return None
-    return Match(layer, [call.x], params)
-
-
-def _call_add(call: _Call) -> Match | None:
-    a, b = call.x, call.get(1, "other")
-    scaled = call.node.kwargs.get("alpha", 1) != 1
-    if scaled or not (call.is_value(a) and call.is_value(b)):
-        return None
-    return Match(Add(), [a, b])
-
-
-def _call_max_pool(call: _Call) -> Match | None:
-    kernel = call.get(1, "kernel_size")
-    if call.get(6, "return_indices", False):
-        return None
-    layer = MaxPool2d(
-        _pair(kernel), _pair(call.get(2, "stride") or kernel), _pair(call.get(3, "padding", 0)),
-        _pair(call.get(4, "dilation", 1)), call.get(5, "ceil_mode", False),
-    )  # fmt: skip
-    return _plain(layer, call)
-
-
-def _call_avg_pool(call: _Call) -> Match | None:
-    kernel = call.get(1, "kernel_size")
-    layer = AvgPool2d(
-        _pair(kernel), _pair(call.get(2, "stride") or kernel), _pair(call.get(3, "padding", 0)),
-        call.get(4, "ceil_mode", False), call.get(5, "count_include_pad", True), call.get(6, "divisor_override"),
-    )  # fmt: skip
-    return _plain(layer, call)
-
-
-def _call_reshape(call: _Call) -> Match | None:
-    """``x.view(x.size(0), -1)`` and its spellings."""
-    x, sizes = call.x, list(call.node.args[1:])
-    sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-    if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
-        return None
-    first = sizes[0]
-    by_method = first.target == "size" and first.args == (x, 0)
-    by_shape = (
-        first.target is operator.getitem and first.args[1] == 0 and isinstance(first.args[0], fx.Node)
-        and first.args[0].target is getattr and first.args[0].args == (x, "shape")
-    )  # fmt: skip
-    return _plain(Flatten(), call) if by_method or by_shape else None
-
-
-_CALLS: dict[str, Callable[[_Call], Match | None]] = {
-    "linear": _call_linear,
-    "conv2d": _call_conv2d,
-    "add": _call_add,
-    "add_": _call_add,
-    "relu": lambda c: _plain(ReLU(), c),
-    "relu_": lambda c: _plain(ReLU(), c),
-    "leaky_relu": lambda c: _plain(LeakyReLU(c.get(1, "negative_slope", 0.01)), c),
-    "tanh": lambda c: _plain(Tanh(), c),
-    "sigmoid": lambda c: _plain(Sigmoid(), c),
-    "gelu": lambda c: _plain(GELU() if c.get(1, "approximate", "none") == "none" else None, c),
-    "max_pool2d": _call_max_pool,
-    "avg_pool2d": _call_avg_pool,
-    "adaptive_avg_pool2d": lambda c: _plain(_adaptive(c.get(1, "output_size")), c),
-    "flatten": lambda c: _plain(_flatten(c.get(1, "start_dim", 0), c.get(2, "end_dim", -1)), c),
-    "view": _call_reshape,
-    "reshape": _call_reshape,
-}
-
-_FUNCTIONS: dict[Any, str] = {
-    F.linear: "linear", F.conv2d: "conv2d", torch.conv2d: "conv2d",
-    operator.add: "add", operator.iadd: "add", torch.add: "add",
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", F.leaky_relu: "leaky_relu",
-    torch.tanh: "tanh", F.tanh: "tanh", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.gelu: "gelu",
-    F.max_pool2d: "max_pool2d", torch.max_pool2d: "max_pool2d", F.avg_pool2d: "avg_pool2d",
-    F.adaptive_avg_pool2d: "adaptive_avg_pool2d", torch.flatten: "flatten", torch.reshape: "reshape",
-}  # fmt: skip
+def _counts_samples(source: fx.Node, reader: fx.Node) -> bool:
+    """Is it ``x.size(0)`` or ``x.shape[0]`` of the first argument of ``reader``?"""
+    x = reader.args[0] if reader.args else None
+    if source.target == "size":
+        return source.args == (x, 0)
+    if source.target is not operator.getitem or source.args[1] != 0 or not isinstance(source.args[0], fx.Node):
+        return False
+    return source.args[0].target is getattr and source.args[0].args == (x, "shape")

@@ -99,10 +99,9 @@ def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
     if len(sample) not in (1, 3):
         return f"samples of shape {tuple(sample)}: it takes [features] and [C, H, W]"
     ranks = _ranks(program, len(sample))
-    wanted = {"linear": 1, "conv2d": 3, "max_pool2d": 3, "avg_pool2d": 3, "adaptive_avg_pool2d": 3}
     for node in program.nodes:
         rank = ranks[node.inputs[0]]
-        if wanted.get(node.layer.kind, rank) != rank:
+        if node.layer.input_rank not in (None, rank):
             return f"{node.name}: {node.layer.kind} of values with {rank} axes behind the samples"
     return None
 
@@ -157,8 +156,8 @@ def _describe(program: Program, sample: tuple[int, ...], external_loss: bool) ->
         numbers += [p.offset, p.size, p.adapted]
     constants = 0
     for node in program.nodes:
-        options = _options(program, node)
-        numbers += [_KINDS[node.layer.kind], *_padded(node.inputs, 2), *_padded(_slots(node), 2), constants]
+        options = node.layer.numbers([program.parameters[p].shape for p in node.params])
+        numbers += [_KINDS[node.layer.kind], *_padded(node.inputs, 2), *_slots(node), constants]
         numbers += [*options, *[0] * (_OPTIONS - len(options))]
         constants += sum(c.numel() for c in node.constants)
     return torch.tensor(numbers, dtype=torch.float64)
@@ -169,28 +168,6 @@ def _padded(indices: tuple[int, ...], length: int) -> list[int]:
 
 
 def _slots(node: Node) -> tuple[int, ...]:
-    """Parameters as weight and bias; a norm may have either alone."""
-    layer: Any = node.layer
-    if layer.kind in ("batch_norm", "layer_norm") and layer.shift and not layer.scale:
-        return (-1, *node.params)
-    return node.params
-
-
-def _options(program: Program, node: Node) -> list[float]:
-    layer: Any = node.layer
-    shapes = [program.parameters[p].shape for p in node.params]
-    options: dict[str, Callable[[], list[float]]] = {
-        "linear": lambda: [*shapes[0]],
-        "conv2d": lambda: [*shapes[0], *layer.stride, *layer.padding, *layer.dilation],
-        "batch_norm": lambda: [
-            layer.eps, layer.fixed_statistics, shapes[0][0] if shapes and layer.mode == "per_step" else 1
-        ],
-        "layer_norm": lambda: [layer.eps, layer.axes],
-        "leaky_relu": lambda: [layer.negative_slope],
-        "max_pool2d": lambda: [*layer.kernel, *layer.stride, *layer.padding, *layer.dilation, layer.ceil_mode],
-        "avg_pool2d": lambda: [
-            *layer.kernel, *layer.stride, *layer.padding, layer.ceil_mode, layer.count_include_pad, layer.divisor or 0
-        ],
-        "adaptive_avg_pool2d": lambda: [*layer.size],
-    }  # fmt: skip
-    return options.get(layer.kind, list)()
+    """The parameters that the node has for a weight and a bias; -1: none."""
+    at = dict(zip(node.layer.parameter_names, node.params, strict=True))
+    return tuple(at.get(name, -1) for name in ("weight", "bias"))

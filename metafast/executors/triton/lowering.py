@@ -1,4 +1,4 @@
-"""A Program for Triton: the same model with Triton's layers, chains of layers fused, parameters in memory order.
+"""Lowers a Program to Triton: its layers become Triton's, chains of them are fused, parameters lie in memory order.
 
 Convolution weights go from ``[O,C,kh,kw]`` to ``[O,kh,kw,C]``, and so do those of a linear layer that reads flattened
 images: their memory is channels-last, and flattening them copies nothing. Every parameter starts at a multiple of 64
@@ -11,48 +11,37 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metafast.kernels.activation import ReLU
-from metafast.kernels.activation.kernel import KINDS, TritonActivation
-from metafast.kernels.adaptive_avg_pool2d import AdaptiveAvgPool2d
-from metafast.kernels.avg_pool2d import AvgPool2d
-from metafast.kernels.avg_pool2d.kernel import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
 from metafast.kernels.contract.layer import Layer, Loss
-from metafast.kernels.contract.pointwise import Pointwise
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
 from metafast.kernels.conv2d.normalised import NormalisedConv
-from metafast.kernels.cross_entropy import CrossEntropy
-from metafast.kernels.cross_entropy.kernel import TritonCrossEntropy
 from metafast.kernels.flatten import Flatten
-from metafast.kernels.flatten.kernel import FlattenPixels
-from metafast.kernels.layer_norm import LayerNorm
-from metafast.kernels.layer_norm.kernel import TritonLayerNorm
+from metafast.kernels.flatten.pixels import FlattenPixels
 from metafast.kernels.linear import Linear
-from metafast.kernels.linear.kernel import TritonLinear
 from metafast.kernels.max_pool2d import MaxPool2d
-from metafast.kernels.max_pool2d.kernel import TritonMaxPool2d
-from metafast.kernels.mse import MSE
-from metafast.kernels.mse.kernel import TritonMSE
+from metafast.kernels.pointwise.reference import ReLU
 from metafast.program import Node, Parameter, Program
 
 _ALIGNMENT = 16  # elements
 _LARGEST_WINDOW = 16  # pixels that a fused pool unrolls
-_MOST_BLOCKS = 65535  # of a grid along its second axis, that of tasks and groups
+_MAX_BLOCKS = 65535  # of a grid along its second axis, that of tasks and groups
 
 
 @dataclass(frozen=True)
 class Lowered:
     """``program`` runs on Triton; element ``i`` of the user's flat vector lies at ``order[i]`` of its own.
 
-    ``notes`` say for each node of the user's program how it runs; ``max_tasks`` fit into one launch.
+    ``notes`` say for each node of the user's program how it runs. One launch takes ``max_tasks`` at most.
     """
 
     program: Program
@@ -85,7 +74,7 @@ def lower(program: Program, precision: str, device: torch.device) -> Lowered:
     lowered = Program(tuple(builder.nodes), tuple(memory.parameters), output, triton_loss(program.loss) or program.loss)
     notes = tuple(builder.notes[i] for i in range(len(program.nodes)))
     groups = max((node.layer.groups for node in program.nodes if isinstance(node.layer, Conv2d)), default=1)
-    return Lowered(lowered, memory.order.to(device), notes, max(1, _MOST_BLOCKS // groups))
+    return Lowered(lowered, memory.order.to(device), notes, max(1, _MAX_BLOCKS // groups))
 
 
 class _Builder:
@@ -160,33 +149,25 @@ class _Builder:
 
 
 def triton_layer(layer: Layer, precision: str = "float32") -> Layer | None:
-    """The layer's rules as Triton kernels, where there are any."""
-    if isinstance(layer, Conv2d):
-        return TritonConv2d(layer, precision)
-    if isinstance(layer, Linear):
-        return TritonLinear(layer, precision)
-    if isinstance(layer, Pointwise):
-        return TritonActivation(layer) if layer.kind in KINDS else None
-    for kind, kernel in _KERNELS.items():
-        if isinstance(layer, kind):
-            return kernel(layer)
-    return None
+    """The layer's rules as Triton kernels, where there are any: ``precision`` is that of operands of products."""
+    lowered: Layer | None = _lowering_beside(type(layer).__module__)(layer, precision)
+    return lowered
 
 
 def triton_loss(loss: Loss) -> Loss | None:
     """The loss's rules as Triton kernels, where there are any."""
-    if isinstance(loss, CrossEntropy):
-        return TritonCrossEntropy(loss)
-    return TritonMSE(loss) if isinstance(loss, MSE) else None
+    lowered: Loss | None = _lowering_beside(type(loss).__module__)(loss, "float32")
+    return lowered
 
 
-_KERNELS: dict[type[Layer], Callable[[Any], Layer]] = {
-    BatchNorm: TritonBatchNorm,
-    LayerNorm: TritonLayerNorm,
-    MaxPool2d: TritonMaxPool2d,
-    AvgPool2d: TritonAvgPool2d,
-    AdaptiveAvgPool2d: TritonAdaptiveAvgPool2d,
-}
+@functools.cache
+def _lowering_beside(reference: str) -> Callable[[Any, str], Any]:
+    """The function ``lower`` of the file ``kernel.py`` beside a layer's module ``reference``."""
+    folder, _, file = reference.rpartition(".")
+    if not folder or file != "reference" or find_spec(f"{folder}.kernel") is None:
+        return lambda layer, precision: None
+    lower: Callable[[Any, str], Any] = import_module(f"{folder}.kernel").lower
+    return lower
 
 
 def _norm(layers: list[Layer]) -> TritonBatchNorm:
@@ -201,7 +182,7 @@ def _is_relu(layer: Layer) -> bool:
 
 
 def _is_pool(layer: Layer) -> bool:
-    """Small windows side by side, that leave out what is cut off by an edge."""
+    """Are windows small and side by side, and is what an edge cuts off left out?"""
     if not isinstance(layer, MaxPool2d) or layer.kernel[0] * layer.kernel[1] > _LARGEST_WINDOW:
         return False
     return layer == MaxPool2d(layer.kernel, layer.kernel)
@@ -215,15 +196,17 @@ def _convolved(program: Program) -> set[int]:
 
 
 def _readers(program: Program) -> Counter[int]:
-    """By value, how many read it."""
+    """How many nodes read a value, by value; the loss counts as one."""
     readers = Counter(v for node in program.nodes for v in node.inputs)
     readers[program.output] += 1
     return readers
 
 
 def _flattened(program: Program) -> dict[int, int]:
-    """The nodes that flatten images of a convolution for the linear layer behind them, the only one that reads either
-    the features or its weight, and how many channels these images have."""
+    """The channels of the images that a node flattens, by node.
+
+    The images come from a convolution, and the linear layer behind alone reads the features, and alone its weight.
+    """
     readers, found = _readers(program), {}
     weights = Counter(k for node in program.nodes for k in node.params)
     for i, (node, behind) in enumerate(pairwise(program.nodes)):
@@ -236,12 +219,12 @@ def _flattened(program: Program) -> dict[int, int]:
 
 
 def _channels(program: Program, value: int) -> int:
-    """Of an image that comes from a convolution by way of layers that leave channels where they are; zero of others."""
+    """The channels of an image that comes from a convolution by way of layers that keep them; zero of any other."""
     while value > 0:
         node = program.nodes[value - 1]
         if isinstance(node.layer, Conv2d):
             return program.parameters[node.params[0]].shape[0]
-        if not isinstance(node.layer, (BatchNorm, Pointwise, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d)):
+        if not node.layer.keeps_channels:
             return 0
         value = node.inputs[0]
     return 0
@@ -249,7 +232,10 @@ def _channels(program: Program, value: int) -> int:
 
 @dataclass
 class _Memory:
-    """Parameters with gaps between them; by user's parameter its ``place`` among them, by element its ``order``."""
+    """Parameters with gaps between them.
+
+    ``place`` is the index among them of each of the user's parameters, ``order`` the address of each of its elements.
+    """
 
     parameters: list[Parameter]
     place: list[int]
@@ -257,7 +243,7 @@ class _Memory:
 
 
 def _memory_order(program: Program, channels: dict[int, int]) -> _Memory:
-    """``channels`` of those parameters whose axis of channels, the second, goes behind the pixels that they meet."""
+    """The parameters in memory; ``channels`` has those whose second axis, of channels, goes behind that of pixels."""
     memory = _Memory([], [], torch.empty(program.size, dtype=torch.int64))
     offset = 0
     for k, p in enumerate(program.parameters):

@@ -1,4 +1,4 @@
-"""Sizes at which the activations are tested."""
+"""Sizes at which the elementwise layers are tested."""
 
 from __future__ import annotations
 

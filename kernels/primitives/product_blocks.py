@@ -6,19 +6,24 @@ from dataclasses import dataclass
 
 from .launch import TILES, block, cdiv
 
-_FULL = 2  # blocks for each multiprocessor: fewer, and a smaller block is worth its second read of an operand
+_FULL = 2  # blocks for each multiprocessor: below that a smaller block is worth its second read of an operand
 _RESIDENT = 4  # blocks that share a multiprocessor, of 128 threads with 128 registers
-_REGISTERS = 128  # of a thread, so that 16 warps share a multiprocessor
-_UNFILLED = 168  # where a block has fewer rows than a warpgroup multiplies: without a bound the assembler stops at 128
+_REGISTERS = 128  # that a thread may have, so that 16 warps share a multiprocessor
+# A thread of a block with fewer rows than a warpgroup multiplies may have more; unbounded, the assembler stops at 128.
+_UNFILLED_REGISTERS = 168
 _SHORT = 4  # steps of the shortest slice of K
 _LONG = 16  # steps of slices that beat smaller blocks
-_ADDING = 8  # steps that have to be saved, since a launch of its own adds the slices, as many for each block in a row
+# Steps that slices have to save for each block in a row, since a launch of its own adds them up.
+_ADDING = 8
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A block makes ``rows x columns`` of the result in steps of ``depth`` along K, by so many ``warps``, of whose
-    threads each has at most so many ``registers``. K is cut into ``slices`` that run side by side."""
+    """How a product is cut up.
+
+    A block makes ``rows x columns`` of the result in steps of ``depth`` along K. It has ``warps``, whose threads have
+    at most ``registers`` each. K is cut into ``slices`` that run side by side.
+    """
 
     rows: int
     columns: int
@@ -44,10 +49,13 @@ def choose_blocks(rows: int, columns: int, runs: int, length: int, layers: int, 
     slices = max(1, min(_RESIDENT * processors // blocks, steps // _SHORT))
     if steps - cdiv(steps, slices) < _ADDING * (1 + blocks // max(1, processors)):
         slices = 1
-    return Blocks(bm, bn, bk, slices, _warps(bm, bn), _REGISTERS if bm >= 64 else _UNFILLED)
+    return Blocks(bm, bn, bk, slices, _warps(bm, bn), _REGISTERS if bm >= 64 else _UNFILLED_REGISTERS)
 
 
 def _warps(rows: int, columns: int) -> int:
-    """Four multiply 64 rows on Hopper. In smaller blocks each has 16 along the longer side: Triton lays the warps of
-    dots that add to one another out in a line, and what exceeds the block would be computed twice."""
+    """The warps of a block.
+
+    On Hopper four multiply 64 rows. In smaller blocks each has 16 along the longer side: Triton lays the warps of dots
+    that add to one another out in a line, and what exceeds the block would be computed twice.
+    """
     return min(8, rows // 16) if rows >= 64 else min(4, max(rows, columns) // 16)

@@ -1,20 +1,23 @@
-"""The activations: each is a function with its first two derivatives."""
+"""Functions of one number, applied element by element: each comes with its first two derivatives."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..contract.layer import RuleContext
+from ..contract.pattern import Pattern
 from ..contract.pointwise import Pointwise
 
 
 @dataclass(frozen=True)
 class ReLU(Pointwise):
-    """``max(x, 0)``; slope 0 at 0."""
+    """``max(x, 0)``; its derivative at 0 is 0."""
 
     kind = "relu"
 
@@ -32,8 +35,12 @@ class LeakyReLU(Pointwise):
     kind = "leaky_relu"
     negative_slope: float = 0.01
 
+    def numbers(self, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+        """The slope."""
+        return [self.negative_slope]
+
     def value(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.leaky_relu(x, self.negative_slope)
+        return F.leaky_relu(x, self.negative_slope)
 
     def derivative(self, ctx: RuleContext) -> Tensor:
         return torch.full_like(ctx.x, self.negative_slope).masked_fill(ctx.x > 0, 1.0)
@@ -78,7 +85,7 @@ class GELU(Pointwise):
     kind = "gelu"
 
     def value(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.gelu(x)
+        return F.gelu(x)
 
     def derivative(self, ctx: RuleContext) -> Tensor:
         return 0.5 * (1 + torch.erf(ctx.x / math.sqrt(2))) + ctx.x * self._density(ctx.x)
@@ -89,3 +96,21 @@ class GELU(Pointwise):
     @staticmethod
     def _density(x: Tensor) -> Tensor:
         return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+PATTERNS = (
+    Pattern(
+        lambda input, inplace=False: ReLU(),
+        modules=(nn.ReLU,), functions=(F.relu, torch.relu, torch.relu_), methods=("relu", "relu_"),
+    ),
+    Pattern(
+        lambda input, negative_slope=0.01, inplace=False: LeakyReLU(negative_slope),
+        modules=(nn.LeakyReLU,), functions=(F.leaky_relu,),
+    ),
+    Pattern(lambda input: Tanh(), modules=(nn.Tanh,), functions=(torch.tanh, F.tanh), methods=("tanh",)),
+    Pattern(lambda input: Sigmoid(), modules=(nn.Sigmoid,), functions=(torch.sigmoid, F.sigmoid), methods=("sigmoid",)),
+    Pattern(
+        lambda input, approximate="none": GELU() if approximate == "none" else None,
+        modules=(nn.GELU,), functions=(F.gelu,),
+    ),
+)  # fmt: skip

@@ -1,3 +1,0 @@
-from .reference import GELU, LeakyReLU, ReLU, Sigmoid, Tanh
-
-__all__ = ["GELU", "LeakyReLU", "ReLU", "Sigmoid", "Tanh"]

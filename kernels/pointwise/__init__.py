@@ -1,0 +1,1 @@
+"""The elementwise layers, one class of ``reference`` each."""
