@@ -35,9 +35,9 @@ from metafast.executors.triton.executor import TritonExecutor
 Found = Iterator[tuple[str, torch.Tensor]]
 
 ROOT = Path(__file__).parent.parent
-IN_TRITON = ("batch norm of the task", "ReLU", "residual", "rate for each layer and step", "custom loss", "ANIL",
-             "batch norm frozen", "stride 2, average pool", "multi-step loss, first order")  # fmt: skip
-IN_TRITON_PRECISIONS = ("batch norm of the task", "ReLU")
+# Of those that Triton's interpreter, which is slow, gets through in minutes.
+IN_TRITON = ("ReLU", "rate for each layer and step", "custom loss", "multi-step loss, first order", "ANIL",
+             "batch norm of the task")  # fmt: skip
 ALGORITHMS = ("maml", "fomaml", "metasgd", "anil", "reptile", "maml++")
 REPTILES = {
     "reptile": {"steps": 3}, "reptile, adam": {"steps": 3, "optimizer": "adam"},
@@ -45,27 +45,26 @@ REPTILES = {
 }  # fmt: skip
 
 
-def of_learner(setup: Setup, dtype: torch.dtype, backend: str) -> Found:
+def of_learner(setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> Found:
     """What a learner of these settings gives."""
     torch.manual_seed(zlib.crc32(setup.name.encode()))
     learner = make_learner(setup, dtype, backend)
-    tasks = make_tasks(setup).to(dtype)
+    batch = make_tasks(setup, tasks).to(dtype)
     learner.zero_grad()
-    out = learner.backward(tasks)
+    out = learner.backward(batch)
     yield from (("losses", out.losses), ("outputs", out.outputs))
     yield from ((f"grad {name}", p.grad) for name, p in learner.named_parameters() if p.grad is not None)
-    if setup.learner is not mf.Reptile:
+    if setup.learner is not mf.Reptile and backend != "triton":
         learner.zero_grad()
-        learner(tasks).loss.backward()
+        learner(batch).loss.backward()
         yield from ((f"autograd {name}", p.grad) for name, p in learner.named_parameters() if p.grad is not None)
-    adapted = learner.adapt(tasks.support_x, tasks.support_y, support_mask=tasks.support_mask)
+    adapted = learner.adapt(batch.support_x, batch.support_y, support_mask=batch.support_mask)
     yield from ((f"adapted {name}", value) for name, value in adapted.state_dict(0).items())
-    yield "predicted", adapted(tasks.query_x)
+    yield "predicted", adapted(batch.query_x)
 
 
-def everything() -> Found:
-    """All that is recorded but for trainings, each under a name of its own."""
-    known = list(executors._EXECUTORS)
+def of_executors() -> Found:
+    """By the reference, the CPU executor, and the one that is chosen."""
     reptiles = [vectors(name, learner=mf.Reptile, **options) for name, options in REPTILES.items()]
     for setup in [*SETUPS, *reptiles]:
         for backend, threads in (("reference", 1), ("cpu", 1), ("cpu", 2), ("auto", 2)):
@@ -73,6 +72,10 @@ def everything() -> Found:
             for dtype in (torch.float64, torch.float32):
                 yield from _named(f"{setup} | {backend} x{threads} {dtype}", setup, dtype, backend)
     torch.set_num_threads(1)
+
+
+def of_twin() -> Found:
+    """By the CUDA executor's twin, in each precision."""
     for name, limits in TWINS.items():
         executors._EXECUTORS[:] = [CudaExecutor(limits)]
         for setup in RUNS:
@@ -81,26 +84,34 @@ def everything() -> Found:
             for precision in ("tf32x3", "tf32", "bf16"):
                 chosen = replace(setup, support=16, options={**setup.options, "precision": precision})
                 yield from _named(f"{setup} | twin, {name} {precision}", chosen, torch.float32, "cuda")
+
+
+def of_triton() -> Found:
+    """By the Triton executor under its interpreter, in each precision."""
+    executors._EXECUTORS[:] = [TritonExecutor(interpreted=True)]
     for setup in SETUPS:
-        for precision in ("float32", "tf32", "bf16") if setup.name in IN_TRITON_PRECISIONS else ("float32",):
-            if setup.name in IN_TRITON:
-                executors._EXECUTORS[:] = [TritonExecutor(interpreted=True)]
-                chosen = replace(setup, options={**setup.options, "precision": precision})
-                yield from _named(f"{setup} | triton {precision}", chosen, torch.float32, "triton")
-    executors._EXECUTORS[:] = known
+        if setup.name in IN_TRITON:
+            for precision in ("float32", "tf32", "bf16"):
+                chosen = replace(setup, support=2, options={**setup.options, "precision": precision})
+                yield from _named(f"{setup} | triton {precision}", chosen, torch.float32, "triton", 1)
 
 
-def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str) -> Found:
+def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> Found:
     try:
-        yield from ((f"{key} | {name}", value) for name, value in of_learner(setup, dtype, backend))
+        yield from ((f"{key} | {name}", value) for name, value in of_learner(setup, dtype, backend, tasks))
     except RuntimeError as error:  # that an executor refuses a setting is a result too
         if "cannot run this model" not in str(error):
             raise
         yield f"{key} | refused", torch.zeros(0)
 
 
-def trainings(folder: Path) -> Found:
+def of_trainings() -> Found:
     """Parameters, moments and losses after short trainings by ``metafast train``."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _trainings(Path(folder))
+
+
+def _trainings(folder: Path) -> Found:
     from safetensors.torch import load_file
 
     for recipe, iterations in (("sinusoid", 30), ("glyphs-5w1s", 2)):
@@ -114,15 +125,16 @@ def trainings(folder: Path) -> Found:
                 yield f"{recipe} {algorithm} | {name}", value
 
 
-def record(path: Path) -> None:
-    """Writes everything."""
+PARTS = {"executors": of_executors, "twin": of_twin, "triton": of_triton, "trainings": of_trainings}
+
+
+def record(path: Path, parts: list[str]) -> None:
+    """Writes the ``parts``; each takes some minutes."""
     arrays = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for part in (trainings(Path(folder)), everything()):
-            for name, value in part:
-                arrays[name] = value.detach().numpy()
-                if len(arrays) % 2000 == 0:
-                    print(f"{len(arrays)} tensors", file=sys.stderr, flush=True)
+    for part in parts:
+        for name, value in PARTS[part]():
+            arrays[name] = value.detach().numpy()
+        print(f"{part}: {len(arrays)} tensors so far", file=sys.stderr, flush=True)
     numbered = {str(i): array for i, array in enumerate(arrays.values())}
     np.savez_compressed(path, **numbered, names=np.array(list(arrays)))
     print(f"{len(arrays)} tensors in {path}")
@@ -155,13 +167,15 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bits.py", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("record").add_argument("file", type=Path)
+    recording = commands.add_parser("record")
+    recording.add_argument("file", type=Path)
+    recording.add_argument("--part", choices=PARTS, action="append", help="may be repeated; all by default")
     comparison = commands.add_parser("compare")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
     options = parser.parse_args()
     if options.command == "record":
-        record(options.file)
+        record(options.file, options.part or list(PARTS))
         return 0
     return compare(options.before, options.after)
 
