@@ -55,7 +55,7 @@ class Executor(ABC):
     """Runs a Program for T tasks at once.
 
     ``params`` are ``[P]``, shared by all tasks, or ``[T, P]``. ``rates`` are ``[1 or S, 1 or P]``. ``step`` is the
-    inner step that a pass belongs to: ``per_step`` batch norm depends on it, and the query pass after S steps is step S.
+    inner step that a pass belongs to: ``per_step`` batch norm depends on it. The query pass after S steps is step S.
     """
 
     name: str
@@ -179,7 +179,7 @@ _LEAST_SHARE = 0.1
 def hvp_by_adapt_vjp(
     executor: Executor, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0
 ) -> Tensor:
-    """Computes ``H u [T, P]`` from the way back of an inner loop: one step at the rate ``a`` turns ``u`` into ``u - a H u``.
+    """Computes ``H u [T, P]`` by the way back of one inner step: at the rate ``a`` it turns ``u`` into ``u - a H u``.
 
     ``a`` is chosen anew until both terms are of similar size, so that neither is lost in the other's rounding.
     """

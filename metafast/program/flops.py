@@ -117,9 +117,7 @@ class ProgramCost:
         """Counts the FLOPs of the query loss of one task and its gradient on ``samples`` query samples."""
         return samples * sum(node.query for node in self.nodes)
 
-    def meta_gradient(
-        self, tasks: int, support: int, query: int, steps: int, second_order: bool = True
-    ) -> MetaCost:
+    def meta_gradient(self, tasks: int, support: int, query: int, steps: int, second_order: bool = True) -> MetaCost:
         """Computes the cost of one meta-gradient of ``tasks`` tasks with ``support`` and ``query`` samples each."""
         still = support * sum(node.still(second_order) for node in self.nodes)
         reverse = steps * self.hessian(support) if second_order else 0

@@ -85,8 +85,9 @@ class Program:
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """Joins parameters ``[..., *shape]``, given by name, into the flat vector ``[..., P]``."""
         lead = named[self.parameters[0].name].dim() - len(self.parameters[0].shape)
-        return torch.cat([named[p.name].flatten(lead) if p.shape else named[p.name][..., None]
-                          for p in self.parameters], dim=-1)
+        return torch.cat(
+            [named[p.name].flatten(lead) if p.shape else named[p.name][..., None] for p in self.parameters], dim=-1
+        )
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """Splits ``flat [..., P]`` into one tensor ``[..., *shape]`` for each of ``parameters``, in their order."""
