@@ -168,6 +168,7 @@ class Executor(ABC):
 
     @cached_property
     def _siblings(self) -> dict[str, Executor]:
+        """Holds the executors with the same settings in other precisions, by precision."""
         return {}
 
 

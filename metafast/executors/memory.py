@@ -96,4 +96,5 @@ class _Meter(TorchDispatchMode):
 
 
 def _storage(x: Tensor) -> torch.UntypedStorage:
+    """Returns the memory of ``x``, which its views share."""
     return x.untyped_storage()

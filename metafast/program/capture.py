@@ -40,7 +40,7 @@ _NO_BRANCHES = "It may not branch or loop on tensor values; use torch.where, or 
 
 
 class CaptureError(TypeError):
-    """The model cannot become a Program; the text names the line in the user's model and the remedy."""
+    """Is raised where the model cannot become a Program; it names the line in the user's model and the remedy."""
 
 
 class _Tracer(fx.Tracer):
@@ -207,6 +207,7 @@ class _Builder:
         return Program(nodes, tuple(parameters), self.output, loss)
 
     def _placeholder(self, node: fx.Node) -> None:
+        """Takes up an argument of ``forward``: the first is value 0, the others are constants."""
         if not self.value:
             self.value[node] = 0
         elif node.args:
@@ -236,6 +237,7 @@ class _Builder:
         return taken_apart and (_makes_tuple(node) or node.op == "call_module")
 
     def _layer(self, node: fx.Node) -> None:
+        """Makes a node of the Program: the layer that a pattern recognises, or else a derived one."""
         self._refuse_in_place(node)
         match = self.recogniser.match(node, self._module(node))
         if match is None:
@@ -252,6 +254,7 @@ class _Builder:
         self.value[node] = len(self.nodes)
 
     def _parameter(self, parameter: Tensor, node: fx.Node) -> str:
+        """Returns the name of a parameter that ``node`` uses, and notes its shape."""
         name = self.names.get(id(parameter))
         if name is None:
             raise CaptureError(f"a parameter used at {_node_line(node)} is not registered in the model")
@@ -262,6 +265,7 @@ class _Builder:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _refuse_random(self, node: fx.Node) -> None:
+        """Raises CaptureError where ``node`` draws random numbers."""
         module = self._module(node)
         drawing = module is not None and any(_draws(m) for m in module.modules())
         if node.op != "call_module" and getattr(node.target, "__name__", str(node.target)).rstrip("_") in _RANDOM:
@@ -273,6 +277,7 @@ class _Builder:
             )
 
     def _refuse_in_place(self, node: fx.Node) -> None:
+        """Raises CaptureError where ``node`` changes a tensor in place that something else may read."""
         if not in_place(node, self._module(node)):
             return
         changed = node.all_input_nodes[0]
@@ -284,6 +289,7 @@ class _Builder:
             )
 
     def _derive(self, node: fx.Node) -> Match:
+        """Makes a layer whose rules torch.func derives."""
         folded = Folded(node, self.root, self.inlined, self.attribute)
         if not folded.inputs:
             raise CaptureError(
@@ -293,6 +299,7 @@ class _Builder:
 
 
 def _fetch(root: nn.Module, path: str) -> Any:
+    """Returns the attribute of ``root`` at a dotted path."""
     found: Any = root
     for part in path.split("."):
         found = getattr(found, part)
@@ -309,6 +316,7 @@ def _reads_size(node: fx.Node) -> bool:
 
 
 def _makes_tuple(node: fx.Node) -> bool:
+    """Says whether ``node`` is a call that returns a tuple of tensors."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in _TUPLE_MAKERS and node.op in ("call_method", "call_function")
 

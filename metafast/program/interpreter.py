@@ -108,6 +108,7 @@ class Pass:
         return self._backward(dict(self.prefix.adjoint), ())
 
     def _backward(self, adjoints: Adjoints, skipped: Container[int]) -> Gradients:
+        """Takes ``adjoints`` back through all nodes but those in ``skipped``."""
         gradients: Gradients = {}
         for i in reversed(range(len(self.program.nodes))):
             if i in skipped or i + 1 not in adjoints or not self.depends[i + 1]:

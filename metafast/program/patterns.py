@@ -107,6 +107,7 @@ class Recogniser:
         return None if pattern is None else self._call(node, pattern)
 
     def _module(self, node: fx.Node, module: nn.Module) -> Match | None:
+        """Matches a call of a module: the pattern reads its options from the module's attributes."""
         known = catalogue().modules
         kind = _declared_class(module)
         if kind is None or len(node.args) != 1 or node.kwargs or node.args[0] not in self.values:
@@ -121,6 +122,7 @@ class Recogniser:
         return self._matched(pattern, pattern.read(**named), named)
 
     def _call(self, node: fx.Node, pattern: Pattern) -> Match | None:
+        """Matches a call of a function or a method: the pattern reads its options from the arguments."""
         args = [self._argument(node, argument) for argument in node.args]
         kwargs = {name: self._argument(node, argument) for name, argument in node.kwargs.items()}
         try:
@@ -135,6 +137,7 @@ class Recogniser:
         return match if match is not None and _keeps_tensors(match, options) else None
 
     def _matched(self, pattern: Pattern, layer: Layer | None, arguments: Mapping[str, Any]) -> Match | None:
+        """Picks inputs, parameters and constants of ``layer`` from the arguments by name."""
         if layer is None:
             return None
         names = pattern.inputs, layer.parameter_names, layer.constant_names

@@ -170,6 +170,7 @@ def _ranks(program: Program, rank: int) -> list[int]:
 
 
 def _describe(program: Program, sample: tuple[int, ...], external_loss: bool) -> Tensor:
+    """Writes a Program down in numbers: the loss and sizes, then the parameters, then the nodes with their options."""
     channels, height, width = sample if len(sample) == 3 else (*sample, 1, 1)
     loss = _EXTERNAL if external_loss else LOSSES.get(program.loss.kind, _EXTERNAL)
     numbers: list[float] = [loss, program.output, height, width, channels]

@@ -223,9 +223,13 @@ class TritonExecutor(Executor):
         with its values, and its bytes are multiplied by ``chunk``.
         """
         if _derived(program):
-            some, rates, copies = tasks.tasks(slice(0, 1)), rates.detach(), chunk
+            some = tasks.tasks(slice(0, 1))
+            rates = rates.detach()
+            copies = chunk
         else:
-            some, rates, copies = _chunk_without_memory(tasks, chunk), torch.empty_like(rates, device="meta"), 1
+            some = _chunk_without_memory(tasks, chunk)
+            rates = torch.empty_like(rates, device="meta")
+            copies = 1
         theta = torch.zeros(program.size, device=rates.device)
         rates = rates if rates.shape[-1] == 1 else theta.expand(*rates.shape[:-1], -1)
         batches = self._entered(some.support), self._entered(some.query)
@@ -233,6 +237,7 @@ class TritonExecutor(Executor):
         return copies * peak_bytes(run)
 
     def _budget(self, device: torch.device) -> int:
+        """Returns the bytes of activations that may be in use at once on ``device``."""
         if self.budget is not None:
             return self.budget
         return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _BUDGET
@@ -253,6 +258,7 @@ class TritonExecutor(Executor):
         return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.dim() == 5 else x
 
     def _entered(self, batch: Batch) -> Batch:
+        """Returns the batch with its images in the kernels' memory order."""
         return Batch(self._enter(batch.x), batch.y, batch.mask)
 
 
@@ -288,8 +294,10 @@ def _without_memory(shapes: TaskShapes) -> TaskBatch:
 
 
 def _pack_rates(lowered: Lowered, rates: Tensor) -> Tensor:
+    """Takes the user's ``rates [1 or S, 1 or P]`` to ``[1 or S, 1 or P']``."""
     return rates if rates.shape[-1] == 1 else lowered.pack(rates)
 
 
 def _unpack_rates(lowered: Lowered, rates_grad: Tensor | None) -> Tensor | None:
+    """Takes the gradient of the rates, ``[1 or S, 1 or P']``, back to the shape of the user's rates."""
     return rates_grad if rates_grad is None or rates_grad.shape[-1] == 1 else lowered.unpack(rates_grad)
