@@ -14,11 +14,11 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
 from metafast.tasks import Batch, TaskBatch
 
-_ONCE = (
+_ONLY_ONCE = (
     "a meta-gradient of metafast can be differentiated once: it is computed by a way back that records no graph. "
     "For higher orders call learner(tasks, create_graph=True): it records the reference path, which has every order"
 )
-_MOVED = (
+_STATISTICS_CHANGED = (
     "the running statistics of batch norm have changed since learner(tasks) was called; call loss.backward() before "
     "the next batch, or use learner.backward(tasks), which does both"
 )
@@ -33,7 +33,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(_ONCE)
+        raise RuntimeError(_ONLY_ONCE)
 
 
 def _once(gradient: Tensor | None, *sources: Tensor) -> Tensor | None:
@@ -78,7 +78,7 @@ class Adapt(torch.autograd.Function):
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
         params, rates, trajectory = ctx.saved_tensors
         if ctx.versions != _versions(ctx.program):
-            raise RuntimeError(_MOVED)
+            raise RuntimeError(_STATISTICS_CHANGED)
         v = torch.zeros_like(trajectory)
         for step, adjoint in enumerate(adjoints):
             if adjoint is not None:

@@ -55,7 +55,7 @@ class Folded:
     ) -> None:
         self.node = node
         self.attributes = attributes
-        self.order = _order(node, folded)
+        self.order = _evaluation_order(node, folded)
         sources = list(dict.fromkeys(s for n in self.order for s in n.all_input_nodes))
         self.inputs = [s for s in sources if s not in attributes and s not in self.order]
         self.params: list[Tensor] = []
@@ -97,7 +97,7 @@ class Folded:
         return len(self.params) - 1
 
 
-def _order(node: fx.Node, folded: Container[fx.Node]) -> list[fx.Node]:
+def _evaluation_order(node: fx.Node, folded: Container[fx.Node]) -> list[fx.Node]:
     """Returns the folded nodes that ``node`` reads, each behind those that it reads itself, and ``node`` at the end."""
     order: list[fx.Node] = []
 

@@ -67,7 +67,7 @@ class NodeCost:
         weight = 1 + self.input_moves
         return self.flops * (tangent_forward + weight + self.input_depends * (1 + self.adapted))
 
-    def still(self, second_order: bool) -> int:
+    def fixed_part(self, second_order: bool) -> int:
         """Counts the FLOPs on a support sample of a part that no inner step changes: it runs once for all steps."""
         return 0 if self.moves else (self.query if second_order else self.flops)
 
@@ -119,9 +119,9 @@ class ProgramCost:
 
     def meta_gradient(self, tasks: int, support: int, query: int, steps: int, second_order: bool = True) -> MetaCost:
         """Computes the cost of one meta-gradient of ``tasks`` tasks with ``support`` and ``query`` samples each."""
-        still = support * sum(node.still(second_order) for node in self.nodes)
+        fixed = support * sum(node.fixed_part(second_order) for node in self.nodes)
         reverse = steps * self.hessian(support) if second_order else 0
-        flops = tasks * (still + steps * self.step(support) + reverse + self.query(query))
+        flops = tasks * (fixed + steps * self.step(support) + reverse + self.query(query))
         kept = 2 * steps * self.parameters if steps > 1 else 0  # theta_s is written once and read once
         least = tasks * ((support + query) * self.elements + kept) + 3 * self.parameters
         passes = steps * support * (7 + (13 if second_order else 0)) + query * 7

@@ -120,7 +120,7 @@ class CudaExecutor(Executor):
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         if extension_error is not None:
             return extension_error
-        reason = self._wrong_place(shapes)
+        reason = self._device_obstacle(shapes)
         if reason is not None:
             return reason
         if shapes.ragged:
@@ -134,7 +134,7 @@ class CudaExecutor(Executor):
             cluster, needed = self.shared_memory(program, shapes)
         except ValueError as error:
             return str(error)
-        reason = _wrong_size(cluster, needed, self.limits(shapes.device))
+        reason = _memory_obstacle(cluster, needed, self.limits(shapes.device))
         if reason is not None:
             return reason
         blocks = "one block a task" if cluster == 1 else f"a cluster of {cluster} blocks for each task"
@@ -219,7 +219,7 @@ class CudaExecutor(Executor):
         grads = _unflatten_dense_tensors(grad, parameters)
         return MetaGradient(losses, model.shaped(outputs), grads, rates_grad if loop.learns_rates else None)
 
-    def _wrong_place(self, shapes: TaskShapes) -> str | None:
+    def _device_obstacle(self, shapes: TaskShapes) -> str | None:
         """Says in words why batches of these dtypes cannot be computed on their device; ``None`` where they can."""
         if self.precision != "float32" and shapes.dtype != torch.float32:
             return f"dtype {shapes.dtype}: precision={self.precision!r} is of float32"
@@ -239,7 +239,7 @@ class CudaExecutor(Executor):
 
     def limits(self, device: torch.device) -> BlockLimits:
         """Returns the limits of what runs the blocks: ``device``, or the twin."""
-        return self.twin if self.twin is not None else _gpu(device.index, self.threads, self.clusters)
+        return self.twin if self.twin is not None else _gpu_limits(device.index, self.threads, self.clusters)
 
     def _numbers(
         self, model: _Model, device: torch.device, dtype: torch.dtype, samples: tuple[int, int, bool]
@@ -311,7 +311,7 @@ def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
     return as_input(batch.x), as_input(targets(program, batch))
 
 
-def _wrong_size(cluster: int, needed: int, limits: BlockLimits) -> str | None:
+def _memory_obstacle(cluster: int, needed: int, limits: BlockLimits) -> str | None:
     """Says in words that the shared memory of ``cluster`` blocks does not hold a task; ``None`` where it does."""
     if needed <= limits.shared:
         return None
@@ -322,7 +322,7 @@ def _wrong_size(cluster: int, needed: int, limits: BlockLimits) -> str | None:
 
 
 @lru_cache
-def _gpu(index: int, threads: int, clusters: tuple[int, ...]) -> BlockLimits:
+def _gpu_limits(index: int, threads: int, clusters: tuple[int, ...]) -> BlockLimits:
     """Returns the limits of the GPU ``index``."""
     properties = torch.cuda.get_device_properties(index)
     reserved = 1024  # bytes of a processor's shared memory that the system takes

@@ -29,8 +29,8 @@ class InnerLoopRun:
         loop: the number of steps, and what of the way back is computed.
         rates: ``alpha [1 or S, 1 or P]``.
         support: the support sets.
-        keep: whether the passes of ``adapt`` stay in memory for ``reverse``, which else computes each again from
-            ``theta_s``; then memory does not grow with the number of steps.
+        keep: whether the passes of ``adapt`` stay in memory for ``reverse``. If not, ``reverse`` computes each again
+            from ``theta_s``, and memory does not grow with the number of steps.
 
     Attributes:
         rates_grad: the gradient of the rates, of their shape; ``None`` where the loop does not learn them.
@@ -58,7 +58,7 @@ class InnerLoopRun:
         Where autograd is enabled it records them, so that they can be differentiated to any order.
         """
         for_reverse = self.keep and not self.loop.first_order
-        first = self._first(theta, self.everything if for_reverse else self.adapted)
+        first = self._run_prefix(theta, self.everything if for_reverse else self.adapted)
         trajectory = [theta]
         for step, rate in enumerate(rates_by_step(self.rates, self.loop.steps)):
             run = self._pass(first, trajectory[-1], step)
@@ -73,15 +73,15 @@ class InnerLoopRun:
     def reverse(self, trajectory: Sequence[Tensor], adjoints: Sequence[Tensor | None]) -> Tensor:
         """Returns the adjoint of ``theta_0``, ``[T, P]``, and adds to ``rates_grad``.
 
-        ``trajectory`` and ``adjoints`` are ``theta_0 .. theta_S`` and their own adjoints, each ``[T, P]``; the adjoint
-        ``None`` is zero.
+        ``trajectory`` holds ``theta_0 .. theta_S``, and ``adjoints`` the gradients of the query losses at each of them,
+        all ``[T, P]``; ``None`` is a gradient of zero.
         """
         steps = len(trajectory) - 1
-        first = self.first or self._first(trajectory[0], self.everything)
+        first = self.first or self._run_prefix(trajectory[0], self.everything)
         carried = adjoints[steps]
         assert carried is not None  # the last step always has an adjoint
         for step in reversed(range(steps)):
-            run, gradient = self.kept.pop() if self.kept else self._again(first, trajectory[step], step)
+            run, gradient = self.kept.pop() if self.kept else self._recompute(first, trajectory[step], step)
             row = min(step, self.rates.shape[0] - 1)
             if self.rates_grad is not None and gradient is not None:
                 self.rates_grad[row] -= sum_to_rate(carried * gradient, self.rates.shape[1])
@@ -93,7 +93,7 @@ class InnerLoopRun:
             carried = carried if of_step is None else carried + of_step
         return carried - first.flat(first.backward_prefix()) if first.prefix.adjoint else carried
 
-    def _first(self, theta: Tensor, wanted: tuple[bool, ...]) -> Pass:
+    def _run_prefix(self, theta: Tensor, wanted: tuple[bool, ...]) -> Pass:
         """Computes the part that no inner step changes; all passes start from it."""
         first = Pass(self.program, theta, self.support, 0, wanted)
         first.prefix = first.forward_prefix()
@@ -108,7 +108,7 @@ class InnerLoopRun:
         run.loss()
         return run
 
-    def _again(self, first: Pass, theta: Tensor, step: int) -> tuple[Pass, Tensor | None]:
+    def _recompute(self, first: Pass, theta: Tensor, step: int) -> tuple[Pass, Tensor | None]:
         """Computes again the pass of one step, with its gradient where the rates need it."""
         run = self._pass(first, theta, step)
         run.wanted = self.adapted if self.rates_grad is not None else (False,) * len(self.adapted)

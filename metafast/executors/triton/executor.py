@@ -96,7 +96,7 @@ class TritonExecutor(Executor):
         norms = [node.layer for node in program.nodes if isinstance(node.layer, BatchNorm)]
         if shapes.ragged and not all(norm.fixed_statistics for norm in norms):
             return "ragged tasks in a batch norm that measures its statistics"
-        derived = _derived(program)
+        derived = _unknown_function(program)
         if self.precision == "bf16" and derived:
             return f"precision='bf16' needs kernels for every layer and the loss, and {derived!r} has none"
         layers = tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
@@ -106,8 +106,8 @@ class TritonExecutor(Executor):
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         lowered = self._lowered(program, x.device)
         inner = self._layered(program, x.device)
-        with _on(x.device):
-            return inner.predict(lowered.program, lowered.pack(params), self._enter(x), step).float()
+        with _on_device(x.device):
+            return inner.predict(lowered.program, lowered.pack(params), self._reorder(x), step).float()
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
@@ -115,8 +115,8 @@ class TritonExecutor(Executor):
         device = batch.x.device
         lowered = self._lowered(program, device)
         inner = self._layered(program, device)
-        with _on(device):
-            found = inner.loss_and_grad(lowered.program, lowered.pack(params), self._entered(batch), step)
+        with _on_device(device):
+            found = inner.loss_and_grad(lowered.program, lowered.pack(params), self._reordered(batch), step)
         losses, grad, outputs = found
         return losses, lowered.unpack(grad), outputs.float()
 
@@ -126,8 +126,8 @@ class TritonExecutor(Executor):
         inner = self._layered(program, device)
         packed = lowered.pack(params)
         packed_rates = _pack_rates(lowered, rates)
-        with _on(device):
-            return lowered.unpack(inner.adapt(lowered.program, loop, packed, packed_rates, self._entered(support)))
+        with _on_device(device):
+            return lowered.unpack(inner.adapt(lowered.program, loop, packed, packed_rates, self._reordered(support)))
 
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
@@ -135,9 +135,9 @@ class TritonExecutor(Executor):
         device = support.x.device
         lowered = self._lowered(program, device)
         inner = self._layered(program, device)
-        with _on(device):
+        with _on_device(device):
             grad, rates_grad = inner.adapt_vjp(
-                lowered.program, loop, lowered.pack(trajectory), _pack_rates(lowered, rates), self._entered(support),
+                lowered.program, loop, lowered.pack(trajectory), _pack_rates(lowered, rates), self._reordered(support),
                 lowered.pack(v),
             )  # fmt: skip
         return lowered.unpack(grad), _unpack_rates(lowered, rates_grad)
@@ -148,8 +148,8 @@ class TritonExecutor(Executor):
         inner = self._layered(program, device)
         packed = lowered.pack(params)
         packed_u = lowered.pack(u)
-        with _on(device):
-            return lowered.unpack(inner.hvp(lowered.program, packed, self._entered(batch), packed_u, step))
+        with _on_device(device):
+            return lowered.unpack(inner.hvp(lowered.program, packed, self._reordered(batch), packed_u, step))
 
     @torch.no_grad()
     def meta_gradient(
@@ -171,7 +171,7 @@ class TritonExecutor(Executor):
             return results if rates_grad is None else (*results, rates_grad)
 
         parts = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-        with _on(device):
+        with _on_device(device):
             if _recordable(lowered.program, tasks):
                 found = self.graphs.run((lowered.program, loop, plan), compute, (theta, rates, *parts))
             else:
@@ -187,7 +187,7 @@ class TritonExecutor(Executor):
         parts = []
         for chunk in plan.chunks(len(tasks)):
             some = tasks.tasks(chunk)
-            batches = self._entered(some.support), self._entered(some.query)
+            batches = self._reordered(some.support), self._reordered(some.query)
             parts.append(meta_gradient(program, loop, theta, rates, batches, share=1 / len(tasks), keep=plan.keep))
         if len(parts) == 1:
             return parts[0]
@@ -197,7 +197,7 @@ class TritonExecutor(Executor):
         return MetaGradient(losses, outputs, (grad,), torch.stack(rates_grads).sum(0) if rates_grads else None)
 
     def _describe_memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> str:
-        if _derived(program):
+        if _unknown_function(program):
             return "measured on one task when the first batch comes"
         lowered = self._lowered(program, shapes.device)
         return str(self._memory_plan(lowered, loop, torch.empty(1, 1, device=shapes.device), _without_memory(shapes)))
@@ -210,7 +210,7 @@ class TritonExecutor(Executor):
         if key not in self.memory_plans:
             if len(self.memory_plans) >= _PLANS:
                 self.memory_plans.clear()
-            with torch.no_grad(), _on(device):
+            with torch.no_grad(), _on_device(device):
                 peak = functools.partial(self._peak, lowered.program, loop, rates, tasks)
                 plan = choose_memory_plan(peak, len(tasks), self._budget(device), lowered.max_tasks)
                 self.memory_plans[key] = plan
@@ -222,7 +222,7 @@ class TritonExecutor(Executor):
         Rules derived by torch.func and a user's own loss may look at values. Where there are any, the first task is run
         with its values, and its bytes are multiplied by ``chunk``.
         """
-        if _derived(program):
+        if _unknown_function(program):
             some = tasks.tasks(slice(0, 1))
             rates = rates.detach()
             copies = chunk
@@ -232,7 +232,7 @@ class TritonExecutor(Executor):
             copies = 1
         theta = torch.zeros(program.size, device=rates.device)
         rates = rates if rates.shape[-1] == 1 else theta.expand(*rates.shape[:-1], -1)
-        batches = self._entered(some.support), self._entered(some.query)
+        batches = self._reordered(some.support), self._reordered(some.query)
         run = functools.partial(meta_gradient, program, loop, theta, rates, batches, share=1.0, keep=keep)
         return copies * peak_bytes(run)
 
@@ -252,22 +252,22 @@ class TritonExecutor(Executor):
 
         return lower(program, self.precision, device)
 
-    def _enter(self, x: Tensor) -> Tensor:
+    def _reorder(self, x: Tensor) -> Tensor:
         """Puts images ``[T, n, C, H, W]`` into memory of the order ``[T, n, H, W, C]`` and the activations' dtype."""
         x = x.to(torch.bfloat16) if self.precision == "bf16" else x
         return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.dim() == 5 else x
 
-    def _entered(self, batch: Batch) -> Batch:
+    def _reordered(self, batch: Batch) -> Batch:
         """Returns the batch with its images in the kernels' memory order."""
-        return Batch(self._enter(batch.x), batch.y, batch.mask)
+        return Batch(self._reorder(batch.x), batch.y, batch.mask)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Makes ``device`` the current device, on which kernels are launched."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _derived(program: Program) -> str | None:
+def _unknown_function(program: Program) -> str | None:
     """Names the first node, or the loss, that runs a function of PyTorch's or the user's which may look at values."""
     names = [node.name for node in program.nodes if node.layer.kind == "derived"]
     return next(iter(names), "loss" if program.loss.kind == "custom_loss" else None)
@@ -277,7 +277,7 @@ def _recordable(program: Program, tasks: TaskBatch) -> bool:
     """Says whether the meta-gradient runs on a GPU by kernels alone, which read the same addresses every time."""
     if not tasks.support_x.is_cuda or tasks.support_mask is not None or tasks.query_mask is not None:
         return False
-    return _derived(program) is None and not any(node.constants for node in program.nodes)
+    return _unknown_function(program) is None and not any(node.constants for node in program.nodes)
 
 
 def _chunk_without_memory(tasks: TaskBatch, count: int) -> TaskBatch:
