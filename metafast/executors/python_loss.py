@@ -45,10 +45,10 @@ class OutputDerivatives(Protocol):
     def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """Computes the adjoints ``[T, P]`` from the adjoint ``g`` of the outputs, and their tangents ``[T, P]``.
+        """Computes adjoints of parameters, and tangents of these adjoints along ``u``, both ``[T, P]``.
 
-        The adjoints are those of the adapted parameters. The tangents are along ``u`` and of the adjoints of all
-        parameters; ``gd`` is the tangent of ``g``.
+        They follow from the adjoint ``g`` of the outputs and its tangent ``gd``. The adjoints are those of the adapted
+        parameters; the tangents are those of the adjoints of all parameters.
         """
 
 

@@ -199,7 +199,7 @@ class CpuExecutor(Executor):
     def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """Computes the adjoints ``[T, P]`` of the adapted parameters, and of all the adjoints' tangents ``[T, P]``."""
+        """Computes the adjoints of the adapted parameters, and the tangents of all adjoints along ``u``: ``[T, P]``."""
         model = self._models_under_external_loss.of(program, batch.x.shape[2:])
         packing = RaggedPacking(batch.mask)
         grads, products = call_op(

@@ -106,7 +106,10 @@ class RaggedPacking:
 
 
 def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
-    """Says in words which layer has no rules in C++, or cannot take samples of the shape ``sample``, if one is such."""
+    """Says in words which layer C++ has no rules for, or why it cannot take samples of the shape ``sample``.
+
+    It returns ``None`` where C++ runs the whole program on such samples.
+    """
     for node in program.nodes:
         layer: Any = node.layer
         if layer.kind not in _KINDS:
