@@ -210,7 +210,7 @@ def test_gaps_and_biases_without_effect_have_no_gradient():
     still[lowered.order[learner.program.parameters[1].offset :][:4]] = True  # the bias in front of the norm
     assert 0 < gaps.sum() == still.sum() - 4
     theta = lowered.pack(theta).expand(2, -1)
-    found = InnerLoopRun(lowered.program, loop(2, learns_rates=False), rate, triton._entered(tasks.support))
+    found = InnerLoopRun(lowered.program, loop(2, learns_rates=False), rate, triton._reordered(tasks.support))
     trajectory = torch.stack(found.adapt(theta))
     assert torch.all(trajectory[..., gaps] == 0)
     assert torch.equal((trajectory[0] != trajectory[2]).any(0), ~still)
