@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <functional>
 
-#include "../csrc/core/layers/rules.h"
+#include "../csrc/core/kinds.h"
 #include "../csrc/core/trace.h"
 #include "../csrc/cuda/contract.cuh"
 

@@ -1,7 +1,7 @@
 // The passes over a Program: forward, backward, and the tangent pair that multiplies by the Hessian. Written once, for
 // any Machine; what a layer does is in layers/.
 #pragma once
-#include "layers/rules.h"
+#include "kinds.h"
 #include "trace.h"
 
 namespace METAFAST_NAMESPACE {

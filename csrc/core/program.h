@@ -6,22 +6,11 @@
 
 namespace metafast {
 
-enum class Kind : int32_t {
-  conv2d,
-  batch_norm,
-  layer_norm,
-  relu,
-  leaky_relu,
-  tanh,
-  sigmoid,
-  gelu,
-  max_pool2d,
-  avg_pool2d,
-  add,
-  norm_relu_pool,
-};
+enum class Kind : int32_t;      // of a layer: kinds.h
+enum class LossKind : int32_t;  // likewise
 
-enum class LossKind : int32_t { cross_entropy, mse, external };
+// What follows a pass: nothing, its gradient, or that and the tangents of both.
+enum class PassKind : int32_t { predict, gradient, gradient_and_tangent };
 
 // One sample: h x w pixels of c channels, `ld` elements from pixel to pixel; channels c..ld-1 are always zero.
 struct Grid {

@@ -30,12 +30,12 @@ void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace)
 }
 
 bool runs_lanes(const Program& program) {
-  bool all = program.loss != LossKind::external;
+  constexpr uint32_t offered = LaneMachine<float>::offers;
+  bool all = offers(offered, program.loss);
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
-    bool known = false;
-    with_rules<LaneMachine<float>>(op.kind, [&](auto) { known = true; });
-    all = all && known && op.x.h * op.x.w * op.y.h * op.y.w == 1 && (op.kind != Kind::conv2d || of_vectors(op));
+    const bool vectors = op.x.h * op.x.w * op.y.h * op.y.w == 1 && (!makes_products(op) || of_vectors(op));
+    all = all && offers(offered, op.kind) && vectors;
   }
   return all;
 }
@@ -95,7 +95,7 @@ int64_t team_workspace(const Job<T>& job, int64_t least) {
   double products = 0, wanted = 0;
   for (int k = 0; k < p.n_ops; ++k) {
     const Op& op = p.ops[k];
-    if (op.kind != Kind::conv2d) continue;
+    if (!makes_products(op)) continue;
     products += n * op.y.h * op.y.w * op.y.ld * op.window.kh * op.window.kw * op.x.ld;
     wanted += least;
   }

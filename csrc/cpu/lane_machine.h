@@ -2,22 +2,9 @@
 // padding nor transposes, and a call is made once for all. Every number is computed as CoreMachine computes it, in the
 // same order: a task comes out the same, bit by bit, however it is run.
 #pragma once
-#include <type_traits>
-
 #include "contract/direct.h"
 
 namespace METAFAST_NAMESPACE {
-
-struct Add;
-struct Conv2d;
-template <class>
-struct Pointwise;
-
-// The rules that take an element for itself, or leave all to a contraction: for them it does not matter whose it is.
-template <class Rules>
-constexpr bool suits_lanes = std::is_same_v<Rules, Add> || std::is_same_v<Rules, Conv2d>;
-template <class Activation>
-constexpr bool suits_lanes<Pointwise<Activation>> = true;
 
 template <class T>
 class LaneMachine : public CoreMachine<T> {
@@ -62,13 +49,21 @@ class LaneMachine : public CoreMachine<T> {
     }
   };
 
-  template <class Rules>
-  static constexpr bool runs = suits_lanes<Rules>;
+  // What takes an element for itself, or leaves all to a contraction: for that it does not matter whose it is.
+  static constexpr uint32_t offers = Need::maps | Need::sums | Need::products | Need::rows | Need::totals;
 
   LaneMachine(const Program&, T*, T*, Member) {}
   static long workspace_size(const Program&) { return 0; }
 
   void clear_padding(const Grid&, int, T*) const {}
+
+  // CoreMachine's, of neighbours in a row: not offered, so that no rule comes to use them by mistake.
+  void samples() const = delete;
+  void channels() const = delete;
+  void pixels() const = delete;
+  void windows() const = delete;
+  void windows2x2() const = delete;
+  void outside_windows2x2() const = delete;
 
   template <int K, class F>
   void reduce(long rows, int ld, T* out, bool add, const F& f) const {

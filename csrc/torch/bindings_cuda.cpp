@@ -4,6 +4,7 @@
 #include "../core/plan/cache.h"
 #include "../cuda/launch.h"
 #include "../cuda/plan_block.h"
+#include "facts.h"
 #include "tensors.h"
 
 namespace metafast {
@@ -19,15 +20,16 @@ void cuda_sum(const Sum<float>&, Queue) { fail("built without CUDA"); }
 
 namespace {
 
-// Where and how a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), blocks of a
-// task, Precision, stream].
+// Where and how a call runs: METAFAST_LAUNCH_SETTINGS in a row.
 struct LaunchSettings {
-  explicit LaunchSettings(const std::vector<int64_t>& numbers)
-      : limits{numbers.at(0), numbers.at(1)},
-        threads(static_cast<int>(numbers.at(2))),
-        cluster(static_cast<int>(numbers.at(3))),
-        precision(static_cast<Precision>(numbers.at(4))),
-        stream(numbers.at(5)) {}
+  explicit LaunchSettings(const std::vector<int64_t>& numbers) {
+    const auto of = [&](Setting setting) { return numbers.at(static_cast<size_t>(setting)); };
+    limits = {of(Setting::shared), of(Setting::processors)};
+    threads = static_cast<int>(of(Setting::threads));
+    cluster = static_cast<int>(of(Setting::cluster));
+    precision = static_cast<Precision>(of(Setting::precision));
+    stream = of(Setting::stream);
+  }
 
   BlockLimits limits;
   int threads, cluster;
@@ -100,7 +102,7 @@ class CudaCall {
     expect_here(x, count * p.input.c * p.input.h * p.input.w, "x");
     Samples<T> s{n, data<T>(x), nullptr, nullptr};
     if (!y) return s;
-    if (p.loss == LossKind::mse) {
+    if (!plan->reads_labels()) {
       expect_here(*y, count * p.out.c * p.out.h * p.out.w, "targets");
       s.targets = data<T>(*y);
     } else {

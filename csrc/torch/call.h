@@ -104,7 +104,7 @@ class CpuCall {
 
   Samples<T> samples(const Tensor& x, const Tensor& y, const Tensor& sizes) const {
     Samples<T> s = samples(x, sizes);
-    if (job.program->loss == LossKind::cross_entropy) {
+    if (plan->reads_labels()) {
       s.labels = labels(y, s);
     } else {
       s.targets = targets(y, s);

@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 
 from metafast.executors.base import Executor, MetaGradient, query_weights
-from metafast.executors.description import LOSSES, Model, Models, call, foreign, in_double, missing, ready, targets
+from metafast.executors.description import (
+    FACTS,
+    LOSSES,
+    Model,
+    Models,
+    call,
+    foreign,
+    in_double,
+    missing,
+    ready,
+    targets,
+)
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch
 
 _BUILD = "METAFAST_CUDA=1 pip install --no-build-isolation -e ."
-# In the order of csrc/cuda/job.h.
 PRECISIONS = {
     "float32": "products in float32",
     "tf32x3": "three TF32 products for each, as exact as float32",
@@ -149,7 +159,8 @@ class NativeCudaExecutor(Executor):
             torch.ops.metafast.cuda_launch, model.description, x.dtype == torch.float64, numbers,
             len(tasks) if count is None else count, x.shape[1], m, steps, first_order, needs_lr,
         )  # fmt: skip
-        return Launch(threads, blocks, numbers[3], shared, record)
+        cluster, _ = model.fit(self._machine(x), (x.shape[1], m, False), x.dtype)
+        return Launch(threads, blocks, cluster, shared, record)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         model = self._models.of(program, x)
@@ -236,17 +247,22 @@ class NativeCudaExecutor(Executor):
         return self.twin if self.twin is not None else _gpu(x.device.index, self.threads, self.clusters)
 
     def _numbers(self, model: _Model, x: Tensor, samples: tuple[int, int, bool]) -> list[int]:
-        """Where and how a call runs, as csrc/bindings_cuda.cpp reads it."""
+        """Where and how a call runs, in the order in which C++ reads it."""
         machine = self._machine(x)
-        stream = 0 if self.twin is not None else torch.cuda.current_stream(x.device).cuda_stream
-        cluster, _ = model.fit(machine, samples, x.dtype)
-        precision = list(PRECISIONS).index(self.precision)
-        return [machine.shared, machine.processors, machine.threads, cluster, precision, stream]
+        settings = {
+            "shared": machine.shared,
+            "processors": machine.processors,
+            "threads": machine.threads,
+            "cluster": model.fit(machine, samples, x.dtype)[0],
+            "precision": FACTS["precisions"].index(self.precision),
+            "stream": 0 if self.twin is not None else torch.cuda.current_stream(x.device).cuda_stream,
+        }
+        return [settings[name] for name in FACTS["launch_settings"]]
 
     def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
         samples = (support, query, predicts)
         numbers = self._numbers(model, x, samples)
-        cluster, stream = numbers[3], numbers[5]
+        cluster, stream = (numbers[FACTS["launch_settings"].index(name)] for name in ("cluster", "stream"))
         key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
             if self.twin is None and torch.cuda.is_current_stream_capturing():

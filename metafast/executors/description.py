@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -24,15 +25,14 @@ except ImportError as error:  # metafast works without it: `metafast doctor` say
     extension = None
     missing = f"metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."
 
-# As numbered in csrc/core/program.h and csrc/core/plan.cpp.
-_KINDS = {
-    "conv2d": 0, "batch_norm": 1, "layer_norm": 2, "relu": 3, "leaky_relu": 4, "tanh": 5, "sigmoid": 6, "gelu": 7,
-    "max_pool2d": 8, "avg_pool2d": 9, "add": 10, "linear": 100, "flatten": 101, "adaptive_avg_pool2d": 102,
-}  # fmt: skip
-LOSSES = {"cross_entropy": 0, "mse": 1}
-"""Those with rules in C++; of any other the gradient in the outputs is given to it."""
-_GIVEN = 2
-_OPTIONS = 10
+if extension is not None and not hasattr(extension, "facts"):
+    extension = None
+    missing = "metafast._C is older than the rest of metafast; build it with: pip install --no-build-isolation -e ."
+
+FACTS: dict[str, Any] = {"kinds": {}, "losses": {}} if extension is None else json.loads(extension.facts)
+"""What the extension says of itself (csrc/torch/facts.h): names, numbers and layouts of which Python keeps no copy."""
+LOSSES = tuple(name for name, loss in FACTS["losses"].items() if loss["reads"] != "gradient")
+"""Those with rules in C++. The gradient of any other one in the outputs is computed elsewhere and handed to C++."""
 _ALL = torch.empty(0, dtype=torch.int64)
 
 
@@ -93,7 +93,7 @@ def foreign(program: Program, x: Tensor) -> str | None:
     """The first layer without rules in C++, in words, or what it cannot take of samples ``x [T, n, ...]``."""
     for node in program.nodes:
         layer: Any = node.layer
-        if layer.stem not in _KINDS:
+        if layer.stem not in FACTS["kinds"]:
             return f"{node.name}: no rules for {layer.stem!r}"
         if layer.stem == "flatten" and (layer.start, layer.end) not in ((1, -1), (1, 3)):
             return f"{node.name}: flatten of axes {layer.start}..{layer.end}; it flattens whole samples"
@@ -115,7 +115,8 @@ def ready(x: Tensor) -> Tensor:
 
 def targets(program: Program, batch: Batch) -> Tensor:
     """As the loss in C++ reads them."""
-    dtype = torch.int64 if program.loss.stem == "cross_entropy" else batch.x.dtype
+    loss = FACTS["losses"].get(program.loss.stem, FACTS["losses"]["external"])
+    dtype = torch.int64 if loss["reads"] == "labels" else batch.x.dtype
     return batch.y if batch.y.dtype == dtype else batch.y.to(dtype)
 
 
@@ -145,15 +146,16 @@ def _ranks(program: Program, rank: int) -> list[int]:
 
 def _describe(program: Program, sample: tuple[int, ...]) -> Tensor:
     channels, height, width = sample if len(sample) == 3 else (*sample, 1, 1)
-    numbers: list[float] = [LOSSES.get(program.loss.stem, _GIVEN), program.output, height, width, channels]
+    loss = FACTS["losses"].get(program.loss.stem, FACTS["losses"]["external"])
+    numbers: list[float] = [loss["number"], program.output, height, width, channels]
     numbers += [len(program.parameters), len(program.nodes)]
     for p in program.parameters:
         numbers += [p.offset, p.size, p.adapted]
     constants = 0
     for node in program.nodes:
         options = _options(program, node)
-        numbers += [_KINDS[node.layer.stem], *_padded(node.inputs, 2), *_padded(_slots(node), 2), constants]
-        numbers += [*options, *[0] * (_OPTIONS - len(options))]
+        numbers += [FACTS["kinds"][node.layer.stem], *_padded(node.inputs, 2), *_padded(_slots(node), 2), constants]
+        numbers += [len(options), *options]
         constants += sum(c.numel() for c in node.constants)
     return torch.tensor(numbers, dtype=torch.float64)
 

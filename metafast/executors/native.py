@@ -18,6 +18,7 @@ from torch import Tensor
 from metafast.executors import python_loss
 from metafast.executors.base import Executor, MetaGradient, query_weights
 from metafast.executors.description import (
+    FACTS,
     LOSSES,
     Model,
     Models,
@@ -84,15 +85,15 @@ class NativeExecutor(Executor, python_loss.Passes):
         return None
 
     def explain(self, program: Program, x: Tensor) -> list[str]:
-        *_, more, together, _ = self._memory(program, x, x.shape[1])
-        several = more and _chunks(len(x)) < torch.get_num_threads()
+        needed = self._memory(program, x, x.shape[1])
+        several = needed["team_workspace"] and needed["chunks"] < torch.get_num_threads()
         alone = f"{'several cores' if several else 'a core'} for each task"
-        where = f"a core for {together} tasks at once" if together else alone
+        where = f"a core for {needed['lanes']} tasks at once" if needed["lanes"] else alone
         return [f"C++ ({self.isa}), {where}" for _ in program.nodes]
 
     def memory_plan(self, program: Program, support_x: Tensor, query_x: Tensor, steps: int) -> str:
         keep, peak = self.memory(program, support_x, query_x, steps)
-        together = self._memory(program, support_x, query_x.shape[1], steps)[4] or 1
+        together = self._memory(program, support_x, query_x.shape[1], steps)["lanes"] or 1
         return str(Plan(min(torch.get_num_threads() * together, len(support_x)), keep, peak))
 
     def memory(self, program: Program, support: Tensor, query: Tensor, steps: int) -> tuple[bool, int]:
@@ -100,13 +101,13 @@ class NativeExecutor(Executor, python_loss.Passes):
 
         ``support`` and ``query`` are batches ``[T, n, ...]``.
         """
-        tape, tangents, plain, more, _, in_lanes = self._memory(program, support, query.shape[1], steps)
+        needed, size = self._memory(program, support, query.shape[1], steps), support.element_size()
         cores = torch.get_num_threads()
-        tasks = min(cores, _chunks(support.shape[0]))
-        keep = program.loss.stem in LOSSES and steps * tape * tasks <= self.budget
-        parameters = (2 * steps + 4) * program.size * support.element_size()
-        each = (steps if keep else 1) * tape + max(tangents, plain) + parameters
-        return keep, tasks * max(each, in_lanes) + (cores - tasks) * more
+        tasks = min(cores, needed["chunks"])
+        keep = program.loss.stem in LOSSES and steps * needed["tape"] * size * tasks <= self.budget
+        tapes = (steps if keep else 1) * needed["tape"] + max(needed["tangents"], needed["query_tape"])
+        each = max(tapes + (2 * steps + 4) * program.size, needed["lanes_memory"])
+        return keep, size * (tasks * each + (cores - tasks) * needed["team_workspace"])
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.outputs(program, params, Batch(x, x), step)
@@ -239,25 +240,19 @@ class NativeExecutor(Executor, python_loss.Passes):
         )  # fmt: skip
         return losses, grads, order.unpack(outputs)
 
-    def _memory(self, program: Program, x: Tensor, queries: int, steps: int = 1) -> list[int]:
-        """Bytes of a tape, of its tangents, of a query's tape and of a thread more for a task; how many tasks a core
-        runs at once, and their bytes."""
+    def _memory(self, program: Program, x: Tensor, queries: int, steps: int = 1) -> dict[str, int]:
+        """By name, what a meta-gradient takes: elements of memory, and numbers of tasks (csrc/torch/facts.h)."""
         model, like = self._models.of(program, x), _nothing(x.dtype)
-        *sizes, together, in_lanes = call(
+        numbers = call(
             torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, like,
             x.shape[1], queries, len(x), steps, self.budget,
         ).tolist()  # fmt: skip
-        return [*(int(v) * x.element_size() for v in sizes), int(together), int(in_lanes) * x.element_size()]
+        return {name: int(number) for name, number in zip(FACTS["memory_numbers"], numbers, strict=True)}
 
     def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, int, int, int, Tensor]:
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
         numbers = torch.cat(constants) if constants else _nothing(dtype)
         return model.description, self._build, self.team_from, model.rank, numbers
-
-
-def _chunks(tasks: int) -> int:
-    """Into which C++ cuts a batch (csrc/call.h): the most that run side by side."""
-    return -(-tasks // -(-tasks // 64))
 
 
 @lru_cache

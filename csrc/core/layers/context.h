@@ -1,15 +1,28 @@
 // What a rule sees of the pass that it belongs to. METAFAST_NAMESPACE keeps the builds for several instruction sets
 // apart, inside namespace metafast.
 #pragma once
+#include "../primitives.h"
 #include "../program.h"
 
 #ifdef __CUDACC__
 #define METAFAST_DEVICE __device__
+#define METAFAST_HOST_DEVICE __host__ __device__
 #else
 #define METAFAST_DEVICE
+#define METAFAST_HOST_DEVICE
 #endif
 
 namespace METAFAST_NAMESPACE {
+
+// A pass whose memory is planned.
+struct PlannedPass {
+  int n;  // samples
+  PassKind kind;
+  int element_size;  // bytes
+
+  int64_t elements(const Grid& grid) const { return static_cast<int64_t>(n) * grid.h * grid.w * grid.ld; }
+  int64_t elements_for_bytes(int64_t bytes) const { return (bytes + element_size - 1) / element_size; }
+};
 
 // A contraction is a sum of products: of activations and weights, or (for weight gradients) of activations and
 // adjoints.

@@ -7,6 +7,11 @@ struct LeakyReLU {
   double negative_slope;
   static constexpr bool keeps_zero = true, has_second_derivative = false;
 
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    op.negative_slope = node.real();
+  }
+
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
     return times_derivative<M>(x, x, x);

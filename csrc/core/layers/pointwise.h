@@ -7,6 +7,13 @@ namespace METAFAST_NAMESPACE {
 
 template <class Activation>
 struct Pointwise {
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    Activation::make(node, op);
+  }
+
+  static int64_t saved_elements(const Op&, const PlannedPass&) { return 0; }
+
   template <class M>
   METAFAST_DEVICE static void forward(const RuleContext<M>& ctx) {
     const auto* x = ctx.x[0];

@@ -7,6 +7,9 @@ struct ReLU {
   double unused;
   static constexpr bool keeps_zero = true, has_second_derivative = false;
 
+  template <class Node>
+  static void make(Node&, Op&) {}
+
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
     return M::select(x > 0, x, x * 0);  // not zero where x is NaN

@@ -8,6 +8,9 @@ struct Sigmoid {
   double unused;
   static constexpr bool keeps_zero = false, has_second_derivative = true;
 
+  template <class Node>
+  static void make(Node&, Op&) {}
+
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
     return 1 / (1 + M::exp(-x));

@@ -8,6 +8,9 @@ struct Tanh {
   double unused;
   static constexpr bool keeps_zero = true, has_second_derivative = true;
 
+  template <class Node>
+  static void make(Node&, Op&) {}
+
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
     return M::tanh(x);

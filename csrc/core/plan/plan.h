@@ -12,8 +12,6 @@
 
 namespace metafast {
 
-enum class PassKind : int32_t { predict, gradient, gradient_and_tangent };
-
 // Owns everything that a Program and its passes point to.
 class Plan {
  public:
@@ -23,7 +21,10 @@ class Plan {
   Plan(const Plan&) = delete;
 
   const Program& program() const { return program_; }
+  // Where a pass over n samples keeps things; planned once and kept.
   const PassLayout& pass_layout(int n, PassKind kind);
+  // Does the loss read labels [n], and not targets of the outputs' shape?
+  bool reads_labels() const;
   // [P]: where an element of the user's flat vector lies in the inner one, or where several blocks share the weights in
   // the row of their inner vectors.
   const std::vector<int32_t>& inner() const { return inner_; }
@@ -55,7 +56,6 @@ class Plan {
   };
 
   void build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const;
-  int64_t saved_elements(const Op& op, int n, PassKind kind) const;
 
   Layout layout_;
   int element_size_;
