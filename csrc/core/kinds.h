@@ -31,40 +31,40 @@
 //   adjoint   in_place: backward may write the adjoint of the input over the input; else it has a place of its own
 //   second    the second derivative: where it is nonzero, tangent_backward reads the adjoint of the output and the
 //             tangent of the input; where it is zero it must not
-//   features  what the rules do with the features of a value that blocks share: a block works on its own, or makes products
-//             of all, or reads whole samples, which are not shared then
+//   features  what the rules do with the features of a value that blocks share: each block works on its own, or makes
+//             products of all, or reads whole samples, which are not shared then
 //   needs     the primitives of a Machine that the rules use
-#define METAFAST_KINDS(ROW)                                                                             \
-  /*  kind            rules                 reads    adjoint    second   features  needs             */ \
-  ROW(conv2d,         Conv2d,               input,   own_place, nonzero, products, Need::products | Need::sums)   \
-  ROW(batch_norm,     BatchNorm,            input,   in_place,  nonzero, whole,    Need::maps | Need::sums | Need::channels) \
-  ROW(layer_norm,     LayerNorm,            input,   own_place, nonzero, whole,    Need::maps | Need::samples)    \
-  ROW(relu,           Pointwise<ReLU>,      output,  own_place, zero,    own,      Need::maps)                    \
-  ROW(leaky_relu,     Pointwise<LeakyReLU>, input,   in_place,  zero,    own,      Need::maps)                    \
-  ROW(tanh,           Pointwise<Tanh>,      output,  own_place, nonzero, own,      Need::maps)                    \
-  ROW(sigmoid,        Pointwise<Sigmoid>,   output,  own_place, nonzero, own,      Need::maps)                    \
-  ROW(gelu,           Pointwise<GELU>,      input,   in_place,  nonzero, own,      Need::maps)                    \
-  ROW(max_pool2d,     MaxPool2d,            nothing, own_place, zero,    whole,    Need::maps | Need::windows)    \
-  ROW(avg_pool2d,     AvgPool2d,            nothing, own_place, zero,    whole,    Need::maps | Need::windows)    \
-  ROW(add,            Add,                  nothing, own_place, zero,    own,      Need::maps)
+#define METAFAST_KINDS(ROW)                                                                                           \
+ /*  kind        rules                 reads    adjoint    second   features  needs */                                \
+ ROW(conv2d,     Conv2d,               input,   own_place, nonzero, products, Need::products | Need::sums)            \
+ ROW(batch_norm, BatchNorm,            input,   in_place,  nonzero, whole,    Need::maps | Need::sums | Need::channels)\
+ ROW(layer_norm, LayerNorm,            input,   own_place, nonzero, whole,    Need::maps | Need::samples)             \
+ ROW(relu,       Pointwise<ReLU>,      output,  own_place, zero,    own,      Need::maps)                             \
+ ROW(leaky_relu, Pointwise<LeakyReLU>, input,   in_place,  zero,    own,      Need::maps)                             \
+ ROW(tanh,       Pointwise<Tanh>,      output,  own_place, nonzero, own,      Need::maps)                             \
+ ROW(sigmoid,    Pointwise<Sigmoid>,   output,  own_place, nonzero, own,      Need::maps)                             \
+ ROW(gelu,       Pointwise<GELU>,      input,   in_place,  nonzero, own,      Need::maps)                             \
+ ROW(max_pool2d, MaxPool2d,            nothing, own_place, zero,    whole,    Need::maps | Need::windows)             \
+ ROW(avg_pool2d, AvgPool2d,            nothing, own_place, zero,    whole,    Need::maps | Need::windows)             \
+ ROW(add,        Add,                  nothing, own_place, zero,    own,      Need::maps)
 
 // Likewise, but no node of a model is one: fusion.cpp makes them of several operations.
-#define METAFAST_FUSED_KINDS(ROW) \
-  ROW(norm_relu_pool, NormReluPool,         input,   in_place,  nonzero, whole,    Need::sums | Need::windows)
+#define METAFAST_FUSED_KINDS(ROW)                                                                                     \
+ ROW(norm_relu_pool, NormReluPool,     input,   in_place,  nonzero, whole,    Need::maps | Need::sums | Need::windows)
 
 // Nodes that become operations of another kind: theirs, and the class whose `make` does it.
-#define METAFAST_OTHER_NODES(ROW)                       \
-  ROW(linear,              conv2d,     Linear)            \
-  ROW(adaptive_avg_pool2d, avg_pool2d, AdaptiveAvgPool2d)
+#define METAFAST_OTHER_NODES(ROW)                                                                                     \
+ ROW(linear,              conv2d,     Linear)                                                                         \
+ ROW(adaptive_avg_pool2d, avg_pool2d, AdaptiveAvgPool2d)
 
 // What is true of a loss:
-//   reads  what it reads beside the outputs: labels, targets of their shape, or the gradient of a loss computed elsewhere
+//   reads  what it reads beside the outputs: labels, targets of their shape, or the gradient that was computed elsewhere
 //   saves  what forward leaves for the other rules: nothing, or an element for each output
-#define METAFAST_LOSSES(ROW)                                                  \
-  /*  kind            rules         reads     saves    needs              */ \
-  ROW(cross_entropy,  CrossEntropy, labels,   outputs, Need::rows)             \
-  ROW(mse,            MSE,          targets,  nothing, Need::maps | Need::totals) \
-  ROW(external,       ExternalLoss, gradient, nothing, Need::maps | Need::gradients)
+#define METAFAST_LOSSES(ROW)                                                                                          \
+ /*  kind           rules         reads     saves    needs */                                                         \
+ ROW(cross_entropy, CrossEntropy, labels,   outputs, Need::rows)                                                      \
+ ROW(mse,           MSE,          targets,  nothing, Need::maps | Need::totals)                                       \
+ ROW(external,      ExternalLoss, gradient, nothing, Need::maps | Need::gradients)
 
 // clang-format on
 
@@ -173,7 +173,7 @@ METAFAST_KINDS(METAFAST_AGREES)
 #undef METAFAST_AGREES
 
 // f(rules) is only compiled for what the Machine runs; a Program with anything else never comes to it.
-template <class M, Kind kind, class Rules, class F>
+template <class M, auto kind, class Rules, class F>
 METAFAST_DEVICE void if_offered(const F& f) {
   if constexpr (offers(M::offers, kind)) f(Rules{});
 }
@@ -226,12 +226,12 @@ void with_maker(Kind node, const F& f) {
   }
 }
 
-template <class F>
+template <class M, class F>
 METAFAST_DEVICE void with_loss(LossKind kind, const F& f) {
   switch (kind) {
 #define METAFAST_CASE(kind, rules, ...) \
   case LossKind::kind:                  \
-    return f(rules{});
+    return if_offered<M, LossKind::kind, rules>(f);
     METAFAST_LOSSES(METAFAST_CASE)
 #undef METAFAST_CASE
   }

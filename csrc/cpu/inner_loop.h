@@ -23,7 +23,10 @@ struct TaskMemory {
     const auto take = [&](int64_t elements) {
       T* at = base ? base + size : nullptr;
       const int64_t whole = (elements + 15) / 16 * 16;
-      if (base) allow(at, whole * sizeof(T)), forbid(at + whole, gap * sizeof(T));
+      if (base) {
+        allow(at, whole * sizeof(T));
+        forbid(at + whole, gap * sizeof(T));
+      }
       size += whole + gap;
       return at;
     };
@@ -76,7 +79,10 @@ class InnerLoopRun {
 
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
-    if (machine.trace) machine.trace->task = static_cast<int32_t>(t), machine.trace->tasks = M::tasks;
+    if (machine.trace) {
+      machine.trace->task = static_cast<int32_t>(t);
+      machine.trace->tasks = M::tasks;
+    }
     support_layout = job.support_layouts.of ? job.support_layouts.of[t] : nullptr;
     query_layout = job.query_layouts.of ? job.query_layouts.of[t] : nullptr;
     machine.begin(SpanKind::load, 0);

@@ -97,7 +97,10 @@ class LaneMachine : public CoreMachine<T> {
     long packs = 0;
     const auto close = [&] {
       Pack all{};
-      for (Pack& part : parts) all += part, part = Pack{};
+      for (Pack& part : parts) {
+        all += part;
+        part = Pack{};
+      }
       sum += all;
     };
     for (long row = 0; row < size; row += ld) {
@@ -114,21 +117,33 @@ class LaneMachine : public CoreMachine<T> {
 
   void correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
     Product p{{}, {}, count, op.x.ld, lanes, op.x.ld, lanes, op.x.c, y, op.y.ld, lanes, bias, false, false};
-    for (int t = 0; t < count; ++t) p.a[t] = terms[t].a, p.b[t] = terms[t].weights;
+    for (int t = 0; t < count; ++t) {
+      p.a[t] = terms[t].a;
+      p.b[t] = terms[t].weights;
+    }
     multiply(p, n, op.y.c);
   }
 
   void correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const {
     Product p{{}, {}, count, op.y.ld, lanes, lanes, op.x.ld, op.y.c, g_x, op.x.ld, lanes, nullptr, false, add};
-    for (int t = 0; t < count; ++t) p.a[t] = terms[t].a, p.b[t] = terms[t].weights;
+    for (int t = 0; t < count; ++t) {
+      p.a[t] = terms[t].a;
+      p.b[t] = terms[t].weights;
+    }
     multiply(p, n, op.x.c);
   }
 
   void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
     Product p{{}, {}, count, lanes, op.y.ld, lanes, op.x.ld, n, g_w, op.x.ld, lanes, nullptr, true, false};
-    for (int t = 0; t < count; ++t) p.a[t] = pairs[t].g, p.b[t] = pairs[t].x;
+    for (int t = 0; t < count; ++t) {
+      p.a[t] = pairs[t].g;
+      p.b[t] = pairs[t].x;
+    }
     p.instead = at(g_w);
-    if (p.instead.of) p.out = p.instead.to, p.continues = false;
+    if (p.instead.of) {
+      p.out = p.instead.to;
+      p.continues = false;
+    }
     multiply(p, op.y.c, op.x.c);
   }
 

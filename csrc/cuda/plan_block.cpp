@@ -169,7 +169,9 @@ class Writer {
 
 void copy(const PassLayout* layout, const Program& p, PassTables& out) {
   if (!layout) return;
-  out.n = layout->n, out.tape = layout->tape, out.scratch = layout->scratch;
+  out.n = layout->n;
+  out.tape = layout->tape;
+  out.scratch = layout->scratch;
   std::copy_n(layout->value, p.n_values, out.value);
   std::copy_n(layout->adjoint, p.n_values, out.adjoint);
   std::copy_n(layout->tangent, p.n_values, out.tangent);
@@ -195,10 +197,15 @@ std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layou
   if (const std::string reason = block_refusal(p); !reason.empty()) throw std::runtime_error(reason);
   head = {};
   head.program = p;
-  head.program.ops = nullptr, head.program.moving = head.program.depends = nullptr;
+  head.program.ops = nullptr;
+  head.program.moving = head.program.depends = nullptr;
   std::copy_n(p.ops, p.n_ops, head.ops);
-  for (Op& op : head.ops) op.forward = op.backward = nullptr, op.offsets = nullptr;
-  copy(support_layout, p, head.support_layout), copy(query_layout, p, head.query_layout);
+  for (Op& op : head.ops) {
+    op.forward = op.backward = nullptr;
+    op.offsets = nullptr;
+  }
+  copy(support_layout, p, head.support_layout);
+  copy(query_layout, p, head.query_layout);
   Writer to(address);
   const std::vector<int32_t> places = outer(plan);
   head.inner = to.add(plan.inner().data(), plan.inner().size());

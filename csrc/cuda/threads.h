@@ -40,7 +40,10 @@ struct Warp {
     for (long i = threadIdx.x % warp_size; i < size; i += warp_size) f(i);
     __syncwarp();
 #else
-    for (long i = 0; i < size; ++i) RaceChecker::enter_lane(i % warp_size), f(i);
+    for (long i = 0; i < size; ++i) {
+      RaceChecker::enter_lane(i % warp_size);
+      f(i);
+    }
     RaceChecker::warp_barrier();
 #endif
   }
@@ -53,7 +56,10 @@ struct Warp {
     return sum_lanes(part);
 #else
     T parts[warp_size] = {};
-    for (long i = 0; i < size; ++i) RaceChecker::enter_lane(i % warp_size), parts[i % warp_size] += f(i);
+    for (long i = 0; i < size; ++i) {
+      RaceChecker::enter_lane(i % warp_size);
+      parts[i % warp_size] += f(i);
+    }
     return sum_lanes(parts);
 #endif
   }
@@ -152,7 +158,10 @@ class Threads {
     RaceChecker::barrier();
     run([&](int) {
       total = 0;
-      for (int w = 0; w < warps; ++w) RaceChecker::read(partials + w, sizeof(T)), total += partials[w];
+      for (int w = 0; w < warps; ++w) {
+        RaceChecker::read(partials + w, sizeof(T));
+        total += partials[w];
+      }
     });
 #endif
     return total;

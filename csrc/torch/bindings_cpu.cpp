@@ -36,7 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, int64_t isa
     job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
     Tensor outputs = call.outputs(x, job.query.n), losses = empty(x, {job.tasks});
     Tensor grads = empty(x, {job.tasks, job.n_params});
-    job.losses = data<T>(losses), job.grads = data<T>(grads);
+    job.losses = data<T>(losses);
+    job.grads = data<T>(grads);
     call.run(false, false, 0);
     return std::make_tuple(losses, grads, outputs);
   });
@@ -77,7 +78,8 @@ std::tuple<Tensor, Tensor> hvp(Tensor description, int64_t isa, int64_t team_fro
     job.step = static_cast<int32_t>(step);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     Tensor grads = empty(x, {job.tasks, job.n_params}), products = empty(x, {job.tasks, job.n_params});
-    job.grads = data<T>(grads), job.products = data<T>(products);
+    job.grads = data<T>(grads);
+    job.products = data<T>(products);
     call.run(false, false, 0);
     return std::make_tuple(grads, products);
   });
@@ -111,9 +113,11 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t te
     call.rates(lr, steps);
     job.support = call.samples(x, y, sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
-    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    job.trajectory = data<T>(trajectory);
+    job.v = data<T>(v);
     job.v_everywhere = v.dim() == 3;
-    job.first_order = first_order, job.needs_lr = needs_lr;
+    job.first_order = first_order;
+    job.needs_lr = needs_lr;
     if (trajectory.numel() != (steps + 1) * job.tasks * job.n_params || trajectory.scalar_type() != v.scalar_type() ||
         v.numel() != (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params) {
       fail("trajectory [S+1, T, P] and v [T, P] or [S+1, T, P] do not match the model and the tasks");
@@ -137,7 +141,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
     call.params(params);
     call.rates(lr, static_cast<int64_t>(step_weights.size()) - 1);
     job.weights = step_weights.data();
-    job.first_order = first_order, job.needs_lr = needs_lr;
+    job.first_order = first_order;
+    job.needs_lr = needs_lr;
     job.support = call.samples(support_x, support_y, support_sizes);
     job.query = call.samples(query_x, query_y, query_sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);

@@ -74,12 +74,14 @@ class CudaCall {
   CudaCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& settings,
            const Tensor& like)
       : settings(settings), plan(block_plan<T>(description, this->settings.cluster)), like(like) {
-    job.goal = goal, job.precision = this->settings.precision;
+    job.goal = goal;
+    job.precision = this->settings.precision;
     if (job.precision != Precision::float32 && sizeof(T) != sizeof(float)) fail("tensor cores take float32");
     job.tables = *static_cast<const BlockTables*>(head.data_ptr());
     job.n_params = static_cast<int64_t>(plan->inner().size());
     job.tasks = like.sizes()[0];
-    job.lr_rows = 1, job.lr_width = 1;
+    job.lr_rows = 1;
+    job.lr_width = 1;
   }
 
   void params(const Tensor& t) {
@@ -91,8 +93,11 @@ class CudaCall {
   void rates(const Tensor& lr, int64_t steps, bool needs_lr) {
     const int64_t rows = lr.sizes()[0], width = lr.sizes()[1];
     expect_here(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
-    job.lr = data<T>(lr), job.lr_rows = static_cast<int32_t>(rows), job.lr_width = width;
-    job.steps = static_cast<int32_t>(steps), job.needs_lr = needs_lr;
+    job.lr = data<T>(lr);
+    job.lr_rows = static_cast<int32_t>(rows);
+    job.lr_width = width;
+    job.steps = static_cast<int32_t>(steps);
+    job.needs_lr = needs_lr;
   }
 
   Samples<T> samples(const Tensor& x, const Tensor* y) const {
@@ -252,7 +257,8 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vecto
     job.v_everywhere = v.dim() == 3;
     call.expect_here(trajectory, (steps + 1) * job.tasks * job.n_params, "trajectory");
     call.expect_here(v, (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params, "v");
-    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    job.trajectory = data<T>(trajectory);
+    job.v = data<T>(v);
     Tensor grads = call.grads();
     call.run(false);
     return std::make_tuple(grads, call.lr_grad(T(1)));

@@ -76,7 +76,8 @@ class CpuCall {
     const auto sizes = lr.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
     expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
-    job.steps = static_cast<int32_t>(steps), job.lr_rows = static_cast<int32_t>(rows);
+    job.steps = static_cast<int32_t>(steps);
+    job.lr_rows = static_cast<int32_t>(rows);
     alpha.assign(rows * size, T(0));
     const T* given = data<T>(lr);
     for (int64_t r = 0; r < rows; ++r, given += width) {
@@ -98,7 +99,9 @@ class CpuCall {
     const int h = p.input.h - 2 * p.border_y, w = p.input.w - 2 * p.border_x;
     expect<T>(x, job.tasks * n * p.input.c * h * w, "x");
     Samples<T> s{};
-    s.n = n, s.x = data<T>(x), s.counts = counts(sizes, n);
+    s.n = n;
+    s.x = data<T>(x);
+    s.counts = counts(sizes, n);
     return s;
   }
 
@@ -124,7 +127,8 @@ class CpuCall {
     for (int64_t t = 0; t < job.tasks; ++t) {
       const int n = static_cast<int>(s.counts ? s.counts[t] : s.n);
       of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass_layout(n, kind));
-      all.tape = std::max(all.tape, of.back()->tape), all.scratch = std::max(all.scratch, of.back()->scratch);
+      all.tape = std::max(all.tape, of.back()->tape);
+      all.scratch = std::max(all.scratch, of.back()->scratch);
     }
     all.of = of.data();
     return all;
@@ -204,7 +208,8 @@ class CpuCall {
   // Each thread takes group after group, then chunk after chunk, so that none waits for one that began late.
   void run_separately(int64_t threads, int64_t chunk, LaneGroups<T>& groups) {
     const bool some = groups.chunks() > 0;
-    groups.job.sums = job.sums, groups.job.lr_sums = job.lr_sums;
+    groups.job.sums = job.sums;
+    groups.job.lr_sums = job.lr_sums;
     const int64_t memory = std::max(isa->memory(job), some ? isa->lanes_memory(groups.job) : 0) * sizeof(T);
     int64_t next_group = 0, next = groups.chunks();
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {

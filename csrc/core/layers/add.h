@@ -42,7 +42,10 @@ struct Add {
 
   template <class M, class T>
   METAFAST_DEVICE static void sum(const RuleContext<M>& ctx, const T* a, const T* b, T* y) {
-    if (!a) a = b, b = nullptr;
+    if (!a) {
+      a = b;
+      b = nullptr;
+    }
     ctx.m.each(size(ctx), [=](long i) { M::store(y + i, b ? M::load(a + i) + M::load(b + i) : M::load(a + i)); });
   }
 

@@ -23,7 +23,10 @@ struct Interval {
 int64_t arrange(std::vector<Interval>& intervals) {
   for (Interval& one : intervals) {
     one.size += gap;
-    if (gap > 0) one.born = 0, one.dies = INT32_MAX;
+    if (gap > 0) {
+      one.born = 0;
+      one.dies = INT32_MAX;
+    }
   }
   std::stable_sort(intervals.begin(), intervals.end(),
                    [](const Interval& a, const Interval& b) { return a.size > b.size; });
@@ -79,7 +82,8 @@ void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
     made[op.output] = k;
     for (int v : op.input) {
       if (v < 0) continue;
-      first_reader[v] = std::min(first_reader[v], k), last_reader[v] = std::max(last_reader[v], k);
+      first_reader[v] = std::min(first_reader[v], k);
+      last_reader[v] = std::max(last_reader[v], k);
       needed[v] = std::max(needed[v], backward && depends_[op.output] && reads(op, Reads::input) ? 2 * L - k : k);
       if (has_second_derivative(op)) tangent_needed[v] = std::max(tangent_needed[v], 2 * L - k);
       tangent_needed[v] = std::max(tangent_needed[v], k);
