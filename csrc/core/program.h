@@ -69,7 +69,7 @@ struct Op {
   bool adaptive;          // avg_pool2d: windows follow from the size of the output
   bool count_pad;         // avg_pool2d: the mean counts padding
   double eps;             // batch_norm, layer_norm
-  double negative_slope;  // leaky_relu
+  double number;          // of activations that have one: the negative slope of leaky_relu
   double divisor;         // avg_pool2d; 0: the pixels that it counts
   int64_t constants;      // batch_norm: element of the constants where [2, ld], mean and variance, begins
 };

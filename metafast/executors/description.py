@@ -27,7 +27,7 @@ except ImportError as error:  # metafast works without it: `metafast doctor` say
 
 if extension is not None and not hasattr(extension, "facts"):
     extension = None
-    missing = "metafast._C is older than the rest of metafast; build it with: pip install --no-build-isolation -e ."
+    missing = "metafast._C is older than the rest; build it with: pip install --no-build-isolation -e ."
 
 FACTS: dict[str, Any] = {"kinds": {}, "losses": {}} if extension is None else json.loads(extension.facts)
 """What the extension says of itself (csrc/torch/facts.h): names, numbers and layouts of which Python keeps no copy."""

@@ -4,7 +4,7 @@
 namespace METAFAST_NAMESPACE {
 
 struct ReLU {
-  double unused;
+  METAFAST_DEVICE explicit ReLU(const Op&) {}
   static constexpr bool keeps_zero = true, has_second_derivative = false;
 
   template <class Node>

@@ -5,7 +5,7 @@
 namespace METAFAST_NAMESPACE {
 
 struct Sigmoid {
-  double unused;
+  METAFAST_DEVICE explicit Sigmoid(const Op&) {}
   static constexpr bool keeps_zero = false, has_second_derivative = true;
 
   template <class Node>

@@ -5,7 +5,7 @@
 namespace METAFAST_NAMESPACE {
 
 struct Tanh {
-  double unused;
+  METAFAST_DEVICE explicit Tanh(const Op&) {}
   static constexpr bool keeps_zero = true, has_second_derivative = true;
 
   template <class Node>
