@@ -58,7 +58,7 @@
  ROW(adaptive_avg_pool2d, avg_pool2d, AdaptiveAvgPool2d)
 
 // What is true of a loss:
-//   reads  what it reads beside the outputs: labels, targets of their shape, or the gradient that was computed elsewhere
+//   reads  what it reads beside the outputs: labels, targets of their shape, or the gradient of an external loss
 //   saves  what forward leaves for the other rules: nothing, or an element for each output
 #define METAFAST_LOSSES(ROW)                                                                                          \
  /*  kind           rules         reads     saves    needs */                                                         \

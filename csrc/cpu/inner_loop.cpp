@@ -13,7 +13,7 @@ int64_t memory(const Job<T>& job) {
 // Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
 int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
-// Chunk k of tasks, one after another.
+// Runs the tasks of chunk k one after another.
 template <class T>
 void run_chunk(InnerLoopRun<CoreMachine<T>>& task, const Job<T>& job, int64_t chunk, int64_t k) {
   const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks, size = job.program->size;
@@ -40,7 +40,7 @@ bool runs_lanes(const Program& program) {
   return all;
 }
 
-// The sums of a group lie behind its memory. Of one task alone the adjoint is the sum.
+// The sums of a group lie behind its memory. Where a lane has one task only, its adjoint is the sum.
 template <class T>
 bool sums_up(const Job<T>& job) {
   return job.sums && job.task_stride > 1;

@@ -18,11 +18,11 @@ struct BlockMemory {
   int32_t size;
 };
 
-// Of the models whose tables a launch carries. Every launch copies room for so many, so it is not more than blocks'
-// memory has use for.
+// The largest model whose tables a launch can carry. Every launch copies room for so many operations, so there are no
+// more than a block's memory has use for.
 constexpr int max_ops = 32, max_values = max_ops + 1;
 
-// A PassLayout, with the arrays that it points to.
+// A PassLayout together with the arrays that it points to.
 struct PassTables {
   int32_t n;
   int64_t tape, scratch;
@@ -65,13 +65,13 @@ static_assert(sizeof(BlockJob<float>) <= 32764, "CUDA: what a kernel can be give
 // How a job is spread over the machine.
 struct BlockShape {
   int32_t threads, blocks, cluster;  // `cluster` of the blocks run a task together
-  int64_t bytes;                     // of shared memory a block
+  int64_t bytes;                     // of shared memory for each block
 };
 
-// What a machine has for blocks.
+// What a GPU has for blocks.
 struct BlockLimits {
   int64_t shared;      // bytes that one block can have
-  int64_t processors;  // that run blocks side by side
+  int64_t processors;  // multiprocessors, which run blocks side by side
 };
 
 // What the rules of layers and losses can use of a block.

@@ -86,7 +86,7 @@ class Threads {
   int count() const { return count_; }
 #endif
 
-  // f(thread) in every thread, then a barrier.
+  // Calls f(thread) in every thread, then waits at a barrier.
   template <class F>
   METAFAST_DEVICE void run(const F& f) const {
 #ifdef __CUDACC__
@@ -100,7 +100,7 @@ class Threads {
     barrier();
   }
 
-  // f(warp, sample): each warp takes its samples whole.
+  // Calls f(warp, sample): each warp takes its samples whole.
   template <class F>
   METAFAST_DEVICE void run_warps(int samples, const F& f) const {
     const int warps = count() / warp_size;
@@ -116,7 +116,7 @@ class Threads {
     barrier();
   }
 
-  // f() without barriers behind what it runs.
+  // Calls f() without barriers behind what it runs.
   template <class F>
   METAFAST_DEVICE void without_barriers(const F& f) const {
     waits = false;
@@ -133,7 +133,7 @@ class Threads {
 #endif
   }
 
-  // The sum of f(thread), the same in every thread.
+  // Returns the sum of f(thread), the same in every thread.
   template <class F>
   METAFAST_DEVICE T sum(const F& f) const {
     const int warps = count() / warp_size;

@@ -14,10 +14,10 @@
 
 namespace metafast {
 
-// Tasks that are summed together, so many that there are at most 64 sums.
+// Returns how many tasks are summed together, so many that there are at most 64 sums.
 inline int64_t chunk_of(int64_t tasks) { return (tasks + 63) / 64; }
 
-// By its place in isa_names().
+// Returns the build by its place in isa_names().
 template <class T>
 const Isa<T>* build(int64_t isa) {
   int count = 0;
@@ -26,7 +26,7 @@ const Isa<T>* build(int64_t isa) {
   return find_isa<T>(names[isa]);
 }
 
-// A Job and what it points to.
+// A Job, and the memory of what it points to.
 template <class T>
 class CpuCall {
  public:
@@ -43,7 +43,7 @@ class CpuCall {
     job.constants = constants_.data();
   }
 
-  // [P], or [T, P].
+  // Takes parameters [P] or [T, P].
   void params(const Tensor& t) {
     job.params_per_task = t.dim() == 2;
     if (!job.params_per_task) return params(std::vector<Tensor>{t});
@@ -51,7 +51,7 @@ class CpuCall {
     job.params = data<T>(t);
   }
 
-  // [P] in parts, each of any shape.
+  // Takes parameters [P] in parts, each of any shape.
   void params(const std::vector<Tensor>& parts) {
     int64_t count = 0;
     for (const Tensor& part : parts) count += part.numel();
@@ -92,7 +92,7 @@ class CpuCall {
     job.alpha = alpha.data();
   }
 
-  // `sizes` [T] or empty: the samples of each task.
+  // `sizes` are the samples of each task, [T], or empty where all have n.
   Samples<T> samples(const Tensor& x, const Tensor& sizes) const {
     const Program& p = *job.program;
     const int32_t n = static_cast<int32_t>(x.sizes()[1]);
@@ -161,7 +161,7 @@ class CpuCall {
     total(job.lr_sums, 0, chunks, job.lr_rows * size, job.lr_sums);
   }
 
-  // Of the parts that params took.
+  // Returns gradients of the shapes of the parts that params took.
   std::vector<Tensor> grads(const std::vector<Tensor>& parts, T scale) const {
     std::vector<Tensor> out;
     const int32_t* from = job.inner;
@@ -175,7 +175,7 @@ class CpuCall {
     return out;
   }
 
-  // Of the shape of lr.
+  // Returns the gradient of the rates, of their shape.
   Tensor lr_grad(const Tensor& lr, T scale) const {
     const int64_t rows = lr.sizes()[0], width = lr.sizes()[1], size = job.program->size;
     Tensor out = empty(lr, {job.needs_lr ? rows : 0, width});
@@ -191,7 +191,7 @@ class CpuCall {
     return out;
   }
 
-  // [T, n, ...], where `rank` axes are the sample's own.
+  // Makes the outputs [T, n, ...]: vectors where samples of the output have one axis, else images.
   Tensor outputs(const Tensor& like, int64_t n) {
     const Grid& g = job.program->out;
     const std::vector<int64_t> vectors{job.tasks, n, g.c * g.h * g.w}, images{job.tasks, n, g.c, g.h, g.w};
@@ -221,7 +221,7 @@ class CpuCall {
     });
   }
 
-  // The sums of groups, and on top of them those of the chunks behind.
+  // Adds the sums of the groups, and on top of them those of the chunks behind.
   void collect(LaneGroups<T>& groups, int64_t chunks) {
     const auto all = [&](T*& sums, int64_t rows, std::vector<T>& sum) {
       if (!sums) return;
@@ -233,8 +233,8 @@ class CpuCall {
     all(job.lr_sums, job.lr_rows, lr_sums_);
   }
 
-  // A team for each chunk. A pool may give fewer threads than there are members: then one thread stands for several,
-  // and finds the teams closed that it would join a second time.
+  // Makes a team for each chunk. A pool may give fewer threads than there are members: then one thread stands for
+  // several, and finds the teams closed that it would join a second time.
   void run_in_teams(int64_t chunks, int64_t chunk, int64_t workspace) {
     const int64_t threads = torch::stable::get_num_threads();
     std::deque<Team> teams;
