@@ -18,6 +18,7 @@ from torch import Tensor
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.memory import MemoryPlan
 from metafast.executors.native.encode import (
+    FACTS,
     LOSSES,
     Model,
     Models,
@@ -89,12 +90,12 @@ class CpuExecutor(Executor):
         if reason is not None:
             return reason
         try:
-            *_, thread_bytes, together, _ = self._memory(program, shapes, loop.steps)
+            needed = self._memory(program, shapes, loop.steps)
         except ValueError as error:
             return str(error)
-        several = thread_bytes and _chunks(shapes.tasks) < torch.get_num_threads()
+        several = needed["team_workspace"] and needed["chunks"] < torch.get_num_threads()
         alone = f"{'several cores' if several else 'a core'} for each task"
-        where = f"C++ ({self.isa}), " + (f"a core for {together} tasks at once" if together else alone)
+        where = f"C++ ({self.isa}), " + (f"a core for {needed['lanes']} tasks at once" if needed["lanes"] else alone)
         return ExecutionPlan(
             self if program.loss.kind in LOSSES else PythonLoss(self),
             tuple(where for _ in program.nodes),
@@ -108,14 +109,15 @@ class CpuExecutor(Executor):
         Raises:
             ValueError: C++ cannot run the program on these shapes; the text says why.
         """
-        tape, tangents, query_tape, thread_bytes, together, lane_bytes = self._memory(program, shapes, loop.steps)
+        needed = self._memory(program, shapes, loop.steps)
+        itemsize = shapes.dtype.itemsize
         cores = torch.get_num_threads()
-        tasks = min(cores, _chunks(shapes.tasks))
-        keep = program.loss.kind in LOSSES and loop.steps * tape * tasks <= self.budget
-        parameters = (2 * loop.steps + 4) * program.size * shapes.dtype.itemsize
-        each = (loop.steps if keep else 1) * tape + max(tangents, query_tape) + parameters
-        peak = tasks * max(each, lane_bytes) + (cores - tasks) * thread_bytes
-        return MemoryPlan(min(cores * (together or 1), shapes.tasks), keep, peak)
+        tasks = min(cores, needed["chunks"])
+        keep = program.loss.kind in LOSSES and loop.steps * needed["tape"] * itemsize * tasks <= self.budget
+        tapes = (loop.steps if keep else 1) * needed["tape"] + max(needed["tangents"], needed["query_tape"])
+        each = max(tapes + (2 * loop.steps + 4) * program.size, needed["lanes_memory"])
+        peak = itemsize * (tasks * each + (cores - tasks) * needed["team_workspace"])
+        return MemoryPlan(min(cores * (needed["lanes"] or 1), shapes.tasks), keep, peak)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.outputs(program, params, Batch(x, x), step)
@@ -219,33 +221,20 @@ class CpuExecutor(Executor):
         )  # fmt: skip
         return losses, grads, packing.unpack(outputs)
 
-    def _memory(self, program: Program, shapes: TaskShapes, steps: int) -> list[int]:
-        """Asks C++ for the sizes of a meta-gradient's working memory.
-
-        Returns:
-            The bytes of a support pass's activations (the tape), of their tangents, of a query pass's tape, and of
-            each further thread that shares a task (0 where none does); the number of tasks that a core runs at once in
-            the lanes of a vector (0 where it runs one alone), and the bytes of all of them together.
-        """
+    def _memory(self, program: Program, shapes: TaskShapes, steps: int) -> dict[str, int]:
+        """Asks C++ what a meta-gradient takes: elements of memory, and numbers of tasks (csrc/torch/facts.h)."""
         model = self._models.of(program, shapes.sample)
-        empty = _empty(shapes.dtype)
-        *sizes, together, lane_elements = call_op(
-            torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, empty,
+        numbers = call_op(
+            torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, _empty(shapes.dtype),
             *shapes.samples, shapes.tasks, steps, self.budget,
         ).tolist()  # fmt: skip
-        itemsize = shapes.dtype.itemsize
-        return [*(int(elements) * itemsize for elements in sizes), int(together), int(lane_elements) * itemsize]
+        return {name: int(number) for name, number in zip(FACTS["memory_numbers"], numbers, strict=True)}
 
     def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, int, int, int, Tensor]:
         """Returns the arguments with which every operator begins: the model and how it is run."""
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
         numbers = torch.cat(constants) if constants else _empty(dtype)
         return model.description, self._build, self.team_from, model.rank, numbers
-
-
-def _chunks(tasks: int) -> int:
-    """Returns into how many chunks C++ cuts a batch, as csrc/torch/call.h does: no more than these run side by side."""
-    return -(-tasks // -(-tasks // 64))
 
 
 @lru_cache

@@ -19,6 +19,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.native.encode import (
+    FACTS,
     LOSSES,
     Model,
     Models,
@@ -34,7 +35,6 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _BUILD = "METAFAST_CUDA=1 pip install --no-build-isolation -e ."
-# C++ knows these by their index here (csrc/cuda/block_job.h).
 PRECISIONS = {
     "float32": "products in float32",
     "tf32x3": "three TF32 products for each, as exact as float32",
@@ -167,7 +167,8 @@ class CudaExecutor(Executor):
             torch.ops.metafast.cuda_launch, model.description, shapes.dtype == torch.float64, numbers,
             shapes.tasks, *samples, loop.steps, loop.first_order, loop.learns_rates,
         )  # fmt: skip
-        return Launch(threads, blocks, numbers[3], shared, record)
+        cluster, _ = model.fit(self.limits(shapes.device), (*samples, False), shapes.dtype)
+        return Launch(threads, blocks, cluster, shared, record)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         model = self._models.of(program, x.shape[2:])
@@ -244,12 +245,17 @@ class CudaExecutor(Executor):
     def _numbers(
         self, model: _Model, device: torch.device, dtype: torch.dtype, samples: tuple[int, int, bool]
     ) -> list[int]:
-        """Lists the numbers that say where and how a call runs, in the order of csrc/torch/bindings_cuda.cpp."""
+        """Lists the numbers that say where and how a call runs, in the order in which C++ reads them."""
         limits = self.limits(device)
-        stream = 0 if self.twin is not None else torch.cuda.current_stream(device).cuda_stream
-        cluster, _ = model.fit(limits, samples, dtype)
-        precision = list(PRECISIONS).index(self.precision)
-        return [limits.shared, limits.processors, limits.threads, cluster, precision, stream]
+        settings = {
+            "shared": limits.shared,
+            "processors": limits.processors,
+            "threads": limits.threads,
+            "cluster": model.fit(limits, samples, dtype)[0],
+            "precision": FACTS["precisions"].index(self.precision),
+            "stream": 0 if self.twin is not None else torch.cuda.current_stream(device).cuda_stream,
+        }
+        return [settings[name] for name in FACTS["launch_settings"]]
 
     def _support_head(self, program: Program, support: Batch) -> tuple[Any, ...]:
         """Returns the first arguments of operators that read the support sets alone."""
@@ -265,8 +271,7 @@ class CudaExecutor(Executor):
         """
         samples = (support, query, predicts)
         numbers = self._numbers(model, x.device, x.dtype, samples)
-        cluster = numbers[3]
-        stream = numbers[5]
+        cluster, stream = (numbers[FACTS["launch_settings"].index(name)] for name in ("cluster", "stream"))
         key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
             if self.twin is None and torch.cuda.is_current_stream_capturing():

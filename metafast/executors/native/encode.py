@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -24,15 +25,14 @@ except ImportError as error:  # metafast works without it; `metafast doctor` say
     extension = None
     extension_error = f"metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."
 
-# As numbered in csrc/core/program.h and csrc/core/plan.cpp.
-_KINDS = {
-    "conv2d": 0, "batch_norm": 1, "layer_norm": 2, "relu": 3, "leaky_relu": 4, "tanh": 5, "sigmoid": 6, "gelu": 7,
-    "max_pool2d": 8, "avg_pool2d": 9, "add": 10, "linear": 100, "flatten": 101, "adaptive_avg_pool2d": 102,
-}  # fmt: skip
-LOSSES = {"cross_entropy": 0, "mse": 1}
-"""The losses that have rules in C++, with their numbers there. Python computes any other and hands C++ its gradient."""
-_EXTERNAL = 2
-_OPTIONS = 10
+if extension is not None and not hasattr(extension, "facts"):
+    extension = None
+    extension_error = "metafast._C is older than the rest; build it with: pip install --no-build-isolation -e ."
+
+FACTS: dict[str, Any] = {"kinds": {}, "losses": {}} if extension is None else json.loads(extension.facts)
+"""What the extension says of itself (csrc/torch/facts.h): names, numbers and layouts of which Python keeps no copy."""
+LOSSES = tuple(name for name, loss in FACTS["losses"].items() if loss["reads"] != "gradient")
+"""The losses that have rules in C++. Python computes any other and hands C++ its gradient in the outputs."""
 _ALL = torch.empty(0, dtype=torch.int64)
 
 
@@ -112,7 +112,7 @@ def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
     """
     for node in program.nodes:
         layer: Any = node.layer
-        if layer.kind not in _KINDS:
+        if layer.kind not in FACTS["kinds"]:
             return f"{node.name}: no rules for {layer.kind!r}"
         if layer.kind == "flatten" and (layer.start, layer.end) not in ((1, -1), (1, 3)):
             return f"{node.name}: flatten of axes {layer.start}..{layer.end}; it flattens whole samples"
@@ -139,7 +139,7 @@ def targets(program: Program, batch: Batch) -> Tensor:
     """
     if program.loss.kind not in LOSSES:
         raise ValueError(f"no rules in C++ for the loss {program.loss.kind!r}: call the executor that plan() gives")
-    dtype = torch.int64 if program.loss.kind == "cross_entropy" else batch.x.dtype
+    dtype = torch.int64 if FACTS["losses"][program.loss.kind]["reads"] == "labels" else batch.x.dtype
     return batch.y if batch.y.dtype == dtype else batch.y.to(dtype)
 
 
@@ -175,16 +175,16 @@ def _ranks(program: Program, rank: int) -> list[int]:
 def _describe(program: Program, sample: tuple[int, ...], external_loss: bool) -> Tensor:
     """Writes a Program down in numbers: the loss and sizes, then the parameters, then the nodes with their options."""
     channels, height, width = sample if len(sample) == 3 else (*sample, 1, 1)
-    loss = _EXTERNAL if external_loss else LOSSES.get(program.loss.kind, _EXTERNAL)
-    numbers: list[float] = [loss, program.output, height, width, channels]
+    loss = program.loss.kind if program.loss.kind in LOSSES and not external_loss else "external"
+    numbers: list[float] = [FACTS["losses"][loss]["number"], program.output, height, width, channels]
     numbers += [len(program.parameters), len(program.nodes)]
     for p in program.parameters:
         numbers += [p.offset, p.size, p.adapted]
     constants = 0
     for node in program.nodes:
         options = node.layer.numbers([program.parameters[p].shape for p in node.params])
-        numbers += [_KINDS[node.layer.kind], *_padded(node.inputs, 2), *_slots(node), constants]
-        numbers += [*options, *[0] * (_OPTIONS - len(options))]
+        numbers += [FACTS["kinds"][node.layer.kind], *_padded(node.inputs, 2), *_slots(node), constants]
+        numbers += [len(options), *options]
         constants += sum(c.numel() for c in node.constants)
     return torch.tensor(numbers, dtype=torch.float64)
 
