@@ -103,7 +103,7 @@ SAID_OTHERWISE = {
         r"\bStem\b|\bstem\b": "Kind",
         r"\bFrame\b": "RuleContext",
         r"\b(class|struct) (Core|Lanes|Block|Watch|Ledger|Toucher|Turns|Recording)\b": "see csrc/README.md",
-        r"\bbend\b|\bslope\b(?<!negative_slope)|\bcurve\b": "hvp, derivative, second_derivative",
+        r"\bbend\b|(?<!negative[ _])\bslope\b|\bcurve\b": "hvp, derivative, second_derivative",
         r"PassKind::(plain|taped)\b|LossKind::given": "gradient, gradient_and_tangent, external",
     },
 }

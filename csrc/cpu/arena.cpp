@@ -16,7 +16,7 @@ namespace metafast {
 
 struct Pool {
   std::mutex mutex;
-  std::vector<Arena::Block> blocks;
+  std::vector<Arena::MemoryBlock> blocks;
 };
 
 namespace {
@@ -35,10 +35,10 @@ Arena::Arena(size_t bytes, int64_t owner) {
     // The owner's, else the smallest block that is large enough; else the largest makes room for the new one.
     const std::lock_guard<std::mutex> lock(pool().mutex);
     auto& blocks = pool().blocks;
-    std::sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.size < b.size; });
-    const auto fits = [&](const Block& b) { return b.size >= bytes; };
+    std::sort(blocks.begin(), blocks.end(), [](const MemoryBlock& a, const MemoryBlock& b) { return a.size < b.size; });
+    const auto fits = [&](const MemoryBlock& b) { return b.size >= bytes; };
     auto found =
-        std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) { return fits(b) && b.owner == owner; });
+        std::find_if(blocks.begin(), blocks.end(), [&](const MemoryBlock& b) { return fits(b) && b.owner == owner; });
     if (found == blocks.end()) found = std::find_if(blocks.begin(), blocks.end(), fits);
     if (found != blocks.end()) {
       block_ = *found;

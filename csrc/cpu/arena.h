@@ -14,13 +14,13 @@ class Arena {
   void* data() const { return block_.data; }
 
  private:
-  struct Block {
+  struct MemoryBlock {
     void* data;
     size_t size;
     int64_t owner;
   };
   friend struct Pool;
-  Block block_;
+  MemoryBlock block_;
 };
 
 }  // namespace metafast
