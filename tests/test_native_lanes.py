@@ -96,7 +96,7 @@ def together(program, tasks, threads=1):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return NativeExecutor()._memory(program, tasks.support_x, tasks.query_x.shape[1])[4]
+        return NativeExecutor()._memory(program, tasks.support_x, tasks.query_x.shape[1])["lanes"]
     finally:
         torch.set_num_threads(before)
 
