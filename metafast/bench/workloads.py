@@ -101,7 +101,7 @@ def perceptron() -> nn.Sequential:
 
 
 def _with_usual_values(model: nn.Sequential, hidden: int) -> nn.Sequential:
-    """Draws parameters between plus and minus ``1/sqrt(fan-in)``, as torch does; of a bias that is ``hidden``."""
+    """Draws parameters between plus and minus ``1/sqrt(fan-in)``, as torch does; a bias takes ``hidden`` for it."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The native executor's own notes: each task's phases and each layer's rules, by the thread that ran them."""
+"""Reads the notes that the CPU executor takes by itself: each task's phases and each layer's rules, by thread."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PHASES = 4
 
 
 @contextmanager
-def noted(program: Program, phases: list[Span], rules: list[Span]) -> Iterator[None]:
-    """Adds what the native executor does meanwhile."""
+def recorded(program: Program, phases: list[Span], rules: list[Span]) -> Iterator[None]:
+    """Adds to ``phases`` and ``rules`` what the CPU executor does within the block."""
     assert extension is not None
     extension.trace(True)
     try:
