@@ -1,10 +1,13 @@
-"""Have results changed by a single bit? ``python benchmarks/bits.py record A.npz`` before a change and ``record B.npz``
-after it, then ``python benchmarks/bits.py compare A.npz B.npz``.
+"""Shows whether a change has altered a single bit of any result:
 
-Recorded are losses, outputs, gradients and adapted parameters of every setting that the tests hold to the oracle: by
-the reference and the CPU executor in both dtypes with one and two threads, by the CUDA executor's twin in each
-precision, and by the Triton executor under its interpreter; and the checkpoints of short trainings by every algorithm.
-Both files must come from one machine and one build of torch.
+    python benchmarks/bits.py record A.npz           # before the change
+    python benchmarks/bits.py record B.npz           # after it
+    python benchmarks/bits.py compare A.npz B.npz
+
+It records losses, outputs, gradients and adapted parameters of every setting that the tests hold to the oracle. The
+reference and the CPU executor run in both dtypes with one and two threads, the CUDA executor's twin in each precision,
+and the Triton executor under its interpreter. It also records the checkpoints of short trainings by every algorithm.
+Both files must come from the same machine and the same build of torch.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from metafast import executors
 from metafast.executors.native.cuda import CudaExecutor
 from metafast.executors.triton.executor import TritonExecutor
 
-Found = Iterator[tuple[str, torch.Tensor]]
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 ROOT = Path(__file__).parent.parent
 IN_TRITON = ("batch norm of the task", "ReLU", "residual", "rate for each layer and step", "custom loss", "ANIL",
@@ -45,8 +48,8 @@ REPTILES = {
 }  # fmt: skip
 
 
-def of_learner(setup: Setup, dtype: torch.dtype, backend: str) -> Found:
-    """What a learner of these settings gives."""
+def learner_results(setup: Setup, dtype: torch.dtype, backend: str) -> NamedTensors:
+    """Yields everything that a learner with these settings computes."""
     torch.manual_seed(zlib.crc32(setup.name.encode()))
     learner = make_learner(setup, dtype, backend)
     tasks = make_tasks(setup).to(dtype)
@@ -63,8 +66,8 @@ def of_learner(setup: Setup, dtype: torch.dtype, backend: str) -> Found:
     yield "predicted", adapted(tasks.query_x)
 
 
-def everything() -> Found:
-    """All that is recorded but for trainings, each under a name of its own."""
+def everything() -> NamedTensors:
+    """Yields everything that is recorded except trainings, each tensor under a name of its own."""
     known = list(executors._EXECUTORS)
     reptiles = [vectors(name, learner=mf.Reptile, **options) for name, options in REPTILES.items()]
     for setup in [*SETUPS, *reptiles]:
@@ -90,17 +93,17 @@ def everything() -> Found:
     executors._EXECUTORS[:] = known
 
 
-def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str) -> Found:
+def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str) -> NamedTensors:
     try:
-        yield from ((f"{key} | {name}", value) for name, value in of_learner(setup, dtype, backend))
-    except RuntimeError as error:  # that an executor refuses a setting is a result too
+        yield from ((f"{key} | {name}", value) for name, value in learner_results(setup, dtype, backend))
+    except RuntimeError as error:  # it is a result too that an executor refuses a setting
         if "cannot run this model" not in str(error):
             raise
         yield f"{key} | refused", torch.zeros(0)
 
 
-def trainings(folder: Path) -> Found:
-    """Parameters, moments and losses after short trainings by ``metafast train``."""
+def trainings(folder: Path) -> NamedTensors:
+    """Yields parameters, moments and losses after short trainings by ``metafast train``."""
     from safetensors.torch import load_file
 
     for recipe, iterations in (("sinusoid", 30), ("glyphs-5w1s", 2)):
@@ -115,7 +118,7 @@ def trainings(folder: Path) -> Found:
 
 
 def record(path: Path) -> None:
-    """Writes everything."""
+    """Writes everything into ``path``."""
     arrays = {}
     with tempfile.TemporaryDirectory() as folder:
         for part in (trainings(Path(folder)), everything()):
@@ -129,13 +132,13 @@ def record(path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """What ``record`` wrote."""
+    """Reads what ``record`` has written."""
     with np.load(path, allow_pickle=False) as file:
         return {str(name): file[str(i)] for i, name in enumerate(file["names"])}
 
 
 def compare(before: Path, after: Path) -> int:
-    """0 where both files hold the same tensors, bit by bit; says which do not."""
+    """Prints which tensors differ. Returns 0 if both files hold the same tensors, bit by bit, else 1."""
     old, new = load(before), load(after)
     absent = sorted(set(old) ^ set(new))
     differing = [name for name in old if name in new and not _same(old[name], new[name])]
@@ -152,11 +155,13 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="bits.py", description=__doc__)
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("record").add_argument("file", type=Path)
-    comparison = commands.add_parser("compare")
+    commands.add_parser("record", help="write all results into FILE").add_argument("file", type=Path)
+    comparison = commands.add_parser("compare", help="print what differs; exits with 1 if anything does")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
     options = parser.parse_args()
