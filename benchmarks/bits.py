@@ -4,9 +4,9 @@
     python benchmarks/bits.py record B.npz           # after it
     python benchmarks/bits.py compare A.npz B.npz
 
-It records losses, outputs, gradients and adapted parameters of every setting that the tests hold to the oracle. The
+It records losses, outputs, gradients and adapted parameters of the settings that the tests hold to the oracle. The
 reference and the CPU executor run in both dtypes with one and two threads, the CUDA executor's twin in each precision,
-and the Triton executor under its interpreter. It also records the checkpoints of short trainings by every algorithm.
+and some settings run by Triton's interpreter. It also records the checkpoints of short trainings by every algorithm.
 Both files must come from the same machine and the same build of torch.
 """
 
@@ -38,9 +38,9 @@ from metafast.executors.triton.executor import TritonExecutor
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 ROOT = Path(__file__).parent.parent
-IN_TRITON = ("batch norm of the task", "ReLU", "residual", "rate for each layer and step", "custom loss", "ANIL",
-             "batch norm frozen", "stride 2, average pool", "multi-step loss, first order")  # fmt: skip
-IN_TRITON_PRECISIONS = ("batch norm of the task", "ReLU")
+# The settings that run by Triton's interpreter, which is slow: it needs minutes for these.
+IN_TRITON = ("ReLU", "rate for each layer and step", "custom loss", "multi-step loss, first order", "ANIL",
+             "batch norm of the task")  # fmt: skip
 ALGORITHMS = ("maml", "fomaml", "metasgd", "anil", "reptile", "maml++")
 REPTILES = {
     "reptile": {"steps": 3}, "reptile, adam": {"steps": 3, "optimizer": "adam"},
@@ -48,27 +48,26 @@ REPTILES = {
 }  # fmt: skip
 
 
-def learner_results(setup: Setup, dtype: torch.dtype, backend: str) -> NamedTensors:
-    """Yields everything that a learner with these settings computes."""
+def learner_results(setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> NamedTensors:
+    """Yields everything that a learner with these settings computes for ``tasks`` tasks."""
     torch.manual_seed(zlib.crc32(setup.name.encode()))
     learner = make_learner(setup, dtype, backend)
-    tasks = make_tasks(setup).to(dtype)
+    batch = make_tasks(setup, tasks).to(dtype)
     learner.zero_grad()
-    out = learner.backward(tasks)
+    out = learner.backward(batch)
     yield from (("losses", out.losses), ("outputs", out.outputs))
     yield from ((f"grad {name}", p.grad) for name, p in learner.named_parameters() if p.grad is not None)
-    if setup.learner is not mf.Reptile:
+    if setup.learner is not mf.Reptile and backend != "triton":
         learner.zero_grad()
-        learner(tasks).loss.backward()
+        learner(batch).loss.backward()
         yield from ((f"autograd {name}", p.grad) for name, p in learner.named_parameters() if p.grad is not None)
-    adapted = learner.adapt(tasks.support_x, tasks.support_y, support_mask=tasks.support_mask)
+    adapted = learner.adapt(batch.support_x, batch.support_y, support_mask=batch.support_mask)
     yield from ((f"adapted {name}", value) for name, value in adapted.state_dict(0).items())
-    yield "predicted", adapted(tasks.query_x)
+    yield "predicted", adapted(batch.query_x)
 
 
-def everything() -> NamedTensors:
-    """Yields everything that is recorded except trainings, each tensor under a name of its own."""
-    known = list(executors._EXECUTORS)
+def of_executors() -> NamedTensors:
+    """Yields the results of the reference, of the CPU executor, and of the one that ``auto`` chooses."""
     reptiles = [vectors(name, learner=mf.Reptile, **options) for name, options in REPTILES.items()]
     for setup in [*SETUPS, *reptiles]:
         for backend, threads in (("reference", 1), ("cpu", 1), ("cpu", 2), ("auto", 2)):
@@ -76,6 +75,10 @@ def everything() -> NamedTensors:
             for dtype in (torch.float64, torch.float32):
                 yield from _named(f"{setup} | {backend} x{threads} {dtype}", setup, dtype, backend)
     torch.set_num_threads(1)
+
+
+def of_twin() -> NamedTensors:
+    """Yields the results of the CUDA executor's twin, in each precision."""
     for name, limits in TWINS.items():
         executors._EXECUTORS[:] = [CudaExecutor(limits)]
         for setup in RUNS:
@@ -84,26 +87,34 @@ def everything() -> NamedTensors:
             for precision in ("tf32x3", "tf32", "bf16"):
                 chosen = replace(setup, support=16, options={**setup.options, "precision": precision})
                 yield from _named(f"{setup} | twin, {name} {precision}", chosen, torch.float32, "cuda")
+
+
+def of_triton() -> NamedTensors:
+    """Yields the results of the Triton executor under its interpreter, in each precision."""
+    executors._EXECUTORS[:] = [TritonExecutor(interpreted=True)]
     for setup in SETUPS:
-        for precision in ("float32", "tf32", "bf16") if setup.name in IN_TRITON_PRECISIONS else ("float32",):
-            if setup.name in IN_TRITON:
-                executors._EXECUTORS[:] = [TritonExecutor(interpreted=True)]
-                chosen = replace(setup, options={**setup.options, "precision": precision})
-                yield from _named(f"{setup} | triton {precision}", chosen, torch.float32, "triton")
-    executors._EXECUTORS[:] = known
+        if setup.name in IN_TRITON:
+            for precision in ("float32", "tf32", "bf16"):
+                chosen = replace(setup, support=2, options={**setup.options, "precision": precision})
+                yield from _named(f"{setup} | triton {precision}", chosen, torch.float32, "triton", 1)
 
 
-def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str) -> NamedTensors:
+def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> NamedTensors:
     try:
-        yield from ((f"{key} | {name}", value) for name, value in learner_results(setup, dtype, backend))
+        yield from ((f"{key} | {name}", value) for name, value in learner_results(setup, dtype, backend, tasks))
     except RuntimeError as error:  # it is a result too that an executor refuses a setting
         if "cannot run this model" not in str(error):
             raise
         yield f"{key} | refused", torch.zeros(0)
 
 
-def trainings(folder: Path) -> NamedTensors:
+def of_trainings() -> NamedTensors:
     """Yields parameters, moments and losses after short trainings by ``metafast train``."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _trainings(Path(folder))
+
+
+def _trainings(folder: Path) -> NamedTensors:
     from safetensors.torch import load_file
 
     for recipe, iterations in (("sinusoid", 30), ("glyphs-5w1s", 2)):
@@ -117,15 +128,16 @@ def trainings(folder: Path) -> NamedTensors:
                 yield f"{recipe} {algorithm} | {name}", value
 
 
-def record(path: Path) -> None:
-    """Writes everything into ``path``."""
+PARTS = {"executors": of_executors, "twin": of_twin, "triton": of_triton, "trainings": of_trainings}
+
+
+def record(path: Path, parts: list[str]) -> None:
+    """Writes the results of ``parts`` into ``path``; each part takes some minutes."""
     arrays = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for part in (trainings(Path(folder)), everything()):
-            for name, value in part:
-                arrays[name] = value.detach().numpy()
-                if len(arrays) % 2000 == 0:
-                    print(f"{len(arrays)} tensors", file=sys.stderr, flush=True)
+    for part in parts:
+        for name, value in PARTS[part]():
+            arrays[name] = value.detach().numpy()
+        print(f"{part}: {len(arrays)} tensors so far", file=sys.stderr, flush=True)
     numbered = {str(i): array for i, array in enumerate(arrays.values())}
     np.savez_compressed(path, **numbered, names=np.array(list(arrays)))
     print(f"{len(arrays)} tensors in {path}")
@@ -160,13 +172,15 @@ def main() -> int:
         prog="bits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("record", help="write all results into FILE").add_argument("file", type=Path)
+    recording = commands.add_parser("record", help="write results into FILE")
+    recording.add_argument("file", type=Path)
+    recording.add_argument("--part", choices=PARTS, action="append", help="record only this part; may be repeated")
     comparison = commands.add_parser("compare", help="print what differs; exits with 1 if anything does")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
     options = parser.parse_args()
     if options.command == "record":
-        record(options.file)
+        record(options.file, options.part or list(PARTS))
         return 0
     return compare(options.before, options.after)
 

@@ -1,4 +1,4 @@
-"""Files that are written: whole or not at all, and refused before the work whose result they are to hold."""
+"""Writes files whole or not at all, and finds out before the work whether its result can be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError where no file ``path`` can be written, before the work whose result it is to hold."""
+    """Checks that a file can be written at ``path``; it is called before the work whose result the file is to hold.
+
+    Raises:
+        OSError: it cannot be written; the text says why.
+    """
     folder = path.resolve().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}")
@@ -20,7 +24,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Puts ``content`` at ``path`` so that a reader, or a crash at any moment, finds the old file or the new one."""
+    """Writes ``content`` to ``path`` so that readers, and crashes at any moment, find the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -33,5 +37,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON, written atomically."""
+    """Writes ``value`` as indented JSON, atomically.
+
+    Raises:
+        ValueError: there is a number in ``value`` that JSON does not have, such as NaN.
+    """
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

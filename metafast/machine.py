@@ -1,4 +1,4 @@
-"""The machine: what it is and what it can do."""
+"""Describes the machine and measures what it can do."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from pathlib import Path
 import torch
 
 VERSION = metadata.version("metafast")
-# The parent's own way to read a peak, in a process that has imported torch and nothing else.
+# A process that has imported torch and nothing else prints its peak memory in KiB.
 _BARE = "import torch; print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
 
 
 @dataclass(frozen=True)
 class MachineRates:
-    """What the machine reaches in float32: FLOP/s of a large matrix product, bytes/s (read and written) of a copy."""
+    """Holds the rates that the machine reaches in float32.
+
+    Attributes:
+        matrix: the FLOP/s of a large matrix product.
+        copy: the bytes/s of a large copy, where both reading and writing count.
+    """
 
     matrix: float
     copy: float
 
 
 def rates(device: str, seconds: float = 0.5) -> MachineRates:
-    """Measures both; the best of the calls that fit into ``seconds`` each."""
+    """Measures the rates of ``device``; each is the best of the calls that fit into ``seconds``."""
     side, length = (2048, 1 << 26) if device == "cpu" else (8192, 1 << 28)
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -40,10 +45,10 @@ def rates(device: str, seconds: float = 0.5) -> MachineRates:
 
 
 def timings(call: Callable[[], object], device: str, seconds: float, fewest: int = 1) -> list[float]:
-    """Calls until ``seconds`` have passed, and ``fewest`` times at least.
+    """Calls ``call`` until ``seconds`` have passed, and at least ``fewest`` times.
 
     Returns:
-        The seconds of each call. On a GPU they end when it has done its work.
+        The seconds that each call took; on a GPU a call ends when the GPU has done its work.
     """
     times: list[float] = []
     began = time.perf_counter()
@@ -57,7 +62,7 @@ def timings(call: Callable[[], object], device: str, seconds: float, fewest: int
 
 
 def bare_bytes() -> int:
-    """Peak memory of a process that imports torch and does nothing."""
+    """Returns the bytes at the peak of a process that only imports torch; 0 where the system is not Linux."""
     if sys.platform != "linux":
         return 0
     run = subprocess.run([sys.executable, "-c", _BARE], capture_output=True, text=True, check=True)
@@ -65,7 +70,7 @@ def bare_bytes() -> int:
 
 
 def describe(device: str, threads: int) -> dict[str, str | int]:
-    """Machine, versions, date and commit."""
+    """Describes the machine, the versions of the software, the date and the commit, for the record of a measurement."""
     found: dict[str, str | int] = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -83,6 +88,7 @@ def describe(device: str, threads: int) -> dict[str, str | int]:
 
 
 def _cpu() -> str:
+    """Returns the model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -91,7 +97,10 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that metafast runs from, marked where files differ from it; empty where there is none."""
+    """Returns the commit of the checkout that metafast runs from, or nothing where it is no checkout.
+
+    The commit is marked with ``+changes`` where files differ from it.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""TaskBatch: the one thing that crosses from episodes into learners."""
+"""Defines the batch of tasks, which is all that passes from the episodes to the learners."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Samples of T tasks: ``x [T, n, ...]``, ``y [T, n]`` or ``[T, n, ...]``, ``mask [T, n]`` true where one counts."""
+    """Holds n samples of each of T tasks.
+
+    Attributes:
+        x: the inputs ``[T, n, ...]``.
+        y: the targets: class indices ``[T, n]`` or values ``[T, n, ...]``.
+        mask: bool ``[T, n]``, true where a sample counts and false where it is padding; ``None`` where all count.
+    """
 
     x: Tensor
     y: Tensor
     mask: Tensor | None = None
 
     def tasks(self, chosen: slice) -> Batch:
-        """The same for a range of tasks."""
+        """Returns the samples of a range of tasks."""
         return Batch(self.x[chosen], self.y[chosen], None if self.mask is None else self.mask[chosen])
 
 
 class TaskShapes(NamedTuple):
-    """All that decides how a batch of tasks is computed: two batches with equal shapes are of one kind.
+    """Holds all that decides how a batch of tasks is computed: batches with equal shapes are computed alike.
 
-    Shapes are those of the tensors of a ``TaskBatch``; ``dtypes`` and ``devices`` stand in the order of the first four
-    fields; ``ragged`` says whether some samples are padding.
+    Attributes:
+        support_x: the shape of ``TaskBatch.support_x``.
+        support_y: the shape of ``TaskBatch.support_y``.
+        query_x: the shape of ``TaskBatch.query_x``.
+        query_y: the shape of ``TaskBatch.query_y``.
+        dtypes: the dtypes of these four tensors, in this order.
+        devices: the devices of the support sets and of the query sets.
+        ragged: whether there are masks, so that some samples are padding.
     """
 
     support_x: torch.Size
@@ -38,52 +50,55 @@ class TaskShapes(NamedTuple):
 
     @classmethod
     def of_samples(cls, x: Tensor) -> TaskShapes:
-        """Those of tasks whose support and query sets are like ``x [T, n, ...]``, with class indices for targets."""
-        labels, integers = x.shape[:2], torch.int64
+        """Returns the shapes of tasks whose support and query sets are like ``x [T, n, ...]``, with class indices."""
+        labels = x.shape[:2]
+        integers = torch.int64
         return cls(
             x.shape, labels, x.shape, labels, (x.dtype, integers, x.dtype, integers), (x.device, x.device), False
         )
 
     @property
     def tasks(self) -> int:
-        """T."""
+        """Returns the number T of tasks."""
         return self.support_x[0]
 
     @property
     def samples(self) -> tuple[int, int]:
-        """Samples in a task's support set and in its query set."""
+        """Returns how many samples a task has in its support set and in its query set."""
         return self.support_x[1], self.query_x[1]
 
     @property
     def sample(self) -> torch.Size:
-        """The shape of one sample."""
+        """Returns the shape of one sample."""
         return self.support_x[2:]
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the samples."""
+        """Returns the dtype of the support samples."""
         return self.dtypes[0]
 
     @property
     def device(self) -> torch.device:
-        """That of the samples."""
+        """Returns the device of the support samples."""
         return self.devices[0]
 
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """T tasks, each with a support set to adapt on and a query set to be judged on.
+    """Holds T tasks, each with a support set to adapt on and a query set that judges the result.
 
     Args:
-        support_x: ``[T, n, ...]`` floating point.
-        support_y: ``[T, n]`` class indices (int64), or ``[T, n, ...]`` regression targets.
-        query_x: ``[T, m, ...]``.
-        query_y: ``[T, m]`` or ``[T, m, ...]``.
-        support_mask: optional bool ``[T, n]``; samples that are false are padding (ragged tasks).
-        query_mask: optional bool ``[T, m]``.
+        support_x: the inputs ``[T, n, ...]``, floating point.
+        support_y: class indices ``[T, n]`` (int64), or regression targets ``[T, n, ...]``.
+        query_x: the inputs ``[T, m, ...]``, floating point.
+        query_y: class indices ``[T, m]`` (int64), or regression targets ``[T, m, ...]``.
+        support_mask: bool ``[T, n]``, false where a sample of a ragged task is padding; ``None`` where all count.
+        query_mask: bool ``[T, m]``, likewise for the query sets.
 
     Raises:
-        ValueError: an axis is empty or does not match; the text names the tensor and both shapes.
+        TypeError: something is no tensor, or inputs are not floating point.
+        ValueError: an axis is empty or does not match, tensors are on different devices, or a mask is not bool
+            ``[T, n]``; the text names the tensor and both shapes.
     """
 
     support_x: Tensor
@@ -112,24 +127,28 @@ class TaskBatch:
 
     @property
     def support(self) -> Batch:
-        """The support set as a batch."""
+        """Returns the support sets."""
         return Batch(self.support_x, self.support_y, self.support_mask)
 
     @property
     def query(self) -> Batch:
-        """The query set as a batch."""
+        """Returns the query sets."""
         return Batch(self.query_x, self.query_y, self.query_mask)
 
     @property
     def shapes(self) -> TaskShapes:
-        """What decides how this batch is computed."""
-        x, y, q, z = self.support_x, self.support_y, self.query_x, self.query_y
+        """Returns all that decides how this batch is computed."""
+        support_x = self.support_x
+        support_y = self.support_y
+        query_x = self.query_x
+        query_y = self.query_y
         ragged = self.support_mask is not None or self.query_mask is not None
-        dtypes, devices = (x.dtype, y.dtype, q.dtype, z.dtype), (x.device, q.device)
-        return TaskShapes(x.shape, y.shape, q.shape, z.shape, dtypes, devices, ragged)
+        dtypes = (support_x.dtype, support_y.dtype, query_x.dtype, query_y.dtype)
+        devices = (support_x.device, query_x.device)
+        return TaskShapes(support_x.shape, support_y.shape, query_x.shape, query_y.shape, dtypes, devices, ragged)
 
     def to(self, *args: object, **kwargs: object) -> TaskBatch:
-        """Moves every tensor to a device, or floating-point ones to a dtype, as ``Tensor.to`` does."""
+        """Moves every tensor to a device, or the floating-point ones to a dtype, as ``Tensor.to`` does."""
         moved = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -141,12 +160,13 @@ class TaskBatch:
         return TaskBatch(**moved)
 
     def tasks(self, chosen: slice) -> TaskBatch:
-        """The same for a range of tasks."""
+        """Returns a range of the tasks."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return TaskBatch(**{name: value[chosen] for name, value in parts.items() if value is not None})
 
 
 def _check_part(part: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+    """Checks the tensors of the support sets or of the query sets (``part``) against one another."""
     for name, value in ((f"{part}_x", x), (f"{part}_y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor (torch.as_tensor makes one)")

@@ -1,4 +1,4 @@
-"""Tables on the terminal: numbers are never broken, columns that do not fit are left out, a file gets all of them."""
+"""Prints tables: a terminal gets the columns that fit, a file gets all of them, and numbers are never broken."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import Any
 
 from metafast.extras import require
 
-_LONG_LINE = 120  # where there is no terminal; a table may be longer
-_UNBOUNDED = 10_000
+_LONG_LINE = 120  # characters, where there is no terminal; a table may be wider
+_UNBOUNDED = 10_000  # characters: more than any table has
 
 Line = tuple[Sequence[str], str | None]
-"""The cells of a row and its style."""
+"""A row of a table: its cells, and rich's name of its style, if it has one."""
 
 
 def console() -> Any:
-    """As wide as the terminal, if there is one; square brackets in names and errors are text, not styles."""
+    """Makes a console that is as wide as the terminal and prints square brackets as they are, not as styles.
+
+    Where there is no terminal, lines have at least 120 characters.
+
+    Raises:
+        ModuleNotFoundError: the package rich is not installed.
+    """
     made = require("rich.console").Console(highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = max(made.width, _LONG_LINE)
@@ -25,9 +31,10 @@ def console() -> Any:
 def print_table(
     console: Any, headings: Sequence[str], lines: Sequence[Line], *, spare: Sequence[str] = (), words: int = 1
 ) -> None:
-    """Prints ``lines`` under ``headings``, the first ``words`` columns being words and the rest numbers.
+    """Prints ``lines`` under ``headings``; the first ``words`` columns are words, the others numbers.
 
-    On a terminal that is too narrow the columns ``spare`` go, the first of them first; then words are wrapped.
+    Where a terminal is too narrow, the columns ``spare`` are left out one by one, in their order. If that is not
+    enough, words are wrapped.
     """
     for gone in range(len(spare) + 1):
         table = _table(headings, lines, [i for i, h in enumerate(headings) if h not in spare[:gone]], words)

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <functional>
 
-#include "../csrc/core/layers/rules.h"
+#include "../csrc/core/kinds.h"
 #include "../csrc/core/trace.h"
 #include "../csrc/cuda/contract.cuh"
 
@@ -62,15 +62,18 @@ void cross_entropy(const char* name, const Places& places) {
 
 // What one sample writes, another reads: a row further, or at the other sample's label.
 void overlaps() {
-  const Places apart;
-  Places at;
-  cross_entropy("apart", apart);
-  at = apart, at.saved = at.y + row, cross_entropy("saved over y", at);
-  at = apart, at.labels = at.saved + row, cross_entropy("labels over saved", at);
-  at = apart, at.g = at.saved + row, cross_entropy("g over saved", at);
-  at = apart, at.g = at.labels + 2, cross_entropy("g over labels", at);
-  at = apart, at.gd = at.yd + row, cross_entropy("gd over yd", at);
-  at = apart, at.gd = at.saved + row, cross_entropy("gd over saved", at);
+  const auto moved = [](const char* name, const std::function<void(Places&)>& move) {
+    Places at;
+    move(at);
+    cross_entropy(name, at);
+  };
+  moved("apart", [](Places&) {});
+  moved("saved over y", [](Places& at) { at.saved = at.y + row; });
+  moved("labels over saved", [](Places& at) { at.labels = at.saved + row; });
+  moved("g over saved", [](Places& at) { at.g = at.saved + row; });
+  moved("g over labels", [](Places& at) { at.g = at.labels + 2; });
+  moved("gd over yd", [](Places& at) { at.gd = at.yd + row; });
+  moved("gd over saved", [](Places& at) { at.gd = at.saved + row; });
   const auto total = [](int from) {
     return [=](Piece& piece) { piece.machine.total(64, [&](long i) { return M::load(piece.memory + from + i); }); };
   };
@@ -122,7 +125,10 @@ void parts() {
   };
   const auto together = [=](int from) {
     return [=](Piece& piece) {
-      piece.machine.together([&] { write(piece, 16), read(piece, from); });
+      piece.machine.together([&] {
+        write(piece, 16);
+        read(piece, from);
+      });
       read(piece, 17);
     };
   };

@@ -162,7 +162,7 @@ def test_a_window_on_one_pixel_is_a_convolution():
     setup = Setup("one pixel", OnePixel, (3, 1, 1), 3, options={"steps": 2})
     twin = CudaExecutor(TWINS["all steps in a block's memory"])
     reason = refusal(twin, make_learner(setup).program, make_tasks(setup).to(torch.float64).support_x)
-    assert reason == "convolution: blocks run linear layers, activations and layer norm"
+    assert reason == "conv2d: blocks run linear, layer_norm, relu, leaky_relu, tanh, sigmoid, gelu and add"
 
 
 def test_a_launch_carries_the_tables_of_32_operations(monkeypatch):

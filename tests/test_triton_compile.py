@@ -51,6 +51,8 @@ def layers_with_kernels(names):
 def compiled(architecture, *what):
     """What the assembler says of every kernel, or of ``what`` else ``main`` compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join([*inherited, str(KERNELS.parent)])  # benchmarks/ is not installed
     command = [sys.executable, __file__, str(architecture), *what]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

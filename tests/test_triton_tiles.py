@@ -94,7 +94,7 @@ SIZES = {  # of a chain: its moments' tiles of 16 of the pixels, its sums' tiles
 @pytest.mark.parametrize("name", SIZES)
 def test_tiles_are_merged_by_their_readers_or_before_them(name, most, merged, monkeypatch):
     case = SIZES[name]
-    monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
+    monkeypatch.setattr(row_reductions, "MAX_BYTES_READ", most)
     at = point(case, tasks=2)
     at.inputs[0] += 3.0 * torch.arange(at.inputs[0].shape[1]).reshape(-1, 1, 1, 1)  # tiles whose means are far apart
     found = run(case.layer, at, case)
@@ -110,7 +110,7 @@ def test_bytes_bound_what_readers_read_again(merged, monkeypatch):
     at = point(case, tasks=2)
     bound = 20 * 4 * (2 * 5 * 2 * 3)
     for most, launches in ((bound, 0), (bound - 1, 2)):
-        monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
+        monkeypatch.setattr(row_reductions, "MAX_BYTES_READ", most)
         assert_close(run(case.layer, at, case), truth(case.function, at), 1e-5)
         assert merged == ["metafast_add_tiles"] * launches
 
@@ -119,14 +119,14 @@ def test_bytes_bound_what_readers_read_again(merged, monkeypatch):
 @pytest.mark.parametrize("case", [c for c in HAND_WRITTEN if isinstance(c.layer, BatchNorm)
                                   and sum(torch.Size(x).numel() for x in c.inputs) < 500], ids=str)  # fmt: skip
 def test_batch_norm_in_tiles(case, most, merged, monkeypatch):
-    monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
+    monkeypatch.setattr(row_reductions, "MAX_BYTES_READ", most)
     at = point(case, tasks=2)
     assert_close(run(TritonBatchNorm(case.layer), at, case), truth(case.function, at), case.tolerance)
 
 
 @pytest.mark.parametrize("most", [0, row_reductions.MAX_BYTES_READ])
 def test_nan_reaches_its_own_channel_in_every_tile(most, merged, monkeypatch):
-    monkeypatch.setattr(row_reductions, "MOST_BYTES", most)
+    monkeypatch.setattr(row_reductions, "MAX_BYTES_READ", most)
     x = torch.randn(2, 6, 3, 4, 4, device=DEVICE)
     x[1, 4, 1, 0, 0] = float("nan")
     ctx = RuleContext(0, None, (True,), (False, False))
@@ -210,7 +210,7 @@ def test_gaps_and_biases_without_effect_have_no_gradient():
     still[lowered.order[learner.program.parameters[1].offset :][:4]] = True  # the bias in front of the norm
     assert 0 < gaps.sum() == still.sum() - 4
     theta = lowered.pack(theta).expand(2, -1)
-    found = InnerLoopRun(lowered.program, loop(2, learns_rates=False), rate, triton._entered(tasks.support))
+    found = InnerLoopRun(lowered.program, loop(2, learns_rates=False), rate, triton._reordered(tasks.support))
     trajectory = torch.stack(found.adapt(theta))
     assert torch.all(trajectory[..., gaps] == 0)
     assert torch.equal((trajectory[0] != trajectory[2]).any(0), ~still)

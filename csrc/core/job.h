@@ -6,48 +6,57 @@ namespace metafast {
 
 enum class Goal : int32_t { predict, loss_and_grad, adapt, adapt_vjp, meta_gradient, jvp, hvp };
 
-// Samples of all tasks as the user holds them: x [T, n, C, H, W], labels [T, n] or targets [T, n, ...]. Where tasks
-// have fewer than n samples, `counts` [T] says how many; theirs come first.
+// Samples of all T tasks as the user holds them. Where a task has fewer than n of them, its own come first.
 template <class T>
 struct Samples {
-  int32_t n;
-  const T* x;
-  const int64_t* labels;
-  const T *targets, *d_targets;
-  const int64_t* counts;
+  int32_t n;              // samples of a task at most
+  const T* x;             // [T, n, C, H, W]; null: there are none
+  const int64_t* labels;  // [T, n], or null
+  const T* targets;       // [T, n, ...] like the outputs, or null: targets, or the gradient of an external loss
+  const T* d_targets;     // likewise: the tangent of that gradient
+  const int64_t* counts;  // [T]: samples of each task; null: n
 };
 
-// The pass of each task, by its number of samples, and the elements that the largest one takes.
+// Where the passes of all tasks keep things, each by its number of samples.
 struct TaskPassLayouts {
   const PassLayout* const* of;  // [T]; null: there is no such pass
-  int64_t tape, scratch;
+  int64_t tape, scratch;        // elements that the largest one takes
 };
 
+// `size` below is Program::size, P the number of parameters, S that of steps. "Inner" vectors [size] are in the layout
+// of the Machine, "user's" ones [P] as Python has them.
 template <class T>
 struct Job {
   Goal goal;
   const Program* program;
-  TaskPassLayouts support_layouts;  // of the passes over the support set, whose tangents may follow
-  TaskPassLayouts query_layouts;    // of those over the query set, which are over when their gradient is there
-  const int32_t* inner;             // [P]: where an element of the user's flat vector lies in the inner one
-  int64_t n_params, tasks;
-  int32_t steps, lr_rows;                   // later steps use the last row of learning rates
-  int64_t task_stride;                      // from a task to the next of those that run at once
-  int32_t step;                             // of a single pass: the inner step that it belongs to
-  bool first_order, needs_lr, keeps_tapes;  // keeps_tapes: every step has a tape of its own
-  const T* constants;
-  const T* params;  // one vector as the machine loads it, or (params_per_task) the user's layout [T, P]
+  TaskPassLayouts support_layouts;  // of passes over the support set, which tangents may follow
+  TaskPassLayouts query_layouts;    // of passes over the query set, which end with their gradient
+  const int32_t* inner;             // [P]: where an element of the user's vector lies in the inner one
+  int64_t n_params;                 // P
+  int64_t tasks;                    // T
+  int32_t steps;                    // S
+  int32_t lr_rows;                  // rows of learning rates, one a step; later steps use the last one
+  int64_t task_stride;              // from a task to the next of those that run at once in lanes
+  int32_t step;                     // of a single pass: the inner step that it belongs to
+  bool first_order;                 // the way back leaves the Hessian out
+  bool needs_lr;                    // the gradient of the learning rates is wanted
+  bool keeps_tapes;                 // every step has a tape of its own for the way back; else it runs again
+  const T* constants;               // running means and variances, as Op::constants points into them
+  const T* params;                  // one vector as the Machine loads it, or (params_per_task) the user's [T, P]
   bool params_per_task;
-  const T* alpha;         // inner layout [lr_rows, size], zero where a parameter is not adapted
-  const double* weights;  // [steps + 1]: of the query loss at each theta_s
+  const T* alpha;         // inner [lr_rows, size]: rates, zero where a parameter is not adapted
+  const double* weights;  // [S + 1]: of the query loss at each theta_s
   Samples<T> support, query;
-  T *losses, *outputs, *tangents;  // [T]; [T, n, ...] in the user's layout
-  T* trajectory;                   // [steps + 1, T, P], the user's layout
-  const T* v;                      // likewise, or [T, P] of the last step only; of a single pass: the direction
+  T* losses;      // [T]
+  T* outputs;     // [T, n, ...] of the query set, or of the support set of a jvp
+  T* tangents;    // likewise: of the outputs along v
+  T* trajectory;  // user's [S + 1, T, P]
+  const T* v;  // user's: the adjoint [S + 1, T, P] (v_everywhere) or [T, P] of theta_S; of a single pass, the direction
   bool v_everywhere;
-  T *grads, *products;  // [T, P], the user's layout
-  T* sums;              // inner layout, one vector for each chunk of tasks; the run clears them
-  T* lr_sums;           // inner layout, [lr_rows, size] likewise
+  T* grads;     // user's [T, P]
+  T* products;  // user's [T, P]: Hessians times v
+  T* sums;      // inner, a vector [size] for each chunk of tasks: the sum of its gradients; the run clears them
+  T* lr_sums;   // inner, [lr_rows, size] for each chunk: likewise of the rates
 };
 
 }  // namespace metafast

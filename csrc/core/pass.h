@@ -1,7 +1,7 @@
 // The passes over a Program: forward, backward, and the tangent pair that multiplies by the Hessian. Written once, for
 // any Machine; what a layer does is in layers/.
 #pragma once
-#include "layers/rules.h"
+#include "kinds.h"
 #include "trace.h"
 
 namespace METAFAST_NAMESPACE {
@@ -9,17 +9,17 @@ namespace METAFAST_NAMESPACE {
 // One task's samples, as the machine holds them.
 template <class T>
 struct LoadedSamples {
-  const T* x;
-  const int64_t* labels;
-  const T *targets, *d_targets;
-  int64_t label_stride = 0;  // to those of the next task that runs at once
+  const T* x;                    // [n, h, w, ld] of Program::input
+  const int64_t* labels;         // [n], or null
+  const T *targets, *d_targets;  // [n, h, w, ld] of Program::out, or null
+  int64_t label_stride = 0;      // from the labels of a task to those of the next one that runs at once
 };
 
 // The memory of one pass.
 template <class T>
 struct Tape {
   const PassLayout* layout;
-  T* base;
+  T* base;     // values, adjoints and what rules save
   T* scratch;  // tangents
 };
 
@@ -43,7 +43,7 @@ class Pass {
   METAFAST_DEVICE typename M::Loss loss(const Tape<T>& tape, const LoadedSamples<T>& samples) const {
     typename M::Loss value{};
     m.begin(SpanKind::forward, -1);
-    with_loss(program.loss, [&](auto rules) { value = rules.forward(loss_context(tape, samples)); });
+    with_loss<M>(program.loss, [&](auto rules) { value = rules.forward(loss_context(tape, samples)); });
     m.end();
     return value;
   }
@@ -53,7 +53,7 @@ class Pass {
                                 bool all) const {
     if (tape.layout->adjoint[program.output] < 0) return;
     m.begin(SpanKind::backward, -1);
-    with_loss(program.loss, [&](auto rules) { rules.backward(loss_context(tape, samples)); });
+    with_loss<M>(program.loss, [&](auto rules) { rules.backward(loss_context(tape, samples)); });
     m.end();
     for (int k = program.n_ops - 1; k >= 0; --k) {
       const RuleContext<M> ctx = context(tape, samples, k, {theta, nullptr, grad, step, all});
@@ -84,7 +84,7 @@ class Pass {
                            T* product) const {
     if (!jvp(tape, samples, theta, u, step)) return;
     m.begin(SpanKind::tangent_backward, -1);
-    with_loss(program.loss, [&](auto rules) { rules.tangent_backward(loss_context(tape, samples)); });
+    with_loss<M>(program.loss, [&](auto rules) { rules.tangent_backward(loss_context(tape, samples)); });
     m.end();
     for (int k = program.n_ops - 1; k >= 0; --k) {
       const RuleContext<M> ctx = context(tape, samples, k, {theta, u, product, step, true});

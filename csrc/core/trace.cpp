@@ -17,7 +17,7 @@ int64_t now() {
 void begin_span(Trace& trace, SpanKind kind, int index) {
   trace.open[trace.depth++] = trace.size;
   if (trace.size == trace.capacity) throw std::logic_error("metafast: a trace is longer than its call allows");
-  trace.spans[trace.size++] = {now(), 0, static_cast<int32_t>(kind), index, trace.task, trace.tasks, trace.thread, 0};
+  trace.spans[trace.size++] = {now(), 0, kind, index, trace.task, trace.tasks, trace.thread};
 }
 
 void end_span(Trace& trace) { trace.spans[trace.open[--trace.depth]].end = now(); }

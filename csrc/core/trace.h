@@ -4,23 +4,23 @@
 
 namespace metafast {
 
-// The phases of a task, and within them the rules of the layers. In the order of metafast/profile/native.py.
+// What spans are about: the phases of a task, and within them the rules of the layers.
+#define METAFAST_PHASES(ROW) ROW(load) ROW(inner_step) ROW(query) ROW(reverse_step)
+#define METAFAST_RULES(ROW) ROW(forward) ROW(backward) ROW(tangent_forward) ROW(tangent_backward)
+
 enum class SpanKind : int32_t {
-  load,
-  inner_step,
-  query,
-  reverse_step,
-  forward,
-  backward,
-  tangent_forward,
-  tangent_backward,
+#define METAFAST_NAME(kind) kind,
+  METAFAST_PHASES(METAFAST_NAME) METAFAST_RULES(METAFAST_NAME)
+#undef METAFAST_NAME
 };
 
-// `index`: the step of a phase; the node of a rule, -1 for the loss. `task`: the first of those that run at once.
-// Nanoseconds of the monotonic clock.
+// Python reads it as torch/facts.cpp describes it.
 struct Span {
-  int64_t begin, end;
-  int32_t what, index, task, tasks, thread, unused;
+  int64_t begin, end;  // nanoseconds of the monotonic clock
+  SpanKind kind;
+  int32_t index;        // of a phase: its step; of a rule: its node, -1 for the loss
+  int32_t task, tasks;  // the first of the tasks that ran at once, and how many
+  int32_t thread;
 };
 
 // What one thread notes in one call. Rules lie within phases: at most two spans are open at once.

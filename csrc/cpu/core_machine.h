@@ -18,8 +18,8 @@ class CoreMachine : public Simd<T> {
   using Term = METAFAST_NAMESPACE::Term<T>;
   using Pair = METAFAST_NAMESPACE::Pair<T>;
 
-  template <class Rules>
-  static constexpr bool runs = true;
+  static constexpr uint32_t offers = Need::maps | Need::sums | Need::products | Need::samples | Need::channels |
+                                     Need::windows | Need::rows | Need::totals | Need::gradients;
 
   static constexpr int tasks = 1;  // that run at once
   static constexpr bool redirects = false;

@@ -13,7 +13,7 @@ int64_t memory(const Job<T>& job) {
 // Not std::atomic: its inline functions, compiled for these instructions, might be linked into code for others.
 int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
-// Chunk k of tasks, one after another.
+// Runs the tasks of chunk k one after another.
 template <class T>
 void run_chunk(InnerLoopRun<CoreMachine<T>>& task, const Job<T>& job, int64_t chunk, int64_t k) {
   const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks, size = job.program->size;
@@ -30,17 +30,17 @@ void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace)
 }
 
 bool runs_lanes(const Program& program) {
-  bool all = program.loss != LossKind::external;
+  constexpr uint32_t offered = LaneMachine<float>::offers;
+  bool all = offers(offered, program.loss);
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
-    bool known = false;
-    with_rules<LaneMachine<float>>(op.kind, [&](auto) { known = true; });
-    all = all && known && op.x.h * op.x.w * op.y.h * op.y.w == 1 && (op.kind != Kind::conv2d || of_vectors(op));
+    const bool vectors = op.x.h * op.x.w * op.y.h * op.y.w == 1 && (!makes_products(op) || of_vectors(op));
+    all = all && offers(offered, op.kind) && vectors;
   }
   return all;
 }
 
-// The sums of a group lie behind its memory. Of one task alone the adjoint is the sum.
+// The sums of a group lie behind its memory. Where a lane has one task only, its adjoint is the sum.
 template <class T>
 bool sums_up(const Job<T>& job) {
   return job.sums && job.task_stride > 1;
@@ -95,7 +95,7 @@ int64_t team_workspace(const Job<T>& job, int64_t least) {
   double products = 0, wanted = 0;
   for (int k = 0; k < p.n_ops; ++k) {
     const Op& op = p.ops[k];
-    if (op.kind != Kind::conv2d) continue;
+    if (!makes_products(op)) continue;
     products += n * op.y.h * op.y.w * op.y.ld * op.window.kh * op.window.kw * op.x.ld;
     wanted += least;
   }

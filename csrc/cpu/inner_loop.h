@@ -23,7 +23,10 @@ struct TaskMemory {
     const auto take = [&](int64_t elements) {
       T* at = base ? base + size : nullptr;
       const int64_t whole = (elements + 15) / 16 * 16;
-      if (base) allow(at, whole * sizeof(T)), forbid(at + whole, gap * sizeof(T));
+      if (base) {
+        allow(at, whole * sizeof(T));
+        forbid(at + whole, gap * sizeof(T));
+      }
       size += whole + gap;
       return at;
     };
@@ -41,7 +44,8 @@ struct TaskMemory {
     product = take(p.size);
     const int64_t scratch = job.goal == Goal::adapt ? 0 : job.support_layouts.scratch;
     tapes = take((job.keeps_tapes ? job.steps : 1) * job.support_layouts.tape);
-    rest = take(job.query_layouts.tape > scratch ? job.query_layouts.tape : scratch);  // never alive together
+    rest =
+        take(job.query_layouts.tape > scratch ? job.query_layouts.tape : scratch);  // the two are never alive together
   }
 };
 
@@ -51,7 +55,7 @@ class InnerLoopRun {
   using Loss = typename M::Loss;
 
  public:
-  // `own`: a workspace, of all members but the first.
+  // `own` is the workspace of a member that is not the first.
   InnerLoopRun(const Job<T>& job, T* base, T* own, Member member, Trace* trace)
       : job(job),
         program(*job.program),
@@ -64,7 +68,7 @@ class InnerLoopRun {
     machine.barrier();
   }
 
-  // Before the first task of a chunk.
+  // To be called before the first task of a chunk.
   void clear_sums(T* sums, T* lr_sums) const {
     machine.once([&] {
       if (sums) std::memset(sums, 0, program.size * sizeof(T));
@@ -72,11 +76,15 @@ class InnerLoopRun {
     });
   }
 
-  const T* adjoint() const { return mem.v; }  // of theta_0, of the last task
+  // The adjoint of theta_0, of the task that ran last.
+  const T* adjoint() const { return mem.v; }
 
   void run(int64_t task, T* sums, T* lr_sums) {
     t = task;
-    if (machine.trace) machine.trace->task = static_cast<int32_t>(t), machine.trace->tasks = M::tasks;
+    if (machine.trace) {
+      machine.trace->task = static_cast<int32_t>(t);
+      machine.trace->tasks = M::tasks;
+    }
     support_layout = job.support_layouts.of ? job.support_layouts.of[t] : nullptr;
     query_layout = job.query_layouts.of ? job.query_layouts.of[t] : nullptr;
     machine.begin(SpanKind::load, 0);
@@ -205,8 +213,8 @@ class InnerLoopRun {
     machine.end();
   }
 
-  // What add_gradient() would add to g, zero before, makes to = from - rate * g instead, or to = g where there is no
-  // `from`. False, and nothing done, where parameters get their gradient in several parts.
+  // Lets what add_gradient() would add to a g that was zero make to = from - rate * g, or to = g where there is no
+  // `from`. Returns false, and does nothing, where parameters get their gradient in several parts.
   template <class F>
   bool redirected(const F& add_gradient, const T* g, T* to, const T* from, const T* rate) {
     if constexpr (M::redirects) {
@@ -220,7 +228,7 @@ class InnerLoopRun {
     return false;
   }
 
-  // add_gradient() adds a gradient to g, which is zero before.
+  // Makes g the gradient that add_gradient() adds to it.
   template <class F>
   void from_zero(T* g, const F& add_gradient) {
     if (redirected(add_gradient, g, g, nullptr, nullptr)) return;
@@ -289,7 +297,7 @@ class InnerLoopRun {
     return {x, samples.labels ? samples.labels + first : nullptr, y, yd, next};
   }
 
-  // Zeros behind the samples of a task that has fewer, and where there is nothing to export.
+  // Writes zeros behind the samples of a task that has fewer, and where there is nothing to export.
   void export_outputs(const T* from, const Samples<T>& samples, T* to) const {
     const Grid& out = program.out;
     const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples) : 0;

@@ -15,7 +15,7 @@ bool needs_tapes(const Job<T>& job) {
   return job.goal == Goal::meta_gradient && !job.first_order;
 }
 
-// Groups of chunks, as many as the lanes of `isa`, of a Job that is complete but for its sums.
+// Groups of chunks, as many in each as `isa` has lanes, of a Job that is complete but for its sums.
 template <class T>
 class LaneGroups {
  public:
@@ -43,8 +43,8 @@ class LaneGroups {
     groups_.count = count;
   }
 
-  // What the groups have summed, `rows` vectors each: one after another into `to`, in the layout `inner` of other
-  // tasks.
+  // Adds up what the groups have summed, `rows` vectors each, and writes it into `to` in the layout `inner` of tasks
+  // that run alone.
   void collect(T* sums, int64_t rows, const int32_t* inner, std::vector<T>& to) const {
     const int64_t width = job.program->size / lanes, stride = groups_.stride;
     to.assign(rows * stride, T(0));
@@ -58,7 +58,7 @@ class LaneGroups {
     }
   }
 
-  // That next() of them have been begun.
+  // The groups, for threads that take them in turns by `next`.
   Groups groups(int64_t* next) const { return {groups_.count, groups_.stride, next}; }
   int64_t chunks() const { return groups_.count * lanes; }
 
@@ -66,11 +66,12 @@ class LaneGroups {
   Job<T> job{};
 
  private:
-  static constexpr double cost = 0.8;  // of a chunk in a group, beside that of one alone
+  static constexpr double cost = 0.8;  // the time of a chunk in a group over that of one alone
   // What a step touches must stay in a core's cache, of 512 KiB at least with vectors of 32 bytes and of 1 MiB with 64.
   static constexpr int64_t cache_of_a_byte = 16 << 10;
 
-  // How many groups of `whole` chunks there must be for the slowest thread to end first; what is left runs alone.
+  // Returns how many groups let the slowest thread end first, of those that `whole` chunks can make; what is left over
+  // runs alone.
   int64_t best_count(int64_t whole, int64_t chunks, int64_t threads) const {
     const auto time = [&](int64_t groups) {
       const double each = cost * static_cast<double>(lanes), left = static_cast<double>(chunks - groups * lanes);
@@ -84,7 +85,8 @@ class LaneGroups {
     return best;
   }
 
-  // Of a parameter, among those of one lane. Lanes are a power of two: a division would cost more than all the rest.
+  // The place of a parameter among those of one lane. Lanes are a power of two; a division would cost more than all
+  // else.
   int64_t element(int64_t parameter) const { return job.inner[parameter] >> shift_; }
 
   TaskPassLayouts pass_layouts(const TaskPassLayouts& like, int n, PassKind kind,
@@ -95,7 +97,7 @@ class LaneGroups {
     return {of.data(), layout.tape, layout.scratch};
   }
 
-  // What all tasks share is there once for all lanes.
+  // Writes what all tasks share, once for all lanes.
   void lay_out(const Job<T>& all) {
     const int64_t size = job.program->size / lanes;
     const auto move = [&](const T* from, T* to) {

@@ -2,22 +2,9 @@
 // padding nor transposes, and a call is made once for all. Every number is computed as CoreMachine computes it, in the
 // same order: a task comes out the same, bit by bit, however it is run.
 #pragma once
-#include <type_traits>
-
 #include "contract/direct.h"
 
 namespace METAFAST_NAMESPACE {
-
-struct Add;
-struct Conv2d;
-template <class>
-struct Pointwise;
-
-// The rules that take an element for itself, or leave all to a contraction: for them it does not matter whose it is.
-template <class Rules>
-constexpr bool suits_lanes = std::is_same_v<Rules, Add> || std::is_same_v<Rules, Conv2d>;
-template <class Activation>
-constexpr bool suits_lanes<Pointwise<Activation>> = true;
 
 template <class T>
 class LaneMachine : public CoreMachine<T> {
@@ -62,13 +49,21 @@ class LaneMachine : public CoreMachine<T> {
     }
   };
 
-  template <class Rules>
-  static constexpr bool runs = suits_lanes<Rules>;
+  // What takes an element for itself, or leaves all to a contraction: for that it does not matter whose it is.
+  static constexpr uint32_t offers = Need::maps | Need::sums | Need::products | Need::rows | Need::totals;
 
   LaneMachine(const Program&, T*, T*, Member) {}
   static long workspace_size(const Program&) { return 0; }
 
   void clear_padding(const Grid&, int, T*) const {}
+
+  // CoreMachine's, of neighbours in a row: not offered, so that no rule comes to use them by mistake.
+  void samples() const = delete;
+  void channels() const = delete;
+  void pixels() const = delete;
+  void windows() const = delete;
+  void windows2x2() const = delete;
+  void outside_windows2x2() const = delete;
 
   template <int K, class F>
   void reduce(long rows, int ld, T* out, bool add, const F& f) const {
@@ -102,7 +97,10 @@ class LaneMachine : public CoreMachine<T> {
     long packs = 0;
     const auto close = [&] {
       Pack all{};
-      for (Pack& part : parts) all += part, part = Pack{};
+      for (Pack& part : parts) {
+        all += part;
+        part = Pack{};
+      }
       sum += all;
     };
     for (long row = 0; row < size; row += ld) {
@@ -119,21 +117,33 @@ class LaneMachine : public CoreMachine<T> {
 
   void correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
     Product p{{}, {}, count, op.x.ld, lanes, op.x.ld, lanes, op.x.c, y, op.y.ld, lanes, bias, false, false};
-    for (int t = 0; t < count; ++t) p.a[t] = terms[t].a, p.b[t] = terms[t].weights;
+    for (int t = 0; t < count; ++t) {
+      p.a[t] = terms[t].a;
+      p.b[t] = terms[t].weights;
+    }
     multiply(p, n, op.y.c);
   }
 
   void correlate_transposed(const Op& op, int n, const Term* terms, int count, T* g_x, bool add) const {
     Product p{{}, {}, count, op.y.ld, lanes, lanes, op.x.ld, op.y.c, g_x, op.x.ld, lanes, nullptr, false, add};
-    for (int t = 0; t < count; ++t) p.a[t] = terms[t].a, p.b[t] = terms[t].weights;
+    for (int t = 0; t < count; ++t) {
+      p.a[t] = terms[t].a;
+      p.b[t] = terms[t].weights;
+    }
     multiply(p, n, op.x.c);
   }
 
   void outer(const Op& op, int n, const Pair* pairs, int count, T* g_w) const {
     Product p{{}, {}, count, lanes, op.y.ld, lanes, op.x.ld, n, g_w, op.x.ld, lanes, nullptr, true, false};
-    for (int t = 0; t < count; ++t) p.a[t] = pairs[t].g, p.b[t] = pairs[t].x;
+    for (int t = 0; t < count; ++t) {
+      p.a[t] = pairs[t].g;
+      p.b[t] = pairs[t].x;
+    }
     p.instead = at(g_w);
-    if (p.instead.of) p.out = p.instead.to, p.continues = false;
+    if (p.instead.of) {
+      p.out = p.instead.to;
+      p.continues = false;
+    }
     multiply(p, op.y.c, op.x.c);
   }
 

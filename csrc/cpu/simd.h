@@ -90,6 +90,9 @@ struct Simd {
   static Pack exp(Pack v) {
     return by_lane(v, [](T x) { return std::exp(x); });
   }
+  static Pack log(Pack v) {
+    return by_lane(v, [](T x) { return std::log(x); });
+  }
   static Pack tanh(Pack v) {
     return by_lane(v, [](T x) { return std::tanh(x); });
   }

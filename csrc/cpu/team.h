@@ -11,10 +11,10 @@ class Team {
  public:
   explicit Team(int wanted) : wanted_(wanted) {}
 
-  // The rank of a new member, once the team is closed; negative: it was closed before.
+  // Returns the rank of a new member, once the team is closed; negative where it was closed before.
   int join();
   int size() const { return size_; }
-  // Until all members are here.
+  // Returns when all members have called it.
   void wait();
 
   double leader_value = 0;  // what the first member has for the others
@@ -28,7 +28,7 @@ class Team {
 
 // One member's part of a primitive.
 struct Member {
-  Team* team = nullptr;  // null: alone
+  Team* team = nullptr;  // null: there is no other member
   int rank = 0, members = 1;
 };
 

@@ -1,6 +1,7 @@
 // One launch: what the tasks read and write, and where a block keeps things. Data only: it is passed to the kernel.
 #pragma once
 #include "../core/job.h"
+#include "../core/primitives.h"
 
 namespace metafast {
 
@@ -17,11 +18,11 @@ struct BlockMemory {
   int32_t size;
 };
 
-// Of the models whose tables a launch carries. Every launch copies room for so many, so it is not more than blocks'
-// memory has use for.
+// The largest model whose tables a launch can carry. Every launch copies room for so many operations, so there are no
+// more than a block's memory has use for.
 constexpr int max_ops = 32, max_values = max_ops + 1;
 
-// A PassLayout, with the arrays that it points to.
+// A PassLayout together with the arrays that it points to.
 struct PassTables {
   int32_t n;
   int64_t tape, scratch;
@@ -40,9 +41,15 @@ struct BlockTables {
   const int32_t* outer;  // the way back, for each block: the index of an adapted parameter, else negative
 };
 
-// Of products: exact in the type of the job, or on tensor cores of float32 as three products of TF32, as one, or of
-// bfloat16; their sums are float32.
-enum class Precision : int32_t { float32, tf32x3, tf32, bf16 };
+// How products are computed: exactly in the type of the job, or on tensor cores, of float32 as three products of TF32,
+// as one, or of bfloat16; their sums are float32.
+#define METAFAST_PRECISIONS(ROW) ROW(float32) ROW(tf32x3) ROW(tf32) ROW(bf16)
+
+enum class Precision : int32_t {
+#define METAFAST_NAME(precision) precision,
+  METAFAST_PRECISIONS(METAFAST_NAME)
+#undef METAFAST_NAME
+};
 
 template <class T>
 struct BlockJob : Job<T> {
@@ -58,14 +65,17 @@ static_assert(sizeof(BlockJob<float>) <= 32764, "CUDA: what a kernel can be give
 // How a job is spread over the machine.
 struct BlockShape {
   int32_t threads, blocks, cluster;  // `cluster` of the blocks run a task together
-  int64_t bytes;                     // of shared memory a block
+  int64_t bytes;                     // of shared memory for each block
 };
 
-// What a machine has for blocks.
+// What a GPU has for blocks.
 struct BlockLimits {
   int64_t shared;      // bytes that one block can have
-  int64_t processors;  // that run blocks side by side
+  int64_t processors;  // multiprocessors, which run blocks side by side
 };
+
+// What the rules of layers and losses can use of a block.
+constexpr uint32_t block_offers = Need::maps | Need::sums | Need::products | Need::samples | Need::rows | Need::totals;
 
 constexpr int max_threads = 256;
 constexpr int max_warps = max_threads / 32;

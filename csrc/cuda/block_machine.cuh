@@ -13,11 +13,6 @@
 
 namespace METAFAST_NAMESPACE {
 
-struct BatchNorm;
-struct MaxPool2d;
-struct AvgPool2d;
-struct NormReluPool;
-
 // Four neighbours, read and written at once.
 template <class T>
 struct alignas(4 * sizeof(T)) Quad {
@@ -59,9 +54,7 @@ class BlockMachine {
   using Loss = double;
   static constexpr int pack = 4;  // features are padded to whole quads
 
-  template <class Rules>
-  static constexpr bool runs = !std::is_same_v<Rules, BatchNorm> && !std::is_same_v<Rules, MaxPool2d> &&
-                               !std::is_same_v<Rules, AvgPool2d> && !std::is_same_v<Rules, NormReluPool>;
+  static constexpr uint32_t offers = block_offers;
 
   using Term = METAFAST_NAMESPACE::Term<T>;
   using Pair = METAFAST_NAMESPACE::Pair<T>;

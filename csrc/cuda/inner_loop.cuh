@@ -107,7 +107,7 @@ class InnerLoopRun {
     if (is_query && s == job.steps && cluster.rank() == 0) store_outputs(pass.outputs(tape, samples));
     if (predicts) return 0;
     // Of the support set only what the loss leaves for its gradient is wanted.
-    const double value = is_query || program.loss == LossKind::cross_entropy ? pass.loss(tape, samples) : 0;
+    const double value = is_query || saves(program.loss) ? pass.loss(tape, samples) : 0;
     pass.backward(tape, samples, theta(s), step, grad, is_query);
     return value;
   }

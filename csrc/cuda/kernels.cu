@@ -109,9 +109,12 @@ void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) 
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(shape.blocks), launch.blockDim = dim3(shape.threads);
-  launch.dynamicSmemBytes = shape.bytes, launch.stream = stream(queue);
-  launch.attrs = &attribute, launch.numAttrs = shape.cluster > 1 ? 1 : 0;
+  launch.gridDim = dim3(shape.blocks);
+  launch.blockDim = dim3(shape.threads);
+  launch.dynamicSmemBytes = shape.bytes;
+  launch.stream = stream(queue);
+  launch.attrs = &attribute;
+  launch.numAttrs = shape.cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&launch, kernel, job), what);
 }
 

@@ -40,7 +40,10 @@ class PerLane {
 #ifdef __CUDACC__
     f(static_cast<int>(threadIdx.x) % warp_size, held);
 #else
-    for (int lane = 0; lane < warp_size; ++lane) RaceChecker::enter_lane(lane), f(lane, held[lane]);
+    for (int lane = 0; lane < warp_size; ++lane) {
+      RaceChecker::enter_lane(lane);
+      f(lane, held[lane]);
+    }
 #endif
   }
 

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "../core/plan/planned_kinds.h"
+
 namespace metafast {
 
 namespace {
@@ -21,7 +23,7 @@ int64_t exchanged(const BlockWork& work) {
   const int64_t support = work.support_layout ? work.support_layout->n : 0, n = samples_of(work);
   for (int k = 0; k < work.program->n_ops && work.cluster > 1; ++k) {
     const Op& op = work.program->ops[k];
-    if (op.kind != Kind::conv2d) continue;
+    if (!planning::makes_products(op)) continue;
     const bool divided = op.x.c > op.x.ld;
     largest = std::max(largest, divided ? op.x.ld * work.cluster * std::max(2 * support, n) : op.x.ld * n);
   }
@@ -38,6 +40,20 @@ int64_t quads(const BlockWork& work) {
   return samples_of(work) * largest / 4;
 }
 
+bool runs(Kind kind) { return planning::offers(block_offers, kind); }
+
+// The kinds of layers that blocks run. Of convolutions these are those of one pixel: linear layers.
+std::string kinds_that_run() {
+  std::vector<std::string> names{"linear"};
+#define METAFAST_NAME(kind, ...) \
+  if (runs(Kind::kind) && Kind::kind != Kind::conv2d) names.push_back(#kind);
+  METAFAST_KINDS(METAFAST_NAME)
+#undef METAFAST_NAME
+  std::string list = names[0];
+  for (size_t k = 1; k < names.size(); ++k) list += (k + 1 < names.size() ? ", " : " and ") + names[k];
+  return list;
+}
+
 }  // namespace
 
 std::string block_refusal(const Program& program) {
@@ -45,13 +61,16 @@ std::string block_refusal(const Program& program) {
     return std::to_string(program.n_values - 1) + " operations: a launch of blocks carries the tables of " +
            std::to_string(max_ops);
   }
-  const std::string runs = ": blocks run linear layers, activations and layer norm";
+  if (!planning::offers(block_offers, program.loss)) {
+    return std::string("a loss that is ") + facts(program.loss).name + ": blocks compute their own losses";
+  }
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
-    if (op.kind == Kind::batch_norm || op.kind == Kind::norm_relu_pool) return "batch norm" + runs;
-    if (op.kind == Kind::max_pool2d || op.kind == Kind::avg_pool2d) return "pooling" + runs;
     const int taps = op.window.kh * op.window.kw;
-    if (op.kind == Kind::conv2d && op.x.h * op.x.w * op.y.h * op.y.w * taps > 1) return "convolution" + runs;
+    const bool images = planning::makes_products(op) && op.x.h * op.x.w * op.y.h * op.y.w * taps > 1;
+    // What is fused is told by the layer that it begins with.
+    const Kind kind = op.kind == Kind::norm_relu_pool ? Kind::batch_norm : op.kind;
+    if (images || !runs(op.kind)) return std::string(facts(kind).name) + ": blocks run " + kinds_that_run();
   }
   return "";
 }
@@ -60,6 +79,7 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   const Program& p = *work.program;
   const bool meta = work.goal == Goal::meta_gradient, back = meta || work.goal == Goal::adapt_vjp;
   const bool all = meta && resident, streams = meta && !resident;
+  const bool labelled = facts(p.loss).reads == planning::LossReads::labels;
   int64_t size = 0;
   const auto take = [&](int64_t count) {
     const int64_t at = size;
@@ -70,8 +90,8 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   const auto samples = [&](const PassLayout* pass, int32_t& x, int32_t& y, int32_t& labels) {
     const int64_t n = pass ? pass->n : 0, label_size = round_up(8, element_size) / element_size;
     x = take(n * elements(p.input));
-    y = take(p.loss == LossKind::mse ? n * elements(p.out) : 0);
-    labels = take(p.loss == LossKind::mse ? 0 : n * label_size);
+    y = take(labelled ? 0 : n * elements(p.out));
+    labels = take(labelled ? n * label_size : 0);
   };
   BlockMemory m{};
   m.partials = take(max_warps);
@@ -149,7 +169,9 @@ class Writer {
 
 void copy(const PassLayout* layout, const Program& p, PassTables& out) {
   if (!layout) return;
-  out.n = layout->n, out.tape = layout->tape, out.scratch = layout->scratch;
+  out.n = layout->n;
+  out.tape = layout->tape;
+  out.scratch = layout->scratch;
   std::copy_n(layout->value, p.n_values, out.value);
   std::copy_n(layout->adjoint, p.n_values, out.adjoint);
   std::copy_n(layout->tangent, p.n_values, out.tangent);
@@ -175,10 +197,15 @@ std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layou
   if (const std::string reason = block_refusal(p); !reason.empty()) throw std::runtime_error(reason);
   head = {};
   head.program = p;
-  head.program.ops = nullptr, head.program.moving = head.program.depends = nullptr;
+  head.program.ops = nullptr;
+  head.program.moving = head.program.depends = nullptr;
   std::copy_n(p.ops, p.n_ops, head.ops);
-  for (Op& op : head.ops) op.forward = op.backward = nullptr, op.offsets = nullptr;
-  copy(support_layout, p, head.support_layout), copy(query_layout, p, head.query_layout);
+  for (Op& op : head.ops) {
+    op.forward = op.backward = nullptr;
+    op.offsets = nullptr;
+  }
+  copy(support_layout, p, head.support_layout);
+  copy(query_layout, p, head.query_layout);
   Writer to(address);
   const std::vector<int32_t> places = outer(plan);
   head.inner = to.add(plan.inner().data(), plan.inner().size());

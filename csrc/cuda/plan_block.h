@@ -11,21 +11,21 @@ namespace metafast {
 // Features in quads, rows of weights as block_machine.cuh reads them, their columns shared by the blocks of a cluster.
 constexpr Layout block_layout(int cluster) { return {4, 4, true, cluster}; }
 
-// In words why a block cannot run the Program; empty: it can.
+// Says why a block cannot run the Program; empty where it can.
 std::string block_refusal(const Program& program);
 
-// What of a job decides its memory. Passes that a goal does not need are null.
+// The part of a job that decides its memory. A pass that the goal does not need is null.
 struct BlockWork {
   Goal goal;
   const Program* program;
   const PassLayout *support_layout, *query_layout;
   int64_t steps;
   bool first_order, needs_lr;
-  int cluster;  // blocks that run a task
+  int cluster;  // blocks that run a task together
 };
 
-// `resident`: every inner step has its own tape and theta; else one of each is there, and they go through global
-// memory.
+// Lays out a block's memory. `resident`: every inner step has its own tape and theta there; else there is one of each,
+// and steps go through global memory.
 BlockMemory block_memory(const BlockWork& work, bool resident, int element_size);
 
 // Chooses `memory` and the shape; `threads` > 0 fixes the size of a block. Throws std::runtime_error with the bytes
@@ -33,8 +33,9 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
 BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const BlockLimits& limits, int element_size,
                        BlockMemory& memory);
 
-// A Program and its passes, and its maps as one piece of memory that may lie anywhere: the bytes that belong at
-// `address`, and the head that points to them. Throws std::runtime_error with the reason where a block cannot run it.
+// Fills `head` with a Program and its passes, and returns the maps of its parameters as one piece of memory: the bytes
+// that belong at `address`, to which `head` points. Throws std::runtime_error with the reason where a block cannot run
+// it.
 std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layout, const PassLayout* query_layout,
                                uint64_t address, BlockTables& head);
 

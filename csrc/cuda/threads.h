@@ -40,7 +40,10 @@ struct Warp {
     for (long i = threadIdx.x % warp_size; i < size; i += warp_size) f(i);
     __syncwarp();
 #else
-    for (long i = 0; i < size; ++i) RaceChecker::enter_lane(i % warp_size), f(i);
+    for (long i = 0; i < size; ++i) {
+      RaceChecker::enter_lane(i % warp_size);
+      f(i);
+    }
     RaceChecker::warp_barrier();
 #endif
   }
@@ -53,7 +56,10 @@ struct Warp {
     return sum_lanes(part);
 #else
     T parts[warp_size] = {};
-    for (long i = 0; i < size; ++i) RaceChecker::enter_lane(i % warp_size), parts[i % warp_size] += f(i);
+    for (long i = 0; i < size; ++i) {
+      RaceChecker::enter_lane(i % warp_size);
+      parts[i % warp_size] += f(i);
+    }
     return sum_lanes(parts);
 #endif
   }
@@ -80,7 +86,7 @@ class Threads {
   int count() const { return count_; }
 #endif
 
-  // f(thread) in every thread, then a barrier.
+  // Calls f(thread) in every thread, then waits at a barrier.
   template <class F>
   METAFAST_DEVICE void run(const F& f) const {
 #ifdef __CUDACC__
@@ -94,7 +100,7 @@ class Threads {
     barrier();
   }
 
-  // f(warp, sample): each warp takes its samples whole.
+  // Calls f(warp, sample): each warp takes its samples whole.
   template <class F>
   METAFAST_DEVICE void run_warps(int samples, const F& f) const {
     const int warps = count() / warp_size;
@@ -110,7 +116,7 @@ class Threads {
     barrier();
   }
 
-  // f() without barriers behind what it runs.
+  // Calls f() without barriers behind what it runs.
   template <class F>
   METAFAST_DEVICE void without_barriers(const F& f) const {
     waits = false;
@@ -127,7 +133,7 @@ class Threads {
 #endif
   }
 
-  // The sum of f(thread), the same in every thread.
+  // Returns the sum of f(thread), the same in every thread.
   template <class F>
   METAFAST_DEVICE T sum(const F& f) const {
     const int warps = count() / warp_size;
@@ -152,7 +158,10 @@ class Threads {
     RaceChecker::barrier();
     run([&](int) {
       total = 0;
-      for (int w = 0; w < warps; ++w) RaceChecker::read(partials + w, sizeof(T)), total += partials[w];
+      for (int w = 0; w < warps; ++w) {
+        RaceChecker::read(partials + w, sizeof(T));
+        total += partials[w];
+      }
     });
 #endif
     return total;

@@ -1,7 +1,10 @@
 // The module metafast._C and the operators torch.ops.metafast.cpu_*, on torch's stable ABI.
 #include <Python.h>
 
+#include <cstring>
+
 #include "call.h"
+#include "facts.h"
 
 namespace metafast {
 namespace {
@@ -33,7 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, int64_t isa
     job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
     Tensor outputs = call.outputs(x, job.query.n), losses = empty(x, {job.tasks});
     Tensor grads = empty(x, {job.tasks, job.n_params});
-    job.losses = data<T>(losses), job.grads = data<T>(grads);
+    job.losses = data<T>(losses);
+    job.grads = data<T>(grads);
     call.run(false, false, 0);
     return std::make_tuple(losses, grads, outputs);
   });
@@ -74,7 +78,8 @@ std::tuple<Tensor, Tensor> hvp(Tensor description, int64_t isa, int64_t team_fro
     job.step = static_cast<int32_t>(step);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     Tensor grads = empty(x, {job.tasks, job.n_params}), products = empty(x, {job.tasks, job.n_params});
-    job.grads = data<T>(grads), job.products = data<T>(products);
+    job.grads = data<T>(grads);
+    job.products = data<T>(products);
     call.run(false, false, 0);
     return std::make_tuple(grads, products);
   });
@@ -108,9 +113,11 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t te
     call.rates(lr, steps);
     job.support = call.samples(x, y, sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
-    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    job.trajectory = data<T>(trajectory);
+    job.v = data<T>(v);
     job.v_everywhere = v.dim() == 3;
-    job.first_order = first_order, job.needs_lr = needs_lr;
+    job.first_order = first_order;
+    job.needs_lr = needs_lr;
     if (trajectory.numel() != (steps + 1) * job.tasks * job.n_params || trajectory.scalar_type() != v.scalar_type() ||
         v.numel() != (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params) {
       fail("trajectory [S+1, T, P] and v [T, P] or [S+1, T, P] do not match the model and the tasks");
@@ -134,7 +141,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
     call.params(params);
     call.rates(lr, static_cast<int64_t>(step_weights.size()) - 1);
     job.weights = step_weights.data();
-    job.first_order = first_order, job.needs_lr = needs_lr;
+    job.first_order = first_order;
+    job.needs_lr = needs_lr;
     job.support = call.samples(support_x, support_y, support_sizes);
     job.query = call.samples(query_x, query_y, query_sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
@@ -147,34 +155,39 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
   });
 }
 
-// Raises with the reason where the model cannot be run; else elements of memory: of the tape of one step's pass over n
-// samples, of the tangents of that pass, of a pass over m samples that no tangent follows, and of each thread more that
-// shares a task, zero where none does. Behind them for a meta-gradient of so many tasks: how many run at once on a
-// core, zero where none do, and the elements that they take there.
+// Raises with the reason where the model cannot be run; else METAFAST_MEMORY_NUMBERS of a meta-gradient of so many
+// tasks with n support and m query samples.
 Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, int64_t n, int64_t m, int64_t tasks,
               int64_t steps, int64_t budget) {
   return by_dtype(like, [&](auto real) {
     using T = decltype(real);
     const Isa<T>* found = build<T>(isa);
     auto plan = find_plan(numbers(description), found->layout, sizeof(T));
-    const PassLayout &support_layout = plan->pass_layout(static_cast<int>(n), PassKind::gradient_and_tangent),
-                     &query_layout = plan->pass_layout(static_cast<int>(m), PassKind::gradient);
+    const PassLayout& support = plan->pass_layout(static_cast<int>(n), PassKind::gradient_and_tangent);
+    const PassLayout& query = plan->pass_layout(static_cast<int>(m), PassKind::gradient);
+    const PassLayout *of_support[] = {&support}, *of_query[] = {&query};
     Job<T> job{};
     job.program = &plan->program();
-    job.support.n = static_cast<int32_t>(n), job.query.n = static_cast<int32_t>(m);
-    const PassLayout *of_support[] = {&support_layout}, *of_query[] = {&query_layout};
-    job.goal = Goal::meta_gradient, job.tasks = tasks, job.steps = static_cast<int32_t>(steps);
-    job.support_layouts = {of_support, support_layout.tape, support_layout.scratch},
-    job.query_layouts = {of_query, query_layout.tape, 0};
+    job.support.n = static_cast<int32_t>(n);
+    job.query.n = static_cast<int32_t>(m);
+    job.goal = Goal::meta_gradient;
+    job.tasks = tasks;
+    job.steps = static_cast<int32_t>(steps);
+    job.support_layouts = {of_support, support.tape, support.scratch};
+    job.query_layouts = {of_query, query.tape, 0};
     const int64_t team = found->team_workspace(job, team_from), chunk = chunk_of(tasks);
     const LaneGroups<T> groups(*found, numbers(description), job, chunk, torch::stable::get_num_threads(), budget);
     const bool some = groups.chunks() > 0;
-    Tensor out = empty(description, {6});
-    auto* to = data<double>(out);
-    for (const int64_t elements : {support_layout.tape, support_layout.scratch, query_layout.tape, team,
-                                   some ? groups.lanes : 0, some ? found->lanes_memory(groups.job) : 0}) {
-      *to++ = static_cast<double>(elements);
-    }
+    MemoryNumbers answer{};
+    answer.tape = static_cast<double>(support.tape);
+    answer.tangents = static_cast<double>(support.scratch);
+    answer.query_tape = static_cast<double>(query.tape);
+    answer.team_workspace = static_cast<double>(team);
+    answer.lanes_memory = static_cast<double>(some ? found->lanes_memory(groups.job) : 0);
+    answer.chunks = static_cast<double>((tasks + chunk - 1) / chunk);
+    answer.lanes = static_cast<double>(some ? groups.lanes : 0);
+    Tensor out = empty(description, {sizeof answer / sizeof(double)});
+    std::memcpy(out.data_ptr(), &answer, sizeof answer);
     return out;
   });
 }
@@ -224,8 +237,8 @@ PyObject* isas(PyObject*, PyObject*) {
   return tuple;
 }
 
-// trace(True) begins to note what calls do; trace(False) ends it and gives the spans, as csrc/core/trace.h lays them
-// out.
+// trace(True) begins to note what calls do; trace(False) ends it and gives the spans, records as `facts` describes
+// them.
 PyObject* trace(PyObject*, PyObject* on) {
   const int wanted = PyObject_IsTrue(on);
   if (wanted < 0) return nullptr;
@@ -247,5 +260,6 @@ PyMODINIT_FUNC PyInit__C(void) {
       PyModuleDef_HEAD_INIT, "_C", "The executors in C++ and CUDA.", -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* made = PyModule_Create(&module);
   if (made) PyModule_AddStringConstant(made, "compiled", "compiler " __VERSION__ ", flags " METAFAST_FLAGS);
+  if (made) PyModule_AddStringConstant(made, "facts", metafast::facts_as_json().c_str());
   return made;
 }

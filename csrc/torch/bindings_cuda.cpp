@@ -4,6 +4,7 @@
 #include "../core/plan/cache.h"
 #include "../cuda/launch.h"
 #include "../cuda/plan_block.h"
+#include "facts.h"
 #include "tensors.h"
 
 namespace metafast {
@@ -19,15 +20,16 @@ void cuda_sum(const Sum<float>&, Queue) { fail("built without CUDA"); }
 
 namespace {
 
-// Where and how a call runs: [bytes of shared memory a block, processors, threads in a block (0: chosen), blocks of a
-// task, Precision, stream].
+// Where and how a call runs: METAFAST_LAUNCH_SETTINGS in a row.
 struct LaunchSettings {
-  explicit LaunchSettings(const std::vector<int64_t>& numbers)
-      : limits{numbers.at(0), numbers.at(1)},
-        threads(static_cast<int>(numbers.at(2))),
-        cluster(static_cast<int>(numbers.at(3))),
-        precision(static_cast<Precision>(numbers.at(4))),
-        stream(numbers.at(5)) {}
+  explicit LaunchSettings(const std::vector<int64_t>& numbers) {
+    const auto of = [&](Setting setting) { return numbers.at(static_cast<size_t>(setting)); };
+    limits = {of(Setting::shared), of(Setting::processors)};
+    threads = static_cast<int>(of(Setting::threads));
+    cluster = static_cast<int>(of(Setting::cluster));
+    precision = static_cast<Precision>(of(Setting::precision));
+    stream = of(Setting::stream);
+  }
 
   BlockLimits limits;
   int threads, cluster;
@@ -72,12 +74,14 @@ class CudaCall {
   CudaCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& settings,
            const Tensor& like)
       : settings(settings), plan(block_plan<T>(description, this->settings.cluster)), like(like) {
-    job.goal = goal, job.precision = this->settings.precision;
+    job.goal = goal;
+    job.precision = this->settings.precision;
     if (job.precision != Precision::float32 && sizeof(T) != sizeof(float)) fail("tensor cores take float32");
     job.tables = *static_cast<const BlockTables*>(head.data_ptr());
     job.n_params = static_cast<int64_t>(plan->inner().size());
     job.tasks = like.sizes()[0];
-    job.lr_rows = 1, job.lr_width = 1;
+    job.lr_rows = 1;
+    job.lr_width = 1;
   }
 
   void params(const Tensor& t) {
@@ -89,8 +93,11 @@ class CudaCall {
   void rates(const Tensor& lr, int64_t steps, bool needs_lr) {
     const int64_t rows = lr.sizes()[0], width = lr.sizes()[1];
     expect_here(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
-    job.lr = data<T>(lr), job.lr_rows = static_cast<int32_t>(rows), job.lr_width = width;
-    job.steps = static_cast<int32_t>(steps), job.needs_lr = needs_lr;
+    job.lr = data<T>(lr);
+    job.lr_rows = static_cast<int32_t>(rows);
+    job.lr_width = width;
+    job.steps = static_cast<int32_t>(steps);
+    job.needs_lr = needs_lr;
   }
 
   Samples<T> samples(const Tensor& x, const Tensor* y) const {
@@ -100,7 +107,7 @@ class CudaCall {
     expect_here(x, count * p.input.c * p.input.h * p.input.w, "x");
     Samples<T> s{n, data<T>(x), nullptr, nullptr};
     if (!y) return s;
-    if (p.loss == LossKind::mse) {
+    if (!plan->reads_labels()) {
       expect_here(*y, count * p.out.c * p.out.h * p.out.w, "targets");
       s.targets = data<T>(*y);
     } else {
@@ -250,7 +257,8 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vecto
     job.v_everywhere = v.dim() == 3;
     call.expect_here(trajectory, (steps + 1) * job.tasks * job.n_params, "trajectory");
     call.expect_here(v, (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params, "v");
-    job.trajectory = data<T>(trajectory), job.v = data<T>(v);
+    job.trajectory = data<T>(trajectory);
+    job.v = data<T>(v);
     Tensor grads = call.grads();
     call.run(false);
     return std::make_tuple(grads, call.lr_grad(T(1)));

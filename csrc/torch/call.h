@@ -14,10 +14,10 @@
 
 namespace metafast {
 
-// Tasks that are summed together, so many that there are at most 64 sums.
+// Returns how many tasks are summed together, so many that there are at most 64 sums.
 inline int64_t chunk_of(int64_t tasks) { return (tasks + 63) / 64; }
 
-// By its place in isa_names().
+// Returns the build by its place in isa_names().
 template <class T>
 const Isa<T>* build(int64_t isa) {
   int count = 0;
@@ -26,7 +26,7 @@ const Isa<T>* build(int64_t isa) {
   return find_isa<T>(names[isa]);
 }
 
-// A Job and what it points to.
+// A Job, and the memory of what it points to.
 template <class T>
 class CpuCall {
  public:
@@ -43,7 +43,7 @@ class CpuCall {
     job.constants = constants_.data();
   }
 
-  // [P], or [T, P].
+  // Takes parameters [P] or [T, P].
   void params(const Tensor& t) {
     job.params_per_task = t.dim() == 2;
     if (!job.params_per_task) return params(std::vector<Tensor>{t});
@@ -51,7 +51,7 @@ class CpuCall {
     job.params = data<T>(t);
   }
 
-  // [P] in parts, each of any shape.
+  // Takes parameters [P] in parts, each of any shape.
   void params(const std::vector<Tensor>& parts) {
     int64_t count = 0;
     for (const Tensor& part : parts) count += part.numel();
@@ -76,7 +76,8 @@ class CpuCall {
     const auto sizes = lr.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
     expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
-    job.steps = static_cast<int32_t>(steps), job.lr_rows = static_cast<int32_t>(rows);
+    job.steps = static_cast<int32_t>(steps);
+    job.lr_rows = static_cast<int32_t>(rows);
     alpha.assign(rows * size, T(0));
     const T* given = data<T>(lr);
     for (int64_t r = 0; r < rows; ++r, given += width) {
@@ -91,20 +92,22 @@ class CpuCall {
     job.alpha = alpha.data();
   }
 
-  // `sizes` [T] or empty: the samples of each task.
+  // `sizes` are the samples of each task, [T], or empty where all have n.
   Samples<T> samples(const Tensor& x, const Tensor& sizes) const {
     const Program& p = *job.program;
     const int32_t n = static_cast<int32_t>(x.sizes()[1]);
     const int h = p.input.h - 2 * p.border_y, w = p.input.w - 2 * p.border_x;
     expect<T>(x, job.tasks * n * p.input.c * h * w, "x");
     Samples<T> s{};
-    s.n = n, s.x = data<T>(x), s.counts = counts(sizes, n);
+    s.n = n;
+    s.x = data<T>(x);
+    s.counts = counts(sizes, n);
     return s;
   }
 
   Samples<T> samples(const Tensor& x, const Tensor& y, const Tensor& sizes) const {
     Samples<T> s = samples(x, sizes);
-    if (job.program->loss == LossKind::cross_entropy) {
+    if (plan->reads_labels()) {
       s.labels = labels(y, s);
     } else {
       s.targets = targets(y, s);
@@ -124,7 +127,8 @@ class CpuCall {
     for (int64_t t = 0; t < job.tasks; ++t) {
       const int n = static_cast<int>(s.counts ? s.counts[t] : s.n);
       of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass_layout(n, kind));
-      all.tape = std::max(all.tape, of.back()->tape), all.scratch = std::max(all.scratch, of.back()->scratch);
+      all.tape = std::max(all.tape, of.back()->tape);
+      all.scratch = std::max(all.scratch, of.back()->scratch);
     }
     all.of = of.data();
     return all;
@@ -157,7 +161,7 @@ class CpuCall {
     total(job.lr_sums, 0, chunks, job.lr_rows * size, job.lr_sums);
   }
 
-  // Of the parts that params took.
+  // Returns gradients of the shapes of the parts that params took.
   std::vector<Tensor> grads(const std::vector<Tensor>& parts, T scale) const {
     std::vector<Tensor> out;
     const int32_t* from = job.inner;
@@ -171,7 +175,7 @@ class CpuCall {
     return out;
   }
 
-  // Of the shape of lr.
+  // Returns the gradient of the rates, of their shape.
   Tensor lr_grad(const Tensor& lr, T scale) const {
     const int64_t rows = lr.sizes()[0], width = lr.sizes()[1], size = job.program->size;
     Tensor out = empty(lr, {job.needs_lr ? rows : 0, width});
@@ -187,7 +191,7 @@ class CpuCall {
     return out;
   }
 
-  // [T, n, ...], where `rank` axes are the sample's own.
+  // Makes the outputs [T, n, ...]: vectors where samples of the output have one axis, else images.
   Tensor outputs(const Tensor& like, int64_t n) {
     const Grid& g = job.program->out;
     const std::vector<int64_t> vectors{job.tasks, n, g.c * g.h * g.w}, images{job.tasks, n, g.c, g.h, g.w};
@@ -204,7 +208,8 @@ class CpuCall {
   // Each thread takes group after group, then chunk after chunk, so that none waits for one that began late.
   void run_separately(int64_t threads, int64_t chunk, LaneGroups<T>& groups) {
     const bool some = groups.chunks() > 0;
-    groups.job.sums = job.sums, groups.job.lr_sums = job.lr_sums;
+    groups.job.sums = job.sums;
+    groups.job.lr_sums = job.lr_sums;
     const int64_t memory = std::max(isa->memory(job), some ? isa->lanes_memory(groups.job) : 0) * sizeof(T);
     int64_t next_group = 0, next = groups.chunks();
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
@@ -216,7 +221,7 @@ class CpuCall {
     });
   }
 
-  // The sums of groups, and on top of them those of the chunks behind.
+  // Adds the sums of the groups, and on top of them those of the chunks behind.
   void collect(LaneGroups<T>& groups, int64_t chunks) {
     const auto all = [&](T*& sums, int64_t rows, std::vector<T>& sum) {
       if (!sums) return;
@@ -228,8 +233,8 @@ class CpuCall {
     all(job.lr_sums, job.lr_rows, lr_sums_);
   }
 
-  // A team for each chunk. A pool may give fewer threads than there are members: then one thread stands for several,
-  // and finds the teams closed that it would join a second time.
+  // Makes a team for each chunk. A pool may give fewer threads than there are members: then one thread stands for
+  // several, and finds the teams closed that it would join a second time.
   void run_in_teams(int64_t chunks, int64_t chunk, int64_t workspace) {
     const int64_t threads = torch::stable::get_num_threads();
     std::deque<Team> teams;

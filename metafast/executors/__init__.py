@@ -1,4 +1,4 @@
-"""The executors and the choice between them."""
+"""Lists the executors and chooses between them."""
 
 from __future__ import annotations
 
@@ -34,25 +34,35 @@ _EXECUTORS: list[Executor] = [CudaExecutor(), CpuExecutor(), TritonExecutor(), R
 
 
 def executors() -> list[Executor]:
-    """All executors, in the order in which ``auto`` tries them."""
+    """Returns all executors, in the order in which ``auto`` tries them."""
     return list(_EXECUTORS)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan of the executor that runs, and why those tried before it do not."""
+    """Holds the plan of the executor that was chosen.
+
+    Attributes:
+        plan: how that executor computes.
+        passed_over: the name of each executor that was tried before, and the reason why it was not taken.
+    """
 
     plan: ExecutionPlan
     passed_over: tuple[tuple[str, str], ...]
 
     @property
     def executor(self) -> Executor:
-        """The one that runs."""
+        """Returns the executor that was chosen."""
         return self.plan.executor
 
 
 def check_backend(backend: str | Executor) -> None:
-    """Raises ValueError where no executor is called ``backend``, TypeError where it is no name and no executor."""
+    """Checks that ``backend`` is an executor or the name of one.
+
+    Raises:
+        ValueError: no executor has this name.
+        TypeError: it is neither a name nor an executor.
+    """
     if isinstance(backend, Executor):
         return
     names = ["auto", *(e.name for e in _EXECUTORS)]
@@ -63,7 +73,7 @@ def check_backend(backend: str | Executor) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError where no executor has ``precision``, on any device."""
+    """Raises ValueError where no executor has ``precision`` on any device."""
     known = list(dict.fromkeys(name for executor in _EXECUTORS for name in executor.precisions))
     if precision not in known:
         raise ValueError(f"precision={precision!r} is unknown; choose from {known}")
@@ -72,12 +82,18 @@ def check_precision(precision: str) -> None:
 def choose(
     program: Program, loop: InnerLoop, shapes: TaskShapes, backend: str | Executor = "auto", precision: str = "float32"
 ) -> Choice:
-    """The first proven executor that computes ``loop`` for batches of these ``shapes``; or ``backend``, no other.
+    """Chooses the executor that computes ``loop`` for batches of these ``shapes``.
 
-    ``precision``: what the operands of products are rounded to.
+    Args:
+        program: the model and its loss.
+        loop: what is done to each task.
+        shapes: the shapes, dtypes and devices of the batches.
+        backend: ``"auto"`` takes the first proven executor that has a plan; a name or an executor takes that one.
+        precision: the name of what the operands of products are rounded to.
 
     Raises:
         ValueError: ``backend`` is unknown.
+        TypeError: ``backend`` is neither a name nor an executor.
         RuntimeError: ``backend`` cannot run this program; the text says why and what else exists.
     """
     check_backend(backend)
@@ -100,5 +116,5 @@ def choose(
 
 
 def name_of(backend: str | Executor) -> str:
-    """What a backend is called."""
+    """Returns the name of a backend that is given as a name or as an executor."""
     return backend.name if isinstance(backend, Executor) else backend

@@ -1,4 +1,4 @@
-"""The narrow waist: what an executor offers to everything above it."""
+"""Defines the functions that every executor offers, which all that is built on executors goes through."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 
 class MetaGradient(NamedTuple):
-    """Of a batch of T tasks: ``losses [T]``, ``outputs [T, m, ...]`` at the last step, and the gradients of the *mean*
-    loss: ``grads``, one for each of the parameters that were given, and ``rates_grad`` of the shape of the rates
-    (``None`` where the loop does not learn them)."""
+    """Holds the query losses of a batch of T tasks, and the gradients of their *mean*.
+
+    Attributes:
+        losses: ``[T]``, the weighted sum over steps of each task's query losses.
+        outputs: ``[T, m, ...]``, the model's outputs for the query samples after the last step.
+        grads: one gradient for each tensor of parameters that was given, of its shape.
+        rates_grad: the gradient of the rates, of their shape; ``None`` where the loop does not learn them.
+    """
 
     losses: Tensor
     outputs: Tensor
@@ -30,14 +35,14 @@ class MetaGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How batches of one kind are computed.
+    """Says how batches of the same shapes are computed.
 
     Attributes:
-        executor: the one to call, in the precision that was asked for.
-        layers: for each node of the Program, how it is run.
-        graph_obstacle: why no CUDA graph can hold the computation; ``None`` where one can.
-        memory: says, when called, how a meta-gradient goes through memory and the peak that this leads to; ``None``
-            where that is not planned. It may take as long as a first step.
+        executor: the executor to call, in the precision that was asked for.
+        layers: words for each node of the Program on how it is run.
+        graph_obstacle: the reason why no CUDA graph can hold the computation; ``None`` where one can.
+        memory: returns words on how a meta-gradient goes through memory and on the peak in bytes, or ``None`` where
+            that is not planned. The call may take as long as a first step.
     """
 
     executor: Executor
@@ -49,75 +54,89 @@ class ExecutionPlan:
 class Executor(ABC):
     """Runs a Program for T tasks at once.
 
-    Shapes: ``params [P]`` (shared by all tasks) or ``[T, P]``; ``rates`` broadcasts to ``[S, P]``; ``step`` is the
-    inner step that a pass belongs to (it matters to ``per_step`` batch norm; the query pass after S steps is step S).
+    ``params`` are ``[P]``, shared by all tasks, or ``[T, P]``. ``rates`` are ``[1 or S, 1 or P]``. ``step`` is the
+    inner step that a pass belongs to: ``per_step`` batch norm depends on it. The query pass after S steps is step S.
     """
 
     name: str
+    """The name by which users ask for it."""
     proven = True
-    """Has it been held to the truth on the devices that it runs on? ``auto`` takes no other."""
+    """Whether it has been held to the truth on the devices that it runs on; ``auto`` takes no other."""
     precisions: ClassVar[Mapping[str, str]] = {"float32": "products and sums as exact as the model's own type"}
-    """What the operands of products may be rounded to, and what each name means."""
+    """The precisions that users may ask for, each with words on what is rounded to what."""
     precision = "float32"
+    """The name of the precision in which this executor computes."""
     remedy = ""
-    """What makes it available where it has no plan for want of something that can be installed."""
+    """The command or machine that makes it available where something is missing that can be installed."""
 
     def plan(
         self, program: Program, loop: InnerLoop, shapes: TaskShapes, precision: str = "float32"
     ) -> ExecutionPlan | str:
-        """How it computes ``loop`` for batches of these ``shapes``, or in words why it does not."""
+        """Says how it computes ``loop`` for batches of these ``shapes``, or in words why it cannot."""
         if precision not in self.precisions:
             return f"it has no precision {precision!r}"
         return self.with_precision(precision).plan_own(program, loop, shapes)
 
     @abstractmethod
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
-        """``plan`` in the executor's own precision."""
+        """Makes the ``plan`` in the executor's own precision."""
 
     @abstractmethod
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        """Outputs ``[T, n, ...]``."""
+        """Computes the outputs ``[T, n, ...]`` for ``x [T, n, ...]``."""
 
     @abstractmethod
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``losses [T]``, ``grad [T, P]`` of each task's loss in all its parameters, ``outputs [T, n, ...]``."""
+        """Computes ``losses [T]``, the gradients ``[T, P]`` of each in all parameters, and ``outputs [T, n, ...]``."""
 
     @abstractmethod
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        """``trajectory [S+1, T, P]``: ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)`` on the adapted parameters."""
+        """Takes the inner steps and returns the trajectory ``theta_0 .. theta_S``, ``[S+1, T, P]``.
+
+        ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)`` on the adapted parameters; the others stay as they are.
+        """
 
     @abstractmethod
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The vector-Jacobian product of ``adapt``.
+        """Computes the vector-Jacobian product of ``adapt``, by the recursion from the last step to the first
 
-        ``v [T, P]`` is the adjoint of ``theta_S``, or ``[S+1, T, P]`` of the whole trajectory. Returns the adjoint of
-        ``theta_0`` for each task, ``[T, P]``, and that of the rates, of their shape (summed over tasks; ``None`` where
-        the loop does not learn them). The recursion, with ``u = alpha_s v`` on the adapted parameters:
-        ``d alpha_s = -g_s v``, ``v <- v - H_s u``; first order drops ``H_s``.
+            u = alpha_s v on the adapted parameters,    d alpha_s = -g_s v,    v <- v - H_s u
+
+        where ``g_s`` and ``H_s`` are the gradient and the Hessian of the support loss at ``theta_s``. A first-order
+        loop leaves ``H_s u`` out.
+
+        Args:
+            trajectory: ``theta_0 .. theta_S`` as ``adapt`` returns them, ``[S+1, T, P]``.
+            v: the adjoint of ``theta_S``, ``[T, P]``, or of the whole trajectory, ``[S+1, T, P]``.
+
+        Returns:
+            The adjoint of ``theta_0`` for each task, ``[T, P]``, and that of the rates, summed over tasks and of the
+            shape of ``rates``; ``None`` where the loop does not learn them.
         """
 
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
-        """``H u [T, P]``: the Hessian of each task's loss times ``u [T, P]`` or ``[P]``, in the rows of all parameters
-        and the columns of the adapted ones.
+        """Computes ``H u [T, P]``, the Hessian of each task's loss times ``u [T, P]`` or ``[P]``.
 
-        By default by way of ``adapt_vjp``.
+        ``H`` has the rows of all parameters and the columns of the adapted ones. The default finds the product by
+        ``adapt_vjp``.
         """
         return hvp_by_adapt_vjp(self, program, params, batch, u, step)
 
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        """Gradient of ``mean_t sum_s w_s L_query,t(theta_s)`` in the parameters and the rates; no graph is kept.
+        """Computes the gradient of ``mean_t sum_s w_s L_query,t(theta_s)`` in the parameters and the rates.
 
-        ``parameters`` are tensors that make up ``theta_0 [P]`` one after another: a module's, or the flat vector alone.
-        By default this is the composition of the functions above; executors that can do all of it at once override it.
+        ``parameters`` are tensors that make up ``theta_0 [P]`` one after another: those of a module, or the flat vector
+        alone. No graph is kept. The default calls the functions above; executors that compute all at once override it.
         """
         with torch.no_grad():
-            theta, rates = _flatten_dense_tensors(parameters), rates.detach()
+            theta = _flatten_dense_tensors(parameters)
+            rates = rates.detach()
             trajectory = self.adapt(program, loop, theta, rates, tasks.support)
             v = torch.zeros_like(trajectory)
             losses = theta.new_zeros(len(tasks))
@@ -129,7 +148,7 @@ class Executor(ABC):
             return MetaGradient(losses, outputs, _unflatten_dense_tensors(grad.sum(0), parameters), rates_grad)
 
     def with_precision(self, precision: str) -> Executor:
-        """The executor that does the same in one of ``precisions``."""
+        """Returns the executor with the same settings in one of ``precisions``; it is made once and kept."""
         if precision == self.precision:
             return self
         if precision not in self._siblings:
@@ -137,34 +156,39 @@ class Executor(ABC):
         return self._siblings[precision]
 
     def copy_with(self, precision: str) -> Executor:
-        """A new one with the same settings in another of its ``precisions``."""
+        """Makes an executor with the same settings in another of its ``precisions``."""
         raise NotImplementedError(f"executor {self.name!r} has the precision {self.precision!r} alone")
 
     def observed(self, wrap: Callable[[Program], Program]) -> Executor | None:
-        """The executor that does the same with ``wrap(program)`` in the place of each Program as it is run, layer by
-        layer, by Python; ``None`` where Python does not see the layers. It may keep ``wrap``'s answers."""
+        """Returns an executor that runs ``wrap(program)`` in the place of each Program, so that layers can be watched.
+
+        It returns ``None`` where the layers are not run one by one from Python. It may keep what ``wrap`` returns.
+        """
         return None
 
     @cached_property
     def _siblings(self) -> dict[str, Executor]:
+        """Holds the executors with the same settings in other precisions, by precision."""
         return {}
 
 
 _TRIALS = 4
-_LEAST_SHARE = 0.1  # of ``a H u`` in ``u``, below which rounding would cost it more than one digit
+_LEAST_SHARE = 0.1
+"""The least ratio of ``|a H u|`` to ``|u|``: below it, rounding in ``u - a H u`` costs ``H u`` more than one digit."""
 
 
 def hvp_by_adapt_vjp(
     executor: Executor, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0
 ) -> Tensor:
-    """``H u [T, P]`` as the way back of an inner loop computes it: one step at the rate ``a`` gives ``u - a H u``.
+    """Computes ``H u [T, P]`` by the way back of one inner step: at the rate ``a`` it turns ``u`` into ``u - a H u``.
 
-    ``a`` is chosen anew until both terms are of one size, so that neither drowns in the other's rounding.
+    ``a`` is chosen anew until both terms are of similar size, so that neither is lost in the other's rounding.
     """
     tasks = batch.x.shape[0]
     u = u.expand(tasks, -1).contiguous()
     trajectory = params.expand(step + 2, tasks, -1).contiguous()
-    loop, rates = InnerLoop.judged_last(step + 1), u.new_zeros(step + 1, 1)
+    loop = InnerLoop.judged_last(step + 1)
+    rates = u.new_zeros(step + 1, 1)
     rates[step] = 1.0
     for _ in range(_TRIALS):
         back, _ = executor.adapt_vjp(program, loop, trajectory, rates, batch, u)

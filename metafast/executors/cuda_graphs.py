@@ -1,4 +1,4 @@
-"""CUDA graphs: a computation of fixed shapes is launched as one, without the host between its kernels."""
+"""Records computations of fixed shapes as CUDA graphs, which the host launches at once instead of kernel by kernel."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 Results = tuple[Tensor, ...]
+"""The tensors that a computation returns."""
 Result = TypeVar("Result")
 
 
 class CudaGraph(Generic[Result]):
-    """What ``function()`` launches on ``device``; it is not done now, but by each ``replay``.
+    """Records what ``function()`` launches on ``device``, without running it; each ``replay`` runs it.
 
-    ``function`` may not read a tensor's value on the host, and must have run before: a graph can hold no
-    compilation and no copy from the host. ``result`` is what it returned; each replay writes its tensors anew.
+    ``function`` must not read a tensor's value on the host. It must have run before, because a graph can hold neither
+    the compilation of a kernel nor a copy from the host.
+
+    Attributes:
+        result: what ``function`` returned; each replay writes its tensors anew.
     """
 
     def __init__(self, function: Callable[[], Result], device: torch.device, pool: Any = None) -> None:
@@ -28,28 +32,30 @@ class CudaGraph(Generic[Result]):
             self.result = function()
 
     def replay(self) -> None:
-        """Launches it on the current stream."""
+        """Launches the graph on the current stream."""
         self._graph.replay()
 
 
 @functools.lru_cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings of a device: those that share memory must share it."""
+    """Returns the one stream on which all graphs of a device are recorded, as graphs that share memory must be."""
     return torch.cuda.Stream(device)
 
 
 @dataclass
 class _Kept:
+    """Holds a graph and the tensors that it reads; their values are replaced before each replay."""
+
     graph: CudaGraph[Results]
     inputs: list[Tensor]
 
 
 class Graphs:
-    """The graphs of the last ``limit`` computations. They share their memory: one runs at a time, and its results are
-    copied out before the next.
+    """Keeps the graphs of the last ``limit`` computations.
 
-    A computation runs as it is the first time, is recorded the second time, and replayed from then on. One that is
-    itself being recorded, as part of something larger, runs as it is.
+    A computation runs without a graph the first time, is recorded the second time, and is replayed from then on. While
+    a larger graph is being recorded, computations become a part of that one. The graphs share their memory, so that one
+    runs at a time, and its results are copied before the next.
     """
 
     def __init__(self, limit: int = 8) -> None:
@@ -58,9 +64,12 @@ class Graphs:
         self.kept: OrderedDict[Hashable, _Kept | None] = OrderedDict()
 
     def run(self, key: Hashable, function: Callable[..., Results], inputs: Sequence[Tensor]) -> Results:
-        """``function(*inputs)`` on the current device, for which ``key`` stands with all its options.
+        """Returns what ``function(*inputs)`` returns on the current device.
 
-        It may not read a tensor's value on the host, and its ``inputs`` are all that changes from call to call.
+        Args:
+            key: tells computations apart, with all that decides them but the inputs.
+            function: reads no tensor's value on the host, and nothing that changes between calls but ``inputs``.
+            inputs: the tensors that a call reads.
         """
         if torch.cuda.is_current_stream_capturing():
             return function(*inputs)
@@ -78,7 +87,8 @@ class Graphs:
         return tuple(result.clone() for result in kept.graph.result)
 
     def _record(self, function: Callable[..., Results], inputs: Sequence[Tensor]) -> _Kept:
+        """Records the computation on copies of its inputs, which stay at their addresses."""
         held = [x.detach().clone() for x in inputs]
-        function(*held)  # compiles what is special to these addresses, which a graph must not
+        function(*held)  # kernels that are compiled for these addresses are compiled now: a graph cannot hold that
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         return _Kept(CudaGraph(lambda: function(*held), inputs[0].device, self.pool), held)

@@ -1,6 +1,6 @@
-"""How a meta-gradient goes through memory: what is kept, how many tasks at once, and the peak that this leads to.
+"""Plans how a meta-gradient goes through memory: how many tasks run at once and what is kept for the way back.
 
-The peak is not estimated but found by running the computation on tensors that have shapes and no memory.
+The peak is not estimated: the computation runs on tensors that have shapes and no memory, and their bytes are counted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """``chunk`` tasks at a time; ``keep`` the activations of all inner steps for the way back, or compute them again
-    there; ``peak`` bytes of memory beside the tasks and the parameters."""
+    """Says how a meta-gradient goes through memory.
+
+    Attributes:
+        chunk: the number of tasks that are computed at a time.
+        keep: whether the activations of all inner steps are kept for the way back, which else computes them again.
+        peak: the most bytes of memory in use at any time, beside the tasks and the parameters.
+    """
 
     chunk: int
     keep: bool
     peak: int
 
     def chunks(self, tasks: int) -> Iterator[slice]:
-        """The ranges of tasks."""
+        """Yields the ranges of tasks that are computed one after another."""
         for start in range(0, tasks, self.chunk):
             yield slice(start, min(tasks, start + self.chunk))
 
@@ -36,10 +41,16 @@ class MemoryPlan:
 
 
 def choose_memory_plan(peak: Callable[[int, bool], int], tasks: int, budget: int, max_tasks: int) -> MemoryPlan:
-    """The plan with the fewest chunks of at most ``max_tasks`` tasks that stays within ``budget`` bytes.
+    """Finds the plan with the fewest chunks that stays within ``budget`` bytes.
 
-    Activations are kept where at least one task fits with them. ``peak(chunk, keep)`` is asked for bytes. Where nothing
-    fits, one task at a time with as little kept as there is.
+    Activations are kept where at least one task fits with them. Where no plan fits, one task is computed at a time and
+    nothing is kept.
+
+    Args:
+        peak: ``peak(chunk, keep)`` returns the bytes of a plan.
+        tasks: the number of tasks of a batch.
+        budget: the bytes that a plan may take.
+        max_tasks: the largest chunk.
     """
     for keep in (True, False):
         count = -(-tasks // max_tasks)
@@ -54,14 +65,19 @@ def choose_memory_plan(peak: Callable[[int, bool], int], tasks: int, budget: int
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by ``function`` hold at any time, its results among them."""
+    """Runs ``function`` and returns the most bytes that tensors made by it hold at any time, its results among them."""
     with _Meter() as meter:
         function()
     return meter.peak
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the memory of every tensor that comes out of an operation until nothing refers to it any more."""
+    """Counts the memory of every tensor that an operation makes, until nothing refers to it any more.
+
+    Attributes:
+        alive: the bytes of each storage that is in use, by its address.
+        peak: the largest sum of these bytes so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,4 +96,5 @@ class _Meter(TorchDispatchMode):
 
 
 def _storage(x: Tensor) -> torch.UntypedStorage:
+    """Returns the memory of ``x``, which its views share."""
     return x.untyped_storage()

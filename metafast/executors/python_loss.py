@@ -1,8 +1,9 @@
-"""An executor around another: the inner loop under a loss that only Python can compute.
+"""Wraps an executor so that it runs the inner loop under a loss that only Python can compute.
 
-The passes through the model run in the executor within. Outputs come to Python once a pass, all tasks at once, and go
-back as the gradient ``g`` of the loss in them. For the way back their tangent ``yd`` along a direction ``u`` comes, and
-``gd``, the Hessian of the loss in the outputs times ``yd``, goes back with ``g``: the two make ``H u``.
+The wrapped executor runs the passes through the model, and Python the loss, once a pass for all tasks. Python gets the
+outputs and hands back ``g``, the gradient of the loss in them. On the way back it also gets ``yd``, the tangent of the
+outputs along a direction ``u``, and hands back ``gd``, the Hessian of the loss in the outputs times ``yd``. From ``g``
+and ``gd`` the wrapped executor computes ``H u``.
 """
 
 from __future__ import annotations
@@ -20,39 +21,43 @@ from metafast.tasks import Batch, TaskShapes
 
 
 class OutputDerivatives(Protocol):
-    """What the executor within offers: a model's outputs and their derivatives, whatever the loss is.
+    """Computes a model's outputs ``[T, n, ...]`` and their derivatives, whatever the loss is.
 
-    T tasks at ``params [P]`` or ``[T, P]``; ``g`` and ``gd`` have the shape of the outputs ``[T, n, ...]``.
+    ``params`` are ``[P]`` or ``[T, P]``; ``g`` and ``gd`` have the shape of the outputs.
     """
 
     name: str
 
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
-        """As ``Executor.plan_own``."""
+        """Makes the plan, as ``Executor.plan_own`` does."""
 
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
-        """``[T, n, ...]``."""
+        """Computes the outputs ``[T, n, ...]``."""
 
     def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
-        """``[T, P]``: the adjoints of all parameters where ``g`` is that of the outputs."""
+        """Computes the adjoints ``[T, P]`` of all parameters from the adjoint ``g`` of the outputs."""
 
     def outputs_jvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """The outputs, and their tangent along ``u [T, P]``."""
+        """Computes the outputs and their tangent along ``u [T, P]``, both ``[T, n, ...]``."""
 
     def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """The adjoints of the adapted parameters, and the tangents of the adjoints of all along ``u``, both ``[T, P]``;
-        ``gd`` is the tangent of ``g``."""
+        """Computes adjoints of parameters, and tangents of these adjoints along ``u``, both ``[T, P]``.
+
+        They follow from the adjoint ``g`` of the outputs and its tangent ``gd``. The adjoints are those of the adapted
+        parameters; the tangents are those of the adjoints of all parameters.
+        """
 
 
 class PythonLoss(Executor):
-    """Every loss, on the layers of ``inner``; it goes by its name."""
+    """Runs every loss, with the layers of ``inner`` and under the name of ``inner``."""
 
     def __init__(self, inner: OutputDerivatives) -> None:
-        self.inner, self.name = inner, inner.name
+        self.inner = inner
+        self.name = inner.name
 
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         return self.inner.plan_own(program, loop, shapes)
@@ -79,10 +84,12 @@ class PythonLoss(Executor):
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         steps = trajectory.shape[0] - 1
-        rate_of, rates_grad = rates_by_step(rates, steps), torch.zeros_like(rates)
+        rate_of = rates_by_step(rates, steps)
+        rates_grad = torch.zeros_like(rates)
         carried = v[steps] if v.dim() == 3 else v
         for step in reversed(range(steps)):
-            theta, product = trajectory[step], None
+            theta = trajectory[step]
+            product = None
             if loop.first_order and loop.learns_rates:
                 _, grad, _ = self.loss_and_grad(program, theta, support, step)
             elif not loop.first_order:
@@ -102,9 +109,10 @@ class PythonLoss(Executor):
     def _gradient_and_hvp(
         self, program: Program, theta: Tensor, batch: Batch, u: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """The gradient in the adapted parameters, and ``H u`` in the rows of all, both ``[T, P]``."""
+        """Computes the gradient in the adapted parameters and ``H u`` in the rows of all, both ``[T, P]``."""
         outputs, tangent = self.inner.outputs_jvp(program, theta, batch, u, step)
         context = RuleContext(step, batch.mask, (True,), ())
         program.loss.forward(context, outputs, batch.y)
-        g, gd = program.loss.backward(context), program.loss.tangent_backward(context, tangent)
+        g = program.loss.backward(context)
+        gd = program.loss.tangent_backward(context, tangent)
         return self.inner.outputs_hvp(program, theta, batch, u, g, gd, step)

@@ -1,1 +1,1 @@
-"""The inner loop as autograd and the rates of its steps see it."""
+"""Puts the inner loop into autograd, and holds the learning rates of its steps."""

@@ -1,4 +1,4 @@
-"""The inner loop in autograd: two thin Functions, each differentiable once."""
+"""Puts the inner loop into autograd by two thin Functions, each of which can be differentiated once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
 from metafast.tasks import Batch, TaskBatch
 
-_ONCE = (
+_ONLY_ONCE = (
     "a meta-gradient of metafast can be differentiated once: it is computed by a way back that records no graph. "
     "For higher orders call learner(tasks, create_graph=True): it records the reference path, which has every order"
 )
-_MOVED = (
+_STATISTICS_CHANGED = (
     "the running statistics of batch norm have changed since learner(tasks) was called; call loss.backward() before "
     "the next batch, or use learner.backward(tasks), which does both"
 )
 
 
 class _Once(torch.autograd.Function):
-    """Identity on a gradient; differentiating it raises."""
+    """Returns a gradient unchanged; differentiating it raises an error."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
@@ -33,24 +33,31 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(_ONCE)
+        raise RuntimeError(_ONLY_ONCE)
 
 
 def _once(gradient: Tensor | None, *sources: Tensor) -> Tensor | None:
-    """Ties a gradient to what it depends on, so that a second differentiation raises instead of finding nothing."""
+    """Ties a gradient to the tensors that it depends on, so that differentiating it again raises an error.
+
+    Without this tie autograd would take the gradient for a constant, and leave a term out silently.
+    """
     if gradient is None or not torch.is_grad_enabled():
         return gradient
     return _Once.apply(gradient, *sources)
 
 
 def _versions(program: Program) -> list[int]:
+    """Lists how often each constant of the program has been written to."""
     return [constant._version for node in program.nodes for constant in node.constants]
 
 
 class Adapt(torch.autograd.Function):
-    """The inner steps ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)`` from ``theta_0 [P]``.
+    """Takes the inner steps ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)`` from ``theta_0 [P]``.
 
-    Results are ``theta_1 .. theta_S``, each ``[T, P]``; gradients go to ``theta_0`` and to the rates ``alpha``.
+    It returns ``theta_1 .. theta_S``, each ``[T, P]``. Gradients go to ``theta_0`` and to the rates ``alpha``.
+
+    Raises:
+        RuntimeError: the gradient is differentiated again, or running statistics have changed before ``backward``.
     """
 
     @staticmethod
@@ -60,7 +67,10 @@ class Adapt(torch.autograd.Function):
         trajectory = executor.adapt(program, loop, params.detach(), rates.detach(), support)
         ctx.save_for_backward(params, rates, trajectory)
         ctx.versions = _versions(program)
-        ctx.executor, ctx.program, ctx.loop, ctx.support = executor, program, loop, support
+        ctx.executor = executor
+        ctx.program = program
+        ctx.loop = loop
+        ctx.support = support
         ctx.set_materialize_grads(False)
         return trajectory.unbind(0)[1:]
 
@@ -68,7 +78,7 @@ class Adapt(torch.autograd.Function):
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
         params, rates, trajectory = ctx.saved_tensors
         if ctx.versions != _versions(ctx.program):
-            raise RuntimeError(_MOVED)
+            raise RuntimeError(_STATISTICS_CHANGED)
         v = torch.zeros_like(trajectory)
         for step, adjoint in enumerate(adjoints):
             if adjoint is not None:
@@ -80,7 +90,13 @@ class Adapt(torch.autograd.Function):
 
 
 class TaskLoss(torch.autograd.Function):
-    """``theta [T, P] -> losses [T], outputs [T, m, ...]`` on the query batch. The outputs carry no gradient."""
+    """Computes ``losses [T]`` and ``outputs [T, m, ...]`` of the query sets at ``theta [T, P]``.
+
+    Gradients go from the losses to ``theta``; the outputs carry none.
+
+    Raises:
+        RuntimeError: the gradient is differentiated again.
+    """
 
     @staticmethod
     def forward(
@@ -100,8 +116,11 @@ class TaskLoss(torch.autograd.Function):
 def recorded(
     program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, tasks: TaskBatch
 ) -> tuple[Tensor, Tensor]:
-    """Losses ``[T]`` and outputs, with the unrolled computation recorded by autograd: every order of derivative."""
-    unrolled = loop._replace(first_order=True, learns_rates=False)  # autograd finds the way back by itself
+    """Computes losses ``[T]`` and outputs ``[T, m, ...]`` while autograd records every inner step.
+
+    The results can be differentiated to any order. ``params`` are ``[P]``, ``rates [1 or S, 1 or P]``.
+    """
+    unrolled = loop._replace(first_order=True, learns_rates=False)  # autograd itself goes the way back
     trajectory = InnerLoopRun(program, unrolled, rates, tasks.support).adapt(params.expand(len(tasks), -1))
     nothing = (False,) * len(program.parameters)
     losses = params.new_zeros(len(tasks))

@@ -1,4 +1,4 @@
-"""The inner-update rule: learning rates of any shape as one tensor that broadcasts to ``[S, P]``."""
+"""Holds the inner learning rates: one tensor that broadcasts to ``[S, P]``, whatever the rates are told apart by."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _AXES = ("step", "layer", "parameter")
 
 @dataclass(frozen=True)
 class Rate:
-    """Inner learning rates ``alpha`` in ``theta_{s+1} = theta_s - alpha_s * g_s``, as a user asks for them.
+    """Describes the inner learning rates ``alpha`` in ``theta_{s+1} = theta_s - alpha_s * g_s``.
 
     Args:
-        value: the initial rate: a positive number, or a pair ``(low, high)`` to draw each rate uniformly from.
-        per: any of ``"step"`` (one for each inner step) and one of ``"layer"`` (one for each module that holds
-            parameters) or ``"parameter"`` (one for each element): Meta-SGD is ``per="parameter"``, the rates of MAML++
-            are ``per=("layer", "step")``.
-        learn: whether the rates are meta-parameters; they then get the exact meta-gradient, and may turn negative.
+        value: the initial rate: a positive number, or a pair ``(low, high)`` from which each rate is drawn uniformly.
+        per: what the rates are told apart by: ``"step"`` (one for each inner step), ``"layer"`` (one for each module
+            that holds parameters) or ``"parameter"`` (one for each element), or ``"step"`` with one of the others.
+            Meta-SGD has ``per="parameter"``, and MAML++ ``per=("layer", "step")``.
+        learn: whether the rates are meta-parameters. They then get the exact meta-gradient, and may turn negative.
 
     Raises:
-        TypeError: a value that is neither a number nor a pair of numbers.
-        ValueError: a value that is not positive, or an unknown axis.
+        TypeError: the value is neither a number nor a pair of numbers.
+        ValueError: the value is not positive and finite, or an axis is unknown.
     """
 
     value: float | tuple[float, float]
@@ -46,17 +46,28 @@ class Rate:
 
     @property
     def axes(self) -> set[str]:
-        """What the rates are told apart by."""
+        """Returns ``per`` as a set."""
         return {self.per} if isinstance(self.per, str) else set(self.per)
 
     @property
     def span(self) -> tuple[float, float]:
-        """The range of the initial values."""
+        """Returns the least and the largest initial value."""
         return self.value if isinstance(self.value, tuple) else (self.value, self.value)
 
 
 class Rates(nn.Module):
-    """The rates of one learner: ``value [1 or S, 1 or layers or P]``, a parameter where they are learned."""
+    """Holds the rates of one learner.
+
+    Args:
+        rate: the rates that the user asks for.
+        program: the model whose parameters they are for.
+        steps: the number S of inner steps.
+        like: a tensor whose dtype and device the rates get.
+
+    Attributes:
+        value: the rates ``[1 or S, 1 or layers or P]``, a parameter where they are learned.
+        index: int64 ``[P]``, the layer of each element, where there is a rate for each layer; else ``None``.
+    """
 
     value: Tensor
     index: Tensor | None
@@ -65,10 +76,12 @@ class Rates(nn.Module):
         super().__init__()
         layers = [p.name.rpartition(".")[0] for p in program.parameters]
         names = list(dict.fromkeys(layers))
-        index, width = None, 1
+        index = None
+        width = 1
         if "layer" in rate.axes:
             sizes = torch.tensor([p.size for p in program.parameters])
-            index, width = torch.tensor([names.index(name) for name in layers]).repeat_interleave(sizes), len(names)
+            index = torch.tensor([names.index(name) for name in layers]).repeat_interleave(sizes)
+            width = len(names)
             index = index.to(like.device)
         elif "parameter" in rate.axes:
             width = program.size
@@ -82,9 +95,12 @@ class Rates(nn.Module):
 
     @property
     def fixed(self) -> Tensor | None:
-        """What :meth:`forward` gives again and again, until ``value`` is another tensor; ``None`` where it computes."""
+        """Returns the tensor that :meth:`forward` returns at every call, until another tensor replaces ``value``.
+
+        It is ``None`` where :meth:`forward` computes a new tensor each time.
+        """
         return self.value if self.index is None else None
 
     def forward(self) -> Tensor:
-        """``[1 or S, 1 or P]``."""
+        """Returns the rates ``[1 or S, 1 or P]``."""
         return self.value if self.index is None else self.value[:, self.index]

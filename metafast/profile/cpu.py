@@ -7,17 +7,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from metafast.executors.native.encode import extension
+from metafast.executors.native.encode import FACTS, extension
 from metafast.profile.spans import LOSS, Span
 from metafast.program import Program
-
-# As laid out in csrc/core/trace.h.
-_NUMBERS = ("what", "index", "task", "tasks", "thread", "unused")
-_SPAN = np.dtype([("begin", "<i8"), ("end", "<i8"), *((name, "<i4") for name in _NUMBERS)])
-_WHATS = (
-    "load", "inner step", "query", "reverse step", "forward", "backward", "tangent_forward", "tangent_backward"
-)  # fmt: skip
-_PHASES = 4
 
 
 @contextmanager
@@ -28,19 +20,23 @@ def recorded(program: Program, phases: list[Span], rules: list[Span]) -> Iterato
     try:
         yield
     finally:
-        notes = np.frombuffer(extension.trace(False), _SPAN)
-        _tell(program, notes, phases, rules)
+        notes = np.frombuffer(extension.trace(False), np.dtype(FACTS["spans"]["record"]))
+        _add_spans(program, notes, phases, rules)
 
 
-def _tell(program: Program, notes: np.ndarray, phases: list[Span], rules: list[Span]) -> None:
-    """A thread's notes come in a row, in the order in which they begin: a rule belongs to the phase before it."""
+def _add_spans(program: Program, notes: np.ndarray, phases: list[Span], rules: list[Span]) -> None:
+    """Converts the notes. Those of one thread follow each other in the order in which they begin, so a rule belongs to
+    the phase before it."""
+    phase_names = FACTS["spans"]["phases"]
+    rule_names = FACTS["spans"]["rules"]
     phase = ""
     for note in notes:
-        name = _WHATS[note["what"]]
-        if note["what"] < _PHASES:
+        if note["kind"] < len(phase_names):
+            name = phase_names[note["kind"]].replace("_", " ")
             phase = f"{name} {note['index'] + 1}" if name.endswith("step") else name
             phases.append(_span(phase, note))
         else:
+            name = rule_names[note["kind"] - len(phase_names)]
             layer = LOSS if note["index"] < 0 else program.nodes[note["index"]].name
             rules.append(_span(name, note, phase, layer))
 

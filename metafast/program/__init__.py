@@ -1,4 +1,4 @@
-"""Program: what a model is to an executor, and how one is made of a user's module."""
+"""Holds the Program, the form in which an executor sees a model, and makes one of a user's module."""
 
 from metafast.program.program import Node, Parameter, Program
 

@@ -1,8 +1,8 @@
-"""Capture makes a Program of a user's nn.Module, by torch.fx. The module itself stays untouched.
+"""Captures a user's nn.Module as a Program, by torch.fx. The module itself is not changed.
 
-Modules and functions that have rules of their own become those layers; whatever else makes a tensor becomes a
-``Derived`` layer. Sizes, shapes and tuples are not values of a Program: they are worked out again inside the layer
-that uses them.
+Modules and functions for which there are rules become the layers that have them; every other operation that makes a
+tensor becomes a ``Derived`` layer. Sizes, shapes and tuples are no values of a Program: the layer that uses them
+computes them again.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ _NO_BRANCHES = "It may not branch or loop on tensor values; use torch.where, or 
 
 
 class CaptureError(TypeError):
-    """The model cannot become a Program; the text names the line in the user's model and the remedy."""
+    """Is raised where the model cannot become a Program; it names the line in the user's model and the remedy."""
 
 
 class _Tracer(fx.Tracer):
+    """Traces modules without children as one node each, and knows the user's line behind every node."""
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Remembers the lines of the model that a node comes from; torch's own record imports 160 MB to do so."""
+        """Makes a node that remembers the lines of ``forward`` it comes from.
+
+        torch.fx can record them too, but imports modules of 160 MB to do so.
+        """
         node = super().create_node(*args, **kwargs)
         frames = traceback.extract_stack()
         first = next((i for i, frame in enumerate(frames) if frame.name == "forward"), len(frames))
@@ -56,7 +61,7 @@ class _Tracer(fx.Tracer):
         return not list(module.children()) or super().is_leaf_module(module, qualified_name)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
-        """Options of ``forward`` that have default values are fixed at those."""
+        """Fixes the options of ``forward`` that have default values at those values."""
         function, proxies = super().create_args_for_root(*args, **kwargs)
         return function, [p.node.args[0] if isinstance(p, fx.Proxy) and p.node.args else p for p in proxies]
 
@@ -64,16 +69,16 @@ class _Tracer(fx.Tracer):
 def capture(
     model: nn.Module, loss: Loss, *, bn: str = "task", adapt: Iterable[str] | None = None, steps: int = 1
 ) -> Program:
-    """The Program of ``model`` under ``loss``.
+    """Returns the Program of ``model`` under ``loss``.
 
     Args:
-        model: takes one batch ``[n, ...]`` and returns one tensor; ``forward`` may branch only on things known
-            before the data.
-        loss: one of ``metafast.kernels``' losses.
+        model: takes one batch ``[n, ...]`` and returns one tensor; its ``forward`` may branch only on what is known
+            before the data comes.
+        loss: a loss with rules, as ``metafast.program.losses.as_loss`` makes it.
         bn: the mode of every batch norm (see ``metafast.kernels.batch_norm``); ``per_step`` gives its parameters a
             leading axis of ``steps + 1`` rows.
-        adapt: names of the parameters that the inner loop moves; ``None``: all of them.
-        steps: S, for ``per_step``.
+        adapt: the names of the parameters that the inner loop moves; ``None`` means all of them.
+        steps: the number S of inner steps; only ``per_step`` batch norm depends on it.
 
     Raises:
         CaptureError: the forward pass depends on the data, changes its input in place, or draws random numbers.
@@ -86,13 +91,13 @@ def capture(
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
-    """The graph of the forward pass, and the module that its names are to be looked up in.
+    """Returns the graph of the forward pass, and the module in which the names of its nodes are looked up.
 
     Raises:
-        CaptureError: it cannot be captured.
+        CaptureError: the forward pass cannot be captured.
     """
     tracer = _Tracer()
-    drawn = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     try:
         graph = tracer.trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError, IndexError) as error:
@@ -100,7 +105,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
         raise CaptureError(
             f"the forward pass of {type(model).__name__} cannot be captured at {_user_line(error)}: {error}. {remedy}"
         ) from error
-    if not torch.equal(drawn, torch.get_rng_state()):
+    if not torch.equal(random_state, torch.get_rng_state()):
         raise CaptureError(
             f"the forward pass of {type(model).__name__} draws random numbers; they have no exact meta-gradient: draw "
             "them in __init__ or take them out"
@@ -109,11 +114,13 @@ def trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
 
 
 def _user_line(error: BaseException) -> str:
+    """Returns the last line of the user's code that ``error`` went through, as ``file:number (text)``."""
     frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
     return _last_user_line(frames) or "an unknown line"
 
 
 def _node_line(node: fx.Node) -> str:
+    """Returns the line of the user's code that made ``node``, as ``file:number (text)``."""
     frames = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.stack_trace or "")
     return _last_user_line(frames) or f"node {node.name}"
 
@@ -125,10 +132,23 @@ def _last_user_line(frames: Iterable[tuple[Any, ...]]) -> str:
 
 
 class _Builder:
-    """Walks the graph once and collects nodes, parameters and constants."""
+    """Visits the nodes of the graph in order and collects the Program's nodes and parameters.
+
+    Attributes:
+        names: the name of each parameter of the model, by its ``id``.
+        shapes: the shape of each parameter that a layer uses, by name.
+        per_step: the names of the parameters that get a row for each inner step.
+        value: the number of the Program's value that a graph node makes.
+        attribute: the parameter, buffer or constant that a graph node fetches.
+        sizes: the graph nodes that make sizes, shapes, dtypes or devices.
+        inlined: the graph nodes that make no tensor, ``sizes`` among them; the layers that use them compute them.
+        nodes: name, layer, inputs, names of the parameters, and constants of each node of the Program.
+        output: the number of the value that the model returns.
+    """
 
     def __init__(self, model: nn.Module, root: nn.Module, bn: str) -> None:
-        self.model, self.root = model, root
+        self.model = model
+        self.root = root
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.per_step: set[str] = set()
@@ -141,6 +161,7 @@ class _Builder:
         self.output = 0
 
     def visit(self, node: fx.Node) -> None:
+        """Takes up the next node of the graph."""
         self._refuse_random(node)
         if node.op == "placeholder":
             self._placeholder(node)
@@ -159,9 +180,11 @@ class _Builder:
             self._layer(node)
 
     def finish(self, loss: Loss, adapt: Iterable[str] | None, steps: int) -> Program:
+        """Makes the Program after the last node; parameters lie in the flat vector in the model's own order."""
         adapted = None if adapt is None else set(adapt)
         used = [name for name, _ in self.model.named_parameters() if name in self.shapes]
-        offset, parameters = 0, []
+        offset = 0
+        parameters = []
         for name in used:
             shape = self.shapes[name]
             if name in self.per_step:
@@ -184,6 +207,7 @@ class _Builder:
         return Program(nodes, tuple(parameters), self.output, loss)
 
     def _placeholder(self, node: fx.Node) -> None:
+        """Takes up an argument of ``forward``: the first is value 0, the others are constants."""
         if not self.value:
             self.value[node] = 0
         elif node.args:
@@ -195,7 +219,10 @@ class _Builder:
             )
 
     def _makes_no_tensor(self, node: fx.Node) -> bool:
-        """Sizes, and tuples that are only taken apart, are worked out inside the layers that use them."""
+        """Says whether ``node`` makes a size, or a tuple that is only taken apart; the layers that use it compute it.
+
+        Sizes are also remembered: whatever is made of sizes alone is one too.
+        """
         sources = [n for n in node.all_input_nodes if n not in self.attribute]
         if sources and all(n in self.sizes for n in sources):
             self.sizes.add(node)
@@ -210,6 +237,7 @@ class _Builder:
         return taken_apart and (_makes_tuple(node) or node.op == "call_module")
 
     def _layer(self, node: fx.Node) -> None:
+        """Makes a node of the Program: the layer that a pattern recognises, or else a derived one."""
         self._refuse_in_place(node)
         match = self.recogniser.match(node, self._module(node))
         if match is None:
@@ -226,6 +254,7 @@ class _Builder:
         self.value[node] = len(self.nodes)
 
     def _parameter(self, parameter: Tensor, node: fx.Node) -> str:
+        """Returns the name of a parameter that ``node`` uses, and notes its shape."""
         name = self.names.get(id(parameter))
         if name is None:
             raise CaptureError(f"a parameter used at {_node_line(node)} is not registered in the model")
@@ -236,6 +265,7 @@ class _Builder:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _refuse_random(self, node: fx.Node) -> None:
+        """Raises CaptureError where ``node`` draws random numbers."""
         module = self._module(node)
         drawing = module is not None and any(_draws(m) for m in module.modules())
         if node.op != "call_module" and getattr(node.target, "__name__", str(node.target)).rstrip("_") in _RANDOM:
@@ -247,6 +277,7 @@ class _Builder:
             )
 
     def _refuse_in_place(self, node: fx.Node) -> None:
+        """Raises CaptureError where ``node`` changes a tensor in place that something else may read."""
         if not in_place(node, self._module(node)):
             return
         changed = node.all_input_nodes[0]
@@ -258,6 +289,7 @@ class _Builder:
             )
 
     def _derive(self, node: fx.Node) -> Match:
+        """Makes a layer whose rules torch.func derives."""
         folded = Folded(node, self.root, self.inlined, self.attribute)
         if not folded.inputs:
             raise CaptureError(
@@ -267,6 +299,7 @@ class _Builder:
 
 
 def _fetch(root: nn.Module, path: str) -> Any:
+    """Returns the attribute of ``root`` at a dotted path."""
     found: Any = root
     for part in path.split("."):
         found = getattr(found, part)
@@ -274,6 +307,7 @@ def _fetch(root: nn.Module, path: str) -> Any:
 
 
 def _reads_size(node: fx.Node) -> bool:
+    """Says whether ``node`` is a call such as ``x.size(0)`` or an attribute such as ``x.shape``."""
     if node.op == "call_method":
         return node.target in _SIZE_METHODS
     if node.op != "call_function":
@@ -282,16 +316,19 @@ def _reads_size(node: fx.Node) -> bool:
 
 
 def _makes_tuple(node: fx.Node) -> bool:
+    """Says whether ``node`` is a call that returns a tuple of tensors."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in _TUPLE_MAKERS and node.op in ("call_method", "call_function")
 
 
 def _draws(module: nn.Module) -> bool:
-    share = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0)
-    return module.training and (isinstance(module, nn.RReLU) or (isinstance(share, float | int) and share > 0))
+    """Says whether the module draws random numbers: it is in training mode and drops something, or is an RReLU."""
+    dropped = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0)
+    return module.training and (isinstance(module, nn.RReLU) or (isinstance(dropped, float | int) and dropped > 0))
 
 
 def _is_drawing(node: fx.Node) -> bool:
+    """Says whether a call from ``_RANDOM`` draws: every one does but dropout outside of training or with ``p=0``."""
     if "dropout" not in getattr(node.target, "__name__", str(node.target)):
         return True
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)

@@ -1,7 +1,7 @@
-"""Makes a plain function of tensors of a graph node without rules of its own, for a ``Derived`` layer.
+"""Turns a graph node that has no rules of its own into a pure function of tensors, for a ``Derived`` layer.
 
-The sizes and tuples that the node reads are folded in, in-place forms become out-of-place ones, and every parameter
-that is used on the way becomes an argument.
+The function also computes the sizes and tuples that the node reads. In-place operations are replaced by their
+out-of-place forms, and every parameter that is used on the way becomes an argument.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 
 
 def in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Does the node change one of its inputs?"""
+    """Says whether the node changes one of its inputs."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     if node.op == "call_method":
@@ -34,17 +34,28 @@ def in_place(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 class Folded:
-    """``function(params, inputs) -> tensor`` for one task.
+    """Computes one graph node for one task: ``folded(params, inputs) -> tensor``.
 
-    ``inputs`` are the graph nodes and ``params`` the parameters whose values a call takes, in order; ``folded`` holds
-    the nodes to be worked out on the way, ``attributes`` the values of those that are constants or parameters.
+    Args:
+        node: the node to compute.
+        root: the module in which the names of the graph are looked up.
+        folded: the nodes that make no tensor; those that ``node`` reads are computed on the way to it.
+        attributes: the value of each node that fetches a parameter, a buffer or a constant.
+
+    Attributes:
+        inputs: the graph nodes whose values a call takes, in its order.
+        params: the parameters whose values a call takes, in its order.
+        order: the nodes that a call computes, one after another; ``node`` is the last.
+        leaves: the index in ``params`` of each parameter that a node of the graph fetches.
+        weights: the indices in ``params`` of each called module's own parameters, by name.
     """
 
     def __init__(
         self, node: fx.Node, root: nn.Module, folded: Container[fx.Node], attributes: Mapping[fx.Node, Any]
     ) -> None:
-        self.node, self.attributes = node, attributes
-        self.order = _order(node, folded)
+        self.node = node
+        self.attributes = attributes
+        self.order = _evaluation_order(node, folded)
         sources = list(dict.fromkeys(s for n in self.order for s in n.all_input_nodes))
         self.inputs = [s for s in sources if s not in attributes and s not in self.order]
         self.params: list[Tensor] = []
@@ -56,7 +67,7 @@ class Folded:
 
     @property
     def label(self) -> str:
-        """The name by which people know it."""
+        """Returns the name by which people know the operation, such as ``GRU`` or ``softmax``."""
         if self.node in self.modules:
             return type(self.modules[self.node]).__name__
         return getattr(self.node.target, "__name__", str(self.node.target))
@@ -81,12 +92,13 @@ class Folded:
         return _OUT_OF_PLACE.get(node.target, node.target)(*args, **kwargs)
 
     def _argument(self, parameter: Tensor) -> int:
+        """Makes the parameter an argument of the call and returns its index."""
         self.params.append(parameter)
         return len(self.params) - 1
 
 
-def _order(node: fx.Node, folded: Container[fx.Node]) -> list[fx.Node]:
-    """``node`` behind all the folded nodes that it reads, each once."""
+def _evaluation_order(node: fx.Node, folded: Container[fx.Node]) -> list[fx.Node]:
+    """Returns the folded nodes that ``node`` reads, each behind those that it reads itself, and ``node`` at the end."""
     order: list[fx.Node] = []
 
     def collect(n: fx.Node) -> None:

@@ -1,14 +1,15 @@
-"""What a meta-gradient costs at least: FLOPs and bytes, from the shapes alone.
+"""Computes from shapes alone how many FLOPs and bytes a meta-gradient takes at least.
 
-FLOPs are those of matrix products and convolutions, two for each multiply-add, computed directly. Per sample, with
-``F`` of the forward pass and ``f1`` of the nodes that only the input feeds (nothing flows back through them):
+Only matrix products and convolutions are counted, computed directly, with two FLOPs for each multiply-add. ``F`` are
+the FLOPs of the forward pass of one sample, and ``f1`` those of the nodes that read nothing but the input, whose
+adjoint nobody needs. One sample then takes
 
-    inner step               3 F - f1       forward, both adjoints
-    Hessian-vector product   6 F - 4 f1     two terms wherever the plain passes have one
+    inner step               3 F - f1       the forward pass, the adjoints of the weights and of the inputs
+    Hessian-vector product   6 F - 4 f1     two terms wherever these three have one
     query                    3 F - f1
 
-Where the inner loop leaves parameters alone, the products that fall away with them are not counted, and a part of the
-network that no inner step changes runs once forward and once back.
+Products that exist only for parameters that the inner loop does not move are left out, and a part of the network that
+no inner step changes runs once forward and once back.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ from metafast.tasks import Batch, TaskBatch
 
 @dataclass(frozen=True)
 class NodeCost:
-    """One layer at work on one sample.
+    """Holds the cost of one layer on one sample.
 
-    ``flops`` and ``elements`` (of its output) are those of the forward pass; the flags say what its products need:
-    ``input_depends`` on any parameter, ``input_moves`` with the inner steps, the weight is ``adapted``, the output
-    ``moves``.
+    Attributes:
+        name: the node's name in the Program.
+        kind: the kind of the layer, such as ``"conv2d"``.
+        flops: the FLOPs of the products in its forward rule.
+        elements: the number of elements of its output.
+        input_depends: whether its input depends on any parameter, so that the adjoint of the input is needed.
+        input_moves: whether its input changes from inner step to inner step.
+        adapted: whether the inner loop moves its weight.
+        moves: whether its output changes from inner step to inner step.
     """
 
     name: str
@@ -43,31 +50,38 @@ class NodeCost:
 
     @property
     def query(self) -> int:
-        """Forward, the weight's adjoint, and the input's where anything asks for it."""
+        """Counts the FLOPs on a query sample: forward, the weight's adjoint, and the input's where it is needed."""
         return self.flops * (2 + self.input_depends)
 
     @property
     def step(self) -> int:
-        """One inner step; 0 in a part that no inner step changes."""
+        """Counts the FLOPs of one inner step; they are 0 in a part that no inner step changes."""
         return self.flops * (1 + self.adapted + self.input_moves) if self.moves else 0
 
     @property
     def hessian(self) -> int:
-        """One Hessian-vector product with the rows of all parameters, stored activations."""
+        """Counts the FLOPs of one Hessian-vector product in the rows of all parameters, from stored activations."""
         if not self.moves:
             return 0
         tangent_forward = self.input_moves + self.adapted
         weight = 1 + self.input_moves
         return self.flops * (tangent_forward + weight + self.input_depends * (1 + self.adapted))
 
-    def still(self, second_order: bool) -> int:
-        """What a part that no inner step changes does on the support set: once, however many steps there are."""
+    def fixed_part(self, second_order: bool) -> int:
+        """Counts the FLOPs on a support sample of a part that no inner step changes: it runs once for all steps."""
         return 0 if self.moves else (self.query if second_order else self.flops)
 
 
 @dataclass(frozen=True)
 class ProgramCost:
-    """A Program on samples of one shape. ``elements`` of the input, ``parameters`` P, and the nodes."""
+    """Holds the cost of a Program on samples of one shape.
+
+    Attributes:
+        nodes: the cost of each node.
+        elements: the number of elements of one sample.
+        parameters: the number P of parameters.
+        itemsize: the bytes of one element.
+    """
 
     nodes: tuple[NodeCost, ...]
     elements: int
@@ -76,41 +90,39 @@ class ProgramCost:
 
     @property
     def forward(self) -> int:
-        """``F``: FLOPs of the forward pass of one sample."""
+        """Counts ``F``, the FLOPs of the forward pass of one sample."""
         return sum(node.flops for node in self.nodes)
 
     @property
     def fed_by_input(self) -> int:
-        """``f1``: those of the nodes that only the input feeds."""
+        """Counts ``f1``, the FLOPs of the nodes that read nothing but the input."""
         return sum(node.flops for node in self.nodes if not node.input_depends)
 
     @property
     def activations(self) -> int:
-        """``A``: elements that the convolutions put out for one sample; without convolutions, that all products do."""
+        """Counts the elements of the convolutions' outputs for one sample; without any, those of all products."""
         products = [node for node in self.nodes if node.flops]
         convolutions = [node for node in products if node.kind.startswith("conv")]
         return sum(node.elements for node in convolutions or products)
 
     def step(self, samples: int) -> int:
-        """FLOPs of one inner step of one task."""
+        """Counts the FLOPs of one inner step of one task on ``samples`` support samples."""
         return samples * sum(node.step for node in self.nodes)
 
     def hessian(self, samples: int) -> int:
-        """FLOPs of one Hessian-vector product of one task."""
+        """Counts the FLOPs of one Hessian-vector product of one task on ``samples`` support samples."""
         return samples * sum(node.hessian for node in self.nodes)
 
     def query(self, samples: int) -> int:
-        """FLOPs of the query loss and its gradient of one task."""
+        """Counts the FLOPs of the query loss of one task and its gradient on ``samples`` query samples."""
         return samples * sum(node.query for node in self.nodes)
 
-    def meta_gradient(
-        self, tasks: int, support: int, query: int, steps: int, second_order: bool = True
-    ) -> MetaCost:
-        """The cost of one meta-gradient of ``tasks`` tasks with ``support`` and ``query`` samples each."""
-        still = support * sum(node.still(second_order) for node in self.nodes)
+    def meta_gradient(self, tasks: int, support: int, query: int, steps: int, second_order: bool = True) -> MetaCost:
+        """Computes the cost of one meta-gradient of ``tasks`` tasks with ``support`` and ``query`` samples each."""
+        fixed = support * sum(node.fixed_part(second_order) for node in self.nodes)
         reverse = steps * self.hessian(support) if second_order else 0
-        flops = tasks * (still + steps * self.step(support) + reverse + self.query(query))
-        kept = 2 * steps * self.parameters if steps > 1 else 0  # theta_s, out and in
+        flops = tasks * (fixed + steps * self.step(support) + reverse + self.query(query))
+        kept = 2 * steps * self.parameters if steps > 1 else 0  # theta_s is written once and read once
         least = tasks * ((support + query) * self.elements + kept) + 3 * self.parameters
         passes = steps * support * (7 + (13 if second_order else 0)) + query * 7
         streamed = tasks * (passes * self.activations + (2 * steps + 2) * self.parameters * 3)
@@ -119,11 +131,14 @@ class ProgramCost:
 
 @dataclass(frozen=True)
 class MetaCost:
-    """One meta-gradient.
+    """Holds the cost of one meta-gradient of a batch of tasks.
 
-    ``flops`` of direct arithmetic. ``least_bytes``: samples read once, ``theta_s`` written and read once, parameters
-    and meta-gradient; activations never leave the chip. ``streamed_bytes``: every layer reads and writes its
-    activations, 7 times a plain pass and 13 times a Hessian-vector product.
+    Attributes:
+        flops: the FLOPs of its products, computed directly.
+        least_bytes: the memory traffic where activations never leave the chip: samples are read once, ``theta_s`` is
+            written and read once, and parameters and meta-gradient take 3 P elements.
+        streamed_bytes: the memory traffic where every layer reads and writes its activations: 7 times in a gradient
+            and 13 times in a Hessian-vector product.
     """
 
     flops: int
@@ -133,9 +148,9 @@ class MetaCost:
 
 @torch.no_grad()
 def program_cost(program: Program, samples: torch.Tensor) -> ProgramCost:
-    """The cost of ``program`` on samples like those of one task, ``[n, ...]``; their values do not matter.
+    """Computes the cost of ``program`` on samples of the shape of ``samples [n, ...]``; their values do not matter.
 
-    FLOPs are counted while a forward pass runs, so layers without rules of their own are counted too.
+    FLOPs are counted while a forward pass runs, so that layers without rules of their own are counted too.
 
     Raises:
         ValueError: the program cannot take samples of this shape; the text names the layer.
@@ -163,19 +178,25 @@ def program_cost(program: Program, samples: torch.Tensor) -> ProgramCost:
 
 
 def _products(run: Pass, i: int) -> int:
-    """FLOPs of the products in node ``i``'s forward rule, counted as it runs: any layer's, with or without rules."""
-    from torch.utils.flop_counter import FlopCounterMode  # 80 MB: only where it is used
+    """Counts the FLOPs of the products in node ``i``'s forward rule, for all samples, while it runs."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports 80 MB, and so only where it is used
 
     node = run.program.nodes[i]
     ctx = RuleContext(0, None, (False,) * len(node.inputs), (False,) * len(node.params))
-    params, inputs = [run.params[k] for k in node.params], [run.values[v] for v in node.inputs]
+    params = [run.params[k] for k in node.params]
+    inputs = [run.values[v] for v in node.inputs]
     with FlopCounterMode(display=False) as counter:
         node.layer.forward(ctx, params, inputs, node.constants)
     return counter.get_total_flops()
 
 
 def meta_cost(program: Program, tasks: TaskBatch, steps: int, second_order: bool = True) -> MetaCost:
-    """The cost of one meta-gradient on ``tasks``."""
+    """Computes the cost of one meta-gradient on ``tasks`` after ``steps`` inner steps.
+
+    Raises:
+        ValueError: the program cannot take these samples; the text names the layer.
+    """
     cost = program_cost(program, tasks.support_x[0])
-    support, query = tasks.support_x.shape[1], tasks.query_x.shape[1]
+    support = tasks.support_x.shape[1]
+    query = tasks.query_x.shape[1]
     return cost.meta_gradient(len(tasks), support, query, steps, second_order)

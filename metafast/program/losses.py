@@ -1,4 +1,4 @@
-"""Losses by name, or any callable."""
+"""Finds losses by name, and makes one of any callable."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from metafast.kernels.mse import MSE
 
 _BY_NAME: dict[str, Loss] = {loss.kind: loss for loss in (CrossEntropy(), MSE())}
 
-# What PyTorch calls the losses that have a name, for code that does the same as metafast without its rules.
 TORCH_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "mse": F.mse_loss,
 }
+"""PyTorch's function for each loss that has a name, for code that computes the same without metafast's rules."""
 
 LossLike: TypeAlias = str | Loss | Callable[[Tensor, Tensor], Tensor]
 
 
 def as_loss(loss: LossLike) -> Loss:
-    """``"cross_entropy"``, ``"mse"`` or a callable (outputs ``[n, ...]``, targets ``[n, ...]``) -> scalar for one task.
+    """Returns the loss with its rules.
+
+    Args:
+        loss: ``"cross_entropy"``, ``"mse"``, a loss that has rules already, or a callable that takes the outputs
+            ``[n, ...]`` and targets ``[n, ...]`` of one task and returns a scalar.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor callable.
+        ValueError: the name is unknown.
+        TypeError: ``loss`` is neither a name nor callable.
     """
     if isinstance(loss, Loss):
         return loss

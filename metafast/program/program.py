@@ -1,8 +1,8 @@
-"""Program: what a model is to an executor.
+"""Defines the Program, the form in which an executor sees a model.
 
-Nodes in an order in which every input comes before its use, and one flat vector ``[P]`` in which each parameter has
-its place. Value 0 is the batch's input; node ``i`` makes value ``i + 1``. A Program holds no parameter values, so
-one Program serves any number of tasks, and an update of all parameters is a single axpy on ``[T, P]``.
+A Program lists its nodes so that every value is made before it is read: value 0 is the batch's input, and node ``i``
+makes value ``i + 1``. One flat vector ``[P]`` has a place for each parameter. A Program holds no values of parameters,
+so that one Program serves any number of tasks, and an update of all their parameters is a single axpy on ``[T, P]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from metafast.kernels.contract.layer import Layer, Loss
 
 @dataclass(frozen=True)
 class Parameter:
-    """One named parameter and where it lies in the flat vector."""
+    """Describes one parameter and its place in the flat vector.
+
+    Attributes:
+        name: its name in the user's module.
+        shape: its shape; in ``per_step`` batch norm there is a leading axis of ``S + 1`` rows.
+        offset: the index of its first element in the flat vector.
+        adapted: whether the inner loop moves it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -28,7 +35,7 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Counts its elements."""
         size = 1
         for extent in self.shape:
             size *= extent
@@ -37,7 +44,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Node:
-    """One layer at work: which values it reads and which parameters it uses, in the order that its rules take them."""
+    """Describes one layer at work in a Program.
+
+    Attributes:
+        name: the name of the module or operation in the user's model.
+        layer: the rules.
+        inputs: the numbers of the values that it reads, in the order that its rules take them.
+        params: the numbers of the parameters that it uses, in the order that its rules take them.
+        constants: buffers of the user's module that it uses and nothing differentiates.
+    """
 
     name: str
     layer: Layer
@@ -48,7 +63,14 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A model with its loss. ``output`` is the index of the value that the loss reads."""
+    """Describes a model and its loss.
+
+    Attributes:
+        nodes: the layers at work, each behind those whose values it reads.
+        parameters: the parameters, in the order of the flat vector.
+        output: the number of the value that the loss reads.
+        loss: the loss.
+    """
 
     nodes: tuple[Node, ...]
     parameters: tuple[Parameter, ...]
@@ -57,23 +79,24 @@ class Program:
 
     @property
     def size(self) -> int:
-        """P, the length of the flat parameter vector."""
+        """Returns P, the length of the flat parameter vector."""
         return self.parameters[-1].offset + self.parameters[-1].size if self.parameters else 0
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
-        """The flat vector ``[P]`` (or ``[..., P]`` for leading axes that all share) of parameters by name."""
+        """Joins parameters ``[..., *shape]``, given by name, into the flat vector ``[..., P]``."""
         lead = named[self.parameters[0].name].dim() - len(self.parameters[0].shape)
-        return torch.cat([named[p.name].flatten(lead) if p.shape else named[p.name][..., None]
-                          for p in self.parameters], dim=-1)
+        return torch.cat(
+            [named[p.name].flatten(lead) if p.shape else named[p.name][..., None] for p in self.parameters], dim=-1
+        )
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """Views of ``[..., P]`` as one tensor ``[..., *shape]`` a parameter, in the order of ``parameters``."""
+        """Splits ``flat [..., P]`` into one tensor ``[..., *shape]`` for each of ``parameters``, in their order."""
         lead = flat.shape[:-1]
         return [flat[..., p.offset : p.offset + p.size].reshape((*lead, *p.shape)) for p in self.parameters]
 
     @cached_property
     def adapted(self) -> Tensor:
-        """Mask ``[P]``: true where the inner loop moves the parameter."""
+        """Returns the bool mask ``[P]`` that is true where the inner loop moves the parameter."""
         mask = torch.zeros(self.size, dtype=torch.bool)
         for p in self.parameters:
             mask[p.offset : p.offset + p.size] = p.adapted
@@ -81,7 +104,10 @@ class Program:
 
     @cached_property
     def moving(self) -> tuple[bool, ...]:
-        """By value: does it depend on an adapted parameter, and so change from inner step to inner step?"""
+        """Says for each value whether it changes from inner step to inner step.
+
+        It does where an adapted parameter goes into it, or a layer that varies with the step by itself.
+        """
         moving = [False]
         for node in self.nodes:
             moving.append(
@@ -92,5 +118,5 @@ class Program:
         return tuple(moving)
 
     def with_loss(self, loss: Loss) -> Program:
-        """The same model under another loss."""
+        """Returns the same model under another loss."""
         return replace(self, loss=loss)

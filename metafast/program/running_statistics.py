@@ -1,4 +1,4 @@
-"""Running statistics of batch norm in its ``running`` mode."""
+"""Updates the running statistics of batch norm in its ``running`` mode."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from metafast.tasks import Batch
 
 @torch.no_grad()
 def track(program: Program, params: Tensor, batch: Batch) -> None:
-    """Moves each batch norm's ``mu, var`` towards those of ``batch`` (all its tasks together) at ``params [P]``.
+    """Moves the running mean ``mu [C]`` and variance ``[C]`` of each batch norm towards those of ``batch``.
 
-    ``mu <- (1 - m) mu + m mean(x)``, and likewise for the unbiased variance, ``m`` the layer's momentum: what
-    ``torch.nn.BatchNorm`` does in training mode.
+    ``mu <- (1 - m) mu + m mean(x)`` and likewise for the unbiased variance, where ``m`` is the layer's momentum and
+    ``x`` its input at ``params [P]`` for the samples of all tasks: this is what ``torch.nn.BatchNorm`` does in training
+    mode.
     """
     run = Pass(program, params.expand(batch.x.shape[0], -1), batch, 0, (False,) * len(program.parameters))
     run.forward()

@@ -5,6 +5,15 @@
 namespace METAFAST_NAMESPACE {
 
 struct Add {
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    const Grid &a = op.x, &b = node.other();
+    if (a.h != b.h || a.w != b.w || a.c != b.c || a.ld != b.ld || node.is_vector() != node.other_is_vector())
+      node.refuse("a sum of values of different shapes");
+  }
+
+  static int64_t saved_elements(const Op&, const PlannedPass&) { return 0; }
+
   template <class M>
   METAFAST_DEVICE static void forward(const RuleContext<M>& ctx) {
     sum(ctx, ctx.x[0], ctx.x[1], ctx.y);
@@ -33,7 +42,10 @@ struct Add {
 
   template <class M, class T>
   METAFAST_DEVICE static void sum(const RuleContext<M>& ctx, const T* a, const T* b, T* y) {
-    if (!a) a = b, b = nullptr;
+    if (!a) {
+      a = b;
+      b = nullptr;
+    }
     ctx.m.each(size(ctx), [=](long i) { M::store(y + i, b ? M::load(a + i) + M::load(b + i) : M::load(a + i)); });
   }
 

@@ -5,6 +5,21 @@
 namespace METAFAST_NAMESPACE {
 
 struct AvgPool2d {
+  // Options: kernel, stride, padding (y and x of each), ceil mode, does it count padding, a divisor (0: what it
+  // counts).
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    Window& w = op.window;
+    node.read(w.kh, w.kw, w.sy, w.sx, w.py, w.px);
+    w.dy = w.dx = 1;
+    const bool ceil = node.flag();
+    op.count_pad = node.flag();
+    op.divisor = node.real();
+    op.y = node.pooled(op.x, w, ceil);
+  }
+
+  static int64_t saved_elements(const Op&, const PlannedPass&) { return 0; }
+
   template <class M>
   static void forward(const RuleContext<M>& ctx) {
     gather(ctx, ctx.x[0], ctx.y);
@@ -80,6 +95,16 @@ struct AvgPool2d {
           for (int ix = c.x0; ix < c.x1; ++ix) M::put(g_x + M::pixel(gx, sample, iy, ix) + ch, value, true);
       }
     });
+  }
+};
+
+// The mean pooling to a grid of given size.
+struct AdaptiveAvgPool2d {
+  // Options: height and width of the output.
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    op.adaptive = true;
+    node.read(op.y.h, op.y.w);
   }
 };
 

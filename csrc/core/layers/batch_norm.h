@@ -11,6 +11,21 @@
 namespace METAFAST_NAMESPACE {
 
 struct BatchNorm {
+  // Options: eps, fixed statistics, rows of gamma and beta (one for each inner step, or one).
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    if (node.is_vector() && op.x.h * op.x.w > 1) node.refuse("batch norm of flattened images");
+    op.eps = node.real();
+    if (op.eps <= 0) node.refuse("batch norm with eps = 0");
+    op.fixed_statistics = node.flag();
+    if (op.fixed_statistics) op.constants = node.constants();
+    const int rows = node.integer();
+    op.weight = node.by_channel(0, rows);
+    op.bias = node.by_channel(1, rows);
+  }
+
+  static int64_t saved_elements(const Op& op, const PlannedPass&) { return int64_t{saved} * op.x.ld; }
+
   // The per-channel vectors that a pass remembers, each `ld` long.
   enum Saved { mean, r, sum_g, sum_gxh, mean_xd, c, sum_gd, sum_gdxh, saved };
 

@@ -5,6 +5,17 @@
 namespace METAFAST_NAMESPACE {
 
 struct LayerNorm {
+  // Options: eps, axes that it normalises over.
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    op.eps = node.real();
+    if (node.integer() != (node.is_vector() ? 1 : 3)) node.refuse("layer norm over a part of a sample");
+    op.weight = node.by_feature(0);
+    op.bias = node.by_feature(1);
+  }
+
+  static int64_t saved_elements(const Op&, const PlannedPass& pass) { return int64_t{saved} * pass.n; }
+
   enum Saved { mean, r, mean_gh, mean_ghxh, mean_xd, c, mean_ghd, mean_ghdxh, saved };
 
   template <class M>

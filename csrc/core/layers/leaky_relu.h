@@ -5,7 +5,13 @@ namespace METAFAST_NAMESPACE {
 
 struct LeakyReLU {
   double negative_slope;
+  METAFAST_DEVICE explicit LeakyReLU(const Op& op) : negative_slope(op.number) {}
   static constexpr bool keeps_zero = true, has_second_derivative = false;
+
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    op.number = node.real();
+  }
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {

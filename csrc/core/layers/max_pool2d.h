@@ -6,6 +6,20 @@
 namespace METAFAST_NAMESPACE {
 
 struct MaxPool2d {
+  // Options: kernel, stride, padding, dilation (y and x of each), ceil mode.
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    Window& w = op.window;
+    node.read(w.kh, w.kw, w.sy, w.sx, w.py, w.px, w.dy, w.dx);
+    const bool ceil = node.flag();
+    if (w.kh * w.kw > 255) node.refuse("max pooling over more than 255 pixels");
+    op.y = node.pooled(op.x, w, ceil);
+  }
+
+  static int64_t saved_elements(const Op& op, const PlannedPass& pass) {
+    return pass.elements_for_bytes(pass.elements(op.y));
+  }
+
   // Winners are kept as the index of the tap inside the window, a byte an output element.
   using Winner = uint8_t;
 

@@ -7,6 +7,12 @@
 namespace METAFAST_NAMESPACE {
 
 struct NormReluPool {
+  // fusion.cpp makes the operation; winners take a byte each.
+  static int64_t saved_elements(const Op& op, const PlannedPass& pass) {
+    const int64_t pooled = pass.elements(op.y), tangents = pass.kind == PassKind::gradient_and_tangent ? pooled : 0;
+    return BatchNorm::saved_elements(op, pass) + pooled + tangents + pass.elements_for_bytes(pooled);
+  }
+
   using BN = BatchNorm;
 
   template <class M>

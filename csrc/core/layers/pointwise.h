@@ -7,11 +7,18 @@ namespace METAFAST_NAMESPACE {
 
 template <class Activation>
 struct Pointwise {
+  template <class Node>
+  static void make(Node& node, Op& op) {
+    Activation::make(node, op);
+  }
+
+  static int64_t saved_elements(const Op&, const PlannedPass&) { return 0; }
+
   template <class M>
   METAFAST_DEVICE static void forward(const RuleContext<M>& ctx) {
     const auto* x = ctx.x[0];
     auto* y = ctx.y;
-    const Activation a{ctx.op.negative_slope};
+    const Activation a(ctx.op);
     ctx.m.each(size(ctx), [=](long i) { M::store(y + i, a.template value<M>(M::load(x + i))); });
     if (!Activation::keeps_zero) ctx.m.clear_padding(ctx.op.y, ctx.n, y);
   }
@@ -33,7 +40,7 @@ struct Pointwise {
     if (!Activation::has_second_derivative || !ctx.xd[0]) return;
     const auto *x = ctx.x[0], *y = ctx.y, *xd = ctx.xd[0], *g = ctx.g_y;
     auto* gd_x = ctx.gd_x[0];
-    const Activation a{ctx.op.negative_slope};
+    const Activation a(ctx.op);
     ctx.m.each(size(ctx), [=](long i) {
       const auto product =
           a.template second_derivative<M>(M::load(x + i), M::load(y + i)) * M::load(xd + i) * M::load(g + i);
@@ -51,7 +58,7 @@ struct Pointwise {
   METAFAST_DEVICE static void multiply_by_derivative(const RuleContext<M>& ctx, const typename M::Real* in,
                                                      typename M::Real* out, bool add) {
     const auto *x = ctx.x[0], *y = ctx.y;
-    const Activation a{ctx.op.negative_slope};
+    const Activation a(ctx.op);
     ctx.m.each(size(ctx), [=](long i) {
       M::put(out + i, a.template times_derivative<M>(M::load(in + i), M::load(x + i), M::load(y + i)), add);
     });

@@ -4,8 +4,11 @@
 namespace METAFAST_NAMESPACE {
 
 struct ReLU {
-  double unused;
+  METAFAST_DEVICE explicit ReLU(const Op&) {}
   static constexpr bool keeps_zero = true, has_second_derivative = false;
+
+  template <class Node>
+  static void make(Node&, Op&) {}
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {

@@ -5,8 +5,11 @@
 namespace METAFAST_NAMESPACE {
 
 struct Sigmoid {
-  double unused;
+  METAFAST_DEVICE explicit Sigmoid(const Op&) {}
   static constexpr bool keeps_zero = false, has_second_derivative = true;
+
+  template <class Node>
+  static void make(Node&, Op&) {}
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {

@@ -2,26 +2,9 @@
 
 #include <stdexcept>
 
+#include "planned_kinds.h"
+
 namespace metafast {
-
-namespace {
-
-bool elementwise(int kind) {
-  switch (kind) {
-    case static_cast<int>(Kind::relu):
-    case static_cast<int>(Kind::leaky_relu):
-    case static_cast<int>(Kind::tanh):
-    case static_cast<int>(Kind::sigmoid):
-    case static_cast<int>(Kind::gelu):
-    case static_cast<int>(Kind::add):
-    case flatten:
-      return true;
-    default:
-      return false;
-  }
-}
-
-}  // namespace
 
 Description::Description(const std::vector<double>& numbers) {
   size_t cursor = 0;
@@ -36,15 +19,20 @@ Description::Description(const std::vector<double>& numbers) {
   parameters.resize(next());
   nodes.resize(next());
   for (Parameter& p : parameters) {
-    p.at = next(), p.size = next();
+    p.at = next();
+    p.size = next();
     p.adapted = next() != 0;
   }
   for (Node& n : nodes) {
-    n.kind = next();
+    n.kind = static_cast<Kind>(next());
+    if (n.kind != Kind::flatten && !facts(planning::operation(n.kind)).name) {
+      throw std::runtime_error("the description has a kind of layer that this build does not know");
+    }
     for (int& v : n.input) v = next();
     for (int& v : n.param) v = next();
     n.constants = next();
-    for (double& v : n.option) v = real();
+    n.options.resize(next());
+    for (double& v : n.options) v = real();
   }
 }
 
@@ -55,10 +43,10 @@ std::vector<bool> Description::divisible() const {
     changed = false;
     for (size_t k = 0; k < nodes.size(); ++k) {
       const Node& n = nodes[k];
-      const bool product = n.kind == linear || n.kind == static_cast<int>(Kind::conv2d);
-      if (product) continue;  // it can take what is divided and make what is not
+      const Features features = n.kind == Kind::flatten ? Features::own : facts(planning::operation(n.kind)).features;
+      if (features == Features::products) continue;  // it can take what is divided and make what is not
       const int values[3] = {static_cast<int>(k) + 1, n.input[0], n.input[1] < 0 ? n.input[0] : n.input[1]};
-      bool all = elementwise(n.kind);
+      bool all = features == Features::own;
       for (int v : values) all = all && out[v];
       for (int v : values) {
         changed = changed || (out[v] && !all);

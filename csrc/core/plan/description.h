@@ -1,4 +1,7 @@
-// A model as metafast/executors/native/encode.py writes it down, in numbers.
+// A model as metafast/executors/native/encode.py writes it down, in numbers:
+//   loss, output, height, width and channels of the input, parameters, nodes
+//   of each parameter: offset, size, adapted
+//   of each node: kind, two inputs, two parameters, where its constants begin, options, and the options themselves
 #pragma once
 #include <vector>
 
@@ -6,18 +9,17 @@
 
 namespace metafast {
 
-// Kinds of nodes: those of program.h, and the ones that become others in a plan.
-enum NodeKind { linear = 100, flatten = 101, adaptive_avg_pool2d = 102 };
-
 struct Parameter {
-  int64_t at, size;
+  int64_t at, size;  // elements of the user's flat vector
   bool adapted;
 };
 
 struct Node {
-  int kind, input[2], param[2];
-  int64_t constants;
-  double option[10];
+  Kind kind;
+  int input[2];                 // values; input[1] < 0: none
+  int param[2];                 // parameters, a weight and a bias; negative: none
+  int64_t constants;            // where its constants begin among those of all nodes
+  std::vector<double> options;  // as `make` of its kind reads them
 };
 
 // Value 0 is the input, value k + 1 what node k makes.
@@ -30,8 +32,8 @@ struct Description {
   std::vector<bool> divisible() const;
 
   LossKind loss;
-  int output;
-  Grid input;
+  int output;  // the value that is the model's
+  Grid input;  // without padding or border
   std::vector<Parameter> parameters;
   std::vector<Node> nodes;
 };

@@ -2,6 +2,8 @@
 
 #include <map>
 
+#include "planned_kinds.h"
+
 namespace metafast {
 namespace {
 

@@ -3,8 +3,11 @@
 
 #include "../asan.h"
 #include "plan.h"
+#include "planned_kinds.h"
 
 namespace metafast {
+
+using planning::Reads;
 
 namespace {
 
@@ -20,7 +23,10 @@ struct Interval {
 int64_t arrange(std::vector<Interval>& intervals) {
   for (Interval& one : intervals) {
     one.size += gap;
-    if (gap > 0) one.born = 0, one.dies = INT32_MAX;
+    if (gap > 0) {
+      one.born = 0;
+      one.dies = INT32_MAX;
+    }
   }
   std::stable_sort(intervals.begin(), intervals.end(),
                    [](const Interval& a, const Interval& b) { return a.size > b.size; });
@@ -43,18 +49,10 @@ int64_t arrange(std::vector<Interval>& intervals) {
   return height;
 }
 
-bool reads_x(Kind k) {
-  return k == Kind::conv2d || k == Kind::batch_norm || k == Kind::layer_norm || k == Kind::norm_relu_pool ||
-         k == Kind::leaky_relu || k == Kind::gelu;
-}
-bool reads_y(Kind k) { return k == Kind::relu || k == Kind::tanh || k == Kind::sigmoid; }
-// Its backward rule may write the adjoint of its input over the input.
-bool runs_in_place(Kind k) {
-  return k == Kind::batch_norm || k == Kind::norm_relu_pool || k == Kind::leaky_relu || k == Kind::gelu;
-}
-// Its rules for adjoints' tangents read the adjoint of its output and the tangent of its input.
-bool has_second_derivative(Kind k) {
-  return k != Kind::relu && k != Kind::leaky_relu && k != Kind::add && k != Kind::max_pool2d && k != Kind::avg_pool2d;
+bool reads(const Op& op, Reads which) { return facts(op.kind).reads == which; }
+
+bool has_second_derivative(const Op& op) {
+  return facts(op.kind).second_derivative == planning::SecondDerivative::nonzero;
 }
 
 }  // namespace
@@ -67,29 +65,6 @@ const PassLayout& Plan::pass_layout(int n, PassKind kind) {
     build_pass_layout(n, kind, *slot);
   }
   return slot->layout;
-}
-
-int64_t Plan::saved_elements(const Op& op, int n, PassKind kind) const {
-  const auto bytes = [&](int64_t count) { return (count + element_size_ - 1) / element_size_; };
-  const int64_t outputs = static_cast<int64_t>(n) * op.y.h * op.y.w * op.y.ld;
-  switch (op.kind) {
-    case Kind::conv2d: {
-      // The transposed weights of a layer of vectors, whose tangents use them again: there they cost as much as a few
-      // samples do. Machines without tables need none.
-      const bool vectors = op.x.h * op.x.w * op.window.kh * op.window.kw == 1 && op.backward;
-      return vectors && kind == PassKind::gradient_and_tangent ? static_cast<int64_t>(op.y.ld) * op.x.ld : 0;
-    }
-    case Kind::batch_norm:
-      return 8 * op.x.ld;
-    case Kind::layer_norm:
-      return 8 * static_cast<int64_t>(n);
-    case Kind::max_pool2d:
-      return bytes(outputs);
-    case Kind::norm_relu_pool:
-      return 8 * op.x.ld + outputs * (kind == PassKind::gradient_and_tangent ? 2 : 1) + bytes(outputs);
-    default:
-      return 0;
-  }
 }
 
 // Time runs through the forward rules 0 .. L-1, the loss at L, and the backward rules of L-1 .. 0 at L+1 .. 2L. Tangent
@@ -107,12 +82,13 @@ void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
     made[op.output] = k;
     for (int v : op.input) {
       if (v < 0) continue;
-      first_reader[v] = std::min(first_reader[v], k), last_reader[v] = std::max(last_reader[v], k);
-      needed[v] = std::max(needed[v], backward && depends_[op.output] && reads_x(op.kind) ? 2 * L - k : k);
-      if (has_second_derivative(op.kind)) tangent_needed[v] = std::max(tangent_needed[v], 2 * L - k);
+      first_reader[v] = std::min(first_reader[v], k);
+      last_reader[v] = std::max(last_reader[v], k);
+      needed[v] = std::max(needed[v], backward && depends_[op.output] && reads(op, Reads::input) ? 2 * L - k : k);
+      if (has_second_derivative(op)) tangent_needed[v] = std::max(tangent_needed[v], 2 * L - k);
       tangent_needed[v] = std::max(tangent_needed[v], k);
     }
-    if (backward && reads_y(op.kind)) needed[op.output] = std::max(needed[op.output], 2 * L - k);
+    if (backward && reads(op, Reads::output)) needed[op.output] = std::max(needed[op.output], 2 * L - k);
   }
   needed[output] = std::max(needed[output], L + 1);
   tangent_needed[output] = std::max(tangent_needed[output], L);
@@ -128,22 +104,28 @@ void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
   const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies, bool followed) {
     if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, born, with_tangent && followed ? end : dies});
   };
-  for (int k = 0; k < L; ++k) keep(out.saved[k], saved_elements(ops_[k], n, kind), k, backward ? 2 * L - k : k, true);
+  const planning::PlannedPass pass{n, kind, element_size_};
+  for (int k = 0; k < L; ++k) {
+    int64_t saved = 0;
+    planning::with_every_rule(ops_[k].kind, [&](auto rules) { saved = rules.saved_elements(ops_[k], pass); });
+    keep(out.saved[k], saved, k, backward ? 2 * L - k : k, true);
+  }
   for (const Op& op : ops_) {
     const int v = op.output;
     const int adjoint_born = 2 * L - last_reader[v], adjoint_dies = 2 * L - made[v];
     const bool has_adjoint = backward && (with_tangent ? moving_[v] : depends_[v]);
     const bool shares_place = has_adjoint && !with_tangent && last_reader[v] < L && first_reader[v] == last_reader[v] &&
-                              needed[v] == adjoint_born && runs_in_place(ops_[last_reader[v]].kind);
+                              needed[v] == adjoint_born &&
+                              facts(ops_[last_reader[v]].kind).adjoint == planning::Adjoint::in_place;
     if (shares_place) in_place.push_back(v);
     keep(out.value[v], size(v), made[v], shares_place ? adjoint_dies : needed[v], needed[v] > L);
     if (has_adjoint && !shares_place)
-      keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies, has_second_derivative(op.kind));
+      keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies, has_second_derivative(op));
     if (with_tangent && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], tangent_needed[v]});
     if (with_tangent && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies});
   }
   const Grid& o = program_.out;
-  if (program_.loss == LossKind::cross_entropy) keep(out.saved[L], static_cast<int64_t>(n) * o.ld, L, L, true);
+  if (planning::saves(program_.loss)) keep(out.saved[L], pass.elements(o), L, L, true);
   const int64_t height = arrange(tape), scratch_height = arrange(scratch);
   for (int v : in_place) out.adjoint[v] = out.value[v];
   out.layout = {

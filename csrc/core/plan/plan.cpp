@@ -5,6 +5,7 @@
 
 #include "description.h"
 #include "fusion.h"
+#include "planned_kinds.h"
 
 namespace metafast {
 
@@ -68,15 +69,16 @@ class PlanBuilder {
       const Node& n = nodes[k];
       const bool reader = live[k] && ((n.input[0] >= 0 && reads[n.input[0]]) || (n.input[1] >= 0 && reads[n.input[1]]));
       if (!reader) continue;
-      if (n.kind == flatten) {
+      if (n.kind == Kind::flatten) {
         reads[k + 1] = true;
         border = false;
-      } else if (n.kind == linear) {
+      } else if (n.kind == Kind::linear) {
         border = false;
-      } else if (n.kind == static_cast<int>(Kind::conv2d)) {
-        const int y = static_cast<int>(n.option[6]), x = static_cast<int>(n.option[7]);
+      } else if (n.kind == Kind::conv2d) {
+        const auto [y, x] = planning::Conv2d::padding(n.options);
         if (py >= 0 && (y != py || x != px)) border = false;
-        py = y, px = x;
+        py = y;
+        px = x;
       } else {
         contractions = border = false;
       }
@@ -86,140 +88,123 @@ class PlanBuilder {
     input.ld = contractions && dense && !plan.layout_.task_per_lane ? input.c : padded(input.c);
     Program& p = plan.program_;
     if (contractions && border && py >= 0) {
-      p.border_y = py, p.border_x = px;
-      input.h += 2 * py, input.w += 2 * px;
+      p.border_y = py;
+      p.border_x = px;
+      input.h += 2 * py;
+      input.w += 2 * px;
     }
     p.input = input;
     plan.grids_ = {input};
     value_of.assign(nodes.size() + 1, 0);
     flat.assign(nodes.size() + 1, false);
     flat[0] = input.h * input.w == 1;
-    moves = {false}, depends = {false};
+    moves = {false};
+    depends = {false};
   }
+
+  // What `make` of a kind of layer is told of its node, and asks for.
+  class NodeBuilder {
+   public:
+    NodeBuilder(PlanBuilder& builder, int k) : builder(builder), node(builder.nodes[k]), k(k) {}
+
+    // The next of the options, in the order in which the layer's Python class writes them.
+    double real() {
+      if (read_options >= node.options.size()) refuse("a layer of fewer options than its kind has");
+      return node.options[read_options++];
+    }
+    int integer() { return static_cast<int>(real()); }
+    bool flag() { return real() != 0; }
+    template <class... Integers>
+    void read(Integers&... values) {
+      ((values = integer()), ...);
+    }
+
+    // Is the input [n, features], and not an image? The same of the second input.
+    bool is_vector() const { return builder.flat[node.input[0]]; }
+    bool other_is_vector() const { return builder.flat[node.input[1]]; }
+    const Grid& other() const { return builder.plan.grids_[builder.value_of[node.input[1]]]; }
+    void makes_vector(bool vector) { builder.flat[k + 1] = vector; }
+    // Is the input the model's, stored with the border that convolutions want?
+    bool has_border() const {
+      const Program& p = builder.plan.program_;
+      return builder.value_of[node.input[0]] == 0 && p.border_y + p.border_x > 0;
+    }
+
+    // An image as one pixel of all its features.
+    Grid as_vector(const Grid& x) const {
+      const Layout& l = builder.plan.layout_;
+      const int inputs = x.h * x.w * x.ld;
+      return {1, 1, l.task_per_lane ? inputs / l.lanes : inputs, inputs};
+    }
+    // What a product makes, whose features blocks may share.
+    Grid product(int h, int w, int outputs) const { return {h, w, outputs, builder.features(k, outputs)}; }
+    Grid pooled(const Grid& x, const Window& w, bool ceil) const {
+      const auto outputs = [&](int in, int size, int step, int pad, int spread) {
+        const int reach = in + 2 * pad - spread * (size - 1) - 1;
+        int count = (reach + (ceil ? step - 1 : 0)) / step + 1;
+        if (ceil && (count - 1) * step >= in + pad) --count;  // a window must begin inside the image or its padding
+        return count;
+      };
+      const Grid y{outputs(x.h, w.kh, w.sy, w.py, w.dy), outputs(x.w, w.kw, w.sx, w.px, w.dx), x.c, x.ld};
+      if (y.h < 1 || y.w < 1) refuse("a pooling whose window is larger than its padded input");
+      return y;
+    }
+
+    // Places of parameters. The weight of a product, [outputs, x.c, h, w].
+    Slot weight(const Grid& x, int outputs, int h, int w) {
+      return builder.place(node.param[0], {outputs, x.c, h, w, builder.whole(x), builder.columns(outputs), 0, 0});
+    }
+    // Its bias, [outputs].
+    Slot by_output(const Grid& y) { return builder.place(node.param[1], {1, y.c, 1, 1, y.ld, 0, 0, 0}); }
+    // Parameter `which` as [rows, channels], a row for each inner step or one for all, or as [channels, height, width].
+    Slot by_channel(int which, int rows) {
+      const Grid& x = input();
+      return builder.place(node.param[which], {rows, x.c, 1, 1, x.ld, 0, 0, 0});
+    }
+    Slot by_feature(int which) {
+      const Grid& x = input();
+      return builder.place(node.param[which], {1, x.c, x.h, x.w, x.ld, 0, 0, 0});
+    }
+    // The place of the node's constants, [2, channels].
+    int64_t constants() {
+      Plan& plan = builder.plan;
+      const Grid& x = input();
+      const int64_t at = plan.constants_size_;
+      plan.constants_.push_back({node.constants, at, x.c, x.ld});
+      plan.constants_size_ += 2 * x.ld;
+      return at;
+    }
+
+    [[noreturn]] void refuse(const std::string& reason) const { throw std::runtime_error(reason); }
+
+   private:
+    const Grid& input() const { return builder.plan.grids_[builder.value_of[node.input[0]]]; }
+
+    PlanBuilder& builder;
+    const Node& node;
+    const int k;
+    size_t read_options = 0;
+  };
 
   void add_node(int k) {
     const Node& n = nodes[k];
     const int in = n.input[0];
-    if (n.kind == flatten) {
+    flat[k + 1] = n.kind == Kind::flatten || flat[in];
+    if (n.kind == Kind::flatten) {
       value_of[k + 1] = value_of[in];
-      flat[k + 1] = true;
       return;
     }
     Op op{};
+    op.kind = planning::operation(n.kind);
     op.node = k;
     op.input[0] = value_of[in];
     op.input[1] = n.input[1] < 0 ? -1 : value_of[n.input[1]];
     op.x = op.y = plan.grids_[op.input[0]];
     op.weight.at = op.bias.at = -1;
-    flat[k + 1] = flat[in];
-    if (n.kind == linear) {
-      make_linear(k, op, flat[in]);
-    } else if (n.kind == adaptive_avg_pool2d) {
-      op.kind = Kind::avg_pool2d;
-      op.adaptive = true;
-      op.y.h = static_cast<int>(n.option[0]), op.y.w = static_cast<int>(n.option[1]);
-    } else {
-      op.kind = static_cast<Kind>(n.kind);
-      make(k, op, flat[in]);
-    }
-    if (n.kind == linear || op.kind == Kind::conv2d) flat[k + 1] = n.kind == linear;
+    NodeBuilder node(*this, k);
+    planning::with_maker(n.kind, [&](auto maker) { maker.make(node, op); });
     add_op(op, n);
     value_of[k + 1] = op.output;
-  }
-
-  void make(int k, Op& op, bool vector) {
-    const Node& n = nodes[k];
-    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
-    switch (op.kind) {
-      case Kind::conv2d:
-        return make_conv(k, op, vector);
-      case Kind::batch_norm:
-        if (vector && op.x.h * op.x.w > 1) refuse("batch norm of flattened images");
-        op.eps = n.option[0], op.fixed_statistics = option(1) != 0;
-        if (op.eps <= 0) refuse("batch norm with eps = 0");
-        if (op.fixed_statistics) {
-          op.constants = plan.constants_size_;
-          plan.constants_.push_back({n.constants, op.constants, op.x.c, op.x.ld});
-          plan.constants_size_ += 2 * op.x.ld;
-        }
-        op.weight = place(n.param[0], {option(2), op.x.c, 1, 1, op.x.ld, 0, 0, 0});
-        op.bias = place(n.param[1], {option(2), op.x.c, 1, 1, op.x.ld, 0, 0, 0});
-        return;
-      case Kind::layer_norm: {
-        const int axes = vector ? 1 : 3;
-        if (option(1) != axes) refuse("layer norm over a part of a sample");
-        op.eps = n.option[0];
-        const Placement whole{1, op.x.c, op.x.h, op.x.w, op.x.ld, 0, 0, 0};
-        op.weight = place(n.param[0], whole), op.bias = place(n.param[1], whole);
-        return;
-      }
-      case Kind::leaky_relu:
-        op.negative_slope = n.option[0];
-        return;
-      case Kind::max_pool2d:
-      case Kind::avg_pool2d:
-        return make_pool(n, op);
-      case Kind::add: {
-        const Grid &a = op.x, &b = plan.grids_[op.input[1]];
-        if (a.h != b.h || a.w != b.w || a.c != b.c || a.ld != b.ld || vector != flat[n.input[1]])
-          refuse("a sum of values of different shapes");
-        return;
-      }
-      default:
-        return;
-    }
-  }
-
-  void make_linear(int k, Op& op, bool vector) {
-    const Node& n = nodes[k];
-    if (!vector) refuse("a linear layer on values that are not [n, features]");
-    const int outputs = static_cast<int>(n.option[0]);
-    const Grid x = op.x;
-    if (static_cast<int>(n.option[1]) != x.c * x.h * x.w) refuse("a linear layer of another number of features");
-    op.kind = Kind::conv2d;
-    op.window = {1, 1, 1, 1, 0, 0, 1, 1};
-    const int inputs = x.h * x.w * x.ld;
-    if (x.ld >= x.c) op.x = {1, 1, plan.layout_.task_per_lane ? inputs / plan.layout_.lanes : inputs, inputs};
-    op.y = {1, 1, outputs, features(k, outputs)};
-    op.weight = place(n.param[0], {outputs, x.c, x.h, x.w, whole(x), columns(outputs), 0, 0});
-    op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
-  }
-
-  void make_conv(int k, Op& op, bool vector) {
-    const Node& n = nodes[k];
-    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
-    if (vector && op.x.h * op.x.w > 1) refuse("a convolution of flattened images");
-    if (option(1) != op.x.c) refuse("convolution in groups");
-    op.window = {option(2), option(3), option(4), option(5), option(6), option(7), option(8), option(9)};
-    Window& w = op.window;
-    if (op.input[0] == 0 && plan.program_.border_y + plan.program_.border_x > 0) w.py = w.px = 0;
-    const int outputs = option(0);
-    op.y = {(op.x.h + 2 * w.py - w.dy * (w.kh - 1) - 1) / w.sy + 1,
-            (op.x.w + 2 * w.px - w.dx * (w.kw - 1) - 1) / w.sx + 1, outputs, features(k, outputs)};
-    if (op.x.h + 2 * w.py < w.dy * (w.kh - 1) + 1 || op.x.w + 2 * w.px < w.dx * (w.kw - 1) + 1)
-      refuse("a convolution whose window is larger than its padded input");
-    op.weight = place(n.param[0], {outputs, op.x.c, w.kh, w.kw, whole(op.x), columns(outputs), 0, 0});
-    op.bias = place(n.param[1], {1, outputs, 1, 1, op.y.ld, 0, 0, 0});
-  }
-
-  void make_pool(const Node& n, Op& op) {
-    const auto option = [&](int i) { return static_cast<int>(n.option[i]); };
-    const bool max = op.kind == Kind::max_pool2d;
-    op.window = {option(0), option(1), option(2),           option(3),
-                 option(4), option(5), max ? option(6) : 1, max ? option(7) : 1};
-    const Window& w = op.window;
-    const bool ceil = option(max ? 8 : 6) != 0;
-    op.count_pad = !max && option(7) != 0;
-    op.divisor = max ? 0 : n.option[8];
-    if (max && w.kh * w.kw > 255) refuse("max pooling over more than 255 pixels");
-    const auto outputs = [&](int in, int k, int step, int pad, int spread) {
-      const int reach = in + 2 * pad - spread * (k - 1) - 1;
-      int count = (reach + (ceil ? step - 1 : 0)) / step + 1;
-      if (ceil && (count - 1) * step >= in + pad) --count;  // a window must begin inside the image or its left padding
-      return count;
-    };
-    op.y.h = outputs(op.x.h, w.kh, w.sy, w.py, w.dy), op.y.w = outputs(op.x.w, w.kw, w.sx, w.px, w.dx);
-    if (op.y.h < 1 || op.y.w < 1) refuse("a pooling whose window is larger than its padded input");
   }
 
   void add_op(Op& op, const Node& n) {
@@ -227,14 +212,19 @@ class PlanBuilder {
     plan.grids_.push_back(op.y);
     bool depend = false, move = false;
     for (int v : op.input) {
-      if (v >= 0) depend |= depends[v], move |= moves[v];
+      if (v < 0) continue;
+      depend |= depends[v];
+      move |= moves[v];
     }
     for (int p : n.param) {
-      if (p >= 0) depend = true, move |= parameters[p].adapted;
+      if (p < 0) continue;
+      depend = true;
+      move |= parameters[p].adapted;
     }
-    if (op.kind == Kind::conv2d && !plan.layout_.rows && !plan.layout_.task_per_lane)
+    if (planning::makes_products(op) && !plan.layout_.rows && !plan.layout_.task_per_lane)
       plan.tables_.tabulate(op, depends[op.input[0]]);
-    depends.push_back(depend), moves.push_back(move);
+    depends.push_back(depend);
+    moves.push_back(move);
     plan.ops_.push_back(op);
   }
 
@@ -309,11 +299,14 @@ class PlanBuilder {
     std::copy(moves.begin(), moves.end(), plan.moving_.get());
     std::copy(depends.begin(), depends.end(), plan.depends_.get());
     place_parameters();
-    p.ops = plan.ops_.data(), p.n_ops = static_cast<int>(plan.ops_.size());
-    p.n_values = values, p.output = value_of[output];
+    p.ops = plan.ops_.data();
+    p.n_ops = static_cast<int>(plan.ops_.size());
+    p.n_values = values;
+    p.output = value_of[output];
     p.out = plan.grids_[p.output];
-    p.moving = plan.moving_.get(), p.depends = plan.depends_.get();
-    if (p.loss == LossKind::cross_entropy && (p.out.h * p.out.w > 1 || !flat[output]))
+    p.moving = plan.moving_.get();
+    p.depends = plan.depends_.get();
+    if (plan.reads_labels() && (p.out.h * p.out.w > 1 || !flat[output]))
       refuse("cross-entropy of outputs that are not [n, classes]");
   }
 
@@ -334,7 +327,7 @@ class PlanBuilder {
     plan.program_.common = l.blocks > 1 ? size : plan.program_.size;
     for (auto& [index, slot] : placed) slot.second += spreads(slot.first) ? size : 0;
     for (Op& op : plan.ops_) {
-      if (op.kind != Kind::conv2d || plan.layout_.blocks == 1) continue;
+      if (!planning::makes_products(op) || plan.layout_.blocks == 1) continue;
       op.weight.at += size;
       if (op.bias.at >= 0 && op.y.c > op.y.ld) op.bias.at += size;
     }
@@ -377,6 +370,8 @@ class PlanBuilder {
   int64_t size = 0, own = 0;  // of parameters that all blocks have, and of those that they share
   size_t uses = 0;            // of parameters, by layers
 };
+
+bool Plan::reads_labels() const { return facts(program_.loss).reads == planning::LossReads::labels; }
 
 Plan::Plan(const std::vector<double>& description, Layout layout, int element_size)
     : layout_(layout), element_size_(element_size) {

@@ -12,8 +12,6 @@
 
 namespace metafast {
 
-enum class PassKind : int32_t { predict, gradient, gradient_and_tangent };
-
 // Owns everything that a Program and its passes point to.
 class Plan {
  public:
@@ -23,13 +21,17 @@ class Plan {
   Plan(const Plan&) = delete;
 
   const Program& program() const { return program_; }
+  // Where a pass over n samples keeps things; planned once and kept.
   const PassLayout& pass_layout(int n, PassKind kind);
-  // [P]: where an element of the user's flat vector lies in the inner one, or where several blocks share the weights in
-  // the row of their inner vectors.
+  // Does the loss read labels [n], and not targets of the outputs' shape?
+  bool reads_labels() const;
+  // [P]: where an element of the user's vector lies in the inner one. Where several blocks share the weights, their
+  // inner vectors count as one row.
   const std::vector<int32_t>& inner() const { return inner_; }
+  // [P] and inner [size]: is the element adapted?
   const std::vector<uint8_t>& adapted() const { return adapted_; }
-  const std::vector<uint8_t>& moved() const { return moved_; }  // the same in the inner layout
-  // Running means and variances as rules read them, from the user's (all layers' in a row).
+  const std::vector<uint8_t>& moved() const { return moved_; }
+  // Running means and variances as rules read them, made of the user's, which are those of all layers in a row.
   template <class T>
   std::vector<T> constants(const T* given) const {
     std::vector<T> out(constants_size_, T(1));
@@ -55,7 +57,6 @@ class Plan {
   };
 
   void build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const;
-  int64_t saved_elements(const Op& op, int n, PassKind kind) const;
 
   Layout layout_;
   int element_size_;
@@ -64,11 +65,11 @@ class Plan {
   std::vector<Grid> grids_;  // by value
   std::unique_ptr<bool[]> moving_, depends_;
   std::vector<int32_t> inner_;
-  std::vector<uint8_t> adapted_, moved_;  // [P], [size]
+  std::vector<uint8_t> adapted_, moved_;  // [P] and inner [size]: is the element adapted?
   std::vector<Constants> constants_;
   int64_t constants_size_ = 0;
   Tables tables_;
-  std::mutex mutex_;  // of the passes
+  std::mutex mutex_;  // guards layouts_
   std::map<std::pair<int, int>, std::unique_ptr<OwnedPassLayout>> layouts_;
 };
 

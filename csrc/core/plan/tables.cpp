@@ -50,7 +50,10 @@ void Tables::tabulate_backward(Op& op) {
       std::vector<int32_t> taps, source, target, first;
       for (int tap = 0; tap < w.kh * w.kw; ++tap) {
         const bool meets = (ry + w.py - tap / w.kw * w.dy) % w.sy == 0 && (rx + w.px - tap % w.kw * w.dx) % w.sx == 0;
-        if (meets) taps.push_back(tap), first.push_back(tap * y.ld);
+        if (meets) {
+          taps.push_back(tap);
+          first.push_back(tap * y.ld);
+        }
       }
       for (int iy = ry; iy < x.h; iy += w.sy) {
         for (int ix = rx; ix < x.w; ix += w.sx) {

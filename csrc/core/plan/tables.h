@@ -10,8 +10,8 @@ namespace metafast {
 // Owns the tables that the operations of a Program point to.
 class Tables {
  public:
-  // Fills in what a convolution of known window and grids reads, writes and sums; `backward`: for its input's adjoint
-  // too.
+  // Fills in what a convolution of known window and grids reads, writes and sums; with `backward` also for the adjoint
+  // of its input.
   void tabulate(Op& op, bool backward);
 
  private:

@@ -1,6 +1,7 @@
 // The contractions of a convolution, each by the way that suits its shape.
 #pragma once
 #include "direct.h"
+#include "../../core/kinds.h"
 #include "../core_machine.h"
 #include "winograd.h"
 
@@ -157,7 +158,7 @@ WorkspaceParts parts(const Program& program) {
   WorkspaceParts need{0, 0, 0, 0};
   for (int k = 0; k < program.n_ops; ++k) {
     const Op& op = program.ops[k];
-    if (op.kind != Kind::conv2d) continue;
+    if (!makes_products(op)) continue;
     const int x = op.x.ld, y = op.y.ld, taps = op.window.kh * op.window.kw;
     need.zeros = larger(need.zeros, larger(op.forward->length, larger(x, y)));
     need.packed = larger(need.packed, 2 * transposed_size(op));

@@ -186,7 +186,8 @@ struct Direct {
     const unsigned begin = static_cast<unsigned>(share.first), rows = static_cast<unsigned>(share.end) - begin;
     const unsigned tiles = (rows + max_height - 1) / max_height, height = rows / tiles, taller = rows - height * tiles;
     const auto run = [&](unsigned first, unsigned count, unsigned high) {
-      range.first = static_cast<int>(first), range.tiles = static_cast<int>(count);
+      range.first = static_cast<int>(first);
+      range.tiles = static_cast<int>(count);
       with_rows<V == 2 ? max_rows : 2 * max_rows>(static_cast<int>(high),
                                                   [&](auto r) { f(range, r, std::integral_constant<int, V>{}); });
     };

@@ -59,9 +59,11 @@ struct Winograd {
             const int tap = ky * 3 + kx;
             g[ky] = S::load(from + (flip ? 8 - tap : tap) * size + i);
           }
-          t[0][kx] = g[0], t[3][kx] = g[2];
+          t[0][kx] = g[0];
+          t[3][kx] = g[2];
           const Pack outer = (g[0] + g[2]) * T(0.5), inner = g[1] * T(0.5);
-          t[1][kx] = outer + inner, t[2][kx] = outer - inner;
+          t[1][kx] = outer + inner;
+          t[2][kx] = outer - inner;
         }
         for (int r = 0; r < 4; ++r) {
           const Pack outer = (t[r][0] + t[r][2]) * T(0.5), inner = t[r][1] * T(0.5);
@@ -92,7 +94,10 @@ struct Winograd {
         for (int j = 0; j < 4; ++j) {
           const Pack d0 = S::load(at[0][j] + ch), d1 = S::load(at[1][j] + ch), d2 = S::load(at[2][j] + ch),
                      d3 = S::load(at[3][j] + ch);
-          rows[0][j] = d0 - d2, rows[1][j] = d1 + d2, rows[2][j] = d2 - d1, rows[3][j] = d1 - d3;
+          rows[0][j] = d0 - d2;
+          rows[1][j] = d1 + d2;
+          rows[2][j] = d2 - d1;
+          rows[3][j] = d1 - d3;
         }
         for (int i = 0; i < 4; ++i) {
           const Pack* d = rows[i];
@@ -120,7 +125,10 @@ struct Winograd {
         Pack rows[4][2];
         for (int j = 0; j < 2; ++j) {
           const Pack a = S::load(at[0][j] + ch), b = S::load(at[1][j] + ch);
-          rows[0][j] = a, rows[1][j] = a + b, rows[2][j] = a - b, rows[3][j] = -b;
+          rows[0][j] = a;
+          rows[1][j] = a + b;
+          rows[2][j] = a - b;
+          rows[3][j] = -b;
         }
         for (int i = 0; i < 4; ++i) {
           const Pack a = rows[i][0], b = rows[i][1];
@@ -240,7 +248,9 @@ struct Winograd {
         Pack p[4];
         for (int r = 0; r < 4; ++r) p[r] = S::load(products + (r * 4 + c) * weights_stride(depth) + i);
         const Pack plus = (p[1] + p[2]) * T(0.5), minus = (p[1] - p[2]) * T(0.5);
-        rows[0][c] = p[0] + plus, rows[1][c] = minus, rows[2][c] = plus + p[3];
+        rows[0][c] = p[0] + plus;
+        rows[1][c] = minus;
+        rows[2][c] = plus + p[3];
       }
       for (int ky = 0; ky < 3; ++ky) {
         const Pack* p = rows[ky];

@@ -50,9 +50,12 @@ inline void twin_m16n8k8(Accumulators* sums, const Words* words) {
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane >> 2, in_group = lane & 3;
     const Words& w = words[lane];
-    a[group][in_group] = read(w.a[0]), a[group + 8][in_group] = read(w.a[1]);
-    a[group][in_group + 4] = read(w.a[2]), a[group + 8][in_group + 4] = read(w.a[3]);
-    b[in_group][group] = read(w.b[0]), b[in_group + 4][group] = read(w.b[1]);
+    a[group][in_group] = read(w.a[0]);
+    a[group + 8][in_group] = read(w.a[1]);
+    a[group][in_group + 4] = read(w.a[2]);
+    a[group + 8][in_group + 4] = read(w.a[3]);
+    b[in_group][group] = read(w.b[0]);
+    b[in_group + 4][group] = read(w.b[1]);
   }
   twin_product<8>(a, b, sums);
 }
@@ -66,9 +69,12 @@ inline void twin_m16n8k16(Accumulators* sums, const Words* words) {
     const Words& w = words[lane];
     for (int half = 0; half < 2; ++half) {
       const int k = first + 8 * half;
-      a[group][k] = low(w.a[2 * half]), a[group][k + 1] = high(w.a[2 * half]);
-      a[group + 8][k] = low(w.a[2 * half + 1]), a[group + 8][k + 1] = high(w.a[2 * half + 1]);
-      b[k][group] = low(w.b[half]), b[k + 1][group] = high(w.b[half]);
+      a[group][k] = low(w.a[2 * half]);
+      a[group][k + 1] = high(w.a[2 * half]);
+      a[group + 8][k] = low(w.a[2 * half + 1]);
+      a[group + 8][k + 1] = high(w.a[2 * half + 1]);
+      b[k][group] = low(w.b[half]);
+      b[k + 1][group] = high(w.b[half]);
     }
   }
   twin_product<16>(a, b, sums);

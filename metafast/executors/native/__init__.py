@@ -1,1 +1,1 @@
-"""The executors whose rules are C++: on the CPU and on a GPU."""
+"""Holds the executors whose rules are C++, on the CPU and on a GPU."""

@@ -1,9 +1,10 @@
-"""The CPU executor: the whole inner loop of a batch of tasks and its way back in one C++ call, float32 or float64.
+"""Runs the inner loop of a batch of tasks and its way back in one C++ call on the CPU, in float32 or float64.
 
-Each task runs on one core and tasks are spread over torch's threads; where there are fewer tasks than threads, several
-threads share a task. Of small networks a core runs as many tasks at once as a vector has lanes. The numbers depend on
-neither. The extension is built for several instruction sets, of which the best that the processor has is used. Of
-ragged tasks each runs on its own samples alone. A loss without rules in C++ makes one call a pass instead.
+Tasks are spread over torch's threads, and each runs on one core. Where there are fewer tasks than threads, several
+threads share a task; where the network is small, a core runs as many tasks at once as a vector has lanes. Results do
+not depend on either. The extension is built for several instruction sets and uses the best that the processor has.
+Each of several ragged tasks runs on its own samples, without padding. Under a loss that has no rules in C++, each pass
+is a call of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.memory import MemoryPlan
 from metafast.executors.native.encode import (
+    FACTS,
     LOSSES,
     Model,
     Models,
@@ -34,25 +36,27 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _META_GRADIENT = None if extension is None else torch.ops.metafast.cpu_meta_gradient.default
-_BUDGET = 256 << 20
-_TEAM_FROM = 1 << 18  # some ten microseconds of a core, beside which a barrier is short
+_BUDGET = 256 << 20  # bytes
+_TEAM_FROM = 1 << 18  # products that take a core some ten microseconds, beside which a barrier costs little
 
 
 class CpuExecutor(Executor):
-    """C++ on the CPU.
+    """Runs Programs by C++ on the CPU.
 
     Args:
-        budget: bytes of activations kept from the inner loop for the way back; beyond it they are computed again.
-        isa: one of ``CpuExecutor.isas()``; ``None`` takes the best.
-        team_from: products that the contractions of a task have on average, from which on several threads share it
-            where there are fewer tasks than threads.
+        budget: the bytes of activations that may be kept from the inner loop for the way back, which else computes
+            them again.
+        isa: the instruction set, one of ``CpuExecutor.isas()``; ``None`` takes the best.
+        team_from: where there are fewer tasks than threads, several threads share a task if its contractions have at
+            least this many products on average.
     """
 
     name = "cpu"
     remedy = "pip install --no-build-isolation -e ."
 
     def __init__(self, budget: int = _BUDGET, isa: str | None = None, team_from: int = _TEAM_FROM) -> None:
-        self.budget, self.team_from = budget, team_from
+        self.budget = budget
+        self.team_from = team_from
         self._isa = isa
         self._models = Models(Model)
         self._models_under_external_loss = Models(partial(Model, external_loss=True))
@@ -60,16 +64,17 @@ class CpuExecutor(Executor):
     @staticmethod
     @lru_cache
     def isas() -> tuple[str, ...]:
-        """The instruction sets that this processor and this build have in common, the best first."""
+        """Lists the instruction sets that both this processor and this build have, the best first."""
         return () if extension is None else tuple(extension.isas())
 
     @property
     def isa(self) -> str:
-        """The instruction set that runs."""
+        """Returns the instruction set that is used."""
         return self._isa or self.isas()[0]
 
     @cached_property
     def _build(self) -> int:
+        """Returns the number under which C++ knows the instruction set."""
         return self.isas().index(self.isa)
 
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
@@ -85,12 +90,12 @@ class CpuExecutor(Executor):
         if reason is not None:
             return reason
         try:
-            *_, more, together, _ = self._memory(program, shapes, loop.steps)
+            needed = self._memory(program, shapes, loop.steps)
         except ValueError as error:
             return str(error)
-        several = more and _chunks(shapes.tasks) < torch.get_num_threads()
+        several = needed["team_workspace"] and needed["chunks"] < torch.get_num_threads()
         alone = f"{'several cores' if several else 'a core'} for each task"
-        where = f"C++ ({self.isa}), " + (f"a core for {together} tasks at once" if together else alone)
+        where = f"C++ ({self.isa}), " + (f"a core for {needed['lanes']} tasks at once" if needed["lanes"] else alone)
         return ExecutionPlan(
             self if program.loss.kind in LOSSES else PythonLoss(self),
             tuple(where for _ in program.nodes),
@@ -99,16 +104,20 @@ class CpuExecutor(Executor):
         )
 
     def memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> MemoryPlan:
-        """How many tasks run at once, whether the activations of every inner step are kept, and the bytes of working
-        memory that a meta-gradient takes."""
-        tape, tangents, query_tape, more, together, in_lanes = self._memory(program, shapes, loop.steps)
+        """Plans the working memory of a meta-gradient of tasks of these shapes.
+
+        Raises:
+            ValueError: C++ cannot run the program on these shapes; the text says why.
+        """
+        needed = self._memory(program, shapes, loop.steps)
+        itemsize = shapes.dtype.itemsize
         cores = torch.get_num_threads()
-        tasks = min(cores, _chunks(shapes.tasks))
-        keep = program.loss.kind in LOSSES and loop.steps * tape * tasks <= self.budget
-        parameters = (2 * loop.steps + 4) * program.size * shapes.dtype.itemsize
-        each = (loop.steps if keep else 1) * tape + max(tangents, query_tape) + parameters
-        peak = tasks * max(each, in_lanes) + (cores - tasks) * more
-        return MemoryPlan(min(cores * (together or 1), shapes.tasks), keep, peak)
+        tasks = min(cores, needed["chunks"])
+        keep = program.loss.kind in LOSSES and loop.steps * needed["tape"] * itemsize * tasks <= self.budget
+        tapes = (loop.steps if keep else 1) * needed["tape"] + max(needed["tangents"], needed["query_tape"])
+        each = max(tapes + (2 * loop.steps + 4) * program.size, needed["lanes_memory"])
+        peak = itemsize * (tasks * each + (cores - tasks) * needed["team_workspace"])
+        return MemoryPlan(min(cores * (needed["lanes"] or 1), shapes.tasks), keep, peak)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.outputs(program, params, Batch(x, x), step)
@@ -120,7 +129,8 @@ class CpuExecutor(Executor):
         return self._loss_and_grad(model, params, batch, targets(program, batch), step)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        model, packing = self._models.of(program, support.x.shape[2:]), RaggedPacking(support.mask)
+        model = self._models.of(program, support.x.shape[2:])
+        packing = RaggedPacking(support.mask)
         trajectory: Tensor = call_op(
             torch.ops.metafast.cpu_adapt, *self._head(model, params.dtype), as_input(params),
             as_input(rates.to(params.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
@@ -131,7 +141,8 @@ class CpuExecutor(Executor):
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        model, packing = self._models.of(program, support.x.shape[2:]), RaggedPacking(support.mask)
+        model = self._models.of(program, support.x.shape[2:])
+        packing = RaggedPacking(support.mask)
         grads, rates_grad = call_op(
             torch.ops.metafast.cpu_adapt_vjp, *self._head(model, trajectory.dtype), as_input(trajectory),
             as_input(rates.to(trajectory.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
@@ -145,9 +156,11 @@ class CpuExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        x, dtype = tasks.support_x, parameters[0].dtype
+        x = tasks.support_x
+        dtype = parameters[0].dtype
         model = self._models.of(program, x.shape[2:])
-        support, query = RaggedPacking(tasks.support_mask), RaggedPacking(tasks.query_mask)
+        support = RaggedPacking(tasks.support_mask)
+        query = RaggedPacking(tasks.query_mask)
         losses, outputs, grads, rates_grad = call_op(
             _META_GRADIENT, *self._head(model, dtype), parameters,
             as_input(rates if rates.dtype == dtype else rates.to(dtype)),
@@ -158,7 +171,9 @@ class CpuExecutor(Executor):
         return MetaGradient(losses, query.unpack(outputs), grads, rates_grad if loop.learns_rates else None)
 
     def outputs(self, program: Program, params: Tensor, batch: Batch, step: int) -> Tensor:
-        model, packing = self._models.of(program, batch.x.shape[2:]), RaggedPacking(batch.mask)
+        """Computes the outputs ``[T, n, ...]``, as all ``OutputDerivatives`` do."""
+        model = self._models.of(program, batch.x.shape[2:])
+        packing = RaggedPacking(batch.mask)
         found = call_op(
             torch.ops.metafast.cpu_predict, *self._head(model, params.dtype), as_input(params),
             packing.pack(batch.x), packing.sizes, step,
@@ -166,13 +181,16 @@ class CpuExecutor(Executor):
         return packing.unpack(found)
 
     def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
+        """Computes the adjoints ``[T, P]`` of all parameters from the adjoint ``g [T, n, ...]`` of the outputs."""
         model = self._models_under_external_loss.of(program, batch.x.shape[2:])
         return self._loss_and_grad(model, params, batch, g, step)[1]
 
     def outputs_jvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        model, packing = self._models.of(program, batch.x.shape[2:]), RaggedPacking(batch.mask)
+        """Computes the outputs and their tangent along ``u [T, P]``, both ``[T, n, ...]``."""
+        model = self._models.of(program, batch.x.shape[2:])
+        packing = RaggedPacking(batch.mask)
         found = call_op(
             torch.ops.metafast.cpu_jvp, *self._head(model, params.dtype), as_input(params), as_input(u),
             packing.pack(batch.x), packing.sizes, step,
@@ -183,6 +201,7 @@ class CpuExecutor(Executor):
     def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
+        """Computes the adjoints of the adapted parameters, and the tangents of all adjoints along ``u``: ``[T, P]``."""
         model = self._models_under_external_loss.of(program, batch.x.shape[2:])
         packing = RaggedPacking(batch.mask)
         grads, products = call_op(
@@ -194,6 +213,7 @@ class CpuExecutor(Executor):
     def _loss_and_grad(
         self, model: Model, params: Tensor, batch: Batch, y: Tensor, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes losses, gradients and outputs; ``y`` are the targets, or the adjoint of the outputs."""
         packing = RaggedPacking(batch.mask)
         losses, grads, outputs = call_op(
             torch.ops.metafast.cpu_loss_and_grad, *self._head(model, params.dtype), as_input(params),
@@ -201,28 +221,22 @@ class CpuExecutor(Executor):
         )  # fmt: skip
         return losses, grads, packing.unpack(outputs)
 
-    def _memory(self, program: Program, shapes: TaskShapes, steps: int) -> list[int]:
-        """Bytes of a tape, of its tangents, of a query's tape and of a thread more for a task; how many tasks a core
-        runs at once, and their bytes."""
-        model, like = self._models.of(program, shapes.sample), _nothing(shapes.dtype)
-        *sizes, together, in_lanes = call_op(
-            torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, like,
+    def _memory(self, program: Program, shapes: TaskShapes, steps: int) -> dict[str, int]:
+        """Asks C++ what a meta-gradient takes: elements of memory, and numbers of tasks (csrc/torch/facts.h)."""
+        model = self._models.of(program, shapes.sample)
+        numbers = call_op(
+            torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, _empty(shapes.dtype),
             *shapes.samples, shapes.tasks, steps, self.budget,
         ).tolist()  # fmt: skip
-        itemsize = shapes.dtype.itemsize
-        return [*(int(v) * itemsize for v in sizes), int(together), int(in_lanes) * itemsize]
+        return {name: int(number) for name, number in zip(FACTS["memory_numbers"], numbers, strict=True)}
 
     def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, int, int, int, Tensor]:
+        """Returns the arguments with which every operator begins: the model and how it is run."""
         constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
-        numbers = torch.cat(constants) if constants else _nothing(dtype)
+        numbers = torch.cat(constants) if constants else _empty(dtype)
         return model.description, self._build, self.team_from, model.rank, numbers
 
 
-def _chunks(tasks: int) -> int:
-    """Into which C++ cuts a batch (csrc/call.h): the most that run side by side."""
-    return -(-tasks // -(-tasks // 64))
-
-
 @lru_cache
-def _nothing(dtype: torch.dtype) -> Tensor:
+def _empty(dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype)

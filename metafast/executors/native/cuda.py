@@ -1,9 +1,9 @@
-"""The native executor on a GPU: one thread block runs a task's whole inner loop and its way back, in a single launch.
+"""Runs the inner loop of each task and its way back in one thread block on a GPU, all tasks in a single launch.
 
-Parameters, activations and directions of a task lie in the block's shared memory; theta and the activations of each
-inner step go through global memory where they do not all fit. Where one block is too small, a cluster of 2, 4 or 8 runs
-the task: each has some of the columns of every weight, and all activations. The same code runs on the CPU, one thread
-after another, as the twin that tests hold against the truth.
+The block's shared memory holds the parameters, activations and directions of its task. Where it cannot hold ``theta_s``
+and the activations of all inner steps, these go through global memory. Where one block is too small, a cluster of 2, 4
+or 8 blocks runs the task: each block holds some of the columns of every weight, and all activations. The same code also
+runs on the CPU, one thread after another, as the twin that tests hold against the truth.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.native.encode import (
+    FACTS,
     LOSSES,
     Model,
     Models,
@@ -34,7 +35,6 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _BUILD = "METAFAST_CUDA=1 pip install --no-build-isolation -e ."
-# In the order of csrc/cuda/job.h.
 PRECISIONS = {
     "float32": "products in float32",
     "tf32x3": "three TF32 products for each, as exact as float32",
@@ -45,10 +45,13 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class BlockLimits:
-    """What runs blocks: bytes of shared memory that a block can have, and processors that run blocks side by side.
+    """Says what a GPU, or the twin, offers to thread blocks.
 
-    ``threads`` fixes the threads of a block (32 .. 256 in steps of 32); 0 chooses them by the widest layer.
-    ``clusters``: numbers of blocks that may run a task together; the first is taken whose memory is enough.
+    Attributes:
+        shared: the bytes of shared memory that one block can have.
+        processors: the number of processors that run blocks side by side.
+        threads: the number of threads of a block, 32 .. 256 in steps of 32; 0 chooses it by the widest layer.
+        clusters: the numbers of blocks that may run a task together; the first whose memory is enough is taken.
     """
 
     shared: int
@@ -58,9 +61,16 @@ class BlockLimits:
 
 
 class Launch(NamedTuple):
-    """A meta-gradient of a batch of tasks: ``threads`` in a block, ``blocks``, of which ``cluster`` run a task
-    together, bytes of ``shared`` memory in each, and bytes of a ``record`` that each writes to global memory after an
-    inner step and reads on the way back; zero: all steps stay in shared memory."""
+    """Says how the meta-gradient of a batch of tasks is launched.
+
+    Attributes:
+        threads: the number of threads of a block.
+        blocks: the number of blocks.
+        cluster: the number of blocks that run a task together.
+        shared: the bytes of shared memory of each block.
+        record: the bytes that each block writes to global memory after an inner step and reads on the way back; 0
+            where all steps stay in shared memory.
+    """
 
     threads: int
     blocks: int
@@ -70,15 +80,15 @@ class Launch(NamedTuple):
 
 
 class CudaExecutor(Executor):
-    """CUDA C++ in float32.
+    """Runs Programs by CUDA C++ in float32.
 
     Args:
-        twin: stands in for the GPU: its tasks are on the CPU, in float32 or float64.
-        threads: as of a ``BlockLimits``, on a GPU.
-        clusters: likewise; before compute capability 9.0 a block is always alone.
-        precision: of the operands of products. All but ``float32`` use tensor cores where a layer fills at least half
-            of their tiles; sums are float32 always. TF32 and bf16 put a meta-gradient of several steps off by several
-            per cent and more.
+        twin: the limits of a GPU that the CPU stands in for; tasks are then on the CPU, in float32 or float64.
+        threads: ``BlockLimits.threads`` on a GPU.
+        clusters: ``BlockLimits.clusters`` on a GPU; before compute capability 9.0 a block is always alone.
+        precision: the precision of the operands of products. All but ``float32`` use tensor cores where a layer fills
+            at least half of their tiles; sums are always float32. With TF32 and bf16 the error of a meta-gradient of
+            several steps is several per cent and more.
 
     Raises:
         ValueError: ``precision`` is unknown.
@@ -98,7 +108,10 @@ class CudaExecutor(Executor):
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} is unknown; choose from {list(PRECISIONS)}")
-        self.twin, self.threads, self.clusters, self.precision = twin, threads, clusters, precision
+        self.twin = twin
+        self.threads = threads
+        self.clusters = clusters
+        self.precision = precision
         self._models = Models(_Model)
 
     def copy_with(self, precision: str) -> CudaExecutor:
@@ -107,7 +120,7 @@ class CudaExecutor(Executor):
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         if extension_error is not None:
             return extension_error
-        reason = self._wrong_place(shapes)
+        reason = self._device_obstacle(shapes)
         if reason is not None:
             return reason
         if shapes.ragged:
@@ -121,7 +134,7 @@ class CudaExecutor(Executor):
             cluster, needed = self.shared_memory(program, shapes)
         except ValueError as error:
             return str(error)
-        reason = _wrong_size(cluster, needed, self.limits(shapes.device))
+        reason = _memory_obstacle(cluster, needed, self.limits(shapes.device))
         if reason is not None:
             return reason
         blocks = "one block a task" if cluster == 1 else f"a cluster of {cluster} blocks for each task"
@@ -131,8 +144,9 @@ class CudaExecutor(Executor):
         return ExecutionPlan(self, tuple(where for _ in program.nodes), None, lambda: None)
 
     def shared_memory(self, program: Program, shapes: TaskShapes) -> tuple[int, int]:
-        """The blocks for each task, and the bytes of shared memory that its meta-gradient takes at least in each of
-        them: more than a block has, where no number of blocks is enough.
+        """Returns the number of blocks for each task, and the bytes of shared memory that each of them needs at least.
+
+        Where no number of blocks is enough, these are more bytes than a block has.
 
         Raises:
             ValueError: a block cannot run the model; the text says which layer.
@@ -141,24 +155,26 @@ class CudaExecutor(Executor):
         return model.fit(self.limits(shapes.device), (*shapes.samples, False), shapes.dtype)
 
     def launch(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> Launch:
-        """How the meta-gradient of tasks of these shapes is launched.
+        """Says how the meta-gradient of tasks of these shapes is launched.
 
         Raises:
             ValueError: blocks cannot run it; the text says why.
         """
-        model, samples = self._models.of(program, shapes.sample), shapes.samples
+        model = self._models.of(program, shapes.sample)
+        samples = shapes.samples
         numbers = self._numbers(model, shapes.device, shapes.dtype, (*samples, False))
         threads, blocks, shared, record = call_op(
             torch.ops.metafast.cuda_launch, model.description, shapes.dtype == torch.float64, numbers,
             shapes.tasks, *samples, loop.steps, loop.first_order, loop.learns_rates,
         )  # fmt: skip
-        return Launch(threads, blocks, numbers[3], shared, record)
+        cluster, _ = model.fit(self.limits(shapes.device), (*samples, False), shapes.dtype)
+        return Launch(threads, blocks, cluster, shared, record)
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         model = self._models.of(program, x.shape[2:])
         head = self._head(model, x, 0, x.shape[1], predicts=True)
-        out = call_op(torch.ops.metafast.cuda_predict, *head, as_input(params), as_input(x), step)
-        return model.shaped(out)
+        outputs = call_op(torch.ops.metafast.cuda_predict, *head, as_input(params), as_input(x), step)
+        return model.shaped(outputs)
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
@@ -191,8 +207,10 @@ class CudaExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        x, m = tasks.support_x, tasks.query_x.shape[1]
-        model, theta = self._models.of(program, x.shape[2:]), _flatten_dense_tensors(parameters)
+        x = tasks.support_x
+        m = tasks.query_x.shape[1]
+        model = self._models.of(program, x.shape[2:])
+        theta = _flatten_dense_tensors(parameters)
         losses, outputs, grad, rates_grad = call_op(
             torch.ops.metafast.cuda_meta_gradient, *self._head(model, x, x.shape[1], m), as_input(theta),
             as_input(rates.to(theta.dtype)), *_samples(program, tasks.support),
@@ -202,7 +220,8 @@ class CudaExecutor(Executor):
         grads = _unflatten_dense_tensors(grad, parameters)
         return MetaGradient(losses, model.shaped(outputs), grads, rates_grad if loop.learns_rates else None)
 
-    def _wrong_place(self, shapes: TaskShapes) -> str | None:
+    def _device_obstacle(self, shapes: TaskShapes) -> str | None:
+        """Says in words why batches of these dtypes cannot be computed on their device; ``None`` where they can."""
         if self.precision != "float32" and shapes.dtype != torch.float32:
             return f"dtype {shapes.dtype}: precision={self.precision!r} is of float32"
         if self.twin is not None:
@@ -220,26 +239,39 @@ class CudaExecutor(Executor):
         return None
 
     def limits(self, device: torch.device) -> BlockLimits:
-        """What runs the blocks on ``device``."""
-        return self.twin if self.twin is not None else _gpu(device.index, self.threads, self.clusters)
+        """Returns the limits of what runs the blocks: ``device``, or the twin."""
+        return self.twin if self.twin is not None else _gpu_limits(device.index, self.threads, self.clusters)
 
     def _numbers(
         self, model: _Model, device: torch.device, dtype: torch.dtype, samples: tuple[int, int, bool]
     ) -> list[int]:
-        """Where and how a call runs, as csrc/bindings_cuda.cpp reads it."""
+        """Lists the numbers that say where and how a call runs, in the order in which C++ reads them."""
         limits = self.limits(device)
-        stream = 0 if self.twin is not None else torch.cuda.current_stream(device).cuda_stream
-        cluster, _ = model.fit(limits, samples, dtype)
-        precision = list(PRECISIONS).index(self.precision)
-        return [limits.shared, limits.processors, limits.threads, cluster, precision, stream]
+        settings = {
+            "shared": limits.shared,
+            "processors": limits.processors,
+            "threads": limits.threads,
+            "cluster": model.fit(limits, samples, dtype)[0],
+            "precision": FACTS["precisions"].index(self.precision),
+            "stream": 0 if self.twin is not None else torch.cuda.current_stream(device).cuda_stream,
+        }
+        return [settings[name] for name in FACTS["launch_settings"]]
 
     def _support_head(self, program: Program, support: Batch) -> tuple[Any, ...]:
+        """Returns the first arguments of operators that read the support sets alone."""
         return self._head(self._models.of(program, support.x.shape[2:]), support.x, support.x.shape[1], 0)
 
     def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
+        """Returns the first arguments of an operator for tasks of ``support`` and ``query`` samples like ``x``.
+
+        The tables that the kernel reads are made on the first call for these sizes, and kept.
+
+        Raises:
+            RuntimeError: they would have to be made while a CUDA graph is being recorded.
+        """
         samples = (support, query, predicts)
         numbers = self._numbers(model, x.device, x.dtype, samples)
-        cluster, stream = numbers[3], numbers[5]
+        cluster, stream = (numbers[FACTS["launch_settings"].index(name)] for name in ("cluster", "stream"))
         key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
             if self.twin is None and torch.cuda.is_current_stream_capturing():
@@ -251,7 +283,12 @@ class CudaExecutor(Executor):
 
 
 class _Model(Model):
-    """And its tables on each device with what points to them, by the numbers of samples and of blocks."""
+    """Adds to a model what kernels read of it.
+
+    Attributes:
+        tables: the tables on a device and the head that points to them, by the numbers of samples and blocks, dtype and
+            device.
+    """
 
     def __init__(self, program: Program, sample: tuple[int, ...]) -> None:
         super().__init__(program, sample)
@@ -259,8 +296,10 @@ class _Model(Model):
         self._fits: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def fit(self, limits: BlockLimits, samples: tuple[int, int, bool], dtype: torch.dtype) -> tuple[int, int]:
-        """Blocks for each task of ``samples``: of the support set, of the query set, and whether these are only
-        predicted; with the bytes that each block takes."""
+        """Returns the number of blocks for each task, and the bytes of shared memory that each of them needs.
+
+        ``samples`` are the numbers of support and of query samples, and whether the call only predicts.
+        """
         key = (limits, samples, dtype)
         if key not in self._fits:
             for cluster in limits.clusters:
@@ -273,10 +312,12 @@ class _Model(Model):
 
 
 def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets as operators take them."""
     return as_input(batch.x), as_input(targets(program, batch))
 
 
-def _wrong_size(cluster: int, needed: int, limits: BlockLimits) -> str | None:
+def _memory_obstacle(cluster: int, needed: int, limits: BlockLimits) -> str | None:
+    """Says in words that the shared memory of ``cluster`` blocks does not hold a task; ``None`` where it does."""
     if needed <= limits.shared:
         return None
     where = "" if cluster == 1 else f" in each of {cluster} blocks"
@@ -286,9 +327,10 @@ def _wrong_size(cluster: int, needed: int, limits: BlockLimits) -> str | None:
 
 
 @lru_cache
-def _gpu(index: int, threads: int, clusters: tuple[int, ...]) -> BlockLimits:
+def _gpu_limits(index: int, threads: int, clusters: tuple[int, ...]) -> BlockLimits:
+    """Returns the limits of the GPU ``index``."""
     properties = torch.cuda.get_device_properties(index)
-    reserved = 1024  # by the system, of what a processor has for its blocks
+    reserved = 1024  # bytes of a processor's shared memory that the system takes
     shared = properties.shared_memory_per_multiprocessor - reserved
     known = clusters if properties.major >= 9 else (1,)
     return BlockLimits(shared, properties.multi_processor_count, threads, known)

@@ -1,7 +1,8 @@
-"""A Program as C++ reads it: what the native executors on the CPU and on a GPU share."""
+"""Writes a Program in the form that C++ reads, for the native executors on the CPU and on a GPU alike."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -17,27 +18,35 @@ try:
     import metafast._C as extension
 
     extension_error = None
-    # Its parameters may belong to graphs; what it gives does not.
+    # Its arguments may belong to autograd's graph; its results do not, and so autograd passes the call through.
     _library = torch.library.Library("metafast", "IMPL")
     _library.impl("cpu_meta_gradient", torch.library.fallthrough_kernel, "Autograd")
-except ImportError as error:  # metafast works without it: `metafast doctor` says what that costs
+except ImportError as error:  # metafast works without it; `metafast doctor` says what that costs
     extension = None
     extension_error = f"metafast._C is not installed ({error}); build it with: pip install --no-build-isolation -e ."
 
-# As numbered in csrc/core/program.h and csrc/core/plan.cpp.
-_KINDS = {
-    "conv2d": 0, "batch_norm": 1, "layer_norm": 2, "relu": 3, "leaky_relu": 4, "tanh": 5, "sigmoid": 6, "gelu": 7,
-    "max_pool2d": 8, "avg_pool2d": 9, "add": 10, "linear": 100, "flatten": 101, "adaptive_avg_pool2d": 102,
-}  # fmt: skip
-LOSSES = {"cross_entropy": 0, "mse": 1}
-"""Those with rules in C++; of any other the gradient in the outputs is given to it."""
-_EXTERNAL = 2
-_OPTIONS = 10
+if extension is not None and not hasattr(extension, "facts"):
+    extension = None
+    extension_error = "metafast._C is older than the rest; build it with: pip install --no-build-isolation -e ."
+
+FACTS: dict[str, Any] = {"kinds": {}, "losses": {}} if extension is None else json.loads(extension.facts)
+"""What the extension says of itself (csrc/torch/facts.h): names, numbers and layouts of which Python keeps no copy."""
+LOSSES = tuple(name for name, loss in FACTS["losses"].items() if loss["reads"] != "gradient")
+"""The losses that have rules in C++. Python computes any other and hands C++ its gradient in the outputs."""
 _ALL = torch.empty(0, dtype=torch.int64)
 
 
 class Model:
-    """A Program, of which ``unsupported_layer`` names nothing, for samples of one shape."""
+    """Holds a Program in the form that C++ reads, for samples of one shape.
+
+    Every layer must have rules in C++: ``unsupported_layer`` returns ``None``.
+
+    Attributes:
+        description: the numbers that describe the Program, float64 ``[length]``, as csrc/core/plan/description.h reads
+            them.
+        constants: the constants of all nodes, one after another.
+        rank: the number of axes of one sample's outputs.
+    """
 
     def __init__(self, program: Program, sample: tuple[int, ...], external_loss: bool = False) -> None:
         self.description = _describe(program, sample, external_loss)
@@ -45,7 +54,7 @@ class Model:
         self.rank = _ranks(program, len(sample))[program.output]
 
     def shaped(self, outputs: Tensor) -> Tensor:
-        """Outputs ``[T, n, c, h, w]`` in the shape that the model gives them, ``rank`` axes behind the samples."""
+        """Gives outputs ``[T, n, c, h, w]`` the shape that they have in the model, with ``rank`` axes for a sample."""
         return outputs if self.rank == 3 else outputs.flatten(2)
 
 
@@ -53,14 +62,14 @@ SomeModel = TypeVar("SomeModel", bound=Model)
 
 
 class Models(Generic[SomeModel]):
-    """The models that an executor has seen, as long as their Programs live."""
+    """Keeps the models that an executor has seen, for as long as their Programs live."""
 
     def __init__(self, make: Callable[[Program, tuple[int, ...]], SomeModel]) -> None:
         self._make = make
         self._known: WeakKeyDictionary[Program, dict[tuple[int, ...], SomeModel]] = WeakKeyDictionary()
 
     def of(self, program: Program, sample: tuple[int, ...]) -> SomeModel:
-        """For samples of that shape."""
+        """Returns the model of ``program`` for samples of the shape ``sample``; it is made once."""
         known = self._known.get(program)
         if known is None:
             known = self._known[program] = {}
@@ -70,29 +79,40 @@ class Models(Generic[SomeModel]):
 
 
 class RaggedPacking:
-    """Of ragged tasks: the samples of each that count, ahead of its padding. ``sizes [T]`` are their numbers; it is
-    empty where all count."""
+    """Moves the samples of ragged tasks so that those that count come before the padding.
+
+    Args:
+        mask: bool ``[T, n]``, true where a sample counts; ``None`` where all do.
+
+    Attributes:
+        sizes: int64 ``[T]``, how many samples of each task count; ``[0]`` where all of them do.
+    """
 
     def __init__(self, mask: Tensor | None) -> None:
-        self.sizes, self._at = _ALL, None
+        self.sizes = _ALL
+        self._at = None
         if mask is not None:
             order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-            self.sizes, self._at = mask.sum(1), (torch.arange(len(mask))[:, None], order)
+            self.sizes = mask.sum(1)
+            self._at = (torch.arange(len(mask))[:, None], order)
 
     def pack(self, x: Tensor) -> Tensor:
-        """``x [T, n, ...]`` in this order."""
+        """Returns ``x [T, n, ...]`` with the samples that count first."""
         return as_input(x) if self._at is None else as_input(x[self._at])
 
     def unpack(self, x: Tensor) -> Tensor:
-        """And back."""
+        """Puts the samples of ``x [T, n, ...]`` back into the order that they had before ``pack``."""
         return x if self._at is None else torch.empty_like(x).index_put_(self._at, x)
 
 
 def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
-    """The first layer without rules in C++, in words, or what it cannot take of samples of that shape."""
+    """Says in words which layer C++ has no rules for, or why it cannot take samples of the shape ``sample``.
+
+    It returns ``None`` where C++ runs the whole program on such samples.
+    """
     for node in program.nodes:
         layer: Any = node.layer
-        if layer.kind not in _KINDS:
+        if layer.kind not in FACTS["kinds"]:
             return f"{node.name}: no rules for {layer.kind!r}"
         if layer.kind == "flatten" and (layer.start, layer.end) not in ((1, -1), (1, 3)):
             return f"{node.name}: flatten of axes {layer.start}..{layer.end}; it flattens whole samples"
@@ -107,30 +127,35 @@ def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
 
 
 def as_input(x: Tensor) -> Tensor:
-    """Contiguous, and no part of a graph."""
+    """Returns ``x`` in contiguous memory and outside of autograd's graph, as operators take it."""
     return (x.detach() if x.requires_grad else x).contiguous()
 
 
 def targets(program: Program, batch: Batch) -> Tensor:
-    """As the loss in C++ reads them.
+    """Returns the targets of ``batch`` in the dtype in which the loss in C++ reads them.
 
     Raises:
-        ValueError: C++ has no rules for this loss; the executor of its plan computes it in Python.
+        ValueError: C++ has no rules for this loss; the executor that ``plan`` returns computes it in Python.
     """
     if program.loss.kind not in LOSSES:
         raise ValueError(f"no rules in C++ for the loss {program.loss.kind!r}: call the executor that plan() gives")
-    dtype = torch.int64 if program.loss.kind == "cross_entropy" else batch.x.dtype
+    dtype = torch.int64 if FACTS["losses"][program.loss.kind]["reads"] == "labels" else batch.x.dtype
     return batch.y if batch.y.dtype == dtype else batch.y.to(dtype)
 
 
 @cache
 def in_double(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """As a tensor, made once and kept: a CUDA graph may read it at any time."""
+    """Makes a float64 tensor of ``values`` and keeps it for good, because a CUDA graph may read it at any time."""
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def call_op(op: Any, *arguments: Any) -> Any:
-    """Bad input is a ValueError; what a device or the twin's watch reports stays a RuntimeError."""
+    """Calls an operator of C++.
+
+    Raises:
+        ValueError: an argument is wrong; the text says which.
+        RuntimeError: the device, or the race checker of the twin, reports an error.
+    """
     try:
         return op(*arguments)
     except RuntimeError as error:
@@ -140,7 +165,7 @@ def call_op(op: Any, *arguments: Any) -> Any:
 
 
 def _ranks(program: Program, rank: int) -> list[int]:
-    """By value: the axes behind the samples."""
+    """Counts for each value the axes of one sample, where one sample of the input has ``rank``."""
     ranks = [rank]
     for node in program.nodes:
         ranks.append(1 if node.layer.kind == "flatten" else ranks[node.inputs[0]])
@@ -148,17 +173,18 @@ def _ranks(program: Program, rank: int) -> list[int]:
 
 
 def _describe(program: Program, sample: tuple[int, ...], external_loss: bool) -> Tensor:
+    """Writes a Program down in numbers: the loss and sizes, then the parameters, then the nodes with their options."""
     channels, height, width = sample if len(sample) == 3 else (*sample, 1, 1)
-    loss = _EXTERNAL if external_loss else LOSSES.get(program.loss.kind, _EXTERNAL)
-    numbers: list[float] = [loss, program.output, height, width, channels]
+    loss = program.loss.kind if program.loss.kind in LOSSES and not external_loss else "external"
+    numbers: list[float] = [FACTS["losses"][loss]["number"], program.output, height, width, channels]
     numbers += [len(program.parameters), len(program.nodes)]
     for p in program.parameters:
         numbers += [p.offset, p.size, p.adapted]
     constants = 0
     for node in program.nodes:
         options = node.layer.numbers([program.parameters[p].shape for p in node.params])
-        numbers += [_KINDS[node.layer.kind], *_padded(node.inputs, 2), *_slots(node), constants]
-        numbers += [*options, *[0] * (_OPTIONS - len(options))]
+        numbers += [FACTS["kinds"][node.layer.kind], *_padded(node.inputs, 2), *_slots(node), constants]
+        numbers += [len(options), *options]
         constants += sum(c.numel() for c in node.constants)
     return torch.tensor(numbers, dtype=torch.float64)
 
@@ -168,6 +194,6 @@ def _padded(indices: tuple[int, ...], length: int) -> list[int]:
 
 
 def _slots(node: Node) -> tuple[int, ...]:
-    """The parameters that the node has for a weight and a bias; -1: none."""
+    """Returns the numbers of the node's weight and bias; -1 stands for one that it has not."""
     at = dict(zip(node.layer.parameter_names, node.params, strict=True))
     return tuple(at.get(name, -1) for name in ("weight", "bias"))

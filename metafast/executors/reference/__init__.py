@@ -1,1 +1,1 @@
-"""The reference executor: plain PyTorch on any device."""
+"""Holds the reference executor, which is plain PyTorch on any device."""

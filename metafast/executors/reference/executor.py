@@ -1,7 +1,7 @@
-"""The reference executor: plain PyTorch, any device, float32 or float64. The truth and the fallback.
+"""Runs Programs by plain PyTorch on any device, in float32 or float64: the truth for the others, and the fallback.
 
-Tasks go through in chunks that fit a memory budget. The way back keeps only ``theta_s`` and computes the
-activations of a step again when it gets there, so memory does not grow with the number of inner steps.
+Tasks are computed in chunks that fit a budget of memory. Of the inner steps only ``theta_s`` is kept; the way back
+computes the activations of each step again, so that memory does not grow with the number of steps.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
 from metafast.tasks import Batch, TaskShapes
 
-_BUDGET = 2 << 30
-_COPIES = 12  # values, saved quantities, adjoints and their tangents alive at once, in units of one pass's values
+_BUDGET = 2 << 30  # bytes
+_COPIES = 12
+"""Memory in use at once, by values, what rules keep, adjoints and tangents, as a multiple of one pass's values."""
 
 Found = TypeVar("Found")
 
 
 class ReferenceExecutor(Executor):
-    """Every layer, every loss, every device.
+    """Runs every layer and every loss, on every device.
 
     Args:
-        budget: bytes of activations alive at once.
-        max_tasks: tasks alive at once; ``None``: as many as the budget allows.
-        wrap: gives the Program to run in the place of another (see ``Executor.observed``).
+        budget: the bytes of activations that may be in use at once.
+        max_tasks: the most tasks that are computed at once; ``None`` means as many as the budget allows.
+        wrap: returns the Program to run in the place of the one that it is given (see ``Executor.observed``).
     """
 
     name = "reference"
@@ -44,7 +45,9 @@ class ReferenceExecutor(Executor):
         max_tasks: int | None = None,
         wrap: Callable[[Program], Program] = lambda program: program,
     ) -> None:
-        self.budget, self.max_tasks, self.wrap = budget, max_tasks, wrap
+        self.budget = budget
+        self.max_tasks = max_tasks
+        self.wrap = wrap
 
     def observed(self, wrap: Callable[[Program], Program]) -> ReferenceExecutor:
         return ReferenceExecutor(self.budget, self.max_tasks, wrap)
@@ -60,7 +63,9 @@ class ReferenceExecutor(Executor):
 
     @torch.no_grad()
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        program, theta, nothing = self.wrap(program), _by_task(params, x), (False,) * len(program.parameters)
+        program = self.wrap(program)
+        theta = _by_task(params, x)
+        nothing = (False,) * len(program.parameters)
 
         def chunk(tasks: slice) -> Tensor:
             return Pass(program, theta[tasks], Batch(x[tasks], x[tasks]), step, nothing).forward()
@@ -71,7 +76,8 @@ class ReferenceExecutor(Executor):
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        program, theta = self.wrap(program), _by_task(params, batch.x)
+        program = self.wrap(program)
+        theta = _by_task(params, batch.x)
 
         def chunk(tasks: slice) -> tuple[Tensor, Tensor, Tensor]:
             return inner_loop.loss_and_grad(program, theta[tasks], batch.tasks(tasks), step)
@@ -82,8 +88,9 @@ class ReferenceExecutor(Executor):
 
     @torch.no_grad()
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        program, theta = self.wrap(program), _by_task(params, support.x)
-        loop = loop._replace(first_order=True, learns_rates=False)  # nothing is kept for a way back
+        program = self.wrap(program)
+        theta = _by_task(params, support.x)
+        loop = loop._replace(first_order=True, learns_rates=False)  # so that nothing is kept for a way back
 
         def chunk(tasks: slice) -> Tensor:
             return torch.stack(InnerLoopRun(program, loop, rates, support.tasks(tasks)).adapt(theta[tasks]))
@@ -98,7 +105,8 @@ class ReferenceExecutor(Executor):
             v = torch.cat([v.new_zeros(trajectory.shape[0] - 1, *v.shape), v[None]])
         if loop.first_order and not loop.learns_rates:
             return v.sum(0), None
-        program, rates_grad = self.wrap(program), torch.zeros_like(rates) if loop.learns_rates else None
+        program = self.wrap(program)
+        rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
 
         def chunk(tasks: slice) -> Tensor:
             run = InnerLoopRun(program, loop, rates, support.tasks(tasks))
@@ -111,18 +119,21 @@ class ReferenceExecutor(Executor):
 
     @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
-        program, theta, u = self.wrap(program), _by_task(params, batch.x), _by_task(u, batch.x)
+        program = self.wrap(program)
+        theta = _by_task(params, batch.x)
+        u = _by_task(u, batch.x)
 
         def chunk(tasks: slice) -> Tensor:
             return inner_loop.hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
 
         return torch.cat(self._in_chunks(program, batch.x, chunk))
 
-    def _in_chunks(self, program: Program, x: Tensor, of: Callable[[slice], Found]) -> list[Found]:
-        return [of(tasks) for tasks in self._chunks(program, x)]
+    def _in_chunks(self, program: Program, x: Tensor, compute: Callable[[slice], Found]) -> list[Found]:
+        """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
+        return [compute(tasks) for tasks in self._chunks(program, x)]
 
     def _chunks(self, program: Program, x: Tensor) -> Iterator[slice]:
-        """The ranges of tasks that fit into the budget."""
+        """Yields ranges of tasks that fit into the budget."""
         tasks = x.shape[0]
         elements = _COPIES * _elements(program, tuple(x.shape[1:]), x.dtype, x.device) + 4 * program.size
         size = min(max(1, self.budget // (x.element_size() * elements)), self.max_tasks or tasks)
@@ -132,7 +143,7 @@ class ReferenceExecutor(Executor):
 
 @functools.lru_cache(maxsize=64)
 def _elements(program: Program, sample: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Elements of all node outputs for one task's batch ``[n, ...]``, found by running one."""
+    """Counts the elements of all values of a pass on one task's samples ``[n, ...]``, by running one."""
     x = torch.zeros(1, *sample, dtype=dtype, device=device)
     theta = torch.zeros(1, program.size, dtype=dtype, device=device)
     run = Pass(program, theta, Batch(x, x), 0, (False,) * len(program.parameters))
@@ -141,4 +152,5 @@ def _elements(program: Program, sample: tuple[int, ...], dtype: torch.dtype, dev
 
 
 def _by_task(params: Tensor, x: Tensor) -> Tensor:
+    """Returns ``params [P]`` or ``[T, P]`` as ``[T, P]``, for the T tasks of ``x``."""
     return params.expand(x.shape[0], -1) if params.dim() == 1 else params

@@ -1,1 +1,1 @@
-"""The Triton executor: layers as kernels over (task, tile)."""
+"""Holds the Triton executor, which runs layers as kernels over (task, tile)."""

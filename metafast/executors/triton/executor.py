@@ -1,7 +1,7 @@
-"""The Triton executor: the reference's inner loop over layers that run as kernels over (task, tile) on an NVIDIA GPU.
+"""Runs the reference executor's inner loop over layers that are Triton kernels over (task, tile) on an NVIDIA GPU.
 
-For networks too large for one thread block. Parameters and images are put into the kernels' memory order on the way
-in and back on the way out; in between the inner loop is that of the reference executor.
+It serves networks that are too large for one thread block. Parameters and images are put into the kernels' memory
+order before the inner loop, and results back into the user's order after it.
 """
 
 from __future__ import annotations
@@ -34,22 +34,29 @@ PRECISIONS = {
     "tf32": "operands of products rounded to 11 bits",
     "bf16": "activations and operands of products rounded to 8 bits",
 }
-_BUDGET = 2 << 30  # bytes, where there is no GPU to ask
-_PLANS = 64  # that are remembered
+_BUDGET = 2 << 30  # bytes where there is no GPU
+_PLANS = 64  # the most memory plans that are kept
 
 
 class TritonExecutor(Executor):
-    """Every model, layer by layer; layers without kernels of their own run by their PyTorch rules.
+    """Runs every model layer by layer; layers that have no kernels run by their rules in PyTorch.
 
     Args:
-        precision: of the operands of products, and with ``bf16`` of the activations in memory; parameters, statistics
-            and sums are float32 always. TF32 and bf16 put a meta-gradient of several steps off by several per cent and
-            more.
-        interpreted: take batches on the CPU too, where kernels run one program after another, to be tested. That
+        precision: the precision of the operands of products, and with ``bf16`` of the activations in memory too;
+            parameters, statistics and sums are always float32. With TF32 and bf16 the error of a meta-gradient of
+            several steps is several per cent and more.
+        interpreted: whether it also takes batches on the CPU, where Triton interprets the kernels, for tests. That
             needs TRITON_INTERPRET=1 in the environment before Triton is imported.
-        budget: bytes of activations alive at once; ``None``: half of the GPU's memory.
-        wrap: gives the lowered Program to run in the place of another (see ``Executor.observed``), without the CUDA
-            graph that would hide its layers from the host; ``None``: nothing looks at them.
+        budget: the bytes of activations that may be in use at once; ``None`` means half of the GPU's memory.
+        wrap: returns the Program to run in the place of a lowered one (see ``Executor.observed``). No CUDA graph is
+            then recorded, because the host must run every layer. ``None`` runs the lowered Program itself.
+
+    Attributes:
+        graphs: the CUDA graphs of whole meta-gradients.
+        memory_plans: how meta-gradients go through memory, by Program, loop and shapes.
+
+    Raises:
+        ValueError: ``precision`` is unknown.
     """
 
     name = "triton"
@@ -66,7 +73,10 @@ class TritonExecutor(Executor):
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} is unknown; choose from {list(PRECISIONS)}")
-        self.precision, self.interpreted, self.budget, self.wrap = precision, interpreted, budget, wrap
+        self.precision = precision
+        self.interpreted = interpreted
+        self.budget = budget
+        self.wrap = wrap
         self.graphs = Graphs()
         self.memory_plans: dict[tuple[object, ...], MemoryPlan] = {}
 
@@ -86,7 +96,7 @@ class TritonExecutor(Executor):
         norms = [node.layer for node in program.nodes if isinstance(node.layer, BatchNorm)]
         if shapes.ragged and not all(norm.fixed_statistics for norm in norms):
             return "ragged tasks in a batch norm that measures its statistics"
-        derived = _derived(program)
+        derived = _unknown_function(program)
         if self.precision == "bf16" and derived:
             return f"precision='bf16' needs kernels for every layer and the loss, and {derived!r} has none"
         layers = tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
@@ -94,45 +104,52 @@ class TritonExecutor(Executor):
         return ExecutionPlan(self, layers, obstacle, lambda: self._describe_memory(program, loop, shapes))
 
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        lowered, inner = self._lowered(program, x.device), self._layered(program, x.device)
-        with _on(x.device):
-            return inner.predict(lowered.program, lowered.pack(params), self._enter(x), step).float()
+        lowered = self._lowered(program, x.device)
+        inner = self._layered(program, x.device)
+        with _on_device(x.device):
+            return inner.predict(lowered.program, lowered.pack(params), self._reorder(x), step).float()
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = batch.x.device
-        lowered, inner = self._lowered(program, device), self._layered(program, device)
-        with _on(device):
-            found = inner.loss_and_grad(lowered.program, lowered.pack(params), self._entered(batch), step)
+        lowered = self._lowered(program, device)
+        inner = self._layered(program, device)
+        with _on_device(device):
+            found = inner.loss_and_grad(lowered.program, lowered.pack(params), self._reordered(batch), step)
         losses, grad, outputs = found
         return losses, lowered.unpack(grad), outputs.float()
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         device = support.x.device
-        lowered, inner = self._lowered(program, device), self._layered(program, device)
-        packed, packed_rates = lowered.pack(params), _pack_rates(lowered, rates)
-        with _on(device):
-            return lowered.unpack(inner.adapt(lowered.program, loop, packed, packed_rates, self._entered(support)))
+        lowered = self._lowered(program, device)
+        inner = self._layered(program, device)
+        packed = lowered.pack(params)
+        packed_rates = _pack_rates(lowered, rates)
+        with _on_device(device):
+            return lowered.unpack(inner.adapt(lowered.program, loop, packed, packed_rates, self._reordered(support)))
 
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         device = support.x.device
-        lowered, inner = self._lowered(program, device), self._layered(program, device)
-        with _on(device):
+        lowered = self._lowered(program, device)
+        inner = self._layered(program, device)
+        with _on_device(device):
             grad, rates_grad = inner.adapt_vjp(
-                lowered.program, loop, lowered.pack(trajectory), _pack_rates(lowered, rates), self._entered(support),
+                lowered.program, loop, lowered.pack(trajectory), _pack_rates(lowered, rates), self._reordered(support),
                 lowered.pack(v),
             )  # fmt: skip
         return lowered.unpack(grad), _unpack_rates(lowered, rates_grad)
 
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
         device = batch.x.device
-        lowered, inner = self._lowered(program, device), self._layered(program, device)
-        packed, along = lowered.pack(params), lowered.pack(u)
-        with _on(device):
-            return lowered.unpack(inner.hvp(lowered.program, packed, self._entered(batch), along, step))
+        lowered = self._lowered(program, device)
+        inner = self._layered(program, device)
+        packed = lowered.pack(params)
+        packed_u = lowered.pack(u)
+        with _on_device(device):
+            return lowered.unpack(inner.hvp(lowered.program, packed, self._reordered(batch), packed_u, step))
 
     @torch.no_grad()
     def meta_gradient(
@@ -141,18 +158,20 @@ class TritonExecutor(Executor):
         if self.wrap is not None:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
         device = tasks.support_x.device
-        lowered, theta = self._lowered(program, device), _flatten_dense_tensors(parameters)
+        lowered = self._lowered(program, device)
+        theta = _flatten_dense_tensors(parameters)
         plan = self._memory_plan(lowered, loop, rates, tasks)
 
         def compute(theta: Tensor, rates: Tensor, *parts: Any) -> Results:
-            packed, packed_rates = lowered.pack(theta), _pack_rates(lowered, rates)
+            packed = lowered.pack(theta)
+            packed_rates = _pack_rates(lowered, rates)
             found = self._in_chunks(lowered.program, loop, plan, packed, packed_rates, TaskBatch(*parts))
             rates_grad = _unpack_rates(lowered, found.rates_grad)
             results = found.losses, found.outputs.float(), lowered.unpack(found.grads[0])
             return results if rates_grad is None else (*results, rates_grad)
 
         parts = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-        with _on(device):
+        with _on_device(device):
             if _recordable(lowered.program, tasks):
                 found = self.graphs.run((lowered.program, loop, plan), compute, (theta, rates, *parts))
             else:
@@ -164,10 +183,11 @@ class TritonExecutor(Executor):
     def _in_chunks(
         self, program: Program, loop: InnerLoop, plan: MemoryPlan, theta: Tensor, rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
+        """Computes the meta-gradient as many tasks at a time as the plan says, and adds up the chunks' gradients."""
         parts = []
         for chunk in plan.chunks(len(tasks)):
             some = tasks.tasks(chunk)
-            batches = self._entered(some.support), self._entered(some.query)
+            batches = self._reordered(some.support), self._reordered(some.query)
             parts.append(meta_gradient(program, loop, theta, rates, batches, share=1 / len(tasks), keep=plan.keep))
         if len(parts) == 1:
             return parts[0]
@@ -177,47 +197,53 @@ class TritonExecutor(Executor):
         return MetaGradient(losses, outputs, (grad,), torch.stack(rates_grads).sum(0) if rates_grads else None)
 
     def _describe_memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> str:
-        if _derived(program):
+        if _unknown_function(program):
             return "measured on one task when the first batch comes"
         lowered = self._lowered(program, shapes.device)
         return str(self._memory_plan(lowered, loop, torch.empty(1, 1, device=shapes.device), _without_memory(shapes)))
 
     def _memory_plan(self, lowered: Lowered, loop: InnerLoop, rates: Tensor, tasks: TaskBatch) -> MemoryPlan:
-        """The plan for batches of these shapes."""
+        """Returns the memory plan for batches of these shapes; it is made once."""
         device = rates.device
         counted = loop._replace(step_weights=tuple(float(w != 0) for w in loop.step_weights))
         key = (lowered.program, counted, tasks.shapes._replace(devices=(device, device)), rates.shape)
         if key not in self.memory_plans:
             if len(self.memory_plans) >= _PLANS:
                 self.memory_plans.clear()
-            with torch.no_grad(), _on(device):
+            with torch.no_grad(), _on_device(device):
                 peak = functools.partial(self._peak, lowered.program, loop, rates, tasks)
                 plan = choose_memory_plan(peak, len(tasks), self._budget(device), lowered.max_tasks)
                 self.memory_plans[key] = plan
         return self.memory_plans[key]
 
-    def _peak(
-        self, program: Program, loop: InnerLoop, rates: Tensor, tasks: TaskBatch, chunk: int, keep: bool
-    ) -> int:
-        """Bytes at the peak for ``chunk`` tasks, from a run without memory; where rules derived by torch.func or a
-        user's own loss might look at values, from a run of one task."""
-        if _derived(program):
-            some, rates, copies = tasks.tasks(slice(0, 1)), rates.detach(), chunk
+    def _peak(self, program: Program, loop: InnerLoop, rates: Tensor, tasks: TaskBatch, chunk: int, keep: bool) -> int:
+        """Returns the bytes at the peak for ``chunk`` tasks, found by a run on tensors that have no memory.
+
+        Rules derived by torch.func and a user's own loss may look at values. Where there are any, the first task is run
+        with its values, and its bytes are multiplied by ``chunk``.
+        """
+        if _unknown_function(program):
+            some = tasks.tasks(slice(0, 1))
+            rates = rates.detach()
+            copies = chunk
         else:
-            some, rates, copies = _chunk_without_memory(tasks, chunk), torch.empty_like(rates, device="meta"), 1
+            some = _chunk_without_memory(tasks, chunk)
+            rates = torch.empty_like(rates, device="meta")
+            copies = 1
         theta = torch.zeros(program.size, device=rates.device)
         rates = rates if rates.shape[-1] == 1 else theta.expand(*rates.shape[:-1], -1)
-        batches = self._entered(some.support), self._entered(some.query)
+        batches = self._reordered(some.support), self._reordered(some.query)
         run = functools.partial(meta_gradient, program, loop, theta, rates, batches, share=1.0, keep=keep)
         return copies * peak_bytes(run)
 
     def _budget(self, device: torch.device) -> int:
+        """Returns the bytes of activations that may be in use at once on ``device``."""
         if self.budget is not None:
             return self.budget
         return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _BUDGET
 
     def _layered(self, program: Program, device: torch.device) -> ReferenceExecutor:
-        """What runs the lowered Program, layer by layer."""
+        """Returns the executor that runs the lowered Program layer by layer."""
         inner = ReferenceExecutor(self._budget(device), self._lowered(program, device).max_tasks)
         return inner if self.wrap is None else inner.observed(self.wrap)
 
@@ -226,49 +252,52 @@ class TritonExecutor(Executor):
 
         return lower(program, self.precision, device)
 
-    def _enter(self, x: Tensor) -> Tensor:
-        """Images ``[T,n,C,H,W]`` with their memory in the order ``[T,n,H,W,C]``, in the type that activations have."""
+    def _reorder(self, x: Tensor) -> Tensor:
+        """Puts images ``[T, n, C, H, W]`` into memory of the order ``[T, n, H, W, C]`` and the activations' dtype."""
         x = x.to(torch.bfloat16) if self.precision == "bf16" else x
         return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.dim() == 5 else x
 
-    def _entered(self, batch: Batch) -> Batch:
-        return Batch(self._enter(batch.x), batch.y, batch.mask)
+    def _reordered(self, batch: Batch) -> Batch:
+        """Returns the batch with its images in the kernels' memory order."""
+        return Batch(self._reorder(batch.x), batch.y, batch.mask)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Kernels are launched on the current device: makes it ``device``."""
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes ``device`` the current device, on which kernels are launched."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _derived(program: Program) -> str | None:
-    """The first node, or the loss, whose rules run a function of PyTorch's or the user's that we do not know."""
+def _unknown_function(program: Program) -> str | None:
+    """Names the first node, or the loss, that runs a function of PyTorch's or the user's which may look at values."""
     names = [node.name for node in program.nodes if node.layer.kind == "derived"]
     return next(iter(names), "loss" if program.loss.kind == "custom_loss" else None)
 
 
 def _recordable(program: Program, tasks: TaskBatch) -> bool:
-    """Does the meta-step run on a GPU by kernels alone, whose addresses stay what they are?"""
+    """Says whether the meta-gradient runs on a GPU by kernels alone, which read the same addresses every time."""
     if not tasks.support_x.is_cuda or tasks.support_mask is not None or tasks.query_mask is not None:
         return False
-    return _derived(program) is None and not any(node.constants for node in program.nodes)
+    return _unknown_function(program) is None and not any(node.constants for node in program.nodes)
 
 
 def _chunk_without_memory(tasks: TaskBatch, count: int) -> TaskBatch:
-    """``count`` tasks alike, without memory and padding."""
+    """Makes ``count`` tasks of the shapes of ``tasks``, without memory and without padding."""
     parts = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
     return TaskBatch(*(torch.empty(count, *x.shape[1:], dtype=x.dtype, device="meta") for x in parts))
 
 
 def _without_memory(shapes: TaskShapes) -> TaskBatch:
-    """Tasks of these shapes."""
+    """Makes tasks of these shapes that have no memory."""
     sizes = (shapes.support_x, shapes.support_y, shapes.query_x, shapes.query_y)
     parts = zip(sizes, shapes.dtypes, strict=True)
     return TaskBatch(*(torch.empty(size, dtype=dtype, device="meta") for size, dtype in parts))
 
 
 def _pack_rates(lowered: Lowered, rates: Tensor) -> Tensor:
+    """Takes the user's ``rates [1 or S, 1 or P]`` to ``[1 or S, 1 or P']``."""
     return rates if rates.shape[-1] == 1 else lowered.pack(rates)
 
 
 def _unpack_rates(lowered: Lowered, rates_grad: Tensor | None) -> Tensor | None:
+    """Takes the gradient of the rates, ``[1 or S, 1 or P']``, back to the shape of the user's rates."""
     return rates_grad if rates_grad is None or rates_grad.shape[-1] == 1 else lowered.unpack(rates_grad)

@@ -1,8 +1,9 @@
-"""Lowers a Program to Triton: its layers become Triton's, chains of them are fused, parameters lie in memory order.
+"""Lowers a Program to Triton: layers get Triton kernels, chains of layers are fused, and parameters change their order.
 
-Convolution weights go from ``[O,C,kh,kw]`` to ``[O,kh,kw,C]``, and so do those of a linear layer that reads flattened
-images: their memory is channels-last, and flattening them copies nothing. Every parameter starts at a multiple of 64
-bytes, so that blocks are read in wide loads. Gaps are parameters that no node uses.
+Images lie in memory with their channels last. Weights of convolutions therefore go from ``[O, C, kh, kw]`` to
+``[O, kh, kw, C]``. So do the weights of a linear layer that reads flattened images, because then flattening copies
+nothing. Every parameter starts at a multiple of 64 bytes, so that kernels read it in wide loads; the gaps between them
+are parameters that no node uses.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ from metafast.kernels.pointwise.reference import ReLU
 from metafast.program import Node, Parameter, Program
 
 _ALIGNMENT = 16  # elements
-_LARGEST_WINDOW = 16  # pixels that a fused pool unrolls
-_MAX_BLOCKS = 65535  # of a grid along its second axis, that of tasks and groups
+_LARGEST_WINDOW = 16  # the most pixels in the window of a fused pool, whose kernel unrolls them
+_MAX_BLOCKS = 65535  # the most blocks along the second axis of a grid, where tasks times groups lie
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """``program`` runs on Triton; element ``i`` of the user's flat vector lies at ``order[i]`` of its own.
+    """Holds a Program that runs on Triton, and how it differs from the user's.
 
-    ``notes`` say for each node of the user's program how it runs. One launch takes ``max_tasks`` at most.
+    Attributes:
+        program: the lowered Program, with P' parameters, gaps among them.
+        order: int64 ``[P]``, the place in the lowered flat vector of each element of the user's.
+        notes: words for each node of the user's Program on how it runs.
+        max_tasks: the most tasks that one launch takes.
     """
 
     program: Program
@@ -50,19 +55,20 @@ class Lowered:
     max_tasks: int
 
     def pack(self, flat: Tensor) -> Tensor:
-        """``[..., P]`` of the user -> ``[..., P']``, zero in the gaps."""
+        """Takes the user's ``[..., P]`` to ``[..., P']``, with zeros in the gaps."""
         packed = flat.new_zeros(*flat.shape[:-1], self.program.size)
         return packed.index_copy_(-1, self.order, flat)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """``[..., P']`` -> ``[..., P]`` of the user."""
+        """Takes ``[..., P']`` back to the user's ``[..., P]``."""
         return packed.index_select(-1, self.order)
 
 
 @functools.lru_cache(maxsize=64)
 def lower(program: Program, precision: str, device: torch.device) -> Lowered:
-    """The lowered Program."""
-    convolved, flattened = _convolved(program), _flattened(program)
+    """Lowers ``program``; ``precision`` is that of the operands of products, ``device`` that of the parameters."""
+    convolved = _convolved(program)
+    flattened = _flattened(program)
     channels = {program.nodes[i].params[0]: program.parameters[program.nodes[i].params[0]].shape[1] for i in convolved}
     channels |= {program.nodes[i + 1].params[0]: count for i, count in flattened.items()}
     memory = _memory_order(program, channels)
@@ -78,27 +84,40 @@ def lower(program: Program, precision: str, device: torch.device) -> Lowered:
 
 
 class _Builder:
-    """Walks the nodes once; ``value`` maps the old numbers of values to the new ones."""
+    """Lowers the nodes one after another.
+
+    Attributes:
+        place: the number in the lowered Program of each parameter of the user's.
+        convolved: the convolutions that get kernels, by node.
+        flattened: the nodes that flatten images whose memory has channels last.
+        nodes: the lowered nodes.
+        value: the number in the lowered Program of each value of the user's that still exists.
+        notes: words on how each node of the user's runs; a node that has some is lowered already.
+        readers: how many nodes read each value of the user's.
+    """
 
     def __init__(
         self, program: Program, precision: str, convolved: set[int], flattened: set[int], place: list[int]
     ) -> None:
-        self.program, self.precision, self.place = program, precision, place
-        self.convolved, self.flattened = convolved, flattened
+        self.program = program
+        self.precision = precision
+        self.place = place
+        self.convolved = convolved
+        self.flattened = flattened
         self.nodes: list[Node] = []
         self.value = {0: 0}
         self.notes: dict[int, str] = {}
         self.readers = _readers(program)
 
     def add(self, i: int) -> None:
-        """Node ``i`` with what is fused behind it."""
+        """Lowers node ``i`` together with the nodes that are fused into it."""
         node = self.program.nodes[i]
         chain = self._chain(i)
         layer = self._layer(chain)
         inputs = tuple(self.value[v] for v in node.inputs)
         read = [self.program.nodes[j].params for j in chain]
         if isinstance(layer, NormalisedConv):
-            read[0] = read[0][:1]  # a bias has no effect
+            read[0] = read[0][:1]  # the norm takes the bias of the convolution away again
         params = tuple(self.place[k] for own in read for k in own)
         self.nodes.append(Node(node.name, layer or node.layer, inputs, params, node.constants))
         self.value[chain[-1] + 1] = len(self.nodes)
@@ -107,7 +126,7 @@ class _Builder:
             self.notes[j] = f"fused into {node.name}"
 
     def _chain(self, i: int) -> list[int]:
-        """The nodes that become one with node ``i``."""
+        """Lists node ``i`` and the nodes behind it that are fused into it."""
         chain = [i]
         if isinstance(self.program.nodes[i].layer, Conv2d) and i in self.convolved:
             norm = self._follower(i)
@@ -127,13 +146,14 @@ class _Builder:
         return chain
 
     def _follower(self, i: int) -> Node | None:
-        """The next node, where it is the only reader of node ``i``."""
+        """Returns the next node if it is the only reader of node ``i``."""
         if i + 1 >= len(self.program.nodes) or self.readers[i + 1] != 1:
             return None
         follower = self.program.nodes[i + 1]
         return follower if follower.inputs == (i + 1,) else None
 
     def _layer(self, chain: list[int]) -> Layer | None:
+        """Returns the layer with Triton kernels that does what the nodes of ``chain`` do, if there is one."""
         layers = [self.program.nodes[j].layer for j in chain]
         first = layers[0]
         if isinstance(first, Conv2d):
@@ -149,20 +169,23 @@ class _Builder:
 
 
 def triton_layer(layer: Layer, precision: str = "float32") -> Layer | None:
-    """The layer's rules as Triton kernels, where there are any: ``precision`` is that of operands of products."""
+    """Returns a layer whose rules are Triton kernels, if there are any; ``precision`` is that of products' operands."""
     lowered: Layer | None = _lowering_beside(type(layer).__module__)(layer, precision)
     return lowered
 
 
 def triton_loss(loss: Loss) -> Loss | None:
-    """The loss's rules as Triton kernels, where there are any."""
+    """Returns a loss whose rules are Triton kernels, if there are any."""
     lowered: Loss | None = _lowering_beside(type(loss).__module__)(loss, "float32")
     return lowered
 
 
 @functools.cache
 def _lowering_beside(reference: str) -> Callable[[Any, str], Any]:
-    """The function ``lower`` of the file ``kernel.py`` beside a layer's module ``reference``."""
+    """Returns the function ``lower`` of the file ``kernel.py`` beside the module ``reference`` of a layer.
+
+    Without such a file it returns a function that always returns ``None``.
+    """
     folder, _, file = reference.rpartition(".")
     if not folder or file != "reference" or find_spec(f"{folder}.kernel") is None:
         return lambda layer, precision: None
@@ -171,7 +194,9 @@ def _lowering_beside(reference: str) -> Callable[[Any, str], Any]:
 
 
 def _norm(layers: list[Layer]) -> TritonBatchNorm:
-    norm, behind = layers[0], layers[1:]
+    """Fuses a batch norm with the ReLU and the max pool that follow it, in either order; both may be missing."""
+    norm = layers[0]
+    behind = layers[1:]
     assert isinstance(norm, BatchNorm)  # the chain begins with it
     window = next((layer.kernel for layer in behind if isinstance(layer, MaxPool2d)), (1, 1))
     return TritonBatchNorm(norm, any(_is_relu(layer) for layer in behind), window)
@@ -182,32 +207,34 @@ def _is_relu(layer: Layer) -> bool:
 
 
 def _is_pool(layer: Layer) -> bool:
-    """Are windows small and side by side, and is what an edge cuts off left out?"""
+    """Says whether it is a max pool of small windows, side by side, without padding and whole at the edges."""
     if not isinstance(layer, MaxPool2d) or layer.kernel[0] * layer.kernel[1] > _LARGEST_WINDOW:
         return False
     return layer == MaxPool2d(layer.kernel, layer.kernel)
 
 
 def _convolved(program: Program) -> set[int]:
-    """The convolutions whose weights nothing but convolutions reads: those may lie in another order."""
+    """Returns the convolutions whose weights no other kind of layer reads, so that these may lie in another order."""
     others = {k for node in program.nodes if not isinstance(node.layer, Conv2d) for k in node.params}
     others |= {k for node in program.nodes if isinstance(node.layer, Conv2d) for k in node.params[1:]}
     return {i for i, n in enumerate(program.nodes) if isinstance(n.layer, Conv2d) and n.params[0] not in others}
 
 
 def _readers(program: Program) -> Counter[int]:
-    """How many nodes read a value, by value; the loss counts as one."""
+    """Counts how many nodes read each value; the loss counts as one."""
     readers = Counter(v for node in program.nodes for v in node.inputs)
     readers[program.output] += 1
     return readers
 
 
 def _flattened(program: Program) -> dict[int, int]:
-    """The channels of the images that a node flattens, by node.
+    """Returns the nodes that flatten images for a linear layer whose weight can be put into channels-last order.
 
-    The images come from a convolution, and the linear layer behind alone reads the features, and alone its weight.
+    That needs images that come from a convolution, features that only the linear layer reads, and a weight that no
+    other node uses. The number of channels of the images is returned for each node.
     """
-    readers, found = _readers(program), {}
+    readers = _readers(program)
+    found = {}
     weights = Counter(k for node in program.nodes for k in node.params)
     for i, (node, behind) in enumerate(pairwise(program.nodes)):
         if node.layer != Flatten() or not isinstance(behind.layer, Linear) or behind.inputs != (i + 1,):
@@ -219,7 +246,7 @@ def _flattened(program: Program) -> dict[int, int]:
 
 
 def _channels(program: Program, value: int) -> int:
-    """The channels of an image that comes from a convolution by way of layers that keep them; zero of any other."""
+    """Counts the channels of an image that comes from a convolution through layers that keep channels; else zero."""
     while value > 0:
         node = program.nodes[value - 1]
         if isinstance(node.layer, Conv2d):
@@ -232,9 +259,12 @@ def _channels(program: Program, value: int) -> int:
 
 @dataclass
 class _Memory:
-    """Parameters with gaps between them.
+    """Holds the parameters in their order in memory.
 
-    ``place`` is the index among them of each of the user's parameters, ``order`` the address of each of its elements.
+    Attributes:
+        parameters: the lowered Program's parameters, gaps among them.
+        place: the index in ``parameters`` of each of the user's parameters.
+        order: int64 ``[P]``, the place in the lowered flat vector of each element of the user's.
     """
 
     parameters: list[Parameter]
@@ -243,11 +273,16 @@ class _Memory:
 
 
 def _memory_order(program: Program, channels: dict[int, int]) -> _Memory:
-    """The parameters in memory; ``channels`` has those whose second axis, of channels, goes behind that of pixels."""
+    """Puts the parameters into memory with aligned starts.
+
+    ``channels`` holds the number of channels of each parameter ``[O, channels x pixels]`` that becomes
+    ``[O, pixels x channels]``.
+    """
     memory = _Memory([], [], torch.empty(program.size, dtype=torch.int64))
     offset = 0
     for k, p in enumerate(program.parameters):
-        places, shape = torch.arange(offset, offset + p.size), p.shape
+        places = torch.arange(offset, offset + p.size)
+        shape = p.shape
         if k in channels:
             places = places.reshape(p.shape[0], -1, channels[k]).movedim(-1, 1).flatten()
             shape = (p.shape[0], *p.shape[2:], channels[k]) if len(p.shape) > 2 else p.shape
