@@ -1,26 +1,26 @@
-# make demo and make test do all of the set-up that they need. TORCH chooses another build of torch, PYTHON the interpreter.
+# make demo and make test do all of the set-up that they need. TORCH chooses another build of torch, PYTHON another interpreter.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 EXTRAS := train,tensorboard,test,lint,build
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Where there is a compiler, an extension that does not build is an error.
+# Where there is a C++ compiler, it is an error if the extension does not build.
 export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 CPP := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*/*.$(kind) csrc/*/*/*.$(kind))) $(wildcard tests/*.cpp)
 
-# Versions of torch whose headers csrc must compile against, beside those of $(VENV): the oldest promised, a GPU machine's.
+# csrc must compile against the headers of these versions of torch too: the oldest that is supported, and a GPU machine's.
 OLDER := 2.10.0 2.11.0
 OLDER_HEADERS := $(OLDER:%=build/headers/%)
 TARGET = $(shell sed -n 's/.*"TORCH_TARGET_VERSION", "\(\w*\)".*/-DTORCH_TARGET_VERSION=\1/p' setup.py)
-# What a GPU machine may have in place of CI's versions; the interpreter of this Triton needs an older NumPy.
+# A GPU machine may have these versions in the place of CI's; the interpreter of this Triton needs an older NumPy.
 DEVICE := torch==2.11.0 triton==3.6.0 "numpy<2.4"
 DEVICE_VENV := .venv-device
 DEVICE_LIB := build/device/lib
 X86 := $(filter x86_64,$(shell uname -m))
 
-# What AddressSanitizer sees by itself needs no second check.
+# UBSan leaves out what AddressSanitizer finds by itself.
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow -fno-sanitize-recover=all
 LIBASAN := $(wildcard $(shell g++ -print-file-name=libasan.so 2>/dev/null))
 SANITIZED := build/sanitize/lib
@@ -46,7 +46,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(if $(LIBASAN),$(MAKE) sanitize,@echo "g++ with AddressSanitizer is not here: make sanitize is left out")
 
-# The native executor and the CUDA executor's twin on small cases, built with AddressSanitizer and UBSan.
+# Runs the CPU executor and the CUDA executor's twin on small cases, built with AddressSanitizer and UBSan.
 sanitize: $(SANITIZED)/built
 	$(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED)
 	LD_PRELOAD="$(LIBASAN) $(shell g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
@@ -71,16 +71,16 @@ $(DEVICE_VENV)/installed: $(SOURCES)
 	$(DEVICE_VENV)/bin/python setup.py --quiet build --build-base build/device --build-lib $(DEVICE_LIB)
 	touch $@
 
-# The CPU-side tests of the CUDA and Triton code with the versions of a GPU machine: before a release, and whenever csrc/,
-# kernels/ or benchmarks/gpu_check.py change. It takes more than four minutes of two cores, so .ci/run leaves it out. A
-# warning of other versions is no error.
+# Runs the CPU-side tests of the CUDA and Triton code with the versions of a GPU machine. It belongs to each release, and to
+# each change of csrc/, kernels/ or benchmarks/gpu/. It takes more than four minutes of two cores, so .ci/run leaves it out.
+# Other versions may warn, so warnings are no errors here.
 test-device-versions: $(DEVICE_VENV)/installed
 	$(DEVICE_VENV)/bin/python setup.py --quiet build_py --build-lib $(DEVICE_LIB)
 	METAFAST_CUDA=1 OMP_NUM_THREADS=1 PYTHONPATH=$(DEVICE_LIB) $(DEVICE_VENV)/bin/pytest -n 2 -W default \
 	tests/test_build.py tests/test_cuda_twin.py tests/test_cuda_precision.py tests/test_triton*.py tests/test_outer.py \
 	tests/test_sampler.py
 
-# The smallest wheel of a version is a Mac's; the headers that csrc includes are those of all others.
+# A Mac's wheel is the smallest of a version, and the headers that csrc includes are the same in all of them.
 build/headers/%/unpacked: $(STAMP)
 	rm -rf $(@D)
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 311 --platform macosx_11_0_arm64 \
@@ -106,13 +106,13 @@ lint: setup $(if $(METAFAST_CPU),build/headers/checked)
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU; needs neither make nor this environment. benchmarks/gpu/plans.py says what it does.
+# Runs on a machine with a GPU. benchmarks/gpu/plans.py says what it does; it needs neither make nor this environment.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --plan first --out build/gpu-check
 
-# Prepares here what would cost time there: make gpu-pack OMNIGLOT=DIR, the folder of Omniglot's two zips.
+# Prepares what would cost time on the GPU machine: make gpu-pack OMNIGLOT=DIR, the folder of Omniglot's two zips.
 gpu-pack: $(DEVICE_VENV)/installed
-	$(DEVICE_VENV)/bin/python benchmarks/gpu/pack.py --extension $(DEVICE_LIB)/metafast/_C.abi3.so --omniglot "$(OMNIGLOT)"
+	$(DEVICE_VENV)/bin/python -m benchmarks.gpu.pack --extension $(DEVICE_LIB)/metafast/_C.abi3.so --omniglot "$(OMNIGLOT)"
 
 clean:
 	rm -rf $(VENV) $(DEVICE_VENV) build dist *.egg-info metafast/*.so

@@ -84,7 +84,7 @@ packages += ["metafast.kernels", *(f"metafast.kernels.{p}" for p in find_package
 
 setup(
     packages=packages,
-    package_dir={"metafast.kernels": "kernels", "benchmarks": "benchmarks"},
+    package_dir={"metafast.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

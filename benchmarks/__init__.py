@@ -1,1 +1,2 @@
-"""The canonical workloads and the peers that metafast is measured against; installed as ``benchmarks``."""
+"""Measurements of metafast, their notes and their results. Nothing here is installed; it runs from the repository's
+root."""

@@ -1,10 +1,13 @@
-"""Have results changed by a single bit? ``python benchmarks/bits.py record A.npz`` before a change and ``record B.npz``
-after it, then ``python benchmarks/bits.py compare A.npz B.npz``.
+"""Shows whether a change has altered a single bit of any result:
 
-Recorded are losses, outputs, gradients and adapted parameters of every setting that the tests hold to the oracle: by
-the reference and the CPU executor in both dtypes with one and two threads, by the CUDA executor's twin in each
-precision, and by the Triton executor under its interpreter; and the checkpoints of short trainings by every algorithm.
-Both files must come from one machine and one build of torch.
+    python benchmarks/bits.py record A.npz           # before the change
+    python benchmarks/bits.py record B.npz           # after it
+    python benchmarks/bits.py compare A.npz B.npz
+
+It records losses, outputs, gradients and adapted parameters of the settings that the tests hold to the oracle. The
+reference and the CPU executor run in both dtypes with one and two threads, the CUDA executor's twin in each precision,
+and some settings run by Triton's interpreter. It also records the checkpoints of short trainings by every algorithm.
+Both files must come from the same machine and the same build of torch.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ from metafast import executors
 from metafast.executors.native.cuda import CudaExecutor
 from metafast.executors.triton.executor import TritonExecutor
 
-Found = Iterator[tuple[str, torch.Tensor]]
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 ROOT = Path(__file__).parent.parent
-# Of those that Triton's interpreter, which is slow, gets through in minutes.
+# The settings that run by Triton's interpreter, which is slow: it needs minutes for these.
 IN_TRITON = ("ReLU", "rate for each layer and step", "custom loss", "multi-step loss, first order", "ANIL",
              "batch norm of the task")  # fmt: skip
 ALGORITHMS = ("maml", "fomaml", "metasgd", "anil", "reptile", "maml++")
@@ -45,8 +48,8 @@ REPTILES = {
 }  # fmt: skip
 
 
-def of_learner(setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> Found:
-    """What a learner of these settings gives."""
+def learner_results(setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> NamedTensors:
+    """Yields everything that a learner with these settings computes for ``tasks`` tasks."""
     torch.manual_seed(zlib.crc32(setup.name.encode()))
     learner = make_learner(setup, dtype, backend)
     batch = make_tasks(setup, tasks).to(dtype)
@@ -63,8 +66,8 @@ def of_learner(setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -
     yield "predicted", adapted(batch.query_x)
 
 
-def of_executors() -> Found:
-    """By the reference, the CPU executor, and the one that is chosen."""
+def of_executors() -> NamedTensors:
+    """Yields the results of the reference, of the CPU executor, and of the one that ``auto`` chooses."""
     reptiles = [vectors(name, learner=mf.Reptile, **options) for name, options in REPTILES.items()]
     for setup in [*SETUPS, *reptiles]:
         for backend, threads in (("reference", 1), ("cpu", 1), ("cpu", 2), ("auto", 2)):
@@ -74,8 +77,8 @@ def of_executors() -> Found:
     torch.set_num_threads(1)
 
 
-def of_twin() -> Found:
-    """By the CUDA executor's twin, in each precision."""
+def of_twin() -> NamedTensors:
+    """Yields the results of the CUDA executor's twin, in each precision."""
     for name, limits in TWINS.items():
         executors._EXECUTORS[:] = [CudaExecutor(limits)]
         for setup in RUNS:
@@ -86,8 +89,8 @@ def of_twin() -> Found:
                 yield from _named(f"{setup} | twin, {name} {precision}", chosen, torch.float32, "cuda")
 
 
-def of_triton() -> Found:
-    """By the Triton executor under its interpreter, in each precision."""
+def of_triton() -> NamedTensors:
+    """Yields the results of the Triton executor under its interpreter, in each precision."""
     executors._EXECUTORS[:] = [TritonExecutor(interpreted=True)]
     for setup in SETUPS:
         if setup.name in IN_TRITON:
@@ -96,22 +99,22 @@ def of_triton() -> Found:
                 yield from _named(f"{setup} | triton {precision}", chosen, torch.float32, "triton", 1)
 
 
-def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> Found:
+def _named(key: str, setup: Setup, dtype: torch.dtype, backend: str, tasks: int = 3) -> NamedTensors:
     try:
-        yield from ((f"{key} | {name}", value) for name, value in of_learner(setup, dtype, backend, tasks))
-    except RuntimeError as error:  # that an executor refuses a setting is a result too
+        yield from ((f"{key} | {name}", value) for name, value in learner_results(setup, dtype, backend, tasks))
+    except RuntimeError as error:  # it is a result too that an executor refuses a setting
         if "cannot run this model" not in str(error):
             raise
         yield f"{key} | refused", torch.zeros(0)
 
 
-def of_trainings() -> Found:
-    """Parameters, moments and losses after short trainings by ``metafast train``."""
+def of_trainings() -> NamedTensors:
+    """Yields parameters, moments and losses after short trainings by ``metafast train``."""
     with tempfile.TemporaryDirectory() as folder:
         yield from _trainings(Path(folder))
 
 
-def _trainings(folder: Path) -> Found:
+def _trainings(folder: Path) -> NamedTensors:
     from safetensors.torch import load_file
 
     for recipe, iterations in (("sinusoid", 30), ("glyphs-5w1s", 2)):
@@ -129,7 +132,7 @@ PARTS = {"executors": of_executors, "twin": of_twin, "triton": of_triton, "train
 
 
 def record(path: Path, parts: list[str]) -> None:
-    """Writes the ``parts``; each takes some minutes."""
+    """Writes the results of ``parts`` into ``path``; each part takes some minutes."""
     arrays = {}
     for part in parts:
         for name, value in PARTS[part]():
@@ -141,13 +144,13 @@ def record(path: Path, parts: list[str]) -> None:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """What ``record`` wrote."""
+    """Reads what ``record`` has written."""
     with np.load(path, allow_pickle=False) as file:
         return {str(name): file[str(i)] for i, name in enumerate(file["names"])}
 
 
 def compare(before: Path, after: Path) -> int:
-    """0 where both files hold the same tensors, bit by bit; says which do not."""
+    """Prints which tensors differ. Returns 0 if both files hold the same tensors, bit by bit, else 1."""
     old, new = load(before), load(after)
     absent = sorted(set(old) ^ set(new))
     differing = [name for name in old if name in new and not _same(old[name], new[name])]
@@ -164,13 +167,15 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="bits.py", description=__doc__)
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, dest="command")
-    recording = commands.add_parser("record")
+    recording = commands.add_parser("record", help="write results into FILE")
     recording.add_argument("file", type=Path)
-    recording.add_argument("--part", choices=PARTS, action="append", help="may be repeated; all by default")
-    comparison = commands.add_parser("compare")
+    recording.add_argument("--part", choices=PARTS, action="append", help="record only this part; may be repeated")
+    comparison = commands.add_parser("compare", help="print what differs; exits with 1 if anything does")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
     options = parser.parse_args()

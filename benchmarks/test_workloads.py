@@ -1,15 +1,14 @@
-"""The canonical workloads and the layers' cases under pytest-benchmark: ``pytest benchmarks -k "sin25 and metafast"``.
+"""Times the canonical workloads and the layers' cases by pytest-benchmark: ``pytest benchmarks -k "sin25 and
+metafast"``.
 
-All in one process, so ``metafast bench`` is the better judge between libraries; here ``--benchmark-autosave`` and
-``--benchmark-compare`` show what a change did.
+All of it runs in one process, so ``metafast bench`` is the better judge between libraries. Here
+``--benchmark-autosave`` and ``--benchmark-compare`` show what a change did.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 import numpy as np
@@ -29,17 +28,12 @@ from metafast.verification.agreement import Answer, agreement
 # Other libraries warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TASKS = 16  # in a layer's case
+TASKS = 16  # the tasks of a layer's case
 
 
 def _cases() -> list[Case]:
-    """Of every layer that has a table; losses have other rules and little to do."""
-    found = []
-    for module in iter_modules(kernels.__path__):
-        if module.ispkg:
-            cases = import_module(f"metafast.kernels.{module.name}.cases").CASES
-            found += [case for case in cases if isinstance(case, Case)]
-    return found
+    """Collects the cases of every layer. Losses are left out: they have other rules and little to do."""
+    return [case for module in kernels.modules("cases") for case in module.CASES if isinstance(case, Case)]
 
 
 @functools.cache
@@ -77,7 +71,7 @@ def test_meta_gradient(benchmark: Any, workload: Workload, peer: Peer) -> None:
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_rules(benchmark: Any, case: Case) -> None:
-    """The four rules in turn, for a batch of tasks, in float32."""
+    """Times the four rules in turn, for a batch of tasks in float32."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shapes: Any) -> list[torch.Tensor]:

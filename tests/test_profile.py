@@ -19,7 +19,7 @@ from metafast.executors import CpuExecutor, ReferenceExecutor
 from metafast.executors.native.encode import extension
 from metafast.machine import MachineRates
 from metafast.profile import profile
-from metafast.profile.layered import Notes, Timed
+from metafast.profile.layered import SpanRecorder, TimedExecutor
 from metafast.profile.result import NOT_ACCOUNTED, Profile, Row
 from metafast.profile.spans import HOST, Span, Timeline, around, undisturbed
 from metafast.profile.timeline import write_trace
@@ -220,14 +220,14 @@ def test_timed_layers_change_no_bit_and_tell_nothing_unasked() -> None:
     program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
     tasks, params = small().draw(), torch.cat([p.detach().flatten() for p in network().parameters()])
     rate = torch.tensor([[0.05]])
-    plain, timed = ReferenceExecutor(), Timed(ReferenceExecutor())
+    plain, timed = ReferenceExecutor(), TimedExecutor(ReferenceExecutor())
     expected = meta_gradient(plain, program, params, rate, tasks, STEPS)
-    for notes in (None, Notes(torch.device("cpu"))):
-        timed.notes = notes
+    for recorder in (None, SpanRecorder(torch.device("cpu"))):
+        timed.recorder = recorder
         found = meta_gradient(timed, program, params, rate, tasks, STEPS)
         assert torch.equal(found.grad, expected.grad)
         assert torch.equal(found.rates_grad, expected.rates_grad)
-    assert {note.name for note in notes.rules} == {"forward", "backward", "tangent_forward", "tangent_backward"}
+    assert {rule.name for rule in recorder.rules} == {"forward", "backward", "tangent_forward", "tangent_backward"}
 
 
 @needs_native

@@ -1,6 +1,6 @@
-"""What ``benchmarks/gpu_check.py`` does on a machine with a GPU, and what is prepared for it elsewhere.
+"""The GPU check: what ``benchmarks/gpu_check.py`` does on a machine with a GPU, and ``make gpu-pack`` before that.
 
-Read ``plans.py`` first: what runs, in which order, for how long. ``runner.py`` has the rules of time, ``report.py``
-the files that are left. Here and in ``steps/`` is only the standard library, for it starts before anything is
-installed; ``workers/`` runs in processes of its own, with torch and metafast.
+Read ``plans.py`` first, which says what runs, in which order and for how long. ``runner.py`` has the rules of time, and
+``report.py`` writes the files. The check starts before anything is installed, so it and ``steps/`` use only the
+standard library; ``workers/`` runs in processes of its own, with torch and metafast.
 """

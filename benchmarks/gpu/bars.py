@@ -1,4 +1,4 @@
-"""What the first measurement has to reach, as one table, and the verdict on each bar."""
+"""The bars that the first measurement has to reach, in one table, and the verdict on each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ SANITIZERS = ("racecheck", "synccheck", "memcheck:blocks", "memcheck:triton")
 
 @dataclass(frozen=True)
 class Bar:
-    """``found`` gives the value of each of ``parts`` that the results have; ``good`` is asked of all of them."""
+    """A bar is reached if ``good`` holds for the values of all ``parts``; ``found`` picks those values from the
+    results."""
 
     text: str
     parts: tuple[str, ...]
@@ -23,12 +24,14 @@ class Bar:
 
 
 def _values(key: str, step: str) -> Callable[[Sequence[Line]], dict[str, Any]]:
-    """What the lines of a step, or of a group of steps, have under ``key``: by workload, the last one counts. Of one
-    that ended in an error it is ``None``."""
+    """Returns a function that picks the values under ``key``, by workload, from the lines of a step or group of steps.
+
+    The last line of a workload counts. The value is ``None`` for a workload that ended in an error.
+    """
 
     def found(lines: Sequence[Line]) -> dict[str, Any]:
-        there = [line for line in lines if line["step"].partition(":")[0] == step]
-        return {line["of"]: line.get(key) for line in there if key in line or "error" in line}
+        own = [line for line in lines if line["step"].partition(":")[0] == step]
+        return {line["of"]: line.get(key) for line in own if key in line or "error" in line}
 
     return found
 
@@ -47,7 +50,7 @@ BARS = (
         "every workload within 1e-4 of float64", (*BLOCKS, *TRITON), _values("gradient_error", "smoke"),
         lambda error: error is not None and error <= 1e-4,
     ),
-    # Pooled networks amplify what float32 rounds, in every library: `agreement` says why they have 1e-2.
+    # Networks with pooling amplify float32's rounding errors in every library; verification/agreement.py says why 1e-2.
     Bar(
         "every workload as close to float64 as float32 comes", (*BLOCKS, *TRITON), _values("right", "smoke"),
         lambda right: right is True,
@@ -73,19 +76,21 @@ BARS = (
 
 
 def judge(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """Each bar's ``text`` and ``verdict``, reached, missed or not measured, and what was ``found``: the parts that
-    miss it, else those that nobody has measured, else all. One part that misses is enough; all must be there to reach
-    it."""
+    """Returns the ``text`` of each bar, its ``verdict`` (reached, missed or not measured) and what was ``found``.
+
+    One part that misses makes the bar missed; to reach it, all parts must be measured. ``found`` names the parts that
+    miss it, else those that were not measured, else all.
+    """
     judged = []
     for bar in BARS:
         found = {part: value for part, value in bar.found(lines).items() if part in bar.parts}
         missed = [part for part, value in found.items() if not bar.good(value)]
         absent = [part for part in bar.parts if part not in found]
         verdict = "missed" if missed else "not measured" if absent else "reached"
-        told = [f"{part} {_short(found[part])}" for part in (missed or ([] if absent else found))]
+        shown = [f"{part} {_short(found[part])}" for part in (missed or ([] if absent else found))]
         if not missed and absent and found:
-            told = [f"{', '.join(absent)} not measured"]
-        judged.append({"text": bar.text, "verdict": verdict, "found": ", ".join(told)})
+            shown = [f"{', '.join(absent)} not measured"]
+        judged.append({"text": bar.text, "verdict": verdict, "found": ", ".join(shown)})
     return judged
 
 

@@ -1,4 +1,4 @@
-"""The time that a plan has used: the machine's own, or a made-up one that shows what would happen."""
+"""Clocks say how much time a plan has used: the real one, or a fake one that shows what would happen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Counts seconds from its creation."""
 
     real = True
 
@@ -15,17 +15,18 @@ class Clock:
         self._began = time.monotonic()
 
     def elapsed(self) -> float:
-        """Seconds since the run began."""
+        """Returns the seconds since the run began."""
         return time.monotonic() - self._began
 
     def spend(self, name: str, expected: float, granted: float) -> None:
-        """A step has ended. Its time has passed by itself."""
+        """Is called when a step has ended. A real clock has nothing to do: the time has passed."""
 
 
 class FakeClock(Clock):
-    """Each step takes the time that is expected of it, whatever it takes here.
+    """Lets each step take its expected time, whatever it really takes.
 
-    ``factors``: how many times longer the steps of these names take; they are cut off at what they are granted.
+    Args:
+        factors: by the name of a step, how many times longer it takes; it is cut off at the time that it was granted.
     """
 
     real = False

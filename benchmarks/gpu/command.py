@@ -1,4 +1,4 @@
-"""The command line of the GPU check."""
+"""Checks everything that only a GPU can show; benchmarks/gpu/plans.py lists the steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .steps.environment import pack_problem
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where every step passed."""
+    """Runs the check or its rehearsal. Returns 0 if every step passed, else 1."""
     parser = argparse.ArgumentParser(prog="gpu_check.py", description=__doc__)
-    parser.add_argument("--plan", choices=PLANS, help="default: first; of a rehearsal: both")
-    parser.add_argument("--out", type=Path, required=True, help="folder for three files: numbers, report, logs")
-    parser.add_argument("--pack", type=Path, help="folder of make gpu-pack; default: gpu-pack, where it is there")
-    parser.add_argument("--seconds", type=float, help="for everything, in the place of the plan's limit")
-    parser.add_argument("--only", default="", help="steps, or groups of steps, with commas between")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: tiny sizes and a faked clock")
+    parser.add_argument("--plan", choices=PLANS, help="default: first; a rehearsal runs both")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the three files: results, report, logs")
+    parser.add_argument("--pack", type=Path, help="folder that make gpu-pack has filled; default: gpu-pack")
+    parser.add_argument("--seconds", type=float, help="limit of the whole run in seconds; default: the plan's")
+    parser.add_argument("--only", default="", help="run only these steps or groups of steps: smoke,tests")
+    parser.add_argument("--rehearse", action="store_true", help="run without a GPU: tiny sizes and a fake clock")
     options = parser.parse_args(arguments)
     names = [options.plan] if options.plan else list(PLANS) if options.rehearse else ["first"]
     plans, only = [PLANS[name] for name in names], [name for name in options.only.split(",") if name]

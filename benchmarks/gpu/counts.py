@@ -1,8 +1,8 @@
-"""What the Triton executor would run on a GPU, counted without one: ``python -m benchmarks.gpu.counts``.
+"""Counts, without a GPU, what the Triton executor would run on one: ``python -m benchmarks.gpu.counts``.
 
-Of each workload: the launches of a meta-step by kernel and the torch operators that launch something beside them, the
-bytes of the kernels' tensors, and of each contraction and norm kernel, as compiled by the Triton that is installed, its
-grid, instructions, registers, stack and shared memory. Nothing is timed.
+For each workload it counts the launches of each kernel in a meta-step, the torch operators that launch something beside
+them, and the bytes of the kernels' tensors. It compiles each contraction and norm kernel with the installed Triton and
+shows its grid, instructions, registers, stack and shared memory. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,22 @@ from metafast.tasks import TaskBatch
 
 WORKLOADS = ("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "torchbench-maml")
 HOT = ("metafast_gather_product", "metafast_weight_gradient", "metafast_norm")
-PROCESSORS = 132  # of an H100
-BUDGET = 40 << 30  # half of its memory
+PROCESSORS = 132  # the multiprocessors of an H100
+BUDGET = 40 << 30  # bytes: half of an H100's memory
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int16: "*i16", torch.int64: "*i64"}
 
 
 @dataclass
 class Launch:
-    """A kernel with the types, constants and alignments of its arguments, and how it is started."""
+    """A launch of a kernel.
+
+    Args:
+        kernel: the kernel.
+        grid: the numbers of blocks.
+        source: the arguments of ``ASTSource``: kernel, types, constants, alignments.
+        options: the options of Triton's compiler.
+        bytes: the bytes of all tensors among the arguments.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -58,21 +66,21 @@ class Launch:
 
 @dataclass
 class Step:
-    """One meta-gradient: its launches in order, and by name how often torch launches something."""
+    """One meta-gradient: its launches in order, and how often each torch operator launches something."""
 
     launches: list[Launch] = field(default_factory=list)
     operators: Counter = field(default_factory=Counter)
 
 
 def modules_that_launch() -> list[Any]:
-    """The modules of kernels that hold a ``launch`` of their own, by which their launches can be watched."""
+    """Returns the modules of ``kernels`` that hold a name ``launch``, in whose place ``meta_step`` puts a recorder."""
     names = [entry.name for entry in walk_packages(layers.__path__, f"{layers.__name__}.") if not entry.ispkg]
     modules = [import_module(name) for name in names]
     return [module for module in modules if hasattr(module, "launch") and module is not launching]
 
 
 def meta_step(work: Workload, architecture: int) -> Step:
-    """What a meta-gradient of the workload launches; runs on tensors without memory."""
+    """Collects what a meta-gradient of the workload launches, on meta tensors, which have no memory."""
     step, program = Step(), capture(work.network(), as_loss(work.loss))
     executor = TritonExecutor(budget=BUDGET)
     drawn = work.draw()
@@ -86,7 +94,7 @@ def meta_step(work: Workload, architecture: int) -> Step:
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         step.launches.append(describe(kernel, grid, args, options, architecture))
 
-    run()  # finds the memory plan
+    run()  # the first run makes the memory plan
     modules = modules_that_launch()
     originals = [module.launch for module in modules]
     try:
@@ -101,7 +109,7 @@ def meta_step(work: Workload, architecture: int) -> Step:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that would launch a kernel: those that neither make a view nor empty memory."""
+    """Counts the operators that would launch a kernel: all but those that make a view or empty memory."""
 
     def __init__(self, counter: Counter) -> None:
         super().__init__()
@@ -118,14 +126,15 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def describe(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], given: dict[str, Any], arch: int) -> Launch:
-    """The launch as its GPU would find it; ``given``: the options of ``launch`` and the kernel's constants."""
-    options, constants = launching.options(arch, **given)
+def describe(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any], arch: int) -> Launch:
+    """Describes a launch on a GPU of architecture ``arch``. ``keywords`` has the options of ``launch`` and the kernel's
+    constants."""
+    options, constants = launching.options(arch, **keywords)
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, constexprs, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):  # as Triton specialises it
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):  # Triton compiles these in
             signature[name], constexprs[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -140,8 +149,19 @@ def describe(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], given: d
 
 @dataclass
 class Code:
-    """What the compiler and the assembler made of a kernel. ``loop`` is the longest one that multiplies, or the longest
-    one: the SASS instructions in it; ``multiplies``: the matrix instructions among them, of all of PTX ``ptx_mma``."""
+    """What the compiler and the assembler made of a kernel.
+
+    Args:
+        ptx: the PTX instructions.
+        ptx_mma: the matrix instructions among them.
+        sass: the SASS instructions.
+        loop: the SASS instructions of the longest loop that multiplies matrices, or else of the longest loop.
+        multiplies: the matrix instructions in that loop.
+        registers: the registers of a thread.
+        stack: the bytes of local memory of a thread.
+        shared: the bytes of shared memory of a block.
+        warps: the warps of a block.
+    """
 
     ptx: int
     ptx_mma: int
@@ -155,7 +175,7 @@ class Code:
 
 
 def compile_code(launch: Launch, architecture: int) -> Code:
-    """Compiles the kernel for a GPU that is not here."""
+    """Compiles the kernel for a GPU of that architecture, which this machine need not have."""
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
     found = triton.compile(triton.compiler.ASTSource(*launch.source), target=target, options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -186,7 +206,7 @@ def _multiplies(body: list[str]) -> int:
 
 
 def _loop(instructions: list[tuple[str, str]]) -> list[str]:
-    """The instructions from a backward branch's target to the branch."""
+    """Returns the instructions of a loop, from the target of a backward branch to the branch."""
     places = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
     loops = []
     for i, (_, text) in enumerate(instructions):
@@ -198,7 +218,7 @@ def _loop(instructions: list[tuple[str, str]]) -> list[str]:
 
 
 def kernels(step: Step, architecture: int) -> list[dict[str, Any]]:
-    """A row for each kernel that is worth counting and each of its grids, in the order of their first launch."""
+    """Returns a row for each kernel in ``HOT`` and each of its grids, in the order of their first launch."""
     grouped: dict[str, list[Launch]] = {}
     for launch in step.launches:
         if launch.name.startswith(HOT):
@@ -216,7 +236,7 @@ def kernels(step: Step, architecture: int) -> list[dict[str, Any]]:
 
 
 def report(work: Workload, architecture: int) -> dict[str, Any]:
-    """All counts of one workload."""
+    """Returns all counts of one workload."""
     step = meta_step(work, architecture)
     return {"workload": work.name, "launches": len(step.launches), "operators": sum(step.operators.values()),
             "bytes": sum(launch.bytes for launch in step.launches),

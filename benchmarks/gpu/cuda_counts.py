@@ -1,4 +1,5 @@
-"""What the assembler made of the block kernels: instructions by kind, registers, memory. It needs no GPU.
+"""Counts what the assembler made of the CUDA executor's kernels: instructions by kind, registers, memory. No GPU is
+needed.
 
     python -m benchmarks.gpu.cuda_counts [FILE ...]
 
@@ -18,13 +19,13 @@ from pathlib import Path
 
 KINDS = {
     "LDG": "reads of global memory",
-    "LD": "of memory that may be shared or global",
-    "LDS": "of shared memory",
-    "LDC": "of the constant bank, a lane each",
-    "ULDC": "once for a warp",
-    "LDCU": "the same on sm_100",
-    "LDL": "of local memory",
-    "STL": "and writes there",
+    "LD": "reads of memory that may be shared or global",
+    "LDS": "reads of shared memory",
+    "LDC": "reads of the constant bank, one by each lane",
+    "ULDC": "reads of the constant bank, one for a warp",
+    "LDCU": "the same as ULDC, on sm_100",
+    "LDL": "reads of local memory",
+    "STL": "writes of local memory",
     "FFMA": "multiply-adds",
     "HMMA": "products on tensor cores",
     "BAR": "barriers of a block",
@@ -37,15 +38,17 @@ _RESOURCE = re.compile(r"(REG|STACK):(\d+)")
 
 
 def counts(path: Path) -> dict[str, dict[str, Counter[str]]]:
-    """By architecture and kernel: the opcodes of ``KINDS`` and of all others, ``"all"`` of them, and ptxas's registers
-    (``"REG"``) and bytes of local memory (``"STACK"``) for each thread.
+    """Counts the instructions in ``path`` by architecture, kernel and opcode.
+
+    ``"all"`` counts all instructions; ``"REG"`` and ``"STACK"`` are the registers and bytes of local memory of a
+    thread.
 
     Raises:
-        FileNotFoundError: cuobjdump is not here.
+        FileNotFoundError: cuobjdump is not installed.
     """
     found: dict[str, dict[str, Counter[str]]] = {}
     for option in ("-sass", "--dump-resource-usage"):
-        arch = kernel = ""  # of a cubin only the listing of its code says for which architecture it is
+        arch = kernel = ""  # only the listing of a cubin's code, which comes first, says its architecture
         for line in _dump(option, path).splitlines():
             if name := _ARCH.search(line):
                 arch = name[1] or name[2]
@@ -53,20 +56,20 @@ def counts(path: Path) -> dict[str, dict[str, Counter[str]]]:
                 kernel = name[1]
             if not kernel:
                 continue
-            of = found.setdefault(arch or next(iter(found)), {}).setdefault(kernel, Counter())
+            counter = found.setdefault(arch or next(iter(found)), {}).setdefault(kernel, Counter())
             if opcode := _INSTRUCTION.search(line):
-                of.update((opcode[1], "all"))
-            of.update({key: int(value) for key, value in _RESOURCE.findall(line)})
+                counter.update((opcode[1], "all"))
+            counter.update({key: int(value) for key, value in _RESOURCE.findall(line)})
     return found
 
 
 def table(path: Path) -> list[str]:
-    """The lines of a Markdown table."""
+    """Returns the lines of a Markdown table."""
     columns = [*KINDS, "REG", "STACK"]
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for arch, kernels in counts(path).items():
-        for kernel, of in kernels.items():
-            lines.append(f"| {arch} {kernel} | {' | '.join(f'{of[c]:,}' for c in columns)} |")
+        for kernel, counter in kernels.items():
+            lines.append(f"| {arch} {kernel} | {' | '.join(f'{counter[c]:,}' for c in columns)} |")
     return lines
 
 
@@ -75,7 +78,7 @@ def _dump(option: str, path: Path) -> str:
 
 
 def _cuobjdump() -> str:
-    """Of the CUDA toolkit, or the one that comes with Triton."""
+    """Finds cuobjdump in the CUDA toolkit or in Triton."""
     homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
     if triton := find_spec("triton"):
         homes.append(Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin")

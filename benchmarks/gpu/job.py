@@ -1,4 +1,4 @@
-"""What a step is given: a time, the pack, the report, and a way to run processes."""
+"""A job is what a step works with: its time, the pack, the report, and a way to run processes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,18 @@ _REHEARSED = 120.0  # seconds that a process has in a rehearsal, whose clock doe
 
 @dataclass
 class Job:
-    """A run. ``pack``: the folder of ``make gpu-pack``, if there is one. ``rehearsal``: is it without a GPU, on tiny
-    sizes? ``environment``: of all processes from now on; ``began`` and ``granted`` are of the step at hand."""
+    """A run of the check.
+
+    Args:
+        report: the files that the run leaves.
+        clock: says how much time is used.
+        pack: the folder that ``make gpu-pack`` has filled, if there is one.
+        rehearsal: whether it runs without a GPU, on tiny sizes.
+        environment: environment variables of all processes that start from now on.
+        step: the name of the current step.
+        began: when the current step began, in seconds of the clock.
+        granted: how many seconds the current step has.
+    """
 
     report: Report
     clock: Clock
@@ -35,26 +45,26 @@ class Job:
 
     @property
     def device(self) -> str:
-        """Where tensors are."""
+        """Returns the device of the tensors."""
         return "cpu" if self.rehearsal else "cuda"
 
     @property
     def oracles(self) -> Path | None:
-        """The folder of float64 oracles."""
+        """Returns the folder of float64 oracles."""
         return None if self.pack is None else self.pack / "oracles"
 
     @property
     def left(self) -> float:
-        """Seconds that a process of this step can have."""
+        """Returns the seconds that a process of this step may take."""
         return self.began + self.granted - self.clock.elapsed() if self.clock.real else _REHEARSED
 
     @property
     def results(self) -> Results:
-        """Where the step's numbers go."""
+        """Returns the object that the step adds its results to."""
         return self.report.results(self.step)
 
     def do(self, step: str, granted: float, work: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
-        """``work``, as the step of that name. Kernels that the pack should have had are counted."""
+        """Calls ``work`` as the step of that name. A result counts the kernels that Triton had to compile meanwhile."""
         self.step, self.began, self.granted = step, self.clock.elapsed(), granted
         before = self._compiled()
         found = work(self)
@@ -66,27 +76,28 @@ class Job:
     def run(
         self, command: Sequence[str], log: str | None = None, environment: Mapping[str, str] | None = None
     ) -> dict[str, Any]:  # fmt: skip
-        """``command`` within the step's time, with more ``environment``; its output in ``<step>.log``, or ``log``."""
+        """Runs ``command`` within the step's time, with more ``environment``; its output goes into ``<log or
+        step>.log``."""
         file = self.report.logs / f"{(log or self.step).replace(':', '-')}.log"
         variables = {"PYTHONUNBUFFERED": "1", **self.environment, **self.results.environment(), **(environment or {})}
         return run(command, max(self.left, 0.1), file, variables, ROOT, self.report.show)
 
     def worker(self, name: str, *arguments: str, tool: Sequence[str] = ()) -> dict[str, Any]:
-        """A program of ``workers/``, with what all of them are told; ``tool``: what it runs under."""
-        told = ["--device", self.device]
-        told += ["--rehearse"] if self.rehearsal else []
-        told += ["--oracles", str(self.oracles)] if self.oracles else []
-        quiet = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if self.rehearsal else {}
-        return self.run([*tool, sys.executable, "-m", f"{WORKERS}.{name}", *told, *arguments], environment=quiet)
+        """Runs a program of ``workers/`` with the options that all of them have, under ``tool`` if that is given."""
+        options = ["--device", self.device]
+        options += ["--rehearse"] if self.rehearsal else []
+        options += ["--oracles", str(self.oracles)] if self.oracles else []
+        variables = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if self.rehearsal else {}
+        return self.run([*tool, sys.executable, "-m", f"{WORKERS}.{name}", *options, *arguments], environment=variables)
 
     def _compiled(self) -> set[tuple[str, str]] | None:
-        """The kernels in Triton's cache, folder and name; ``None`` before there is one."""
+        """Returns folder and name of each kernel in Triton's cache; ``None`` before there is a cache."""
         cache = self.environment.get("TRITON_CACHE_DIR")
         return None if cache is None else {(file.parent.name, file.stem) for file in Path(cache).glob("*/*.cubin")}
 
 
 def read_json(file: Path) -> Any:
-    """What a process has left; ``None`` where that is nothing whole."""
+    """Reads a JSON file that a process has written; ``None`` if it is missing or incomplete."""
     try:
         return json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):

@@ -1,8 +1,8 @@
 """Prepares, without a GPU, what would cost time on the machine that has one: ``make gpu-pack OMNIGLOT=DIR``.
 
-It runs in an environment with the versions of that machine, and fills one folder of at most 45 MB: the extension,
-Triton's kernels compiled, float64 oracles of the workloads, Omniglot, packages that may be missing there. What a folder
-holds already for the same sources stays.
+It runs from the repository's root, in an environment with the versions of that machine. It fills one folder of at most
+45 MB with the extension, Triton's compiled kernels, float64 oracles of the workloads, Omniglot, and packages that may
+be missing there. What the folder already holds for the same sources is not made again.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from benchmarks.gpu.subjects import BLOCKS, TRITON, TRITON_TESTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 45_000_000  # bytes of the folder
-TRAINED = "omniglot-5w1s"  # trained for a moment, with a validation and a test
+TRAINED = "omniglot-5w1s"  # this recipe runs for a few iterations, with a validation and a test
 WHEELS = ("higher", "setuptools>=77,<82")
 LEARN2LEARN = ("learn2learn/algorithms/", "learn2learn/utils/", "learn2learn/_version.py", "LICENSE")
 ZIPS = ("images_background.zip", "images_evaluation.zip")
 ARCHIVE, MANIFEST = "triton-cache.tar.xz", "pack.json"
 PRETENDED, PLUGINS = "benchmarks.gpu.pretended", ("pretended", "triton_cache")
-NOTHING = ", 0 compiled"  # what a process says that found every kernel
+NOTHING_COMPILED = ", 0 compiled"  # how the count of a process that found every kernel ends
 ORACLE = """
 import sys
 from pathlib import Path
@@ -78,7 +78,7 @@ class Failed(Exception):
 
 @dataclass
 class Pack:
-    """The folder ``out`` that is filled. ``work`` keeps what a second run need not do again."""
+    """The pack: the folder ``out`` is filled, and ``work`` keeps what a second run need not make again."""
 
     out: Path
     work: Path
@@ -86,16 +86,16 @@ class Pack:
     omniglot: Path
 
     def say(self, text: str) -> None:
-        """A line of progress."""
+        """Prints a line of progress."""
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
     def done(self, target: str, of: str) -> bool:
-        """Is ``target`` in the folder, made from what ``of`` stands for?"""
+        """Tells whether the folder has ``target``, made from the sources with the digest ``of``."""
         stamp = self._stamp(target)
         return (self.out / target).exists() and stamp.is_file() and stamp.read_text() == of
 
     def made(self, target: str, of: str) -> None:
-        """Remembers what ``target`` was made from."""
+        """Remembers that ``target`` was made from the sources with the digest ``of``."""
         self._stamp(target).write_text(of)
 
     def _stamp(self, target: str) -> Path:
@@ -103,7 +103,7 @@ class Pack:
 
 
 def stop(*_: object) -> None:
-    """Ends what this process has started, then the process."""
+    """Kills the processes that this one has started, then ends it."""
     STOPPED.set()
     for process in list(RUNNING):
         if process.poll() is None:
@@ -112,7 +112,7 @@ def stop(*_: object) -> None:
 
 
 def run(command: list[str], log: Path, cwd: Path = ROOT, **environment: str) -> str:
-    """The output of a command, which goes into ``log`` as it comes.
+    """Runs a command, whose output goes into ``log`` as it comes, and returns the output.
 
     Raises:
         Failed: it does not return 0.
@@ -134,7 +134,7 @@ def run(command: list[str], log: Path, cwd: Path = ROOT, **environment: str) -> 
 
 
 def digest(*parts: str, files: Iterable[Path] = ()) -> str:
-    """Of texts and of the names and contents of files."""
+    """Hashes texts, and the names and contents of files."""
     total = hashlib.sha256("\0".join(parts).encode())
     for file in sorted(files):
         total.update(f"\0{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
@@ -142,12 +142,12 @@ def digest(*parts: str, files: Iterable[Path] = ()) -> str:
 
 
 def sources(*folders: str) -> list[Path]:
-    """The Python files of folders of the repository."""
+    """Returns the Python files in folders of the repository."""
     return [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
 
 
 def moved(pack: Pack, folder: Path) -> dict[str, str]:
-    """The sources with the packed extension, in another place. Returns the environment to run there."""
+    """Copies the sources and the packed extension to ``folder``. Returns the environment variables to run there."""
     for name in ("metafast", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -157,7 +157,7 @@ def moved(pack: Pack, folder: Path) -> dict[str, str]:
 
 
 def extension(pack: Pack) -> None:
-    """``_C.abi3.so``, which must load here and compute."""
+    """Packs ``_C.abi3.so``, after a check that it loads here and computes."""
     if not pack.extension.is_file():
         raise Failed(f"there is no {pack.extension}: make .venv-device/installed builds it")
     shutil.copy(pack.extension, pack.out / "_C.abi3.so")
@@ -165,13 +165,14 @@ def extension(pack: Pack) -> None:
     if not pack.done("_C.abi3.so", of):
         with tempfile.TemporaryDirectory() as folder:
             environment = moved(pack, Path(folder))
-            said = run([sys.executable, "-c", CHECK], pack.work / "extension.log", Path(folder), **environment)
-        pack.say(said.strip().splitlines()[-1])
+            printed = run([sys.executable, "-c", CHECK], pack.work / "extension.log", Path(folder), **environment)
+        pack.say(printed.strip().splitlines()[-1])
         pack.made("_C.abi3.so", of)
 
 
 def launches(pack: Pack, cwd: Path, logs: str, **environment: str) -> list[str]:
-    """Runs on the pretended GPU all that uses Triton there. Returns what each process says of the cache."""
+    """Runs everything that uses Triton on the pretended GPU. Returns the line in which each process counts its
+    kernels."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONOPTIMIZE": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
     (pack.work / logs).mkdir(parents=True, exist_ok=True)
 
@@ -187,14 +188,14 @@ def launches(pack: Pack, cwd: Path, logs: str, **environment: str) -> list[str]:
         options += ["--backend", "triton", "--data", str(pack.omniglot.resolve()), "--out", f"{runs}/run"]
         first = [pool.submit(start, "training", PRETENDED, "train", TRAINED, *options)]
         first += [pool.submit(start, name, PRETENDED, name) for name in (*TRITON, "micro")]
-        said = [future.result() for future in first]
+        counts = [future.result() for future in first]
     plugins = [word for name in PLUGINS for word in ("-p", f"benchmarks.gpu.{name}")]
     options = ["--assert=plain", "-p", "no:cacheprovider", "-n", "2", "-W", "default", "--tb=short"]
-    return [*said, start("tests", "pytest", *plugins, *options, "-m", "gpu", *TRITON_TESTS)]
+    return [*counts, start("tests", "pytest", *plugins, *options, "-m", "gpu", *TRITON_TESTS)]
 
 
 def kernels(pack: Pack) -> None:
-    """Triton's kernels, which must all be found when the same runs again from another place."""
+    """Packs Triton's kernels. All of them must be found when the same runs are done again in another folder."""
     versions = [metadata.version(name) for name in ("torch", "triton")]
     names = ("pretended.py", "subjects.py", "workers/micro.py")
     files = [*(ROOT / "benchmarks/gpu" / name for name in names), *sources("kernels", "metafast", "tests")]
@@ -209,15 +210,15 @@ def kernels(pack: Pack) -> None:
     with tempfile.TemporaryDirectory() as folder:
         triton_cache.unpack(archive, Path(folder, "cache"))
         environment = {**moved(pack, Path(folder, "tree")), "TRITON_CACHE_DIR": f"{folder}/cache"}
-        said = launches(pack, Path(folder, "tree"), "found again", **environment)
-    if missed := [line for line in said if not line.endswith(NOTHING)]:
+        counts = launches(pack, Path(folder, "tree"), "found again", **environment)
+    if missed := [line for line in counts if not line.endswith(NOTHING_COMPILED)]:
         raise Failed("not every kernel is found again: " + "; ".join(missed))
     os.replace(archive, pack.out / ARCHIVE)
     pack.made(ARCHIVE, of)
 
 
 def oracles(pack: Pack) -> None:
-    """What judges the workloads there, in float64."""
+    """Packs the float64 oracles that judge the workloads."""
     names = ("workloads.py", "peers.py", "oracles.py")
     files = [*(ROOT / "metafast/bench" / name for name in names), *sorted((ROOT / "metafast/models").glob("*.py"))]
     of = digest(files=files)
@@ -237,7 +238,7 @@ def oracles(pack: Pack) -> None:
 
 
 def omniglot(pack: Pack) -> None:
-    """Its zips, as they are."""
+    """Packs the two zips of Omniglot as they are."""
     (pack.out / "omniglot").mkdir(exist_ok=True)
     for name in ZIPS:
         if not (pack.omniglot / name).is_file():
@@ -248,7 +249,7 @@ def omniglot(pack: Pack) -> None:
 
 
 def packages(pack: Pack) -> None:
-    """Wheels, and of learn2learn's source distribution what needs no build."""
+    """Packs wheels, and the part of learn2learn's source distribution that needs no build."""
     of = digest(*WHEELS, *LEARN2LEARN)
     if pack.done("wheels", of):
         return
@@ -268,7 +269,7 @@ def packages(pack: Pack) -> None:
 
 
 def describe(out: Path) -> dict[str, object]:
-    """What the folder was made of, and its files with their sizes and sums."""
+    """Returns what the folder was made from, and its files with sizes and checksums."""
     files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != MANIFEST)
     with tarfile.open(out / ARCHIVE) as tar:
         count = sum(name.endswith(".cubin") for name in tar.getnames())
@@ -292,7 +293,7 @@ def describe(out: Path) -> dict[str, object]:
 
 
 def output(*command: str | Path) -> str:
-    """What a command prints; nothing where it is not there."""
+    """Returns what a command prints, or an empty text if it is not installed."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
@@ -322,10 +323,10 @@ STEPS: tuple[Callable[[Pack], None], ...] = (extension, omniglot, packages, kern
 
 
 def main() -> int:
-    """0 where the folder is whole."""
+    """Fills the folder. Returns 0 if it is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-pack", help="the folder to fill; default: %(default)s")
-    parser.add_argument("--work", type=Path, default=ROOT / "build/gpu-pack", help="what speeds up a second run")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/gpu-pack", help="folder that speeds up a second run")
     parser.add_argument("--extension", type=Path, required=True, help="_C.abi3.so, built for the GPU")
     parser.add_argument("--omniglot", type=Path, required=True, help="folder of the two zips of Omniglot")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""A GPU that is not there: code runs as it would on an H100, and of each Triton kernel that it launches only the
-compilation happens.
+"""Pretends that there is an H100: code runs as it would there, but Triton kernels are compiled and not launched.
 
-Every tensor claims to be on the GPU and lies in the CPU's memory. What kernels would have computed stays zero or
-whatever the memory holds: results mean nothing, while shapes, strides and alignments, and so the kernels, are those of
-a run on the GPU. With NOTES in the environment, a line for each kernel asked for goes to a file in that folder.
+Every tensor claims to be on the GPU and lies in the CPU's memory. No kernel writes its results, so values mean nothing.
+Shapes, strides and alignments, and so the kernels that are compiled, are those of a run on the GPU. If the environment
+has the variable NOTES, each kernel that is asked for goes as a line into a file in the folder that it names.
 
-As a plugin of pytest (``-p``, with ``--assert=plain`` and PYTHONOPTIMIZE=1, so that no assertion ends a test before its
-last launch), or ``python -m benchmarks.gpu.pretended WORKLOAD ...``, ``... micro`` or ``... train ARGUMENTS``.
+It runs as ``python -m benchmarks.gpu.pretended WORKLOAD ...``, ``... micro`` or ``... train ARGUMENTS``, or as a plugin
+of pytest (``-p``). With pytest, ``--assert=plain`` and PYTHONOPTIMIZE=1 keep assertions from ending a test before its
+last launch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=81559 << 20,
     shared_memory_per_multiprocessor=228 << 10,
 )  # fmt: skip
-CALLS = 3  # as it is, recorded, replayed
-_SMALL = 1 << 18  # values of a tensor that are set to zero, so that what reads them sees numbers
+CALLS = 3  # the first runs as it is, the second is recorded as a CUDA graph, the third replayed
+_SMALL = 1 << 18  # new tensors with at most so many values are set to zero, so that the host reads numbers from them
 
 
 class OnGpu(TorchFunctionMode):
-    """Tensors say that they are on the GPU, and what is asked for there is made on the CPU."""
+    """Lets tensors say that they are on the GPU, and makes on the CPU what is asked for on the GPU."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         attribute = getattr(function, "__self__", None)
@@ -52,7 +52,7 @@ class OnGpu(TorchFunctionMode):
         if attribute is Tensor.device:
             return GPU if result.type == "cpu" else result
         if name == "to" and any(_on_gpu(value) for value in (*args[1:], *(kwargs or {}).values())):
-            return result.clone()  # it comes from the CPU, into memory of its own
+            return result.clone()  # a copy from the CPU has memory of its own
         if name in ("empty", "empty_like", "new_empty") and not result.is_meta and result.numel() <= _SMALL:
             result.zero_()
         return result
@@ -69,7 +69,7 @@ def _here(value: Any) -> Any:
 
 
 class _Driver:
-    """What Triton asks of a GPU."""
+    """Answers what Triton asks the driver of a GPU."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -91,7 +91,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class _Event:
-    """One that nothing is measured by."""
+    """A CUDA event that measures nothing."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         pass
@@ -103,7 +103,7 @@ class _Event:
 
 
 class _Graph:
-    """A CUDA graph whose replay does nothing; while one is being recorded, kernels are asked for as elsewhere."""
+    """A CUDA graph whose replay does nothing. Kernels are compiled while it is recorded, as at any other time."""
 
     recording = False
 
@@ -125,7 +125,7 @@ def _always(value: Any) -> Callable[..., Any]:
 
 
 def pretend() -> None:
-    """From here on, and to the end of the process, there is a GPU."""
+    """Pretends that there is a GPU, from here to the end of the process."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -152,7 +152,7 @@ def pretend() -> None:
 
 
 def _note(file: Path) -> None:
-    """A line in ``file`` for each kernel that is asked for, compiled or not."""
+    """Writes a line into ``file`` for each kernel that is asked for, whether it has to be compiled or not."""
     from triton.compiler import compiler
 
     key_of, length = compiler.get_cache_key, len(triton_key()) + 1
@@ -168,13 +168,13 @@ def _note(file: Path) -> None:
 
 
 def kernels(folder: Path) -> set[Kernel]:
-    """Those that processes with NOTES set to ``folder`` have asked for."""
+    """Returns the kernels that processes with NOTES set to ``folder`` have asked for."""
     lines = (line for file in folder.glob("*.jsonl") for line in file.read_text().splitlines())
     return {Kernel(*json.loads(line)) for line in lines}
 
 
 def run_workload(name: str) -> None:
-    """Its meta-gradient on the Triton executor, as often as it takes to be launched in every way."""
+    """Takes its meta-gradient on the Triton executor, so often that its kernels are launched in every way."""
     from metafast.bench.peers import Metafast
     from metafast.bench.workloads import workload
 
@@ -185,7 +185,7 @@ def run_workload(name: str) -> None:
 
 
 def run_micro() -> None:
-    """The micro-benchmarks that launch Triton kernels."""
+    """Runs the micro-benchmarks that launch Triton kernels."""
     from .results import Results
     from .workers import micro
     from .workers.setting import Setting
@@ -201,13 +201,13 @@ def pytest_load_initial_conftests() -> None:
 
 
 def pytest_sessionfinish(session: Any) -> None:
-    """How tests ended means nothing; that pytest itself failed does."""
+    """Ignores whether tests failed, which means nothing here; an error of pytest itself counts."""
     if session.exitstatus in (0, 1):
         session.exitstatus = 0
 
 
 def main(arguments: list[str]) -> None:
-    """Runs workloads, or a command of metafast, and prints what was found in the cache and what was compiled."""
+    """Runs workloads or a training, and prints how many kernels were in the cache and which were compiled."""
     pretend()
     with count_misses() as found:
         if arguments[0] == "train":

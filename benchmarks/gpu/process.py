@@ -1,4 +1,5 @@
-"""A process with a time limit: interrupted before its time is up, so that it can write what it knows, then killed."""
+"""Runs a process with a time limit. It is interrupted before its time is up, so that it can write what it knows, and
+then killed."""
 
 from __future__ import annotations
 
@@ -11,17 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-GRACE = 5.0  # seconds from the interrupt to the end, at most half of the limit; they are part of the limit
-_LOOK = 0.1  # seconds between two looks at it
-_END = 1500  # characters
+GRACE = 5.0  # seconds of the limit, at most half of it, that a process has after the interrupt
+_LOOK = 0.1  # seconds between two looks at the process
+_END = 1500  # characters of the output's end that are returned
 
 
 def run(
     command: Sequence[str], limit: float, log: Path, environment: Mapping[str, str], folder: Path,
     look: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs ``command`` in ``folder`` for at most ``limit`` seconds, its output at the end of ``log``, and calls
-    ``look`` meanwhile. Whatever raises here, the process and all that it started are gone afterwards.
+    """Runs ``command`` in ``folder`` for at most ``limit`` seconds and calls ``look`` meanwhile.
+
+    Its output is appended to ``log``. Whatever is raised here, the process and all that it started are gone afterwards.
 
     Returns its ``state`` (passed, failed, cut off), ``seconds``, and the ``end`` of its output.
     """
@@ -40,7 +42,7 @@ def run(
             else:
                 process.send_signal(signal.SIGINT)
                 _wait(process, began + limit, look)
-        except BaseException:  # the run is stopped: the process may still write what it knows
+        except BaseException:  # the run is stopped, but the process may still write what it knows
             process.send_signal(signal.SIGINT)
             _wait(process, time.monotonic() + grace, lambda: None)
             raise
@@ -56,7 +58,7 @@ def run(
 
 
 def _wait(process: subprocess.Popen[bytes], until: float, look: Callable[[], None]) -> bool:
-    """Has it ended by then?"""
+    """Waits for the process until the moment ``until``. Tells whether it has ended."""
     while process.poll() is None:
         if time.monotonic() >= until:
             return False

@@ -1,7 +1,7 @@
-"""The plans on a machine without a GPU: every step runs, on tiny sizes, and a faked clock says what fits.
+"""Rehearses the plans without a GPU: every step runs, on tiny sizes, and a fake clock shows whether the plans fit.
 
-Executors are those of the CPU: the CUDA executor's twin, Triton interpreted. A tool that is not here is left out of
-its command, and the results say so. A rehearsal judges no bars and has no figures.
+The CUDA executor's twin and Triton's interpreter stand in for the GPU. A tool that is not installed is left out of its
+command, and the results say so. A rehearsal judges no bars and measures nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from .runner import SPARE, Plan, heed_signals, run_plan
 def rehearse(
     plans: Sequence[Plan], out: Path, only: Collection[str] = (), factors: Mapping[str, float] | None = None
 ) -> bool:
-    """Each plan into a folder of its own under ``out``, then its timetable. Did all steps pass, with time to spare?
+    """Runs each plan into a folder of its own under ``out`` and prints its timetable.
 
-    ``factors``: how many times longer than expected some steps take.
+    ``factors`` says how many times longer than expected some steps take. Tells whether all steps passed, with time to
+    spare.
     """
     good = True
     print("A rehearsal: its numbers are of tiny sizes without a GPU and measure nothing.")
@@ -44,7 +45,7 @@ def rehearse(
 
 
 def timetable(plan: Plan, job: Job) -> str:
-    """When each step began, and what it was expected to take, given at most, and became."""
+    """Lists when each step began, how long it was expected to take, how long it was granted, and how it ended."""
     lines = [f"plan {plan.name}: limit {plan.limit:g} s", "  begins  expected   granted  step"]
     for name, found in job.report.content["steps"].items():
         row = f"{found['began']:8.0f} {found['expected']:9.0f} {found['granted']:9.0f}  {name}: {found['state']}"

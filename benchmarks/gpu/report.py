@@ -1,7 +1,7 @@
-"""The files that a run leaves, whatever becomes of it: numbers, the report, one archive of logs.
+"""Writes the three files that a run leaves, however it ends.
 
-``gpu_check.jsonl`` grows by a line a number; ``gpu_check.json``, after every step, has all of them with the machine,
-the steps and the bars; ``logs.tar.gz`` comes last. All other work happens in a scratch folder.
+``gpu_check.jsonl`` gets a line with each result. ``gpu_check.json`` is the report: after every step it has all results
+with the machine, the steps and the bars. ``logs.tar.gz`` comes last. Everything else goes into a scratch folder.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Any
 
 from .bars import judge
 from .clock import Clock
-from .results import Results, read, told
+from .results import Results, as_text, read
 
 FORMAT = 1
 NUMBERS, REPORT, LOGS = "gpu_check.jsonl", "gpu_check.json", "logs.tar.gz"
-LARGEST = 400_000  # bytes of a log that are kept, half from its beginning and half from its end
-ALL = 10_000_000  # bytes of the archive's files before compression
+LARGEST = 400_000  # of a longer log so many bytes are kept, half from its beginning and half from its end
+ALL = 10_000_000  # the archive's files have at most so many bytes before compression
 
 
 class Report:
-    """Of one plan, in the folder ``out``. ``scratch`` is gone after ``close``; what lies in ``logs`` is kept."""
+    """Writes the files of one plan into the folder ``out``. ``close`` removes the folder ``scratch`` and keeps
+    ``logs``."""
 
     def __init__(self, out: Path, plan: str, clock: Clock, rehearsal: bool = False) -> None:
         self.out, self.clock = out, clock
@@ -48,30 +49,30 @@ class Report:
         self.write()
 
     def results(self, step: str) -> Results:
-        """Where the numbers of ``step`` go."""
+        """Returns the object that takes the results of ``step``."""
         return Results(self.out / NUMBERS, time.time() - self.clock.elapsed(), step)
 
     def show(self) -> None:
-        """Prints what has been appended since it was last called."""
+        """Prints the results that were added since the last call."""
         lines = read(self.out / NUMBERS)
         for line in lines[self._shown :]:
-            _print(told(line))
+            _print(as_text(line))
         self._shown = len(lines)
 
     def say(self, text: str) -> None:
-        """One line with the time."""
+        """Prints one line with the time."""
         self.show()
         _print(f"[{self.clock.elapsed():6.1f} s] {text}")
 
     def step(self, name: str, found: dict[str, Any]) -> None:
-        """What became of a step."""
+        """Adds what a step has found, and writes the report."""
         self.content["steps"][name] = found
         why = "" if found["state"] == "passed" else f"; {_last(found)}"
         self.say(f"{name}: {found['state']} after {found['seconds']:.0f} s{why}")
         self.write()
 
     def write(self) -> None:
-        """The report as it stands. A reader sees the old one or the new one, never half."""
+        """Writes the report as it stands. A reader sees the old one or the new one, never half of one."""
         content = {**self.content, "elapsed": round(self.clock.elapsed(), 1), "results": read(self.out / NUMBERS)}
         content["bars"] = judge([] if self.content["rehearsal"] else content["results"])
         file = self.scratch / REPORT
@@ -80,7 +81,7 @@ class Report:
         (self.out / f"{REPORT}.new").replace(self.out / REPORT)
 
     def close(self, end: str) -> None:
-        """``end``: how the run ended. Writes everything, removes the scratch folder and prints the bars."""
+        """Writes everything, removes the scratch folder and prints the bars. ``end`` says how the run ended."""
         self.content["end"] = end
         self.write()
         pack_logs(self.logs, self.out / LOGS)
@@ -91,20 +92,20 @@ class Report:
 
 
 def _print(text: str) -> None:
-    """A line for whoever looks on; that nobody does any more is no reason to stop."""
+    """Prints a line. If nobody reads the output any more, the run goes on."""
     with suppress(OSError):
         print(text, flush=True)
 
 
 def _last(found: dict[str, Any]) -> str:
-    """The last words of a step that did not pass."""
+    """Returns the last words of a step that did not pass."""
     lines = [line.strip() for line in str(found.get("end", "")).splitlines() if line.strip()]
     return " / ".join(lines[-2:])[-300:]
 
 
 def pack_logs(folder: Path, archive: Path) -> None:
-    """All files under ``folder``, the small ones first: long ones lose their middle, and past ``ALL`` bytes none is
-    added."""
+    """Packs the files under ``folder``, the small ones first. A long file loses its middle; after ``ALL`` bytes the
+    rest is left out."""
     total = 0
     with tarfile.open(archive, "w:gz") as tar:
         for file in sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.stat().st_size, f)):

@@ -1,4 +1,4 @@
-"""The one file of numbers: a JSON line each, written the moment the number exists, by whichever process has it."""
+"""The file of results: whichever process has a result appends it at once, as a line of JSON."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from pathlib import Path
 from typing import Any
 
 _FILE, _BEGAN, _STEP = "GPU_CHECK_RESULTS", "GPU_CHECK_BEGAN", "GPU_CHECK_STEP"
-_LONGEST, _LINE = 90, 200  # characters of a value and of a line that are printed; the file has all of them
+# A printed value and a printed line have at most so many characters; the file has all of them.
+_LONGEST = 90
+_LINE = 200
 
 
 class Results:
-    """Appends to ``file``. ``began``: the time of day at which the run began. ``step``: whose numbers these are."""
+    """Appends the results of ``step`` to ``file``. ``began`` is the time of day at which the run began, in seconds."""
 
     def __init__(self, file: Path, began: float, step: str) -> None:
         self.file, self.began, self.step = file, began, step
 
     @classmethod
     def of_this_process(cls) -> Results:
-        """Those that the process was started with."""
+        """Returns the results of the step that has started this process."""
         return cls(Path(os.environ[_FILE]), float(os.environ[_BEGAN]), os.environ[_STEP])
 
     def environment(self) -> dict[str, str]:
-        """What a process needs for ``of_this_process``."""
+        """Returns the environment variables that ``of_this_process`` reads."""
         return {_FILE: str(self.file), _BEGAN: repr(self.began), _STEP: self.step}
 
     def add(self, of: str, **values: Any) -> None:
-        """One line: ``values`` of the workload, file or tool ``of``."""
-        line = {"elapsed": round(time.time() - self.began, 1), "step": self.step, "of": of, **_plain(values)}
+        """Adds a line with ``values`` of the workload, file or tool ``of``."""
+        line = {"elapsed": round(time.time() - self.began, 1), "step": self.step, "of": of, **_json_values(values)}
         with self.file.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
-    """As JSON takes it: what is not finite becomes ``None``."""
+def _json_values(value: Any) -> Any:
+    """Converts ``value`` to what JSON has; a number that is not finite becomes ``None``."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {str(key): _json_values(inner) for key, inner in value.items()}
+    return [_json_values(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All whole lines; a process that was killed may have left half of one."""
+    """Reads all complete lines; a process that was killed may have left half of one."""
     found = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
         try:
@@ -56,8 +58,8 @@ def read(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def told(line: Mapping[str, Any]) -> str:
-    """The line for people: ``[ 12.3 s] smoke:blocks sin25-5: gradient_error 1.2e-07, same_bits True``."""
+def as_text(line: Mapping[str, Any]) -> str:
+    """Returns the line for people: ``[ 12.3 s] smoke:blocks sin25-5: gradient_error 1.2e-07, same_bits True``."""
     values = ", ".join(f"{key} {_short(value)}" for key, value in line.items() if key not in ("elapsed", "step", "of"))
     return _cut(f"[{line['elapsed']:6.1f} s] {line['step']} {line['of']}: {values}", _LINE)
 

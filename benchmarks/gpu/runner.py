@@ -1,4 +1,4 @@
-"""The rules of time: what each step of a plan is given, and when it is left out."""
+"""Runs a plan. Here are the rules of time: how long each step may take, and when it is skipped."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 
 from .job import Job
 
-RESERVE = 8.0  # seconds at the end of a plan for killing what runs and writing what is known
+RESERVE = 8.0  # seconds at the end of a plan to kill what runs and to write the report
+SPARE = 60.0  # seconds of its limit that a plan leaves if every step takes its expected time
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SPARE = 60.0  # seconds of its limit that a plan leaves where every step takes what is expected
 
 
 @dataclass(frozen=True)
 class Step:
-    """One part of a plan. ``run`` does it and returns its ``state`` and findings.
+    """One part of a plan.
 
-    ``expected`` and ``limit`` are seconds: what it should take, and what it gets at most. Without a ``vital`` step
-    there is nothing to check, and the run ends.
+    Args:
+        name: its name, with its group before a colon.
+        expected: the seconds that it should take.
+        limit: the seconds that it may take.
+        run: does the step, and returns its ``state`` and what it found.
+        vital: whether the run ends if this step does not pass.
     """
 
     name: str
@@ -30,29 +34,30 @@ class Step:
 
     @property
     def group(self) -> str:
-        """The part of the name before the colon."""
+        """Returns the part of the name before the colon."""
         return self.name.partition(":")[0]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in their order; ``limit``: seconds for all of them together, with the writing of the report."""
+    """Steps in their order. ``limit`` is in seconds, for all of them and the writing of the report."""
 
     name: str
     limit: float
     steps: tuple[Step, ...]
 
     def chosen(self, names: Collection[str]) -> tuple[Step, ...]:
-        """The steps of these names or groups: ``peers`` is all of ``peers:...``. No names: all steps."""
+        """Returns the steps with these names or groups (``peers`` is all of ``peers:...``), or all steps if there are
+        none."""
         return tuple(step for step in self.steps if not names or {step.name, step.group} & set(names))
 
 
 class Stopped(BaseException):
-    """A signal came; the text is its name."""
+    """A signal has come; the text is its name."""
 
 
 def heed_signals() -> None:
-    """SIGTERM, SIGINT and SIGHUP raise Stopped, once: what comes later cannot disturb the writing of the report."""
+    """Lets the first SIGTERM, SIGINT or SIGHUP raise Stopped. Later ones are ignored, so that the report is written."""
 
     def stop(number: int, frame: object) -> None:
         ignore_signals()
@@ -63,16 +68,16 @@ def heed_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """From now on what is at hand is finished."""
+    """Ignores signals from now on."""
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
 
 def run_plan(plan: Plan, job: Job, only: Collection[str] = (), seconds: float | None = None) -> bool:
-    """Runs the steps and writes the report, whatever happens. Did all of them pass?
+    """Runs the steps and writes the report, whatever happens. Tells whether all steps passed.
 
-    A step gets its limit, or what is left where that is less; with less than half of what is expected it is skipped.
-    So nothing runs past ``plan.limit``, or past ``seconds`` in its place.
+    A step gets its limit, or the time that is left if that is less. If less than half of its expected time is left, it
+    is skipped. So nothing runs past ``plan.limit``, or past ``seconds`` if that is given.
     """
     limit, report, end = seconds or plan.limit, job.report, "complete"
     try:
@@ -94,7 +99,7 @@ def run_plan(plan: Plan, job: Job, only: Collection[str] = (), seconds: float | 
 
 
 def _run_step(step: Step, job: Job, left: float) -> bool:
-    """Did it pass?"""
+    """Runs one step with ``left`` seconds in the plan. Tells whether it passed."""
     granted, began = min(step.limit, left), job.clock.elapsed()
     times = {"began": round(began, 1), "expected": step.expected, "granted": round(max(granted, 0.0), 1)}
     if granted < step.expected / 2:
@@ -108,7 +113,7 @@ def _run_step(step: Step, job: Job, left: float) -> bool:
         found = job.do(step.name, granted, step.run)
     except Stopped as stop:
         found, stopped = {"state": "stopped", "end": f"{stop} came"}, stop
-    except Exception as error:  # the results of the other steps must not go with it
+    except Exception as error:  # the results of the other steps must not be lost
         found = {"state": "failed", "end": f"{type(error).__name__}: {error}"}
     job.clock.spend(step.name, step.expected, granted)
     found = {**found, "seconds": round(job.clock.elapsed() - began, 1), **times}

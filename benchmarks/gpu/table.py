@@ -1,6 +1,7 @@
-"""The GPU table of the README, from reports: ``python3 -m benchmarks.gpu.table A.json B.json --readme FILE``.
+"""Makes the README's GPU table from reports: ``python3 -m benchmarks.gpu.table A.json B.json --readme FILE``.
 
-Without ``--readme`` it is printed. Every figure is one of the reports'; a rehearsal has none.
+It runs from the repository's root. Without ``--readme`` it prints the table. All figures come from the reports; a
+rehearsal has none.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ HEAD = ("workload", "executor", "error", "a call", "as a CUDA graph", "on the GP
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """A report of the GPU check.
+    """Reads a report of the GPU check.
 
     Raises:
-        ValueError: it is something else, of a rehearsal, or of a machine without a GPU.
+        ValueError: the file is something else, or the report of a rehearsal or of a machine without a GPU.
     """
     try:
         found = json.loads(file.read_text())
@@ -40,10 +41,11 @@ def read_report(file: Path) -> dict[str, Any]:
 
 
 def markdown(reports: Sequence[dict[str, Any]]) -> str:
-    """Workloads, runs and bars; where two reports have the same number, the later one's stands.
+    """Returns the table of workloads, with the trainings and the bars. Of two reports with the same figure the later
+    wins.
 
     Raises:
-        ValueError: they are of different GPUs.
+        ValueError: the reports are of different GPUs.
     """
     gpus = {report["machine"]["gpu"] for report in reports}
     if len(gpus) != 1:
@@ -65,7 +67,8 @@ def _why(bar: dict[str, str]) -> str:
 
 
 def _of(lines: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """All that smoke, peers and training say of a workload or recipe, in one; contenders have lines of their own."""
+    """Merges the lines of smoke, peers and training about a workload or recipe; lines of single contenders are left
+    out."""
     steps = ("smoke", "peers", "sinusoid", "omniglot")
     found: dict[str, Any] = {}
     for line in lines:
@@ -97,18 +100,18 @@ def _run(name: str, found: dict[str, Any]) -> str:
 
 
 def _caption(reports: Sequence[dict[str, Any]]) -> str:
-    """GPU, versions, and of each report its plan, commit and date."""
+    """Returns the GPU, the versions, and each report's plan, commit and date."""
     machine = reports[-1]["machine"]
     versions = machine["versions"]
-    of = "; ".join(f"plan {r['plan']} at {str(r['machine'].get('commit'))[:12]}, {r['date'][:10]}" for r in reports)
+    runs = "; ".join(f"plan {r['plan']} at {str(r['machine'].get('commit'))[:12]}, {r['date'][:10]}" for r in reports)
     return (
-        f"{machine['gpu']}, torch {versions.get('torch')}, Triton {versions.get('triton')}; {of}; one second-order "
+        f"{machine['gpu']}, torch {versions.get('torch')}, Triton {versions.get('triton')}; {runs}; one second-order "
         "meta-gradient in float32; the error is that of its gradient against float64"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table or puts it into a README."""
+    """Prints the table, or puts it into a README."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reports", type=Path, nargs="+", help="gpu_check.json of one or more runs")
     parser.add_argument("--readme", type=Path, help=f"file with the marks {MARKS[0]} and {MARKS[1]}")

@@ -1,10 +1,11 @@
-"""Triton's compiled kernels, carried from the machine that compiled them to one that has the GPU.
+"""Carries Triton's compiled kernels from the machine that compiled them to one that has the GPU.
 
-Triton finds a kernel in its cache under a key: of Triton itself, and of the rest (source, signature, options,
-assembler, target, environment). The first half differs between the builds of one version for different Pythons. So an
-archive keeps the rest for each kernel, and ``unpack`` lays the kernels where the Triton that is there looks for them.
+Triton looks for a kernel in its cache under a key of two parts: the key of Triton itself, and the rest (source,
+signature, options, assembler, target, environment). The first part differs between the builds of one version for
+different Pythons. So an archive keeps only the rest for each kernel, and ``unpack`` puts the kernels where the
+installed Triton looks for them.
 
-As a plugin of pytest (``-p``) this module says at the end how many kernels were found, and which were compiled.
+As a plugin of pytest (``-p``) this module prints at the end how many kernels were found, and which were compiled.
 """
 
 from __future__ import annotations
@@ -22,32 +23,33 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "index.json"
-BINARIES = (".json", ".cubin")  # the rest of what Triton stores is not read when it finds a kernel
+BINARIES = (".json", ".cubin")  # Triton reads no other file of a kernel that it finds
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel in Triton's cache. ``rest``: its key without that of Triton itself."""
+    """A kernel in Triton's cache. ``rest`` is its key without that of Triton itself."""
 
     name: str
     rest: str
 
     def folder(self, triton: str) -> str:
-        """Of the cache, where a Triton of that key looks for it."""
+        """Returns the folder of the cache in which a Triton with the key ``triton`` looks for it."""
         key = hashlib.sha256(f"{triton}-{self.rest}".encode()).digest()
         return base64.b32encode(key).decode().rstrip("=")
 
 
 @dataclass
 class Found:
-    """What a process asked of Triton's cache: ``taken`` kernels were there, ``missed`` had to be compiled, by name."""
+    """Counts the kernels that a process asked for: ``taken`` were in Triton's cache, ``missed`` (by name) were
+    compiled."""
 
     taken: int = 0
     missed: Counter[str] = field(default_factory=Counter)
 
     @property
     def compiled(self) -> int:
-        """How many had to be compiled."""
+        """Returns how many kernels had to be compiled."""
         return self.missed.total()
 
     def __str__(self) -> str:
@@ -56,7 +58,7 @@ class Found:
 
 
 def triton_key() -> str:
-    """Of the Triton that is installed: of its own files."""
+    """Returns the key of the installed Triton, which is made from its own files."""
     try:
         from triton.runtime.cache import triton_key as key
     except ImportError:  # Triton 3.4
@@ -81,7 +83,7 @@ def pack(archive: Path, cache: Path, kernels: Iterable[Kernel]) -> int:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is not there: the cache lacks kernel {kernel.name}")
             files.append((f"{number}{suffix}", file.read_bytes()))
-    files.sort(key=lambda entry: Path(entry[0]).suffix)  # likes side by side compress better
+    files.sort(key=lambda entry: Path(entry[0]).suffix)  # similar files side by side compress better
     head = json.dumps({"triton": triton.__version__, "kernels": index}).encode()
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         for name, content in [(INDEX, head), *files]:
@@ -92,8 +94,9 @@ def pack(archive: Path, cache: Path, kernels: Iterable[Kernel]) -> int:
 
 
 def unpack(archive: Path, folder: Path) -> int:
-    """Lays the kernels of ``archive`` into ``folder`` for the Triton that is installed, which finds them where
-    TRITON_CACHE_DIR names that folder. Returns their number.
+    """Puts the kernels of ``archive`` into ``folder`` and returns their number.
+
+    The installed Triton finds them if TRITON_CACHE_DIR names that folder.
 
     Raises:
         ValueError: they were compiled by another version of Triton.
@@ -119,7 +122,7 @@ def unpack(archive: Path, folder: Path) -> int:
 
 @contextlib.contextmanager
 def count_misses() -> Iterator[Found]:
-    """Counts, within the block, the kernels that this process finds in Triton's cache and those that it compiles."""
+    """Counts the kernels that this process finds in Triton's cache within the block, and those that it compiles."""
     from triton import knobs
 
     found, before = Found(), knobs.compilation.listener
@@ -140,7 +143,7 @@ def count_misses() -> Iterator[Found]:
 
 
 class _Plugin:
-    """Sums what the workers of pytest-xdist found, or what the one process found."""
+    """Adds up the counts of pytest-xdist's workers, or takes those of the one process."""
 
     def __init__(self) -> None:
         self.total, self.stack = Found(), contextlib.ExitStack()
@@ -163,7 +166,7 @@ class _Plugin:
 
 
 class _Distributed:
-    """The one hook that exists only beside pytest-xdist."""
+    """Has the one hook that exists only with pytest-xdist."""
 
     def __init__(self, plugin: _Plugin) -> None:
         self.plugin = plugin
@@ -174,7 +177,7 @@ class _Distributed:
 
 
 def pytest_configure(config: Any) -> None:
-    """Registers the count."""
+    """Registers the plugins."""
     plugin = _Plugin()
     config.pluginmanager.register(plugin)
     if config.pluginmanager.hasplugin("dsession") or config.pluginmanager.hasplugin("xdist"):

@@ -1,4 +1,5 @@
-"""``metafast bench``: one meta-gradient against every peer that is installed. Check, then time."""
+"""``metafast bench`` computes one meta-gradient with metafast and with every installed peer; it checks each result
+before it times it."""
 
 from __future__ import annotations
 
@@ -33,8 +34,15 @@ STANDARD = ("sin25-1", "sin25-5", "sin1024-5", "omni5w1s-1", "omni5w1s-5", "omni
 
 @dataclass(frozen=True)
 class Outputs:
-    """Files to write: the result, a Markdown table, a bar chart (PNG), a page (HTML). ``readme`` is there already and
-    gets the table between its marks."""
+    """The files that ``metafast bench`` writes; ``None`` leaves one out.
+
+    Args:
+        json: the whole result, which ``read_result`` reads again.
+        markdown: a table.
+        chart: a bar chart; its suffix says in which format.
+        report: an HTML page.
+        readme: a file that exists already; the table goes between its two marks.
+    """
 
     json: Path | None = None
     markdown: Path | None = None
@@ -56,19 +64,19 @@ def main_bench(
     """Measures, prints a table on the terminal, and writes what ``outputs`` names. Returns the result.
 
     Args:
-        names: canonical workloads; none, and no ``own``: the standard ones.
-        own: a workload of :func:`own_workload`.
-        backends: executors of metafast to measure.
-        chosen_peers: names of peers; none: all.
+        names: canonical workloads. Without names and without ``own`` the standard ones are measured.
+        own: a workload that :func:`own_workload` has made.
+        backends: the executors of metafast that are measured.
+        chosen_peers: the names of the peers to measure, or how they begin; an empty sequence means all peers.
         settings: how long to measure.
-        outputs: files to write.
-        saved: show this result, of ``--json``, in the place of measuring.
+        outputs: the files to write.
+        saved: a file of ``--json``; its result is shown and nothing is measured.
 
     Raises:
-        ValueError: an unknown name, or a model that cannot take its samples.
-        OSError: a file cannot be written; found before anything is measured.
-        KeyboardInterrupt, RuntimeError: Ctrl-C, or a workload without an oracle; what was measured before is shown and
-            written.
+        ValueError: a name is unknown, or a model cannot take its samples.
+        OSError: a file cannot be written; this shows before anything is measured.
+        KeyboardInterrupt, RuntimeError: Ctrl-C was pressed, or a workload has no oracle; what was measured until then
+            is shown and written.
     """
     outputs = outputs or Outputs()
     for path in (outputs.json, outputs.markdown, outputs.chart, outputs.report):
@@ -81,7 +89,7 @@ def main_bench(
     if outputs.readme is not None:
         from metafast.bench.table import between_marks
 
-        between_marks(outputs.readme.read_text(), "")  # what is wrong with it shows before anything is measured
+        between_marks(outputs.readme.read_text(), "")  # a file without the marks is refused before anything is measured
     if saved is not None:
         result = read_result(saved)
     else:
@@ -100,7 +108,8 @@ def main_bench(
 
 
 def own_failures(result: dict[str, Any]) -> list[str]:
-    """The workloads on which an executor of metafast has no time: it disagrees, fails or takes too long."""
+    """Names the workloads on which an executor of metafast has no time, because it disagrees, fails or takes too
+    long."""
     from metafast.bench.table import is_own, measured
 
     rows = [(workload["name"], row) for workload in result["workloads"] for row in workload["rows"]]
@@ -108,10 +117,11 @@ def own_failures(result: dict[str, Any]) -> list[str]:
 
 
 def main_compare(old: Path, new: Path, threshold: float = 0.1) -> Comparison:
-    """Prints what changed from one ``--json`` file to another; the caller fails if anything is ``worse``.
+    """Prints what changed from one ``--json`` file to another. The command exits with 1 if the answer has ``worse``
+    rows.
 
     Raises:
-        ValueError: a file is no result of this version, or the two have no workload in common.
+        ValueError: a file is not a result of this format, or the two have no workload in common.
     """
     comparison = compare(read_result(old), read_result(new), threshold)
     from metafast.bench.table import print_comparison
@@ -121,11 +131,11 @@ def main_compare(old: Path, new: Path, threshold: float = 0.1) -> Comparison:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result that ``--json`` has written.
+    """Reads a result that ``--json`` has written.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is something else.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else.
     """
     try:
         result = json.loads(path.read_text())
@@ -138,7 +148,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _keep(result: dict[str, Any], outputs: Outputs) -> None:
-    """What was measured until it had to stop; a README keeps its whole table."""
+    """Writes and shows what was measured before the run had to stop. A README keeps the whole table that it has."""
     _say("")
     names = [workload["name"] for workload in result["workloads"]]
     if names:
@@ -178,7 +188,8 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _say(text: str) -> None:
-    """Progress, on standard error: in place on a terminal, as lines elsewhere but for the rounds."""
+    """Shows progress on standard error: a terminal overwrites its line, elsewhere each text is a line (rounds are left
+    out)."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text and ": round" not in text:

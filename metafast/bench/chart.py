@@ -1,4 +1,4 @@
-"""Results as a bar chart."""
+"""Draws results as a bar chart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OWN, PEER, FLOOR = "#0f766e", "#94a3b8", "#dc2626"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A panel a workload: median times on a logarithmic axis with their quartiles, and the floor."""
+    """Draws one panel for each workload: median times with their quartiles on a logarithmic axis, and the floor."""
     workloads = result["workloads"]
     shown = [[row for row in workload["rows"] if measured(row)] for workload in workloads]
     height = sum(len(rows) for rows in shown) * 0.3 + 0.8 * len(workloads) + 0.6
@@ -26,7 +26,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def check_kind(path: Path) -> None:
-    """Raises ValueError where no picture can have this name."""
+    """Raises ValueError if matplotlib cannot write a picture with the suffix of ``path``."""
     kinds = require("matplotlib.figure").Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise ValueError(f"{path}: a chart is one of {', '.join(f'.{kind}' for kind in kinds)}")

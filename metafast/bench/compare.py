@@ -1,4 +1,4 @@
-"""What changed between two results."""
+"""Compares two results: which rows got faster, slower or lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both results. ``ratio`` is new over old time; ``worse`` says why it counts against the new one."""
+    """One row in both results, with its median times in seconds. ``worse`` says why the new one is worse; it is empty
+    where it is not."""
 
     workload: str
     name: str
@@ -18,26 +19,28 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """New over old time; ``None`` where one of them has no time."""
+        """Returns the new time over the old one, or ``None`` where one of them is missing."""
         return None if self.old_s is None or self.new_s is None else self.new_s / self.old_s
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes, and what makes the two results hard to compare."""
+    """Holds all changes, and in ``caveats`` what differs between the two machines."""
 
     changes: tuple[Change, ...]
     caveats: tuple[str, ...]
 
     @property
     def worse(self) -> tuple[Change, ...]:
-        """The changes for the worse."""
+        """Returns the changes for the worse."""
         return tuple(change for change in self.changes if change.worse)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> Comparison:
-    """Rows of ``old`` against those of ``new``. Only metafast's own can be worse: by more than ``threshold`` (0.1 is
-    10%) slower, or with a time before and none now. The peers' say what the machine did meanwhile.
+    """Compares the rows of ``old`` with those of ``new``.
+
+    Only metafast's own rows can be worse: they are more than ``threshold`` slower (0.1 is 10%), or they had a time and
+    have none now. The peers' rows show what else changed on the machine.
 
     Raises:
         ValueError: the threshold is negative, or the two have no workload in common.

@@ -1,4 +1,4 @@
-"""JAX: jit of vmap, for networks that are an ``nn.Sequential`` of the layers below."""
+"""The peer that uses JAX. It translates networks that are an ``nn.Sequential`` of the layers in ``_LAYERS``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Flatt
 
 
 class Jax(Peer):
-    """``jax.jit`` of the gradient of the mean of ``jax.vmap`` over tasks, in 32 bits."""
+    """Compiles, by ``jax.jit``, the gradient of the mean over the tasks of ``jax.vmap``, in float32."""
 
     name = "JAX jit(vmap)"
     package = "jax"
@@ -94,8 +94,11 @@ def _apply(jax: Any, layer: nn.Module, own: dict[str, Any], x: Any) -> Any:
 
 
 def _convolution(jax: Any, layer: nn.Conv2d, weight: Any, x: Any) -> Any:
-    """As a matrix product of patches. ``lax.conv`` under vmap becomes a grouped convolution, which is several times
-    slower on a CPU, and whose second derivative jit gets wrong there (jax 0.10.2: up to 8% off in float64)."""
+    """Convolves ``x [n, C, H, W]`` with ``weight [K, C, a, b]`` as a matrix product of patches.
+
+    Under vmap ``lax.conv`` becomes a grouped convolution, which is several times slower on a CPU, and whose second
+    derivative jit gets wrong there (jax 0.10.2: up to 8% off in float64).
+    """
     padding: Any = layer.padding
     (p, q), (s, r), (d, e) = padding, layer.stride, layer.dilation
     x = jax.numpy.pad(x, ((0, 0), (0, 0), (p, p), (q, q)))
@@ -107,7 +110,8 @@ def _convolution(jax: Any, layer: nn.Conv2d, weight: Any, x: Any) -> Any:
 
 
 def _max_pool(x: Any, size: int | tuple[int, int]) -> Any:
-    """As the maximum of a reshaped array: its second derivative is much cheaper than that of a window reduction."""
+    """Takes the maximum of a reshaped array, whose second derivative is much cheaper than that of a window
+    reduction."""
     a, b = (size, size) if isinstance(size, int) else size
     n, c, h, w = x.shape
     return x[:, :, : h // a * a, : w // b * b].reshape(n, c, h // a, a, w // b, b).max((3, 5))

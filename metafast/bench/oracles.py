@@ -1,4 +1,4 @@
-"""The float64 truth of a workload, kept in a file: worked out on one machine, it judges results of another."""
+"""Keeps the float64 truth of a workload in a file, so that one machine computes it and another is judged by it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .workloads import Workload
 _GRADIENT = "gradient "
 
 Oracle = tuple[np.ndarray, dict[str, np.ndarray]]
-"""Query losses ``[T]`` and the gradient of their mean by parameter name, float64."""
+"""The query losses ``[T]``, and the gradient of their mean by parameter name, in float64."""
 
 
 def compute(workload: Workload) -> Oracle:
-    """By plain ``torch.autograd`` in float64, one task after the other, on the CPU."""
+    """Computes the oracle by ``torch.autograd`` in float64 on the CPU, one task after the other."""
     losses, gradient = TorchLoop().prepare(workload, workload.draw().to(torch.float64))()
     return losses.detach().numpy(), {name: value.numpy() for name, value in gradient.items()}
 
 
 def save(folder: Path, workload: Workload, oracle: Oracle) -> Path:
-    """Writes ``folder/<name>.npz``."""
+    """Writes the oracle into ``folder/<name>.npz`` and returns that path."""
     losses, gradient = oracle
     file = folder / f"{workload.name}.npz"
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,11 +34,11 @@ def save(folder: Path, workload: Workload, oracle: Oracle) -> Path:
 
 
 def load(folder: Path, workload: Workload) -> Oracle:
-    """What ``save`` has written.
+    """Reads what ``save`` has written.
 
     Raises:
-        FileNotFoundError: there is none for this workload.
-        ValueError: it is of other parameters or another number of tasks than the workload has now.
+        FileNotFoundError: the folder has no file for this workload.
+        ValueError: the file holds other parameters or another number of tasks than the workload has now.
     """
     file = folder / f"{workload.name}.npz"
     if not file.is_file():

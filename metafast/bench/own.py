@@ -1,4 +1,4 @@
-"""A workload from the user's own model."""
+"""Makes a workload of the user's own model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from metafast.bench.workloads import Workload
 
 @dataclass(frozen=True)
 class FileFactory:
-    """Calls ``name()`` of a Python file, with the same random numbers each time; other processes load it anew."""
+    """Makes a model by calling the function ``name`` of a Python file, with the same random numbers on every call. It
+    can be sent to another process, which loads the file again."""
 
     file: Path
     name: str
 
     def __call__(self) -> nn.Module:
-        """The model.
+        """Returns the model.
 
         Raises:
-            ValueError: the file, or the function in it, is not there, raises, or does not give an ``nn.Module`` with
-                finite parameters.
+            ValueError: the file or its function does not exist or raises, or what it returns is not an ``nn.Module``
+                with finite parameters.
         """
         if not self.file.is_file():
             raise ValueError(f"there is no Python file {self.file}")
@@ -53,7 +54,8 @@ class FileFactory:
         return f"the model of {self.name}() in {self.file}"
 
     def _module(self) -> ModuleType:
-        """The file's, found by what it imports and defines as if Python had been started with it."""
+        """Imports the file. Its folder goes to the front of ``sys.path``, as if Python had been started with the file,
+        so that its own imports work."""
         name = f"_metafast_{self.file.stem}"
         spec = importlib.util.spec_from_loader(name, SourceFileLoader(name, str(self.file)))
         assert spec is not None
@@ -66,7 +68,7 @@ class FileFactory:
         return module
 
     def _where(self, error: BaseException) -> str:
-        """The file and its last line that took part in ``error``."""
+        """Names the file and the last of its lines that took part in ``error``."""
         if isinstance(error, SyntaxError) and error.filename is not None:
             return f"{error.filename}:{error.lineno}"
         lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(self.file)]
@@ -76,10 +78,16 @@ class FileFactory:
 def own_workload(
     model: str, input_shape: str, ways: int, shots: int, queries: int, tasks: int, steps: int, lr: float
 ) -> Workload:  # fmt: skip
-    """``file.py:factory`` on made-up tasks; ``ways=0`` is regression. ``input_shape`` is that of a sample: ``1,28,28``.
+    """Makes a workload of the model that ``file.py:factory`` returns, on random tasks.
+
+    Args:
+        model: ``file.py:factory``.
+        input_shape: the shape of one sample, such as ``1,28,28``.
+        ways: the classes of a task; 0 for regression.
+        shots, queries, tasks, steps, lr: as in :class:`Workload`.
 
     Raises:
-        ValueError: an option that cannot be; the text names it.
+        ValueError: an option has an impossible value; the text names it.
     """
     file, _, name = model.rpartition(":")
     if not file:
@@ -88,8 +96,8 @@ def own_workload(
         sample = tuple(int(extent) for extent in input_shape.split(","))
     except ValueError:
         raise ValueError(f"--input-shape {input_shape!r}: give the shape of one sample, such as 1,28,28") from None
-    given = {"shots": shots, "queries": queries, "tasks": tasks, "steps": steps, "input-shape": min(sample)}
-    for option, value in given.items():
+    at_least_one = {"shots": shots, "queries": queries, "tasks": tasks, "steps": steps, "input-shape": min(sample)}
+    for option, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"--{option} {value}: must be at least 1")
     if ways < 0 or ways == 1:
@@ -97,14 +105,14 @@ def own_workload(
     if not 0 < lr < math.inf:
         raise ValueError(f"--lr {lr:g}: give a positive, finite rate")
     factory = FileFactory(Path(file).resolve(), name)
-    _try(factory, sample)
+    _check_sample(factory, sample)
     loss = "cross_entropy" if ways else "mse"
     return Workload(f"{Path(file).stem}:{name}", factory, loss, sample, ways, shots, queries, tasks, steps, lr)
 
 
 @torch.no_grad()
-def _try(factory: FileFactory, sample: tuple[int, ...]) -> None:
-    """Raises ValueError where the model does not make one tensor of two samples."""
+def _check_sample(factory: FileFactory, sample: tuple[int, ...]) -> None:
+    """Raises ValueError if the model does not map two samples ``[2, *sample]`` to one tensor."""
     model, shape = factory().float(), ",".join(map(str, sample))
     try:
         output = model(torch.zeros(2, *sample))

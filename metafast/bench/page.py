@@ -1,4 +1,4 @@
-"""Results as one HTML page that needs nothing else: no script, no font, no other file."""
+"""Writes results as one HTML page that needs no script, no font and no other file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ td.absent { color: var(--warn); text-align: left; }
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page, light or dark as the reader's system is."""
+    """Returns the page. It is light or dark, as the reader's system is."""
     sections = "".join(_section(workload) for workload in result["workloads"])
     tolerances = "".join(
         f"<p class=soft>Agreement of {escape(name)}: within {tolerance['value']:g}. {escape(tolerance['reason'])}.</p>"

@@ -1,9 +1,9 @@
-"""What else computes the same meta-gradient. Each peer reads the same tensors and gives the same two things.
+"""Peers: other ways to compute the same meta-gradient. All read the same tensors and return the same two things.
 
-Batch norm: in training mode ``F.batch_norm`` has a wrong second derivative under ``torch.func`` (torch 2.13, CPU: 1e-4
-relative even in float64, and a convolution's bias in front of it gets a gradient that should be zero), while plain
-autograd is exact. So the vmap peers get batch norms that are written out; without that they would disagree and
-be shown without a time.
+In training mode ``F.batch_norm`` has a wrong second derivative under ``torch.func`` (torch 2.13, CPU: 1e-4
+relative even in float64, and the bias of a convolution in front of it, whose gradient is zero, gets one that is not),
+while plain autograd is exact. So the vmap peers get batch norms that are written out in elementary operations; with
+torch's own they would disagree and get no time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from metafast.verification.torch_loop import task_loss
 from .workloads import Workload
 
 Answer = tuple[Any, dict[str, Any]]
-"""Query losses ``[T]`` and the gradient of their mean by parameter name; anything that ``numpy.asarray`` takes."""
+"""The query losses ``[T]``, and the gradient of their mean by parameter name, as anything that ``numpy.asarray``
+takes."""
 
 LEARN2LEARN = "METAFAST_LEARN2LEARN"
 
@@ -46,30 +47,31 @@ class Peer(ABC):
     package = "torch"
 
     def version(self) -> str:
-        """Of the package that does the work."""
+        """Returns the version of the package that does the work."""
         return metadata.version(self.package)
 
     def missing(self, workload: Workload, device: str) -> str | None:
-        """Why it cannot run ``workload`` on ``device``, found without importing it; ``None`` where it can."""
+        """Says why the peer cannot run ``workload`` on ``device``, without importing it; ``None`` means that it can."""
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed: pip install {self.package}"
         return None
 
     @abstractmethod
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        """The model in the dtype and on the device of ``tasks``, and a call that computes one meta-gradient."""
+        """Makes the model in the dtype and on the device of ``tasks``. Returns a call that computes one
+        meta-gradient."""
 
 
 @dataclass(frozen=True)
 class Metafast(Peer):
-    """metafast by its public interface. ``backend``: an executor, or ``"auto"``."""
+    """Runs metafast through its public interface. ``backend`` is the name of an executor, or ``"auto"``."""
 
     backend: str = "auto"
     package = "metafast"
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """``metafast``, with the executor where one was asked for."""
+        """Returns ``metafast``, followed by the executor where one was asked for: ``metafast (cpu)``."""
         return "metafast" if self.backend == "auto" else f"metafast ({self.backend})"
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
@@ -86,7 +88,7 @@ class Metafast(Peer):
 
 
 class TorchLoop(Peer):
-    """``torch.autograd`` with ``create_graph=True``, one task after the other. In float64 it is the oracle."""
+    """Runs ``torch.autograd`` with ``create_graph=True``, one task after the other. In float64 it is the oracle."""
 
     name = "torch loop"
 
@@ -101,10 +103,10 @@ class TorchLoop(Peer):
 
 
 class Learn2Learn(Peer):
-    """``learn2learn.algorithms.MAML``: ``clone()`` and ``adapt()``, one task after the other.
+    """Runs ``learn2learn.algorithms.MAML`` with ``clone()`` and ``adapt()``, one task after the other.
 
-    Its build fails on recent Pythons, and the algorithms need nothing that is built: the unpacked source distribution
-    is enough, in the folder that the environment variable METAFAST_LEARN2LEARN names.
+    The build of learn2learn fails on recent Pythons, but its algorithms need nothing that is built. The unpacked source
+    distribution is enough; the environment variable METAFAST_LEARN2LEARN names its folder.
     """
 
     name = package = "learn2learn"
@@ -140,7 +142,8 @@ class Learn2Learn(Peer):
 
     @staticmethod
     def _package() -> None:
-        """Stands in for the packages' own ``__init__``, which import every data set and reinforcement learner."""
+        """Registers empty packages in the place of learn2learn's own, whose ``__init__`` import every data set and
+        reinforcement learner."""
         folder = os.environ.get(LEARN2LEARN)
         if folder is not None:
             for name in ("learn2learn", "learn2learn.algorithms"):
@@ -149,7 +152,7 @@ class Learn2Learn(Peer):
 
 
 class Higher(Peer):
-    """``higher.innerloop_ctx`` around SGD, one task after the other."""
+    """Runs ``higher.innerloop_ctx`` around SGD, one task after the other."""
 
     name = package = "higher"
 
@@ -168,7 +171,7 @@ class Higher(Peer):
 
 
 class TorchVmap(Peer):
-    """``torch.func``: the gradient of the mean of ``vmap`` over tasks, all tasks at once."""
+    """Takes the gradient by ``torch.func`` of the mean over the tasks of ``vmap``, all tasks at once."""
 
     name = "torch.func vmap"
 
@@ -201,7 +204,7 @@ class TorchVmap(Peer):
 
 
 class TorchCompile(TorchVmap):
-    """``torch.compile`` of the vmap peer, from an empty compile cache."""
+    """Compiles the vmap peer by ``torch.compile``, from an empty compile cache."""
 
     name = "torch.compile"
 
@@ -219,7 +222,8 @@ class TorchCompile(TorchVmap):
 
 
 def _sequential(model: nn.Module, count: int, task: Callable[[int], Tensor]) -> Callable[[], Answer]:
-    """One task after the other, each freed before the next: the leanest that a loop can be."""
+    """Runs one task after the other and frees each before the next, so that the loop needs as little memory as it
+    can."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
 
     def call() -> Answer:
@@ -239,7 +243,7 @@ def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _WrittenOutBatchNorm(nn.Module):
-    """Batch norm with the batch's statistics, in elementary operations."""
+    """Normalises by the batch's statistics, in elementary operations."""
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
@@ -265,7 +269,7 @@ def _written_out(model: nn.Module) -> nn.Module:
 
 
 def peers() -> list[Peer]:
-    """All peers, the plainest first."""
+    """Returns all peers, the simplest first."""
     from .jax_peer import Jax
 
     return [TorchLoop(), TorchVmap(), TorchCompile(), Learn2Learn(), Higher(), Jax()]

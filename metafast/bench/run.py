@@ -1,4 +1,4 @@
-"""Measures workloads: every peer checked against the oracle first, then timed turn by turn, A B C A B C."""
+"""Measures workloads: it checks every peer against the oracle first, then times the peers in turns, A B C A B C."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from metafast.program.losses import as_loss
 from metafast.verification.agreement import EXACT, GRADIENT, LOSSES, PARAMETER, Answer, agreement
 
 FORMAT = 1
-_FEWEST = 3  # calls, for quartiles to mean something
-# Layers behind which rounding stays rounding; convolutions, batch norms and pooling amplify it.
-_EXACT = (
+_FEWEST_CALLS = 3  # with fewer, quartiles mean nothing
+# Layers that do not amplify rounding errors; convolutions, batch norms and pooling do.
+_NOT_AMPLIFYING = (
     nn.Sequential, nn.Linear, nn.LayerNorm, nn.Flatten, nn.Identity,
     nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Sigmoid, nn.Tanh,
 )  # fmt: skip
@@ -33,19 +33,19 @@ _EXACT = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure, in seconds.
+    """How to measure; all times are in seconds.
 
     Args:
         device: ``"cpu"`` or a CUDA device.
-        threads: of each process; ``None``: as many as torch takes by itself.
-        rounds: turns of each peer.
-        turn: a peer's share of a round.
-        budget: of all turns of a peer together, once it has had three calls.
-        limit: for one call; a peer that needs longer is cut off.
-        first_limit: for the first call, which may compile.
-        side_by_side: the first calls of all peers run at once. That saves time on a machine with many cores; the
-            seconds that they take say less.
-        oracle: the folder of float64 oracles, one file a workload; ``None``: they are worked out.
+        threads: the threads of each process; ``None`` leaves the choice to torch.
+        rounds: the turns of each peer.
+        turn: how long a peer's turn lasts.
+        budget: how long all turns of a peer last together; every peer gets at least three calls.
+        limit: the limit of one call; a peer that needs longer is cut off.
+        first_limit: the limit of the first call, which may compile.
+        side_by_side: whether the first calls of all peers run at the same time. This saves time on a machine with many
+            cores, but the times of the first calls mean less.
+        oracle: the folder of float64 oracles, one file for each workload; ``None``: they are computed.
 
     Raises:
         ValueError: one of the numbers is not positive.
@@ -72,7 +72,7 @@ class Settings:
 
 
 class Stopped(Exception):
-    """``reason`` is Ctrl-C, or that a workload cannot be measured; ``result`` has what was measured before."""
+    """The run ended early. ``reason`` is Ctrl-C or the error of a workload; ``result`` has what was measured before."""
 
     def __init__(self, result: dict[str, Any], reason: BaseException) -> None:
         self.result, self.reason = result, reason
@@ -80,7 +80,7 @@ class Stopped(Exception):
 
 @dataclass
 class _Contender:
-    """A peer on its way through a workload. ``row`` is what will be reported."""
+    """A peer while a workload is measured. ``times`` are the seconds of its calls, ``row`` is what will be reported."""
 
     peer: Peer
     worker: Worker | None = None
@@ -92,11 +92,11 @@ class _Contender:
 
     @property
     def timed(self) -> bool:
-        """Has it calls enough for quartiles?"""
-        return len(self.times) >= _FEWEST
+        """Tells whether there are enough calls for quartiles."""
+        return len(self.times) >= _FEWEST_CALLS
 
-    def leave(self, state: str, note: str) -> None:
-        """It takes no further part."""
+    def drop_out(self, state: str, note: str) -> None:
+        """Ends its process, so that it takes no further part; ``state`` and ``note`` say why."""
         self.row.update(state=state, note=note)
         if self.worker is not None:
             self.worker.close()
@@ -106,12 +106,12 @@ class _Contender:
 def measure(
     workloads: Sequence[Workload], peers: Sequence[Peer], settings: Settings, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Everything about ``workloads``, as plain JSON values; ``say`` is told what is going on.
+    """Measures ``workloads`` and returns everything about them as JSON values. ``say`` receives lines of progress.
 
     Raises:
-        FileNotFoundError, ValueError: the folder of oracles has none for a workload, or one of another; or a workload's
-            model cannot take its samples or labels. All are found before anything is measured.
-        Stopped: Ctrl-C came, or there is no oracle for a workload.
+        FileNotFoundError, ValueError: the folder of oracles has no file for a workload, or one that does not fit it; or
+            a workload's model cannot take its samples or labels. This shows before anything is measured.
+        Stopped: Ctrl-C was pressed, or a workload has no oracle.
     """
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -140,6 +140,7 @@ def measure(
 
 
 def _cost(workload: Workload) -> dict[str, int]:
+    """Counts FLOPs, bytes and parameters of the workload, and checks that its model fits its samples and labels."""
     tasks = workload.draw()
     model = workload.network().to(tasks.support_x)
     program = capture(model, as_loss(workload.loss), steps=workload.steps)
@@ -153,7 +154,7 @@ def _measure(
     workload: Workload, cost: dict[str, int], peers: Sequence[Peer], settings: Settings, result: dict[str, Any],
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], bool]:  # fmt: skip
-    """What ``result`` gets of ``workload``, and whether Ctrl-C ended it early."""
+    """Returns the entry of ``workload`` in ``result``, and whether Ctrl-C ended it early."""
     threads, bare = result["machine"]["threads"], result["bare_torch_bytes"]
     machine = rates(settings.device)
     floors = {"flops": cost["flops"] / machine.matrix, "bytes": cost["least_bytes"] / machine.copy}
@@ -173,7 +174,7 @@ def _measure(
             raise
         for contender in contenders:
             if contender.row["state"] == "measured" and not contender.timed:
-                contender.leave("interrupted", f"Ctrl-C came before its call number {_FEWEST}")
+                contender.drop_out("interrupted", f"Ctrl-C came before its call number {_FEWEST_CALLS}")
     finally:
         for contender in contenders:
             if contender.worker is not None:
@@ -236,29 +237,29 @@ def _first_calls(
 
 
 def _start(contender: _Contender, workload: Workload, settings: Settings, threads: int) -> None:
-    """Its process, which begins the first call."""
+    """Starts the contender's process and its first call."""
     missing = contender.peer.missing(workload, settings.device)
     if missing is not None:
-        return contender.leave("missing", missing)
+        return contender.drop_out("missing", missing)
     contender.worker = Worker(contender.peer, workload, settings.device, threads)
     contender.worker.begin()
     return None
 
 
 def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: Settings) -> None:
-    """What the first call gives decides whether it is timed at all."""
+    """Holds the answer of the first call against the oracle; a contender that disagrees is not timed."""
     if contender.worker is None:
         return None
     try:
         seconds, answer = contender.worker.first(settings.first_limit)
     except CutOff:
-        return contender.leave("cut off", f"its first call takes longer than {settings.first_limit:g} s")
+        return contender.drop_out("cut off", f"its first call takes longer than {settings.first_limit:g} s")
     except Failed as error:
-        return contender.leave("failed", str(error))
+        return contender.drop_out("failed", str(error))
     found = agreement(answer, oracle)
     contender.row.update(version=contender.worker.version, first_call_s=seconds, agreement=found.to_json())
     if not found.agrees:
-        contender.leave("disagrees", str(found))
+        contender.drop_out("disagrees", str(found))
     elif exact_path(workload) and not found.exact:
         worst = max(found.losses, found.gradient)
         contender.row["flag"] = f"off by {worst:.1e} where float32 allows {EXACT.value:g}"
@@ -266,8 +267,8 @@ def _check(contender: _Contender, workload: Workload, oracle: Answer, settings: 
 
 
 def exact_path(workload: Workload) -> bool:
-    """Does nothing in its network amplify rounding?"""
-    return all(isinstance(module, _EXACT) for module in workload.network().modules())
+    """Tells whether nothing in the network amplifies rounding errors."""
+    return all(isinstance(module, _NOT_AMPLIFYING) for module in workload.network().modules())
 
 
 def _turn(contender: _Contender, settings: Settings, bare: int) -> None:
@@ -276,9 +277,9 @@ def _turn(contender: _Contender, settings: Settings, bare: int) -> None:
     try:
         times, peak = contender.worker.turn(settings.turn, settings.limit)
     except CutOff:
-        contender.leave("cut off", f"one call takes longer than {settings.limit:g} s")
+        contender.drop_out("cut off", f"one call takes longer than {settings.limit:g} s")
     except Failed as error:
-        contender.leave("failed", str(error))
+        contender.drop_out("failed", str(error))
     else:
         contender.times += times
         contender.row["peak_bytes"] = peak.get("device", max(0, peak["host"] - bare))
@@ -306,7 +307,7 @@ def _finish(
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """Speed-ups between rows that were measured and not flagged; all of those agree with the oracle."""
+    """Adds the speed-ups between all rows that were measured and not flagged, which all agree with the oracle."""
     measured = [row for row in rows if row["state"] == "measured" and "flag" not in row]
     for row in measured:
         others = (other for other in measured if other is not row)
@@ -314,11 +315,11 @@ def _compare(rows: list[dict[str, Any]]) -> None:
 
 
 def contenders(backends: Sequence[str], chosen: Sequence[str], known: Sequence[Peer]) -> list[Peer]:
-    """metafast with each of ``backends``, then the ``known`` peers whose names begin with one that is ``chosen`` (none:
-    all of them).
+    """Returns metafast with each of ``backends``, then the peers among ``known`` whose names begin with a name in
+    ``chosen``. An empty ``chosen`` takes all of them.
 
     Raises:
-        ValueError: a name that no peer has, or more than one.
+        ValueError: no peer's name begins so, or more than one does.
     """
     for backend in backends:
         check_backend(backend)

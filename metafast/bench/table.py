@@ -1,4 +1,4 @@
-"""Results as a table: on the terminal, and in Markdown for a README."""
+"""Shows results as a table: on the terminal, and in Markdown for a README."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ MARKS = ("<!-- metafast bench -->", "<!-- /metafast bench -->")
 HEADINGS = (
     "median", "quartiles", "tasks/s", "over floor", "matrix share", "memory", "first call", "error", "speed-up over it"
 )  # fmt: skip
+# The columns that a narrow terminal leaves out, the first one first.
 _SPARE = ("matrix share", "first call", "memory", "error", "quartiles", "tasks/s", "over floor")
 _OWN = "bold green"
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """One table a workload on the terminal."""
+    """Prints one table for each workload."""
     out = console()
     out.print(caption(result), style="dim")
     for workload in result["workloads"]:
@@ -36,7 +37,7 @@ def _style(row: dict[str, Any]) -> str | None:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Old and new medians, and what got worse."""
+    """Prints old and new medians, and what got worse."""
     out = console()
     for caveat in comparison.caveats:
         out.print(f"not the same: {caveat}", style="yellow")
@@ -51,7 +52,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """All workloads in one Markdown table: times of each contender, and where it comes from."""
+    """Returns all workloads as one Markdown table of times, followed by the machine and by remarks on missing times."""
     names = list(dict.fromkeys(row["name"] for workload in result["workloads"] for row in workload["rows"]))
     lines = [
         f"| workload | {' | '.join(names)} | speed-up over the fastest peer | metafast over floor | its error |",
@@ -69,10 +70,10 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def between_marks(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
-    """``text`` with ``table`` in the place of what stands between its two marks.
+    """Returns ``text`` with ``table`` between its two marks, in the place of what is there.
 
     Raises:
-        ValueError: the marks are not there, once each and in order.
+        ValueError: ``text`` does not have each mark once, in order.
     """
     begin, end = marks
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -81,7 +82,7 @@ def between_marks(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """Machine, versions, date and commit in a line."""
+    """Returns machine, versions, date and commit in one line."""
     m = result["machine"]
     cpu = f"{m['cpu']}, {m['threads']} thread{'s' * (m['threads'] > 1)}, {m['instructions']}"
     device = cpu if m["device"] == "cpu" else m["device"]
@@ -101,7 +102,7 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def title(workload: dict[str, Any]) -> str:
-    """The workload's sizes and floor in a line."""
+    """Returns the workload's sizes and floor in one line."""
     s, rates, floors = workload["sizes"], workload["rates"], workload["floors_s"]
     kind = f"{s['ways']}-way {s['shots']}-shot" if s["ways"] else f"{s['shots']}-shot regression"
     bound = max(floors, key=floors.__getitem__)
@@ -114,13 +115,13 @@ def title(workload: dict[str, Any]) -> str:
 
 
 def cells(row: dict[str, Any], workload: dict[str, Any]) -> list[str]:
-    """What stands under ``HEADINGS`` after the name."""
+    """Returns the row's texts under ``HEADINGS``, after its name."""
     first = duration(row["first_call_s"]) if "first_call_s" in row else ""
     if not measured(row):
         return [row["state"], "", "", "", "", "", first, error(row), ""]
     return [
         duration(row["median_s"]),
-        _span(row["q1_s"], row["q3_s"]),
+        _range(row["q1_s"], row["q3_s"]),
         f"{row['tasks_per_s']:,.0f}" if row["tasks_per_s"] >= 100 else _figures(row["tasks_per_s"]),
         times(row["over_floor"]),
         f"{row['matrix_share']:.0%}",
@@ -132,7 +133,8 @@ def cells(row: dict[str, Any], workload: dict[str, Any]) -> list[str]:
 
 
 def error(row: dict[str, Any]) -> str:
-    """How far the gradient is from the oracle's, relative to its norm; marked where that is more than it should be."""
+    """Returns the relative distance of the gradient from the oracle's, with a ``!`` where it is larger than it should
+    be."""
     found = row.get("agreement", {}).get("gradient")
     return "" if found is None else f"{found:.0e}{' !' * ('flag' in row)}"
 
@@ -144,7 +146,7 @@ def _ratio(row: dict[str, Any], workload: dict[str, Any]) -> str:
 
 
 def remarks(workload: dict[str, Any]) -> Iterator[str]:
-    """Why a row has no time, or no ratio."""
+    """Says of each row without a time, or without a ratio, why it has none."""
     for row in workload["rows"]:
         if "flag" in row:
             yield f"{row['name']}: {row['flag']}; it has no part in speed-ups"
@@ -155,22 +157,23 @@ def remarks(workload: dict[str, Any]) -> Iterator[str]:
 
 
 def is_own(row: dict[str, Any]) -> bool:
-    """Is this metafast?"""
+    """Tells whether the row is metafast's."""
     return row["name"].startswith("metafast")
 
 
 def measured(row: dict[str, Any] | None) -> bool:
-    """Does it have a time?"""
+    """Tells whether the row has a time."""
     return row is not None and row["state"] == "measured"
 
 
 def own_row(workload: dict[str, Any]) -> dict[str, Any] | None:
-    """metafast's first row with a time, the one that ratios are about."""
+    """Returns metafast's first row with a time, which all ratios are about."""
     return next((row for row in workload["rows"] if is_own(row) and measured(row)), None)
 
 
 def best_ratio(workload: dict[str, Any]) -> float | None:
-    """How many times faster metafast is than the fastest peer; ``None`` where one of them has no time or is flagged."""
+    """Returns how many times faster metafast is than the fastest peer. ``None``: one of them has no time or is
+    flagged."""
     own = own_row(workload)
     if own is None:
         return None
@@ -179,21 +182,22 @@ def best_ratio(workload: dict[str, Any]) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Three figures and a unit."""
+    """Writes a time with three figures and a unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{_figures(seconds / scale)} {unit}"
     return f"{_figures(seconds * 1e6)} µs"
 
 
-def _span(begin: float, end: float) -> str:
+def _range(begin: float, end: float) -> str:
+    """Writes two times, with the unit once where both have the same."""
     first, last = duration(begin), duration(end)
     number, unit = first.split()
     return f"{number if last.endswith(f' {unit}') else first} – {last}"
 
 
 def times(ratio: float) -> str:
-    """A ratio in three figures."""
+    """Writes a ratio with three figures."""
     return f"{_figures(ratio)}x"
 
 

@@ -1,4 +1,4 @@
-"""A process of its own for each peer: its memory can be told apart, and it can be stopped in the middle of a call."""
+"""Runs each peer in a process of its own, so that its memory can be measured by itself and a call can be cut off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from metafast.verification.agreement import Answer
 
 
 class CutOff(Exception):
-    """The peer took longer than it was given."""
+    """The peer took longer than its limit."""
 
 
 class Failed(Exception):
@@ -31,7 +31,8 @@ class Failed(Exception):
 
 
 class Worker:
-    """The parent's end. Every wait has a limit in seconds; past it the process is ended and CutOff raised."""
+    """Controls the process of one peer. Every wait has a limit in seconds; past it the process is killed and CutOff
+    raised."""
 
     def __init__(
         self, peer: Peer, workload: Workload, device: str, threads: int, dtype: torch.dtype = torch.float32
@@ -40,20 +41,20 @@ class Worker:
         self._connection, theirs = context.Pipe()
         arguments = (theirs, peer, workload, device, threads, dtype)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        with _deaf_to_ctrl_c():
+        with _children_ignore_ctrl_c():
             self._process.start()
         theirs.close()
-        self.version = ""
+        self.version = ""  # known after the first call
         self._began: float | None = None
 
     def begin(self) -> None:
-        """Begins the first call and does not wait for it, so that those of others can run beside it."""
+        """Starts the first call without waiting for it, so that other peers' first calls can run at the same time."""
         self._began = time.monotonic()
-        with contextlib.suppress(ConnectionError):  # a process that has died is found by who waits for it
+        with contextlib.suppress(ConnectionError):  # first() reports a process that has died
             self._connection.send(("first",))
 
     def first(self, limit: float) -> tuple[float, Answer]:
-        """Prepares and calls once: the seconds that takes, with imports and compilation, and the answer."""
+        """Prepares the peer and calls it once. Returns the seconds of that, with compilation, and the answer."""
         if self._began is None:
             self.begin()
         assert self._began is not None
@@ -62,14 +63,17 @@ class Worker:
         return seconds, answer
 
     def turn(self, seconds: float, limit: float) -> tuple[list[float], dict[str, int]]:
-        """Calls for ``seconds``, at least once: the seconds of each call; and the most bytes that the process has held
-        so far, of the ``host`` and, on a GPU, of the ``device``."""
+        """Calls again and again for ``seconds``, at least once.
+
+        Returns the seconds of each call, and the peak memory of the process so far in bytes: ``host`` and, on a GPU,
+        ``device``.
+        """
         with contextlib.suppress(ConnectionError):
             self._connection.send(("turn", seconds))
         return self._answer(limit)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -89,8 +93,8 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """What is started here ignores Ctrl-C, from its first line on: it is for the parent to end it."""
+def _children_ignore_ctrl_c() -> Iterator[None]:
+    """Processes that are started in this block ignore Ctrl-C from their first line on, since the parent ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -104,15 +108,15 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 def _serve(
     connection: Connection, peer: Peer, workload: Workload, device: str, threads: int, dtype: torch.dtype
 ) -> None:
-    if hasattr(os, "sched_setaffinity"):  # not every library takes a number of threads; all of them keep to cores
+    if hasattr(os, "sched_setaffinity"):  # not every library has a setting for threads, but all keep to their cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        _answer(connection, peer, workload, device, dtype)
+        _serve_calls(connection, peer, workload, device, dtype)
 
 
-def _answer(connection: Connection, peer: Peer, workload: Workload, device: str, dtype: torch.dtype) -> None:
+def _serve_calls(connection: Connection, peer: Peer, workload: Workload, device: str, dtype: torch.dtype) -> None:
     call: Callable[[], Any] = lambda: None  # noqa: E731
     while True:
         try:
@@ -148,7 +152,8 @@ def _synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
 
 
 def _turn(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Others had the caches before: calls that are short beside the turn get one to warm up, which is not counted."""
+    """Returns the seconds of each call. Other peers have filled the caches meanwhile, so the first call is not counted
+    where it takes less than half of the turn."""
     times: list[float] = []
     began = time.perf_counter()
     warming = True
@@ -176,9 +181,9 @@ def _peak(device: str) -> dict[str, int]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held.
+    """Returns the peak memory of this process in bytes.
 
-    Not ``ru_maxrss`` where there is another figure: Linux starts that of a new program from its parent's.
+    On Linux this is not ``ru_maxrss``, which a new program inherits from its parent there.
     """
     if sys.platform == "linux":
         with open("/proc/self/status") as status:

@@ -1,7 +1,7 @@
-"""The canonical workloads, and any model of the user's own, as one meta-gradient to compute.
+"""A workload is one meta-gradient to compute. Here are the canonical ones; ``own.py`` makes others.
 
-Rates are gentle: a 5-step meta-gradient of a batch-normalised network at rate 0.4 is chaotic in float32 in every
-library, and no two of them could be held against each other.
+Their inner rates are low: a 5-step meta-gradient of a batch-normalised network at rate 0.4 is chaotic in float32 in
+every library, and no two libraries would agree.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Workload:
     """One second-order meta-gradient in all parameters of the network, all of them adapted.
 
     Args:
-        name: under which results are reported.
-        network: makes the model; the same initial values on every call.
+        name: the name under which results are reported.
+        network: makes the model, with the same initial values on every call.
         loss: ``"cross_entropy"`` or ``"mse"``.
-        sample: shape of one sample.
-        ways: classes in a task; 0 for regression.
-        shots: support samples of a class (of a task, in regression).
-        queries: query samples, likewise.
-        tasks: T.
-        steps: S.
-        lr: inner rate.
+        sample: the shape of one sample.
+        ways: the classes of a task; 0 for regression.
+        shots: the support samples of each class; in regression, of each task.
+        queries: the query samples, counted in the same way.
+        tasks: the number of tasks, T.
+        steps: the number of inner steps, S.
+        lr: the inner rate.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Workload:
     lr: float
 
     def draw(self, seed: int = 0) -> TaskBatch:
-        """Tasks that depend on ``seed`` alone, float32 on the CPU.
+        """Draws tasks that depend on ``seed`` alone, in float32 on the CPU.
 
-        Classification: a class is a Gaussian cloud around a random picture. Regression: ``a sin(sum(x) - b)`` with
-        the amplitudes and phases of Finn et al. 2017, in every output.
+        In classification a class is a Gaussian cloud around a random picture. In regression every output is
+        ``a sin(sum(x) - b)``, with the amplitudes and phases of Finn et al. 2017.
         """
         generator = torch.Generator().manual_seed(seed)
         make = self._classes(generator) if self.ways else self._sinusoids(generator)
@@ -81,25 +81,27 @@ class Workload:
 
 @cache
 def _output_shape(network: Callable[[], nn.Module], sample: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a sample's output; found once, for drawing tasks is part of what is profiled."""
+    """Returns the shape of one sample's output. It is cached, because drawing tasks is part of what is profiled."""
     with torch.no_grad():
         return tuple(network()(torch.zeros(2, *sample)).shape[1:])
 
 
 def regressor() -> nn.Sequential:
-    """The sinusoid MLP 1-40-40-1 with torch's usual initial values.
+    """Makes the sinusoid MLP 1-40-40-1 with torch's usual initial values.
 
-    Those of the paper, deviation 0.01, are so small that second derivatives vanish: first order would pass for exact.
+    The paper's (standard deviation 0.01) are so small that second derivatives vanish, and a first-order gradient
+    would pass for exact.
     """
-    return _usual(mlp(), 40)
+    return _with_usual_values(mlp(), 40)
 
 
 def perceptron() -> nn.Sequential:
-    """The MLP 64-256-256-5: its parameters take more than any thread block's memory."""
-    return _usual(mlp(64, 5, (256, 256)), 256)
+    """Makes the MLP 64-256-256-5, whose parameters need more memory than any thread block has."""
+    return _with_usual_values(mlp(64, 5, (256, 256)), 256)
 
 
-def _usual(model: nn.Sequential, hidden: int) -> nn.Sequential:
+def _with_usual_values(model: nn.Sequential, hidden: int) -> nn.Sequential:
+    """Draws parameters between plus and minus ``1/sqrt(fan-in)``, as torch does; a bias takes ``hidden`` for it."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,17 +111,20 @@ def _usual(model: nn.Sequential, hidden: int) -> nn.Sequential:
 
 
 def classifier(ways: int, channels: int, image: tuple[int, int, int]) -> nn.Sequential:
-    """Conv4 with max-pooling, whose batch norms put few activations near the kink of the ReLU behind them.
+    """Makes a Conv4 with max-pooling, whose batch norms put few activations near the kink of the ReLU behind them.
 
-    A ReLU that falls to the other side in float32 changes the gradient by far more than rounding does: with
-    ``0.3 x + 1`` in the place of ``x`` that happens a hundred times less often, at the same arithmetic.
+    A ReLU that float32 puts on the other side of its kink changes the gradient by far more than rounding does. With
+    ``0.3 x + 1`` in the place of ``x`` this happens a hundred times less often, for the same arithmetic.
     """
     return _far_from_kinks(conv4(ways, channels=channels, image=image, pool=True))
 
 
 def unpadded() -> nn.Sequential:
-    """The network of torchbench's ``functorch_maml_omniglot``, ``[n,1,28,28] -> [n,5]``: three 3x3x64 convolutions with
-    bias and without padding, each with batch norm, ReLU and 2x2 max-pool, and a linear head."""
+    """Makes the network of torchbench's ``functorch_maml_omniglot``, ``[n, 1, 28, 28] -> [n, 5]``.
+
+    It has three 3x3x64 convolutions with bias and without padding, each with batch norm, ReLU and 2x2 max-pool, and a
+    linear head.
+    """
     layers: list[nn.Module] = []
     for inputs in (1, 64, 64):
         norm = nn.BatchNorm2d(64, track_running_stats=False)
@@ -156,7 +161,9 @@ def _pictures(
     return Workload(name, network, "cross_entropy", image, ways, shots, queries, tasks, steps, lr)
 
 
-_OMNIGLOT, _MINI = (64, (1, 28, 28)), (32, (3, 84, 84))
+# The channels of the network and the shape of an image, [C, H, W].
+_OMNIGLOT = (64, (1, 28, 28))
+_MINI = (32, (3, 84, 84))
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -169,7 +176,7 @@ WORKLOADS = {
         _pictures("omni20w1s-5", *_OMNIGLOT, ways=20, shots=1, queries=1, tasks=16, steps=5, lr=0.003),
         _pictures("mini5w1s-5", *_MINI, ways=5, shots=1, queries=15, tasks=4, steps=5, lr=0.002),
         _pictures("mini5w5s-5", *_MINI, ways=5, shots=5, queries=15, tasks=4, steps=5, lr=0.002),
-        # The one figure of MAML that PyTorch publishes is of this one at a rate of 0.1, with an Adam step behind it.
+        # PyTorch publishes one time of MAML: that of this workload with a rate of 0.1 and an Adam step behind it.
         Workload(
             "torchbench-maml", unpadded, "cross_entropy", (1, 28, 28), ways=5, shots=5, queries=15, tasks=32, steps=5,
             lr=0.003,
@@ -177,17 +184,17 @@ WORKLOADS = {
     )
 }
 
-# What a cluster of thread blocks is for.
+# Its parameters need a cluster of thread blocks.
 WIDE = Workload(
     "wide5w1s-5", perceptron, "cross_entropy", (64,), ways=5, shots=1, queries=5, tasks=128, steps=5, lr=0.01
 )
 
 
 def workload(name: str) -> Workload:
-    """The canonical workload of that name, or ``wide5w1s-5``.
+    """Returns the canonical workload of that name, or ``wide5w1s-5``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no workload has this name.
     """
     if name not in WORKLOADS and name != WIDE.name:
         raise ValueError(f"workload {name!r} is unknown; choose from {', '.join(WORKLOADS)}")

@@ -1,4 +1,4 @@
-"""``metafast profile``: where the time of a workload goes, by phase and by layer and rule."""
+"""``metafast profile`` measures where the time of a workload goes: by phase, and by layer and rule."""
 
 from __future__ import annotations
 
@@ -20,25 +20,32 @@ from metafast.learners import MAML
 from metafast.machine import describe, rates
 from metafast.profile import gpu
 from metafast.profile.costs import layer_costs
-from metafast.profile.layered import Notes, Timed
-from metafast.profile.native import noted
+from metafast.profile.cpu import recorded
+from metafast.profile.layered import SpanRecorder, TimedExecutor
 from metafast.profile.result import Profile, phases, rows
 from metafast.profile.spans import LOSS, Span, Timeline, around, undisturbed
 
 __all__ = ["Profile", "Timeline", "main_profile", "profile"]
 
 _WARM_UP = 2
-_FEWEST, _MOST = 4, 50  # iterations, where no number is asked for
+# Without --iterations at least and at most so many are recorded.
+_FEWEST = 4
+_MOST = 50
 _CALL = "meta-gradient"
 
 
 def main_profile(workload: Workload, out: Path, arguments: list[str], **options: Any) -> Profile:
-    """Profiles, prints tables and a verdict, and writes ``profile.json``, ``trace.json`` and ``roofline.png`` (on a GPU
-    ``memory.pickle`` too) into the folder ``out``. ``arguments`` are those of the command, to be repeated under Nsight.
+    """Profiles, prints tables and a verdict, and writes the files.
+
+    Args:
+        workload: the workload to profile.
+        out: the folder for ``profile.json``, ``trace.json`` and ``roofline.png``, and on a GPU ``memory.pickle``.
+        arguments: the arguments of the command, which the command lines of Nsight repeat.
+        options: those of :func:`profile`.
 
     Raises:
         ValueError, RuntimeError: as :func:`profile`.
-        OSError: ``out`` cannot be made; found before anything is run.
+        OSError: ``out`` cannot be made; this shows before anything is run.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file; name a folder")
@@ -68,14 +75,22 @@ def profile(
     iterations: int | None = None,
     snapshot: Path | None = None,
 ) -> tuple[Profile, Timeline]:
-    """Meta-trains ``workload`` for ``iterations`` iterations (tasks drawn, meta-gradient, outer step), recorded;
-    ``None``: for about two seconds.
+    """Meta-trains ``workload`` and records what happens. An iteration draws tasks, takes a meta-gradient and an outer
+    step.
 
-    As many run before and after without being recorded, so that what recording costs is known. Of both the faster half
-    counts.
+    As many iterations run before and after without being recorded, which shows what recording costs. Of both kinds
+    only the faster half counts.
+
+    Args:
+        workload: the workload to profile.
+        backend: the executor.
+        device: the device.
+        threads: the threads of torch; ``None`` leaves them as they are.
+        iterations: how many iterations are recorded; ``None``: as many as take about two seconds.
+        snapshot: the file for a snapshot of a GPU's memory.
 
     Raises:
-        ValueError: an option that cannot be; the text names it.
+        ValueError: an option has an impossible value; the text names it.
         RuntimeError: ``backend`` cannot run the workload.
     """
     for option, value in (("iterations", iterations), ("threads", threads)):
@@ -87,10 +102,10 @@ def profile(
     begin, end = run.several(_WARM_UP)[-1]
     if iterations is None:
         iterations = min(_MOST, max(_FEWEST, int(2 / (end - begin))))
-    plain = run.several(iterations)
+    moments = run.several(iterations)
     timeline = run.record(iterations)
-    plain += run.several(iterations)
-    unrecorded = sorted(end - begin for begin, end in plain)[:iterations]
+    moments += run.several(iterations)
+    unrecorded = sorted(end - begin for begin, end in moments)[:iterations]
     machine = rates(device)
     tasks = workload.draw()
     leads = {span.layer for span in timeline.rules} - {LOSS}
@@ -116,7 +131,7 @@ def profile(
 
 
 class _Run:
-    """A workload being meta-trained."""
+    """Meta-trains a workload. ``host`` collects the spans of Python's thread while iterations are recorded."""
 
     def __init__(self, workload: Workload, backend: str, device: torch.device) -> None:
         self.workload, self.device = workload, device
@@ -132,7 +147,7 @@ class _Run:
         return MAML(self.model, loss=work.loss, lr=work.lr, steps=work.steps, backend=backend)
 
     def iterate(self, seed: int) -> None:
-        """One iteration; on a GPU each part of it is waited for while it is recorded."""
+        """Runs one iteration. While it is recorded on a GPU, each of its parts waits for the GPU."""
         tasks = self._timed("sample", lambda: self.workload.draw(seed).to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         self._timed(_CALL, lambda: self.learner.backward(tasks))
@@ -141,7 +156,7 @@ class _Run:
             torch.cuda.synchronize(self.device)
 
     def several(self, iterations: int) -> list[tuple[float, float]]:
-        """Begin and end of each."""
+        """Runs ``iterations`` iterations and returns when each began and ended."""
         moments = [time.perf_counter()]
         for i in range(iterations):
             self.iterate(i)
@@ -149,15 +164,15 @@ class _Run:
         return list(pairwise(moments))
 
     def record(self, iterations: int) -> Timeline:
-        """Some iterations with all that they do, after one to warm up."""
+        """Records ``iterations`` iterations, after one to warm up."""
         found: list[Span] = []
         rules: list[Span] = []
         unrecorded = self.learner
-        timed = Timed(self.executor) if self.executor.observed(lambda program: program) else None
+        timed = TimedExecutor(self.executor) if self.executor.observed(lambda program: program) else None
         self.learner = self._learner(timed or self.executor)
         self.iterate(0)
         self.host = []
-        with self._noted(timed, found, rules):
+        with self._recorded(timed, found, rules):
             moments = self.several(iterations)
         calls = [span for span in self.host if span.name == _CALL]
         threads = len({span.thread for span in found}) or 1
@@ -171,16 +186,17 @@ class _Run:
         return undisturbed(everything, moments)
 
     @contextlib.contextmanager
-    def _noted(self, timed: Timed | None, found: list[Span], rules: list[Span]) -> Iterator[None]:
-        """Fills both lists with what the executor does in the meantime; that on the CPU notes its times by itself."""
+    def _recorded(self, timed: TimedExecutor | None, phases: list[Span], rules: list[Span]) -> Iterator[None]:
+        """Fills both lists with what the executor does within the block; ``timed`` is ``None`` for the executors in
+        C++."""
         if timed is None:
-            with noted(self.learner.program, found, rules):
+            with recorded(self.learner.program, phases, rules):
                 yield
             return
-        timed.notes = notes = Notes(self.device)
+        timed.recorder = recorder = SpanRecorder(self.device)
         yield
-        timed.notes = None
-        notes.tell(found, rules)
+        timed.recorder = None
+        recorder.add_spans(phases, rules)
 
     def _timed(self, name: str, call: Callable[[], Any]) -> Any:
         if self.host is None:

@@ -1,4 +1,4 @@
-"""What each rule of each layer has to do at least: FLOPs of its products, and bytes with every operand moved once."""
+"""Counts what each rule of each layer has to do at least: the FLOPs of its products, and the bytes of its operands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from metafast.program.flops import NodeCost, program_cost
 
 @dataclass(frozen=True)
 class RuleCost:
-    """Of one task: FLOPs of matrix products and convolutions, counted directly, and bytes."""
+    """The cost of a rule for one task: the FLOPs of matrix products and convolutions by direct arithmetic, and the
+    bytes when every operand is moved once."""
 
     flops: float
     bytes: float
@@ -22,7 +23,8 @@ class RuleCost:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """A layer, or several that an executor runs as one: its rules' costs by phase (without its number) and rule."""
+    """The costs of a layer, or of several that an executor runs as one. ``rules`` has them by phase (without the number
+    of the step) and rule."""
 
     label: str
     kinds: tuple[str, ...]
@@ -30,9 +32,14 @@ class LayerCosts:
 
 
 def layer_costs(program: Program, leads: Iterable[str], sample: torch.Tensor, query: int) -> dict[str, LayerCosts]:
-    """By the name of the layer under which an executor tells its time (``leads``); a node that none of them names runs
-    as one with the node before it. ``sample [n, ...]`` is the support set of a task, ``query`` the samples of its
-    query set."""
+    """Counts the costs of all layers, by the names under which an executor reports its times.
+
+    Args:
+        program: the model.
+        leads: those names. A node that is not among them runs as one with the node before it.
+        sample: the support set of one task, ``[n, ...]``.
+        query: the number of samples of its query set.
+    """
     cost = program_cost(program, sample)
     named = set(leads)
     groups: list[list[int]] = []
@@ -66,7 +73,8 @@ def layer_costs(program: Program, leads: Iterable[str], sample: torch.Tensor, qu
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Elements a sample of what goes in (X) and out (Y), of the parameters (W), and bytes of one."""
+    """Numbers of elements: of one sample's input (``x``) and output (``y``), and of the parameters (``w``).
+    ``itemsize`` is in bytes."""
 
     x: int
     y: int
@@ -74,11 +82,13 @@ class _Sizes:
     itemsize: int
 
     def bytes(self, samples: int, x: int, y: int, w: int) -> float:
+        """Returns the bytes of ``samples`` samples when inputs move ``x`` times, outputs ``y`` and parameters ``w``."""
         return self.itemsize * (samples * (x * self.x + y * self.y) + w * self.w)
 
 
 def _rules(nodes: list[NodeCost], sizes: _Sizes, samples: int, query: bool) -> dict[str, RuleCost]:
-    """In the query pass the adjoints of all parameters are wanted, in an inner step those of the adapted ones."""
+    """Returns the cost of each rule. The query pass needs the adjoints of all parameters, an inner step those of the
+    adapted ones."""
     first = nodes[0]
     into = first.input_depends if query else first.input_moves
     forward = samples * sum(node.flops for node in nodes)

@@ -1,4 +1,4 @@
-"""What only a GPU has: its kernels' own times, the command lines of Nsight, and a snapshot of its memory."""
+"""Measures what only a GPU has: times of single kernels and a snapshot of its memory; and writes Nsight's commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def kernels(iterate: Callable[[], None], iterations: int) -> tuple[dict[str, Any], ...]:
-    """Seconds and calls an iteration of each kernel, the longest first."""
+    """Returns the seconds and calls of each kernel in one iteration, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(iterations):
@@ -26,7 +26,7 @@ def kernels(iterate: Callable[[], None], iterations: int) -> tuple[dict[str, Any
 
 
 def snapshot(iterate: Callable[[], None], path: Path) -> None:
-    """One iteration's allocations, for https://pytorch.org/memory_viz."""
+    """Writes the allocations of one iteration, which https://pytorch.org/memory_viz shows."""
     torch.cuda.memory._record_memory_history()
     try:
         iterate()
@@ -37,7 +37,8 @@ def snapshot(iterate: Callable[[], None], path: Path) -> None:
 
 
 def commands(arguments: list[str], out: Path) -> tuple[str, ...]:
-    """The lines that look deeper at the same run; its ranges are called ``metafast ...``, kernels ``metafast_*``."""
+    """Returns the commands of Nsight that look at the same run. Its ranges are called ``metafast ...`` and its kernels
+    ``metafast_*``."""
     run = shlex.join(["metafast", "profile", *arguments])
     nsys, ncu = shlex.quote(str(out / "nsys")), shlex.quote(str(out / "ncu"))
     return (

@@ -1,6 +1,6 @@
-"""Executors that run in PyTorch, layer by layer: each rule is timed, on a GPU by events on its stream.
+"""Times the rules of executors that run layer by layer in PyTorch; on a GPU by events on the stream.
 
-Nothing of this is in the way of a run that is not profiled: the layers of a Program are exchanged for timed ones.
+A profiled run exchanges the layers of its Program for timed ones, so a run that is not profiled pays nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskShapes
 
 Mark = float | torch.cuda.Event
+"""A moment: seconds of ``time.perf_counter``, or an event on a stream."""
 
 
 @dataclass(frozen=True)
-class _Note:
+class _Record:
+    """A phase or a rule from ``begin`` to ``end``. ``phase`` is the index of the phase that a rule ran in."""
+
     name: str
     begin: Mark
     end: Mark
@@ -36,36 +39,38 @@ class _Note:
     tasks: int = 1
 
 
-class Notes:
-    """What a run on ``device`` does; on a GPU also as NVTX ranges, ``metafast <phase>`` and ``<layer>.<rule>``."""
+class SpanRecorder:
+    """Records the phases and rules of a run on ``device``. On a GPU it also opens NVTX ranges for them, which are
+    called ``metafast <phase>`` and ``<layer>.<rule>``."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.phases: list[_Note] = []
-        self.rules: list[_Note] = []
+        self.phases: list[_Record] = []
+        self.rules: list[_Record] = []
         if self.on_gpu:
             torch.cuda.synchronize(device)
         self.origin, self.began = self._mark(), time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """``name`` lasts as long as the block does."""
+        """Records the block as phase ``name``."""
         with self._range(f"metafast {name}"):
             begin = self._mark()
-            self.phases.append(_Note(name, begin, begin))
+            self.phases.append(_Record(name, begin, begin))
             yield
-            self.phases[-1] = _Note(name, begin, self._mark())
+            self.phases[-1] = _Record(name, begin, self._mark())
 
     @contextmanager
     def rule(self, name: str, layer: str, step: int, tasks: int) -> Iterator[None]:
-        """A rule of ``layer``, of inner step ``step``, for ``tasks`` tasks at once."""
+        """Records the block as rule ``name`` of ``layer`` in inner step ``step``, for ``tasks`` tasks at once."""
         with self._range(f"{layer}.{name}"):
             begin = self._mark()
             yield
-            self.rules.append(_Note(name, begin, self._mark(), len(self.phases) - 1, layer, step, tasks))
+            self.rules.append(_Record(name, begin, self._mark(), len(self.phases) - 1, layer, step, tasks))
 
-    def tell(self, phases: list[Span], rules: list[Span]) -> None:
-        """Adds all of it: a phase of several steps goes over to the next step at that step's first rule."""
+    def add_spans(self, phases: list[Span], rules: list[Span]) -> None:
+        """Adds what was recorded to both lists. A phase of several steps is split where the first rule of a step
+        begins."""
         if self.on_gpu:
             torch.cuda.synchronize()
         for index, phase in enumerate(self.phases):
@@ -73,10 +78,13 @@ class Notes:
             starts = [i for i, rule in enumerate(inside) if i == 0 or rule.step != inside[i - 1].step]
             edges = [phase.begin, *(inside[i].begin for i in starts[1:]), phase.end]
             named = [_named(phase.name, inside[i].step) for i in starts] or [phase.name]
-            phases += [Span(n, self._at(a), self._at(b), 0) for n, (a, b) in zip(named, pairwise(edges), strict=True)]
+            phases += [
+                Span(name, self._seconds(begin), self._seconds(end), 0)
+                for name, (begin, end) in zip(named, pairwise(edges), strict=True)
+            ]
             for rule in inside:
                 name = _named(phase.name, rule.step)
-                times = self._at(rule.begin), self._at(rule.end)
+                times = self._seconds(rule.begin), self._seconds(rule.end)
                 rules.append(Span(rule.name, *times, 0, name, rule.layer, tasks=rule.tasks))
 
     def _mark(self) -> Mark:
@@ -86,7 +94,7 @@ class Notes:
         event.record()
         return event
 
-    def _at(self, mark: Mark) -> float:
+    def _seconds(self, mark: Mark) -> float:
         if isinstance(mark, float):
             return mark
         assert isinstance(self.origin, torch.cuda.Event)
@@ -101,16 +109,18 @@ class Notes:
             yield
 
 
-class Timed(Executor):
-    """``inner``, each of its functions a phase, with timed layers.
+class TimedExecutor(Executor):
+    """Does what ``inner`` does, and records each of its functions as a phase and each rule of its layers.
+
+    Nothing is recorded while ``recorder`` is ``None``.
 
     Raises:
-        ValueError: ``inner`` does not run layer by layer in Python.
+        ValueError: ``inner`` does not run its layers one by one in Python.
     """
 
     def __init__(self, inner: Executor) -> None:
         self.name = inner.name
-        self.notes: Notes | None = None
+        self.recorder: SpanRecorder | None = None
         self._programs: dict[Program, Program] = {}
         observed = inner.observed(self._timed)
         if observed is None:
@@ -142,25 +152,27 @@ class Timed(Executor):
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        if self.notes is None:
+        if self.recorder is None:
             yield
             return
-        with self.notes.phase(name):
+        with self.recorder.phase(name):
             yield
 
     def _timed(self, program: Program) -> Program:
-        """The same Program, the same each time: executors keep what they know of it."""
+        """Returns the Program with timed layers, the same object each time, because executors cache by Program."""
         if program not in self._programs:
             nodes = tuple(replace(node, layer=_TimedLayer(node.layer, node.name, self)) for node in program.nodes)
             self._programs[program] = replace(program, nodes=nodes, loss=_TimedLoss(program.loss, self))
         return self._programs[program]
 
-    def ran(self, rule: str, layer: str, ctx: RuleContext, tasks: int) -> Any:
-        """The context in which a rule runs."""
-        return self.notes.rule(rule, layer, ctx.step, tasks) if self.notes is not None else _NOTHING
+    def timing(self, rule: str, layer: str, ctx: RuleContext, tasks: int) -> Any:
+        """Returns the context in which a rule of ``layer`` runs."""
+        return self.recorder.rule(rule, layer, ctx.step, tasks) if self.recorder is not None else _NOTHING
 
 
 class _Nothing:
+    """A context that does nothing, at less cost than that of ``contextlib``."""
+
     def __enter__(self) -> None:
         return None
 
@@ -172,9 +184,9 @@ _NOTHING = _Nothing()
 
 
 class _TimedLayer(Layer):
-    """A layer's four rules, timed; for all else it is the layer."""
+    """Times the four rules of ``layer``; every other attribute is the layer's own."""
 
-    def __init__(self, layer: Layer, name: str, executor: Timed) -> None:
+    def __init__(self, layer: Layer, name: str, executor: TimedExecutor) -> None:
         self.layer, self.node, self.executor = layer, name, executor
 
     def __getattr__(self, name: str) -> Any:
@@ -185,29 +197,29 @@ class _TimedLayer(Layer):
         return self.layer.varies
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
-        with self.executor.ran("forward", self.node, ctx, inputs[0].shape[0]):
+        with self.executor.timing("forward", self.node, ctx, inputs[0].shape[0]):
             return self.layer.forward(ctx, params, inputs, constants)
 
     def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
-        with self.executor.ran("backward", self.node, ctx, g_y.shape[0]):
+        with self.executor.timing("backward", self.node, ctx, g_y.shape[0]):
             return self.layer.backward(ctx, params, g_y)
 
     def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
         tasks = next(d.shape[0] for d in (*d_params, *d_inputs) if d is not None)
-        with self.executor.ran("tangent_forward", self.node, ctx, tasks):
+        with self.executor.timing("tangent_forward", self.node, ctx, tasks):
             return self.layer.tangent_forward(ctx, params, d_params, d_inputs)
 
     def tangent_backward(
         self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
-        with self.executor.ran("tangent_backward", self.node, ctx, gd_y.shape[0]):
+        with self.executor.timing("tangent_backward", self.node, ctx, gd_y.shape[0]):
             return self.layer.tangent_backward(ctx, params, d_params, gd_y)
 
 
 class _TimedLoss(Loss):
-    """The same for the loss."""
+    """Times the rules of ``loss``; every other attribute is the loss's own."""
 
-    def __init__(self, loss: Loss, executor: Timed) -> None:
+    def __init__(self, loss: Loss, executor: TimedExecutor) -> None:
         self.loss, self.executor = loss, executor
 
     def __getattr__(self, name: str) -> Any:
@@ -217,15 +229,15 @@ class _TimedLoss(Loss):
         self.loss.check(output, targets, name)
 
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
-        with self.executor.ran("forward", LOSS, ctx, outputs.shape[0]):
+        with self.executor.timing("forward", LOSS, ctx, outputs.shape[0]):
             return self.loss.forward(ctx, outputs, targets)
 
     def backward(self, ctx: RuleContext) -> Tensor:
-        with self.executor.ran("backward", LOSS, ctx, 1):
+        with self.executor.timing("backward", LOSS, ctx, 1):
             return self.loss.backward(ctx)
 
     def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
-        with self.executor.ran("tangent_backward", LOSS, ctx, d_outputs.shape[0]):
+        with self.executor.timing("tangent_backward", LOSS, ctx, d_outputs.shape[0]):
             return self.loss.tangent_backward(ctx, d_outputs)
 
 

@@ -1,4 +1,4 @@
-"""From spans to a profile: time by phase, and by layer and rule against the machine's roofline."""
+"""Makes a profile of spans: the time by phase, and by layer and rule against the machine's roofline."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from metafast.profile.spans import Timeline
 
 FORMAT = 1
 NOT_ACCOUNTED = "not accounted for"
-_OVERHEAD = 0.25  # share of the roofline below which calls, not arithmetic or memory, are what takes the time
+_OVERHEAD = 0.25  # below this share of the roofline the calls take the time, not arithmetic or memory
 
 
 @dataclass(frozen=True)
 class Row:
-    """A rule of a layer in one phase (of all steps), per iteration: wall seconds, calls, FLOPs, bytes.
+    """A rule of a layer in one phase, over all steps: wall seconds, calls, FLOPs and bytes of one iteration.
 
-    ``floor`` is the time that the machine's matrix or copy rate allows, whichever is longer.
+    ``floor`` is the time at the machine's matrix rate or at its copy rate, whichever is longer.
     """
 
     layer: str
@@ -35,13 +35,17 @@ class Row:
 
     @property
     def of_roofline(self) -> float | None:
-        """``floor`` over ``seconds``. Data that stays in a cache can be moved faster than the copy rate."""
+        """Returns ``floor / seconds``. It can exceed 1, since data in a cache moves faster than the copy rate."""
         return self.floor / self.seconds if self.floor else None
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything per iteration, in wall seconds; ``phases`` includes what no phase accounts for."""
+    """The profile of a workload; all times are wall seconds of one iteration.
+
+    ``wall`` was measured while recording and ``unrecorded`` without. ``phases`` has an entry for the time that belongs
+    to no phase.
+    """
 
     workload: str
     executor: str
@@ -57,12 +61,12 @@ class Profile:
 
     @property
     def accounted(self) -> float:
-        """Share of the wall time that phases account for."""
+        """Returns the share of the wall time that belongs to a phase."""
         return 1 - self.phases[NOT_ACCOUNTED] / self.wall
 
     @property
     def verdict(self) -> str:
-        """One line: what holds it back."""
+        """Says in one line what limits the speed."""
         busy = sum(kernel["seconds"] for kernel in self.kernels)
         if self.kernels and busy < 0.5 * self.unrecorded:
             return f"launch-bound: the GPU is idle {1 - busy / self.unrecorded:.0%} of the time"
@@ -92,7 +96,7 @@ class Profile:
         return f"memory-bound in {name}: {share}, at {moved / self.rates.copy:.0%} of the copy rate"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns the profile as JSON values."""
         return {
             "format": FORMAT,
             "workload": self.workload,
@@ -112,7 +116,7 @@ class Profile:
 
 
 def phases(timeline: Timeline) -> dict[str, float]:
-    """Wall seconds an iteration by phase, in the order in which they run, and the rest."""
+    """Returns the wall seconds of each phase in one iteration, in the order in which phases run, and the rest."""
     found: dict[str, float] = defaultdict(float)
     inside: dict[str, float] = defaultdict(float)
     for span in timeline.phases:
@@ -128,7 +132,7 @@ def phases(timeline: Timeline) -> dict[str, float]:
 
 
 def rows(timeline: Timeline, costs: Mapping[str, LayerCosts], rates: MachineRates) -> tuple[Row, ...]:
-    """The longest first."""
+    """Sums the spans of each rule and returns the rows, the longest first."""
     seconds: dict[tuple[str, str, str], float] = defaultdict(float)
     calls: dict[tuple[str, str, str], float] = defaultdict(float)
     tasks: dict[tuple[str, str, str], float] = defaultdict(float)

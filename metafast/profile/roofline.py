@@ -1,4 +1,4 @@
-"""The roofline as a picture."""
+"""Draws the roofline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _SMALLEST = 0.002  # share of the time below which a rule is not drawn
 
 
 def draw(profile: Profile, path: Path) -> None:
-    """Left: rules with products under the machine's roof. Right: what the others move, against the copy rate."""
+    """Draws two panels: rules with products under the machine's roof on the left; on the right the bytes a second that
+    all other rules move, against the copy rate."""
     shown = [row for row in profile.rows if row.seconds > _SMALLEST * profile.wall]
     figure = require("matplotlib.figure").Figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 2]})

@@ -1,4 +1,4 @@
-"""What was done from when to when: the common form in which every executor's time is told."""
+"""A span is something that was done from one moment to another. The times of all executors have this form."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from statistics import median
 RULES = ("forward", "backward", "tangent_forward", "tangent_backward")
 LOSS = "loss"
 HOST = -1
-"""The thread that Python runs on; executors' threads are numbered from 0."""
+"""The number of Python's thread; the threads of executors are numbered from 0."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """``begin`` and ``end`` in seconds of ``time.perf_counter``.
+    """A phase or a rule of a layer; ``begin`` and ``end`` are seconds of ``time.perf_counter``.
 
-    A phase (``layer`` empty) is named as people see it: ``"inner step 1"``. A rule carries the phase that it ran in,
-    the ``layer`` (its node's name, or ``"loss"``) and for how many ``tasks`` at once it ran, ``task`` being the first.
+    A phase has no ``layer``, and a name for people: ``"inner step 1"``. A rule has the ``phase`` that it ran in, its
+    ``layer`` (a node's name, or ``"loss"``), and the number of ``tasks`` that it ran for at once, the first of which is
+    ``task``.
     """
 
     name: str
@@ -32,14 +33,17 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Returns how long it took."""
         return self.end - self.begin
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Some iterations: spans on the host follow one another without overlap; those of ``threads`` executor threads lie
-    side by side within the host's ``meta-gradient`` and are divided by their number to become wall time."""
+    """What ``iterations`` iterations did, which took ``wall`` seconds together.
+
+    Spans in ``host`` do not overlap. ``phases`` and ``rules`` ran on ``threads`` threads side by side, within the
+    host's ``meta-gradient``; divided by the number of threads, their seconds are wall time.
+    """
 
     iterations: int
     wall: float
@@ -50,7 +54,8 @@ class Timeline:
 
 
 def undisturbed(timeline: Timeline, iterations: Sequence[tuple[float, float]]) -> Timeline:
-    """The faster half of the ``iterations``, given by begin and end: on a shared machine others hold up the rest."""
+    """Keeps the faster half of the ``iterations``, which are pairs of begin and end. On a shared machine other work
+    slows down the rest."""
     typical = median(end - begin for begin, end in iterations)
     kept = [(begin, end) for begin, end in iterations if end - begin <= typical]
     begins = [begin for begin, _ in kept]
@@ -69,8 +74,12 @@ def undisturbed(timeline: Timeline, iterations: Sequence[tuple[float, float]]) -
 
 
 def around(calls: Iterable[Span], inside: Iterable[Span]) -> tuple[list[Span], list[Span]]:
-    """What a call does besides: on the host, ``prepare`` before the first span of ``inside`` and ``collect`` behind the
-    last; on the threads, ``wait`` where one starts late or is done before the others."""
+    """Names the time that the ``calls`` spend around the spans ``inside`` them. Returns spans on the host and on
+    threads.
+
+    On the host this is ``prepare`` before the first span and ``collect`` after the last. A thread that starts later or
+    ends earlier than the others has a ``wait``.
+    """
     ordered = sorted(inside, key=lambda span: span.begin)
     begins = [span.begin for span in ordered]
     host, waits = [], []

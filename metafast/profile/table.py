@@ -1,4 +1,4 @@
-"""A profile on the terminal."""
+"""Prints a profile on the terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from metafast.terminal import Line, console, print_table
 
 _ROWS = 15
 _HEADINGS = ("layer", "rule", "phase", "wall time", "share", "calls", "GFLOP/s", "GB/s", "of roofline")
+# The columns that a narrow terminal leaves out, the first one first.
 _SPARE = ("calls", "GB/s", "GFLOP/s", "of roofline")
 
 
 def print_profile(profile: Profile) -> None:
-    """Phases, the longest rules, the verdict."""
+    """Prints the phases, the longest rules and the verdict."""
     out = console()
     out.print(f"{profile.workload} on {profile.executor}: an iteration by phase", style="bold")
     phases: list[Line] = [([name, duration(s), f"{s / profile.wall:.1%}"], None) for name, s in profile.phases.items()]

@@ -1,4 +1,4 @@
-"""Spans as a Chrome trace: https://ui.perfetto.dev and chrome://tracing open it."""
+"""Writes spans as a Chrome trace, which https://ui.perfetto.dev and chrome://tracing open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PROCESS = 1
 
 
 def write_trace(timeline: Timeline, title: str, path: Path) -> None:
-    """The last iteration: a row for Python and one for each of the executor's threads."""
+    """Writes the last iteration, with one row for Python and one for each thread of the executor."""
     began = max(span.begin for span in timeline.host if span.name == "sample")
     spans = [span for span in (*timeline.host, *timeline.phases, *timeline.rules) if span.begin >= began]
     threads = sorted({span.thread for span in spans})
@@ -23,7 +23,8 @@ def write_trace(timeline: Timeline, title: str, path: Path) -> None:
 
 
 def _event(span: Span, began: float) -> dict[str, Any]:
-    """Microseconds, rounded to the nanoseconds that were measured, so that what lies inside stays inside."""
+    """Returns the span as an event, with times in microseconds. They are rounded to whole nanoseconds, as they were
+    measured, so that a span stays inside the one around it."""
     begin, end = (round(1e9 * (moment - began)) for moment in (span.begin, span.end))
     event = {"ph": "X", "pid": _PROCESS, "tid": _row(span.thread), "ts": begin / 1e3, "dur": (end - begin) / 1e3}
     if not span.layer:
@@ -37,7 +38,7 @@ def _label(kind: str, row: int, name: str) -> dict[str, Any]:
 
 
 def _row(thread: int) -> int:
-    """From 1 on, Python's being the process's main one: importers take row 0 for the idle thread."""
+    """Numbers the rows from 1, Python's, because viewers take row 0 for the idle thread."""
     return thread - HOST + _PROCESS
 
 

@@ -1,1 +1,1 @@
-"""How results are held to the truth."""
+"""Holds results to the truth: certificates, the agreement of gradients, ``doctor`` and the demonstration."""

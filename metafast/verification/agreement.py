@@ -1,4 +1,4 @@
-"""Does a peer compute the same thing? Only then is its time worth comparing."""
+"""Holds losses and gradients against the oracle's. Only where they agree is a time worth comparing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest relative error that is taken for agreement, and why."""
+    """The largest relative error that counts as agreement, with the reason for this value."""
 
     value: float
     reason: str
@@ -34,13 +34,14 @@ ONE_STEP = Tolerance(
     1e-3, "float32 sums in another order, through one inner step; a wrong rule moves the gradient by far more"
 )
 PARAMETER = Tolerance(5e-2, "as for the whole, but a single jump is a larger part of one parameter: 1.5e-2 was seen")
-# A parameter whose share of the gradient is below this is judged as if it had this share.
+# A parameter with a smaller share of the gradient's norm is judged as if it had this share.
 _SMALLEST = 0.01
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative errors against the oracle: of the losses ``[T]``, of the whole gradient, and of the worst parameter."""
+    """The relative errors against the oracle: of the losses ``[T]``, of the whole gradient, and of the worst
+    parameter."""
 
     losses: float
     gradient: float
@@ -49,21 +50,21 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Are all of them within their tolerances? Not a number is not."""
+        """Tells whether all errors are within their tolerances. An error that is not a number is not."""
         return (
             self.losses <= LOSSES.value and self.gradient <= GRADIENT.value and self.parameter_error <= PARAMETER.value
         )
 
     @property
     def exact(self) -> bool:
-        """Are losses and gradient as close as they are on a path that does not amplify rounding?"""
+        """Tells whether losses and gradient are as close as they are where nothing amplifies rounding errors."""
         return self.losses <= EXACT.value and self.gradient <= EXACT.value
 
     def __str__(self) -> str:
         return f"losses differ by {self.losses:.0e}, the gradient of {self.parameter} by {self.parameter_error:.0e}"
 
     def to_json(self) -> dict[str, float | str | bool | None]:
-        """Plain JSON values; an error that is not finite becomes ``null``."""
+        """Returns JSON values; an error that is not finite becomes ``null``."""
         numbers = {
             "losses": self.losses, "gradient": self.gradient, "parameter_error": self.parameter_error
         }  # fmt: skip
@@ -72,10 +73,11 @@ class Agreement:
 
 
 Answer = tuple[np.ndarray, Mapping[str, np.ndarray]]
+"""The losses ``[T]``, and the gradient of their mean by parameter name."""
 
 
 def agreement(answer: Answer, oracle: Answer) -> Agreement:
-    """Errors by norms. A parameter that one of them leaves out is wrong by all of itself."""
+    """Returns the errors, as ratios of norms. A parameter that only one of the two has counts as zero in the other."""
     losses, gradient = answer
     true_losses, true_gradient = oracle
     if losses.shape != true_losses.shape:

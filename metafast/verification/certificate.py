@@ -1,4 +1,4 @@
-"""Does metafast compute the right thing on *your* model? A certificate, against plain autograd in float64."""
+"""``metafast verify`` checks metafast on a user's model against plain autograd in float64 and writes a certificate."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TOLERANCES = {
     ),
     torch.float32: Tolerances(LOSSES.value, GRADIENT.value, PARAMETER.value, f"{GRADIENT.reason}; {PARAMETER.reason}"),
 }
-_DIFFERENCES = (1e-6, 1e-7, 1e-8, 1e-5)
-_SECANT = 1e-3  # a difference of losses has about half of float64's figures
+_DIFFERENCES = (1e-6, 1e-7, 1e-8, 1e-5)  # steps h of finite differences
+_SECANT = 1e-3  # a tolerance: a difference of losses keeps about half of float64's digits
 
 
 @dataclass(frozen=True)
 class Check:
-    """One property in one dtype. ``error`` is relative; it passed if that is within ``tolerance``."""
+    """A check of one property in one dtype, with its relative ``error``."""
 
     name: str
     dtype: str
@@ -47,13 +47,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Is the error within the tolerance? Not a number is not."""
+        """Tells whether the error is within the tolerance. An error that is not a number is not."""
         return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was checked, on which model and tasks, and what came of it."""
+    """Everything that was checked, with the model, the executor, the settings and the results."""
 
     model: str
     executor: str
@@ -63,17 +63,17 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Did everything agree?"""
+        """Tells whether everything agreed."""
         return all(check.passed for check in self.checks) and not any(layer.wrong for layer in self.layers)
 
     @property
     def first_wrong(self) -> LayerCheck | None:
-        """The first layer that deviates; those behind it deviate because of it."""
+        """Returns the first layer that deviates; it makes the layers after it deviate too."""
         return next((layer for layer in self.layers if layer.wrong), None)
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """Says in one line what was found."""
         failed = [f"{check.name} ({check.dtype})" for check in self.checks if not check.passed]
         layer = self.first_wrong
         if self.passed:
@@ -95,7 +95,7 @@ class Certificate:
         return len({check.dtype for check in self.checks}) > 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with machine, versions, date and commit."""
+        """Returns JSON values, with machine, versions, date and commit."""
         from metafast.machine import describe
 
         return {
@@ -107,8 +107,8 @@ class Certificate:
             "executor": self.executor,
             "settings": self.settings,
             "machine": describe(self.settings["device"], torch.get_num_threads()),
-            "checks": [_plain(check) | {"passed": check.passed} for check in self.checks],
-            "layers": [_plain(layer) for layer in self.layers],
+            "checks": [_json_values(check) | {"passed": check.passed} for check in self.checks],
+            "layers": [_json_values(layer) for layer in self.layers],
         }
 
     def __str__(self) -> str:
@@ -121,8 +121,8 @@ class Certificate:
         ]
         lines += ["", f"{'layer':<{width}}  {'kind':<20} {'dtype':<8} {'outputs':>8} {'gradient':>8} {'H u':>8}"]
         lines += [
-            f"{layer.name:<{width}}  {layer.kind:<20} {layer.dtype:<8} {_figure(layer.outputs)} "
-            f"{_figure(layer.gradient)} {_figure(layer.product)}  {layer.wrong or 'ok'}"
+            f"{layer.name:<{width}}  {layer.kind:<20} {layer.dtype:<8} {_as_text(layer.outputs)} "
+            f"{_as_text(layer.gradient)} {_as_text(layer.product)}  {layer.wrong or 'ok'}"
             for layer in self.layers
         ]
         return "\n".join([*lines, "", f"{'PASSED' if self.passed else 'FAILED'}: {self.verdict}"])
@@ -139,39 +139,40 @@ def verify(
     bn: str = "task",
     backend: str | Executor = "auto",
 ) -> Certificate:
-    """Holds what the executor gives for ``model`` on ``tasks`` against the model itself, in float64, under autograd.
+    """Compares what the executor computes for ``model`` on ``tasks`` with the model itself under autograd in float64.
 
-    Of the whole model: losses ``[T]``, the meta-gradient by parameter, ``H u`` of the support loss along a random
-    direction ``u``, the meta-gradient along a direction against a finite difference of losses, ``u'Hv = v'Hu``, and two
-    runs bit by bit. Of each layer, cut off behind it: outputs, gradient and ``H u``. In the dtype of ``tasks``, and in
-    float64 too where the executor runs it: that tells a wrong formula from rounding.
+    It compares the losses ``[T]``, the meta-gradient by parameter, ``H u`` of the support loss along a random direction
+    ``u``, and the meta-gradient along a direction with a finite difference of losses. It checks that ``u'Hv = v'Hu``
+    and that two runs give the same bits. Then it cuts the model off behind each layer in turn and compares outputs,
+    gradient and ``H u`` there. All of this happens in the dtype of ``tasks`` and, where the executor runs it, in
+    float64, which tells a wrong formula from rounding.
 
     Args:
-        model: as for :class:`MAML`, with ``loss``, ``lr``, ``steps``, ``adapt``, ``bn`` and ``backend``; it stays
-            untouched.
+        model: the model, which stays untouched. It and ``loss``, ``lr``, ``steps``, ``adapt``, ``bn`` and ``backend``
+            are as in :class:`MAML`.
         tasks: a few tasks of the shapes that you use.
 
     Raises:
-        ValueError, TypeError, CaptureError: as :class:`MAML` and its first batch.
+        ValueError, TypeError, CaptureError: as :class:`MAML` raises them for the model and its first batch.
         RuntimeError: ``backend`` cannot run this model.
     """
     options: dict[str, Any] = {"loss": loss, "lr": lr, "steps": steps, "bn": bn, "backend": backend}
     options["adapt"] = None if adapt is None else _named(model, adapt)
     learner = MAML(deepcopy(model), **options)
-    learner.backward(tasks)  # what is wrong with the model or the tasks shows here
+    learner.backward(tasks)  # raises where the model or the tasks are wrong
     executor = choose(learner.program, learner.loop, tasks.shapes, backend).executor
     truth = Truth(learner)
     checks: list[Check] = []
     layers: list[LayerCheck] = []
     for dtype in dict.fromkeys((torch.float64, tasks.support_x.dtype)):
-        twin = MAML(deepcopy(model).to(dtype), **options)
-        twin.load_state_dict(learner.state_dict())
+        converted = MAML(deepcopy(model).to(dtype), **options)
+        converted.load_state_dict(learner.state_dict())
         batch = tasks.to(dtype)
-        if isinstance(executor.plan(twin.program, twin.loop, batch.shapes), str):
+        if isinstance(executor.plan(converted.program, converted.loop, batch.shapes), str):
             continue
-        theta = twin.flat_parameters().detach()
-        checks += _whole(truth, executor, twin, batch, theta)
-        layers += LayerChecks(truth, executor, twin.program, batch.support, theta, TOLERANCES[dtype]).run()
+        theta = converted.flat_parameters().detach()
+        checks += _model_checks(truth, executor, converted, batch, theta)
+        layers += LayerChecks(truth, executor, converted.program, batch.support, theta, TOLERANCES[dtype]).run()
     settings = {
         "loss": learner.loss.kind, "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
         "steps": steps, "bn": bn, "adapted": [p.name for p in learner.program.parameters if p.adapted],
@@ -183,14 +184,14 @@ def verify(
 
 
 def _named(model: nn.Module, adapt: Iterable[str | nn.Module] | str | nn.Module) -> list[str | nn.Module]:
-    """Modules to adapt by name: those of ``model`` are not those of its copies."""
+    """Replaces modules of ``model`` by their names, since a copy of the model has other modules."""
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     items = [adapt] if isinstance(adapt, str | nn.Module) else adapt
     return [names.get(item, item) if isinstance(item, nn.Module) else item for item in items]
 
 
-def _whole(truth: Truth, executor: Executor, learner: MAML, tasks: TaskBatch, theta: Tensor) -> Iterator[Check]:
-    """The checks of the whole model in the dtype of ``tasks``."""
+def _model_checks(truth: Truth, executor: Executor, learner: MAML, tasks: TaskBatch, theta: Tensor) -> Iterator[Check]:
+    """Yields the checks of the whole model in the dtype of ``tasks``."""
     limits, dtype = TOLERANCES[theta.dtype], str(theta.dtype).removeprefix("torch.")
     program, rate = learner.program, learner.rate().detach()
     found, again = (executor.meta_gradient(program, learner.loop, (theta,), rate, tasks) for _ in range(2))
@@ -209,7 +210,8 @@ def _whole(truth: Truth, executor: Executor, learner: MAML, tasks: TaskBatch, th
 
 
 def _curvature(truth: Truth, executor: Executor, program: Program, tasks: TaskBatch, theta: Tensor) -> Iterator[Check]:
-    """``H u``, and its symmetry for ``u`` and a ``v`` that has a large share of ``H u``."""
+    """Yields the checks of ``H u`` and of ``u'Hv = v'Hu``; ``v`` has a large share of ``H u``, so that neither side is
+    tiny."""
     limits, dtype = TOLERANCES[theta.dtype], str(theta.dtype).removeprefix("torch.")
     support = tasks.support
     generator = torch.Generator().manual_seed(2)
@@ -228,8 +230,13 @@ def _curvature(truth: Truth, executor: Executor, program: Program, tasks: TaskBa
 
 
 def _secant_error(truth: Truth, gradient: Tensor, tasks: TaskBatch) -> float:
-    """The gradient along a direction against ``(L(theta + h d) - L(theta - h d)) / 2h``, at the best of a few ``h``: a
-    kink of the losses between the two points spoils any one of them, and a wrong gradient agrees with none."""
+    """Returns the relative error of the gradient along a direction ``d``, held against a central difference of losses:
+
+    ``(L(theta + h d) - L(theta - h d)) / 2h``
+
+    It is the smallest error over a few ``h``: a kink of the losses between the two points spoils a single difference,
+    while a wrong gradient agrees with none.
+    """
     noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     direction = gradient / gradient.norm() + noise / noise.norm()
     wanted = float(gradient @ direction)
@@ -249,11 +256,11 @@ def _agreement(program: Program, found: tuple[Tensor, Tensor], wanted: tuple[Ten
     )
 
 
-def _plain(row: Check | LayerCheck) -> dict[str, Any]:
-    """JSON knows no infinity: an error that is not finite becomes ``null``."""
+def _json_values(row: Check | LayerCheck) -> dict[str, Any]:
+    """Returns the fields. JSON has no infinity, so an error that is not finite becomes ``null``."""
     values = asdict(row).items()
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values}
 
 
-def _figure(error: float | None) -> str:
+def _as_text(error: float | None) -> str:
     return f"{'':>8}" if error is None else f"{error:>8.0e}"

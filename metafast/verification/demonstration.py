@@ -1,4 +1,4 @@
-"""Two small recipes: trained far enough to adapt, held to what they should reach, and timed beside a plain loop."""
+"""``metafast demo`` trains two small recipes, checks what they reach, and times them beside a loop in torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEST_TASKS = 600
 
 @dataclass(frozen=True)
 class Expectation:
-    """One thing that a trained recipe has to show, in words with what was measured."""
+    """One thing that a trained recipe should reach. ``text`` says it in words, with what was measured."""
 
     text: str
     reached: bool
@@ -29,7 +29,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """All that was measured: the summaries of the runs and the speeds, both by the name of the recipe."""
+    """Everything that was measured; ``summaries`` and ``speeds`` are by the name of the recipe."""
 
     summaries: Mapping[str, dict[str, Any]]
     speeds: Mapping[str, SpeedComparison]
@@ -40,11 +40,11 @@ class Demonstration:
 
     @property
     def reached(self) -> bool:
-        """Is all as expected, with gradients that agree?"""
+        """Tells whether every expectation is reached and all gradients agree."""
         return all(e.reached for e in self.expectations) and all(s.agrees for s in self.speeds.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns JSON values."""
         return {
             "reached": self.reached,
             "expectations": [asdict(expectation) for expectation in self.expectations],
@@ -63,7 +63,7 @@ class Demonstration:
 
 
 def demonstrate(folder: Path, device: str, backend: str, progress: Progress) -> Demonstration:
-    """Trains, tests, compares, and writes everything into ``folder``."""
+    """Trains, tests and times both recipes, and writes everything into ``folder``."""
     began = time.perf_counter()
     recipes = (
         recipe("sinusoid", iterations=5_000, test_shots=(10,), test_steps=(0, 1, 5, 10)),
@@ -87,7 +87,7 @@ def demonstrate(folder: Path, device: str, backend: str, progress: Progress) -> 
 
 
 def judge(summaries: Mapping[str, dict[str, Any]]) -> tuple[Expectation, ...]:
-    """Holds the summaries of the two recipes to what is expected of them."""
+    """Compares the summaries of the two recipes with what they should reach."""
     sine = {row["steps"]: row for row in summaries["sinusoid"]["tests"]}
     glyphs = summaries["glyphs-5w1s"]["result"]
     return (

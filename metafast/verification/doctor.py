@@ -1,4 +1,4 @@
-"""``metafast doctor``: what this machine has, what it lacks, what that costs, and the command that mends it."""
+"""``metafast doctor`` says what this machine has, what it lacks, what that costs, and which command mends it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metafast.executors.native import encode
 from metafast.machine import VERSION
 from metafast.verification.self_check import gradients, probes, refusal, speed
 
-# What each optional package is for, and the extra that brings it.
+# By optional package: the extra that installs it, and what it is for.
 EXTRAS = {
     "typer": ("train", "the command line"),
     "rich": ("train", "the progress bar"),
@@ -26,12 +26,13 @@ EXTRAS = {
     "PIL": ("train", "reading of pictures"),
     "tensorboard": ("tensorboard", "--tensorboard"),
 }
-_LEAST_SPEED_UP = 1.5  # over a torch loop; the slowest executor on a busy machine has 5
+_LEAST_SPEED_UP = 1.5  # over a torch loop; even the slowest executor reaches 5 on a busy machine
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``state`` is ``ok``, ``missing`` (something is lost) or ``broken`` (nothing is safe)."""
+    """One line of the report. ``state`` is ``ok``, ``missing`` (it costs speed or comfort) or ``broken`` (results may
+    be wrong)."""
 
     state: str
     subject: str
@@ -50,11 +51,11 @@ class Findings:
 
     @property
     def healthy(self) -> bool:
-        """Is nothing broken? What is missing only costs speed or comfort."""
+        """Tells whether nothing is broken."""
         return all(finding.state != "broken" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns JSON values."""
         return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Looks at everything."""
+    """Looks at versions, optional packages, devices, the extension and every executor."""
     return Findings((*_versions(), *_extras(), *_devices(), *_build(), *_executors()))
 
 
@@ -114,7 +115,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _build() -> Iterator[Finding]:
-    """The extension: how it was compiled and what it runs on."""
+    """Reports how the extension was compiled and which instructions it uses."""
     rebuild = "pip install --no-build-isolation -e .  (in the checkout; METAFAST_CPU=1 shows why it fails)"
     if encode.extension is None:
         compiler = "" if shutil.which("g++") or shutil.which("clang++") else "a C++ compiler (apt install g++), then "

@@ -1,4 +1,4 @@
-"""Which layer is wrong: the model is cut off behind each of its layers in turn, and judged there by a squared error."""
+"""Finds the layer that is wrong: it cuts the model off behind each layer in turn and puts a squared error there."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ from metafast.verification.truth import Truth
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """A layer at the end of all that comes before it, or the loss at the end of them all.
+    """The check of the model up to one layer, or of the whole model with its loss.
 
-    ``outputs``, ``gradient`` and ``product`` are relative errors: of what it puts out, and of the gradient and the
-    Hessian-vector product of a loss on it, in the parameters up to here, by the worst of them; ``None``: it has none.
-    ``wrong`` names the rules to suspect; empty where all is well.
+    Args:
+        name: the layer's name, or ``"loss"``.
+        kind: what sort of layer it is.
+        how: what the executor says about how it runs the layer.
+        dtype: the dtype of the check.
+        outputs: the relative error of what the layer puts out; ``None`` where the executor does not run this part.
+        gradient: the relative error of a loss's gradient in the worst parameter so far; ``None`` where there is none.
+        product: the same of its Hessian-vector product; ``None`` where the Hessian is zero.
+        wrong: the rules to suspect; empty where all is well.
     """
 
     name: str
@@ -42,7 +48,7 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Tolerances:
-    """The largest relative errors that pass in one dtype, and why."""
+    """The largest relative errors that pass in one dtype, with the reason for them."""
 
     outputs: float
     gradient: float
@@ -52,8 +58,8 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class LayerChecks:
-    """From the first layer to the loss, each held against ``truth``; ``theta [P]`` and ``batch`` are in the dtype to
-    check."""
+    """Checks an executor against ``truth``, from the first layer to the loss, in the dtype of ``theta [P]`` and
+    ``batch``."""
 
     truth: Truth
     executor: Executor
@@ -63,15 +69,16 @@ class LayerChecks:
     tolerances: Tolerances
 
     def run(self) -> Iterator[LayerCheck]:
-        """Each layer in turn, and then the loss."""
+        """Yields the check of each layer in turn, and then that of the loss."""
         program = self.program
         plan = self._plan(program)
-        assert isinstance(plan, ExecutionPlan)  # of the whole model, which has run
+        assert isinstance(plan, ExecutionPlan)  # the executor has run the whole model already
         hows = plan.layers
         for i, (node, how) in enumerate(zip(program.nodes, hows, strict=True)):
             part = program_up_to(program, i)
             kind = getattr(node.layer, "label", node.layer.kind)
-            yield self._check(i, F.mse_loss, part, _aimed(part, self.theta, self.batch), (node.name, kind, how))
+            batch = _with_random_targets(part, self.theta, self.batch)
+            yield self._check(i, F.mse_loss, part, batch, (node.name, kind, how))
         names = ("loss", program.loss.kind, hows[-1])
         yield self._check(program.output - 1, self.truth.loss, program, self.batch, names)
 
@@ -106,7 +113,8 @@ class LayerChecks:
 
 
 def program_up_to(program: Program, last: int) -> Program:
-    """Node ``last`` and all that it depends on, under a squared error; the parameters keep their places."""
+    """Returns node ``last`` and all that it depends on, with a squared error behind it. Parameters keep their
+    places."""
     needed = {last}
     for i in range(last, -1, -1):
         if i in needed:
@@ -118,7 +126,7 @@ def program_up_to(program: Program, last: int) -> Program:
 
 
 def by_name(program: Program, rows: Tensor) -> dict[str, np.ndarray]:
-    """``[T, P]`` or ``[P]`` as arrays by parameter name."""
+    """Splits ``rows``, ``[T, P]`` or ``[P]``, into float64 arrays by parameter name."""
     values = rows.detach().double().cpu()
     return {p.name: t.numpy() for p, t in zip(program.parameters, program.unflatten(values), strict=True)}
 
@@ -128,13 +136,13 @@ def _wrong(found: dict[str, float | None], tolerances: Tolerances, is_loss: bool
     rules = {"outputs": "forward", "gradient": "backward", "product": "tangent_backward" if is_loss else
              "tangent_forward or tangent_backward"}  # fmt: skip
     for what, error in found.items():
-        if error is not None and not error <= limits[what]:  # not a number fails
+        if error is not None and not error <= limits[what]:  # an error that is not a number fails
             return rules[what]
     return ""
 
 
 def _worst(program: Program, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
-    """The error of the worst parameter."""
+    """Returns the relative error of the worst parameter."""
     if float(wanted[1].norm()) == 0:
         return 0.0 if float(found[1].norm()) == 0 else float("inf")
     pairs = [(losses.double().cpu().numpy(), by_name(program, grad)) for losses, grad in (found, wanted)]
@@ -149,13 +157,13 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _direction(program: Program) -> Tensor:
-    """A random one on the adapted parameters."""
+    """Draws a direction ``[P]`` that is zero but on the adapted parameters."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(program.size, generator=generator, dtype=torch.float64) * program.adapted
 
 
-def _aimed(part: Program, theta: Tensor, batch: Batch) -> Batch:
-    """The same samples with random targets of the shape that ``part`` puts out."""
+def _with_random_targets(part: Program, theta: Tensor, batch: Batch) -> Batch:
+    """Returns the same samples with random targets in the shape of what ``part`` puts out."""
     from metafast.executors import ReferenceExecutor
 
     shape = ReferenceExecutor().predict(part, theta, batch.x).shape

@@ -1,4 +1,4 @@
-"""Do the executors of this machine give right gradients, and fast? A few seconds for each."""
+"""Checks, in a few seconds each, whether the executors of this machine give right gradients, and fast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RATE, _STEPS = 0.01, 5  # of the sinusoid problem
 
 @dataclass(frozen=True)
 class Probe:
-    """A small model with tasks for it."""
+    """A small model with its tasks and loss."""
 
     name: str
     model: nn.Module
@@ -29,7 +29,7 @@ class Probe:
 
 
 def probes(device: str) -> list[Probe]:
-    """A smooth MLP, and a convolutional network with batch norm, ReLU and pooling."""
+    """Makes two probes: a smooth MLP, and a convolutional network with batch norm, ReLU and pooling."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def probes(device: str) -> list[Probe]:
 
 
 def gradients(executor: Executor, device: str) -> dict[str, Certificate]:
-    """A certificate by the name of each probe that the executor runs on ``device``."""
+    """Returns a certificate by the name of each probe that the executor runs on ``device``."""
     return {
         probe.name: verify(probe.model, probe.tasks, loss=probe.loss, lr=0.01, steps=3, backend=executor)
         for probe in probes(device)
@@ -62,7 +62,7 @@ def gradients(executor: Executor, device: str) -> dict[str, Certificate]:
 
 
 def refusal(executor: Executor, probe: Probe) -> str | None:
-    """Why the executor does not run the probe; ``None`` where it does."""
+    """Says why the executor cannot run the probe; ``None`` means that it can."""
     learner = MAML(probe.model, loss=probe.loss, lr=0.01, steps=3)
     plan = executor.plan(learner.program, learner.loop, probe.tasks.shapes)
     return plan if isinstance(plan, str) else None

@@ -1,4 +1,4 @@
-"""How fast is metafast beside the loop that it replaces? The two are timed once they have agreed."""
+"""Compares the speed of metafast with that of the loop that it replaces, after their gradients were compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SpeedComparison:
         tasks: how many tasks the batch has.
         metafast: the median seconds of metafast.
         loop: the median seconds of the loop.
-        difference: the norm of what the two gradients differ by, relative to that of the loop's.
+        difference: the norm of the difference of the two gradients, relative to the norm of the loop's.
     """
 
     tasks: int
@@ -37,16 +37,16 @@ class SpeedComparison:
 
     @property
     def ratio(self) -> float:
-        """Says how many times faster than the loop metafast is."""
+        """Returns how many times faster than the loop metafast is."""
         return self.loop / self.metafast
 
     @property
     def agrees(self) -> bool:
-        """Is the difference within its tolerance? Only then does the ratio mean something."""
+        """Tells whether the difference is within its tolerance; only then does the ratio mean something."""
         return self.difference <= ONE_STEP.value
 
     def to_json(self) -> dict[str, float]:
-        """Returns plain JSON values, with the speeds in tasks a second."""
+        """Returns JSON values, with the speeds in tasks a second."""
         return {
             "metafast_tasks_per_s": self.tasks / self.metafast,
             "loop_tasks_per_s": self.tasks / self.loop,

@@ -1,4 +1,5 @@
-"""What metafast replaces: MAML as one writes it by hand, a loop over tasks that autograd records and differentiates."""
+"""MAML as one writes it by hand, which metafast replaces: a loop over tasks that autograd records and
+differentiates."""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ def task_loss(
     steps: int,
     adapted: Collection[str],
 ) -> Tensor:
-    """The query loss of task ``t`` after ``steps`` inner steps from the parameters ``start``, of which those in
-    ``adapted`` move. Autograd can differentiate it with respect to ``start``."""
+    """Returns the query loss of task ``t`` after ``steps`` inner steps ``theta - lr * grad`` from ``start``.
+
+    Only the parameters in ``adapted`` move. Autograd can differentiate the loss with respect to ``start``.
+    """
     fast = dict(start)
     for _ in range(steps):
         support = loss(functional_call(model, fast, tasks.support_x[t]), tasks.support_y[t])
@@ -37,7 +40,7 @@ def task_loss(
 def meta_gradient(
     model: nn.Module, loss: LossFunction, tasks: TaskBatch, lr: float, steps: int, adapted: Collection[str]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The mean query loss of all tasks after ``steps`` inner steps, and its exact gradient, of all parameters."""
+    """Returns the mean query loss of all tasks, and its exact gradient in all parameters, by name."""
     start: dict[str, Tensor] = dict(model.named_parameters())
     total = torch.zeros((), device=tasks.support_x.device)
     for t in range(len(tasks)):

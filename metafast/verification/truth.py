@@ -1,4 +1,5 @@
-"""The user's own model in float64, one task at a time, differentiated by autograd: none of metafast's rules."""
+"""The truth of a certificate: the user's model in float64, one task at a time, under autograd. None of metafast's rules
+take part."""
 
 from __future__ import annotations
 
@@ -18,14 +19,20 @@ from metafast.program import Program
 from metafast.program.capture import trace
 from metafast.tasks import Batch, TaskBatch
 
-# The losses are named and the inner loop is written here once more: the truth shares nothing with what it judges.
+# The losses and the inner loop are written here once more, so that the truth shares no code with what it judges.
 _LOSSES: dict[str, Any] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Of each task's loss at the parameters: ``losses [T]``, ``grad [T, P]``, ``product [T, P]`` = ``H u``; outputs of
-    the samples that count, ``[N, ...]``."""
+    """A loss and its derivatives for each task.
+
+    Args:
+        outputs: the outputs of all samples that are not masked out, ``[N, ...]``.
+        losses: ``[T]``.
+        grad: the gradients, ``[T, P]``.
+        product: the Hessian-vector products ``H u``, ``[T, P]``.
+    """
 
     outputs: Tensor
     losses: Tensor
@@ -34,7 +41,7 @@ class Derivatives:
 
 
 class Truth:
-    """What ``learner`` should compute; ``theta [P]`` is its flat vector, float64 on the CPU."""
+    """Computes what ``learner`` should compute. ``theta [P]`` has its parameters, in float64 on the CPU."""
 
     def __init__(self, learner: MAML) -> None:
         self.program, self.steps = learner.program, learner.steps
@@ -52,7 +59,7 @@ class Truth:
         self.ends = [_Prefix(root, graph, end) for end in _ends(graph, self.program)]
 
     def value(self, node: int, theta: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        """What node ``node`` of the Program makes of the samples ``x [n, ...]``."""
+        """Returns the value of node ``node`` of the Program on the samples ``x [n, ...]``, in inner step ``step``."""
         named = {
             f"model.{p.name}": t[min(step, t.shape[0] - 1)] if by_step else t
             for p, t, by_step in zip(self.program.parameters, self.program.unflatten(theta), self.by_step, strict=True)
@@ -60,11 +67,11 @@ class Truth:
         return functional_call(self.ends[node], named, (x,))
 
     def outputs(self, theta: Tensor, x: Tensor, step: int) -> Tensor:
-        """What the model makes of the samples."""
+        """Returns the model's outputs on the samples ``x [n, ...]``."""
         return self.value(self.program.output - 1, theta, x, step)
 
     def derivatives(self, node: int, loss: Any, batch: Batch, u: Tensor) -> Derivatives:
-        """Of ``loss`` on what node ``node`` makes, along ``u [P]``, by differentiating twice."""
+        """Differentiates ``loss`` on the value of node ``node`` twice, the second time along ``u [P]``."""
         parts = []
         for x, y in _samples(batch):
             theta = self.theta.clone().requires_grad_()
@@ -76,7 +83,7 @@ class Truth:
         return Derivatives(torch.cat(columns[0]), *(torch.stack(column) for column in columns[1:]))
 
     def meta_gradient(self, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Losses ``[T]`` and the gradient ``[P]`` of their mean, through every inner step."""
+        """Returns the query losses ``[T]`` and the gradient ``[P]`` of their mean, through every inner step."""
         losses, grad = [], torch.zeros_like(self.theta)
         for pair in zip(_samples(tasks.support), _samples(tasks.query), strict=True):
             theta = self.theta.clone().requires_grad_()
@@ -86,7 +93,7 @@ class Truth:
         return torch.stack(losses), grad
 
     def meta_loss(self, theta: Tensor, tasks: TaskBatch) -> float:
-        """The mean loss alone, from other parameters."""
+        """Returns the mean query loss alone, when tasks adapt from the parameters ``theta [P]``."""
         pairs = zip(_samples(tasks.support), _samples(tasks.query), strict=True)
         total = sum(self._task_loss(theta, *pair, recorded=False).item() for pair in pairs)
         return total / len(tasks)
@@ -105,7 +112,7 @@ class Truth:
 
 
 class _Prefix(nn.Module):
-    """The model's forward pass as far as one node of its graph."""
+    """Runs the model as far as one node of its graph."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, end: fx.Node) -> None:
         super().__init__()
@@ -122,7 +129,7 @@ class _Prefix(nn.Module):
 
 
 def _ends(graph: fx.Graph, program: Program) -> list[fx.Node]:
-    """The graph's node behind each node of the Program, which has the same order and leaves some out."""
+    """Returns the node of the graph for each node of the Program, which has the same order but fewer nodes."""
     ends: list[fx.Node] = []
     for node in graph.nodes:
         name = str(node.target) if node.op == "call_module" else node.name
@@ -140,7 +147,7 @@ def _gradient(value: Tensor, theta: Tensor, create_graph: bool = False) -> Tenso
 
 
 def _samples(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Each task's samples that count."""
+    """Returns each task's samples and targets in float64, without those that are masked out."""
     x, y = (t.detach().cpu() for t in (batch.x, batch.y))
     x, y = x.double(), y.double() if y.is_floating_point() else y
     if batch.mask is None:

@@ -1,1 +1,1 @@
-"""What the steps of the plans do: they start processes and read what these leave. Standard library only."""
+"""The steps of the plans. They start processes and read what these leave, with the standard library alone."""

@@ -1,4 +1,4 @@
-"""Steps that ask whether it is right: workloads against their oracles, tests, sanitizers, precisions."""
+"""Steps that check whether results are right: workloads against their oracles, tests, sanitizers, precisions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..job import Job
 from ..subjects import TESTS
 
 _REHEARSED_TESTS = ("tests/test_cuda_twin.py", "-k", "test_float32 and sinusoid")
-_FIRST_FAILURES = 12  # that are named in the results; the log has all
+_FIRST_FAILURES = 12  # the results name so many; the log has all
 
 
 def smoke(job: Job, workloads: Sequence[str]) -> dict[str, Any]:
-    """Each workload once against its oracle, then its times; one process, which stops at an illegal access."""
+    """Holds each workload against its oracle, then times it, all in one process, which stops at an illegal access."""
     return job.worker("smoke", *workloads)
 
 
 def tests(job: Job) -> dict[str, Any]:
-    """Everything marked ``gpu``, side by side. The first that fails runs again, each launch waited for."""
+    """Runs all tests marked ``gpu`` in parallel. The first that fails runs again, waiting for each launch."""
     junit = job.report.logs / "tests.xml"
     chosen = _REHEARSED_TESTS if job.rehearsal else ("-m", "gpu", *TESTS)
     command = [sys.executable, "-m", "pytest", "-W", "default", "-o", "faulthandler_timeout=60"]
@@ -37,7 +37,7 @@ def tests(job: Job) -> dict[str, Any]:
 
 
 def read_junit(file: Path) -> tuple[dict[str, int], list[str]]:
-    """How many passed, failed and were skipped, and the failures as pytest takes them."""
+    """Returns how many tests passed, failed and were skipped, and the failures in the form that pytest accepts."""
     try:
         cases = list(ElementTree.parse(file).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -53,14 +53,14 @@ def read_junit(file: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def _place(classname: str) -> str:
-    """``tests.test_a.TestB`` as pytest takes it: ``tests/test_a.py::TestB``."""
+    """Converts ``tests.test_a.TestB`` to the form that pytest accepts: ``tests/test_a.py::TestB``."""
     parts = classname.split(".")
     modules = [part for part in parts if not part.startswith("Test")]
     return "::".join(["/".join(modules) + ".py", *parts[len(modules) :]])
 
 
 def sanitize(job: Job, tool: str, files: str, chosen: str) -> dict[str, Any]:
-    """Small tests under a tool of compute-sanitizer."""
+    """Runs small tests under a tool of compute-sanitizer."""
     program, instead = find_tool("compute-sanitizer")
     watched = [program, "--tool", tool, "--error-exitcode", "9"] if program else []
     command = [sys.executable, "-m", "pytest", "-W", "default", "-x"]
@@ -73,11 +73,11 @@ def sanitize(job: Job, tool: str, files: str, chosen: str) -> dict[str, Any]:
 
 
 def precision(job: Job, workloads: Sequence[str]) -> dict[str, Any]:
-    """Time and error of a meta-gradient with each precision of products."""
+    """Measures time and error of a meta-gradient with each precision of products."""
     return job.worker("precision", *workloads)
 
 
 def find_tool(name: str) -> tuple[str | None, str]:
-    """Its path, and what is said where it is not here."""
+    """Returns the path of a tool, and a text for the case that it is not installed."""
     path = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
     return path, "" if path else f"{name} is not installed"

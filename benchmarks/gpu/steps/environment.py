@@ -1,4 +1,4 @@
-"""The first step of every plan: the pack's caches, the extension, the package, and what the machine is."""
+"""The first step of every plan: it unpacks the pack, installs the package and describes the machine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..job import ROOT, Job, read_json
 
 EXTENSION = ROOT / "metafast" / "_C.abi3.so"
 DEVICES = Path("/dev")
-SETUPTOOLS = 77  # the first that knows the licence field of pyproject.toml
-ARCHS = "90"  # of the GPU that a build here is for: one architecture takes a third of the time of three
+SETUPTOOLS = 77  # the first version that knows the licence field of pyproject.toml
+ARCHS = "90"  # a build on the GPU machine is for an H100 alone: three architectures take three times as long
 
 
 def environment(job: Job) -> dict[str, Any]:
-    """Passes where metafast imports with its CUDA kernels and there is a GPU."""
+    """Passes if there is a GPU and metafast imports with its CUDA kernels."""
     job.environment |= {
         "TRITON_CACHE_DIR": str(job.report.scratch / "triton"),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # JAX would take three quarters of a GPU
@@ -37,14 +37,15 @@ def environment(job: Job) -> dict[str, Any]:
 
 
 def _gpu(job: Job) -> dict[str, Any]:
-    """Passes where there is one. Its files say so at once; without them torch is asked, which takes seconds."""
+    """Passes if there is a GPU. Its device files show this at once; without them torch is asked, which takes
+    seconds."""
     if any(DEVICES.glob("nvidia*")) or shutil.which("nvidia-smi"):
         return {"state": "passed", "end": ""}
     return job.run([sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"])
 
 
 def _unpack(job: Job, pack: Path) -> None:
-    """Triton's kernels into the cache, missing packages onto the path; one line says what came with the pack."""
+    """Puts Triton's kernels into the cache and missing packages onto the path. A result says what the pack has."""
     about = read_json(pack / "pack.json") or {}
     kernels = _kernels(pack / "triton-cache.tar.xz", Path(job.environment["TRITON_CACHE_DIR"]))
     wheels = [wheel for wheel in sorted((pack / "wheels").glob("*.whl")) if _wanted(wheel)]
@@ -61,19 +62,19 @@ def _unpack(job: Job, pack: Path) -> None:
 
 
 def _kernels(archive: Path, cache: Path) -> int | str:
-    """How many are in the cache now, or why none: then they are compiled here."""
+    """Returns how many kernels are in the cache now, or why there are none, so that they will be compiled here."""
     if not archive.exists():
         return f"{archive.name} is not there"
     from ..triton_cache import unpack
 
     try:
         return unpack(archive, cache)
-    except Exception as error:  # of whatever kind: a cache saves time, and nothing else depends on it
+    except Exception as error:  # any error may pass, since a cache only saves time
         return f"{type(error).__name__}: {error}"
 
 
 def _wanted(wheel: Path) -> bool:
-    """Is its package missing here, or setuptools too old?"""
+    """Tells whether the wheel's package is missing here, or is a setuptools that is too old."""
     name = wheel.name.split("-")[0]
     try:
         found = metadata.version(name)
@@ -83,7 +84,7 @@ def _wanted(wheel: Path) -> bool:
 
 
 def _install(job: Job) -> dict[str, Any]:
-    """The pack's extension where it imports here; else it is built, for one architecture."""
+    """Installs the pack's extension if it imports here, and builds it for one architecture if not."""
     packed = None if job.pack is None else job.pack / EXTENSION.name
     if job.rehearsal:
         found = _pip(job, "--dry-run", METAFAST_CPU="0")
@@ -104,7 +105,7 @@ def _pip(job: Job, *options: str, **variables: str) -> dict[str, Any]:
 
 
 def _describe(job: Job, built: dict[str, Any]) -> dict[str, Any]:
-    """Fills the report's machine."""
+    """Describes the machine in the report."""
     file = job.report.scratch / "machine.json"
     found = job.worker("probe", str(file))
     machine = {**(read_json(file) or {}), "commit": _commit(job.pack), "extension": built["extension"]}
@@ -114,7 +115,7 @@ def _describe(job: Job, built: dict[str, Any]) -> dict[str, Any]:
 
 
 def _commit(pack: Path | None) -> str | None:
-    """Of the checkout; where git knows none, that of the pack."""
+    """Returns the commit of the checkout, or that of the pack where there is no checkout."""
 
     def git(*arguments: str) -> str:
         try:
@@ -129,7 +130,7 @@ def _commit(pack: Path | None) -> str | None:
 
 
 def pack_problem(pack: Path) -> str | None:
-    """Why the folder is no pack; ``None`` where it is one."""
+    """Says why the folder is not a pack; ``None`` means that it is one."""
     try:
         json.loads((pack / "pack.json").read_text())
     except (OSError, json.JSONDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Steps that measure: the papers' runs, hardware counters of the hot kernels, micro-benchmarks, peers."""
+"""Steps that measure: the papers' trainings, hardware counters of the hot kernels, micro-benchmarks, peers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ..job import Job, read_json
 from .correctness import find_tool
 
 TRAIN = "from metafast.cli.main import main; main()"
-# Under ncu: workloads, kernels by name, launches to skip and to look at. Of the convolutions, a stretch of the first
-# way forward and back, so that the three kernels are seen with several shapes.
+# What ncu measures: workloads, a pattern for the names of kernels, how many launches it skips and how many it measures.
+# For the convolutions this is a part of the first way forward and back, where the three kernels have several shapes.
 HOT = {
     "blocks": (("sin25-5", "sin4096-5"), "metafast_inner_loop", 0, 2),
     "triton": (("omni5w1s-5",), "metafast_(gather_product|weight_gradient|norm_backward)", 2, 12),
 }
-# Of what ncu prints, the names of the metrics that a line of results has.
+# The metrics of ncu that go into the results.
 METRICS = (
     "Duration", "Registers Per Thread", "Achieved Occupancy", "Compute (SM) Throughput", "Memory Throughput",
     "L2 Cache Throughput", "Issue Slots Busy", "Executed Ipc Active",
 )  # fmt: skip
-MOST_TASKS = 32  # one after the other; more of them take minutes
+MOST_TASKS = 32  # peers that run one task after the other need minutes for more
 _TOGETHER, _SEQUENTIAL = ("torch.func", "JAX"), ("torch loop", "learn2learn", "higher")
 
 
 def train(job: Job, recipe: str, backend: str, split: str | None = None) -> dict[str, Any]:
-    """``metafast train`` from the start to its test; where it is cut off, how far it came."""
+    """Runs ``metafast train`` from the start to its test. If it is cut off, the results say how far it came."""
     folder = job.report.scratch / recipe
     chosen, backend = recipe, "auto" if job.rehearsal else backend
     options = ["--split", split] if split else []
@@ -37,7 +37,7 @@ def train(job: Job, recipe: str, backend: str, split: str | None = None) -> dict
         data = job.pack and job.pack / "omniglot"
         if data is not None and data.is_dir():
             options += ["--data", str(data)]
-        elif job.rehearsal:  # characters of fonts in the place of those that need a download
+        elif job.rehearsal:  # rendered characters stand in for those that need a download
             chosen, options = "glyphs-5w1s", ["--tasks", "2", "--eval-every", "0"]
         else:
             return {"state": "failed", "end": "there is no Omniglot: give --pack a folder that has omniglot/*.zip"}
@@ -68,7 +68,8 @@ def _last_line(file: Path) -> Any:
 
 
 def counters(job: Job, executor: str) -> dict[str, Any]:
-    """Hardware counters of an executor's hot kernels in one meta-gradient a workload, clocks as they are."""
+    """Reads hardware counters of an executor's hot kernels in one meta-gradient of each workload, without fixed
+    clocks."""
     workloads, kernels, skip, count = HOT[executor]
     program, instead = find_tool("ncu")
     tool = [program, "--clock-control", "none", "--set", "full", "--csv", "--page", "details"] if program else []
@@ -88,7 +89,7 @@ def counters(job: Job, executor: str) -> dict[str, Any]:
 
 
 def read_counters(text: str) -> list[tuple[str, dict[str, str]]]:
-    """Kernel and metrics of each launch, of what ``ncu --csv --page details`` prints between other lines."""
+    """Picks the kernel and the metrics of each launch from the output of ``ncu --csv --page details``."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     launches: dict[str, tuple[str, dict[str, str]]] = {}
@@ -100,15 +101,15 @@ def read_counters(text: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def micro(job: Job) -> dict[str, Any]:
-    """What a launch, a barrier, a copy, a product and a tile cost."""
+    """Measures what a launch, a barrier, a copy, a product and a tile cost."""
     return job.worker("micro")
 
 
 def peers(job: Job, workload: str, tasks: int) -> dict[str, Any]:
-    """One workload against every peer that can be ready in time. ``tasks``: as many as it has."""
+    """Compares metafast with every peer that can be ready in time, on a workload that has ``tasks`` tasks."""
     chosen = list(_TOGETHER)
     if workload.startswith("sin"):
-        chosen.append("torch.compile")  # of a convolution's five steps it takes minutes
+        chosen.append("torch.compile")  # it needs minutes for five steps of a convolutional network
     if tasks <= MOST_TASKS:
         chosen += _SEQUENTIAL
     if job.rehearsal:

@@ -1,1 +1,1 @@
-"""Programs that the steps start, each ``python -m`` in a process of its own, with torch and metafast."""
+"""Programs that the steps start by ``python -m``, each in a process of its own. They use torch and metafast."""

@@ -1,4 +1,4 @@
-"""One workload of ``metafast bench``: first calls side by side, the oracle from its file, a line a contender."""
+"""Runs ``metafast bench`` on one workload, with the oracle from its file and all first calls at the same time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REHEARSED = Settings(rounds=1, turn=0.01, limit=60.0, first_limit=100.0, side_by
 
 
 def main() -> int:
-    """0 where metafast has a time."""
+    """Measures and adds the results. Returns 0 if metafast has a time."""
     options = parser(__doc__)
     options.add_argument("workload")
     options.add_argument("--json", type=Path, required=True)
@@ -29,21 +29,21 @@ def main() -> int:
     settings = replace(REHEARSED if given.rehearse else SETTINGS, device=given.device, oracle=given.oracles)
     backend = "auto" if given.rehearse else executor(given.workload)
     chosen = where.workload(given.workload)
-    where.oracle(chosen)  # must be there: to work it out takes longer than all peers together
+    where.oracle(chosen)  # it must exist, since computing it takes longer than all peers together
     try:
         main_bench(
             [], chosen, backends=[backend], chosen_peers=given.peers, settings=settings,
             outputs=Outputs(json=given.json),
         )  # fmt: skip
-    finally:  # also when its time is up: what was measured until then is in the file
+    finally:  # also when its time is up, for the file has what was measured until then
         if given.json.exists():
             result = read_result(given.json)
-            tell(result, where.results)
+            add_rows(result, where.results)
     return 1 if own_failures(result) else 0
 
 
-def tell(result: dict[str, Any], results: Results) -> None:
-    """Every row, and metafast against the best peer."""
+def add_rows(result: dict[str, Any], results: Results) -> None:
+    """Adds every row to the results, and how metafast compares with the best peer."""
     for workload in result["workloads"]:
         for row in workload["rows"]:
             median = row.get("median_s")
@@ -51,9 +51,9 @@ def tell(result: dict[str, Any], results: Results) -> None:
                 "median_ms": median and 1000 * median, "gradient_error": row.get("agreement", {}).get("gradient"),
                 "first_call_s": row.get("first_call_s"), "peak_mb": row.get("peak_bytes", 0) / 1e6 or None,
             }  # fmt: skip
-            told = {key: value for key, value in numbers.items() if value is not None}
+            known = {key: value for key, value in numbers.items() if value is not None}
             notes = {key: row[key] for key in ("note", "flag") if row.get(key)}
-            results.add(workload["name"], contender=row["name"], state=row["state"], **told, **notes)
+            results.add(workload["name"], contender=row["name"], state=row["state"], **known, **notes)
         own, ratio = own_row(workload), best_ratio(workload)
         if own is not None:
             over = own.get("speedup_over", {})

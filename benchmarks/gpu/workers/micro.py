@@ -1,4 +1,4 @@
-"""Micro-benchmarks: what the machine reaches, a node of a graph, a barrier of a cluster, a tile of a product."""
+"""Micro-benchmarks: the machine's rates, a node of a CUDA graph, a barrier of a cluster, a tile of a product."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .setting import H100, Setting, parser, setting
 from .timing import graph_ms
 
 NODES = 200
-SECONDS = 0.05  # of each timing
-CLUSTERS = (1, 2, 4, 8)  # blocks for each task of sin25-5: what its 200 barriers cost beyond those of one block
-# Tasks, samples, pixels a side, channels: layers of omni5w1s-5 in the support and query pass, and of mini5w1s-5.
+SECONDS = 0.05  # how long each timing lasts
+CLUSTERS = (1, 2, 4, 8)  # thread blocks for each task of sin25-5, which shows what its 200 barriers of a cluster cost
+# Layers as tasks, samples, pixels a side, channels: of omni5w1s-5 in the support and query pass, and of mini5w1s-5.
 LAYERS = ((8, 5, 28, 64), (8, 75, 14, 64), (8, 75, 7, 64), (4, 75, 42, 32))
 BLOCKS = ((128, 64, 32), (64, 64, 32), (64, 32, 32), (32, 32, 64))  # rows, columns, depth
 
 
 @triton.jit
 def _tiny(x, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A node of a graph that does next to nothing, after what comes before it."""
+    """Does next to nothing. With WAITS it waits for the node before it by programmatic dependent launch."""
     if WAITS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -37,13 +37,13 @@ def _tiny(x, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def ceilings(where: Setting) -> None:
-    """A large copy and a large product in float32."""
+    """Measures the rates of a large copy and of a large product in float32."""
     found = rates(where.device, 0.01 if where.rehearsal else 0.4)
     where.results.add("ceilings", product_tflops=found.matrix / 1e12, copy_tb_per_s=found.copy / 1e12)
 
 
 def nodes(where: Setting) -> None:
-    """Microseconds of a tiny node in a chain of them, launched as usual and by programmatic dependent launch."""
+    """Times a tiny node in a chain of them, launched as usual and by programmatic dependent launch."""
     count = 2 if where.rehearsal else NODES
     x = torch.zeros(32, device=where.device)
     for dependent in (False, True):
@@ -62,14 +62,15 @@ def nodes(where: Setting) -> None:
 
 
 def barriers(where: Setting) -> None:
-    """The same task by more blocks: the arithmetic of each shrinks and barriers of the cluster take its place."""
+    """Times the same tasks with more blocks for each: a block has less arithmetic, but the cluster's barriers cost
+    time."""
     chosen = where.workload("sin25-5")
     tasks = chosen.draw().to(where.device)
     for blocks in CLUSTERS:
         twin = replace(H100, clusters=(blocks,)) if where.rehearsal else None
         one = CudaExecutor(twin, clusters=(blocks,))
         before = list(executors._EXECUTORS)
-        executors._EXECUTORS.insert(0, one)  # in the place of the one that chooses by itself
+        executors._EXECUTORS.insert(0, one)  # it comes before the one that chooses the clusters by itself
         try:
             learner = where.learner(chosen)
 
@@ -82,7 +83,7 @@ def barriers(where: Setting) -> None:
 
 
 def tiles(where: Setting) -> None:
-    """TFLOP/s of a convolution by the largest tile that it may take."""
+    """Measures the TFLOP/s of a convolution, by the largest tile that it may use."""
     for tasks, samples, side, channels in ((1, 1, 4, 16),) if where.rehearsal else LAYERS:
         shape = Convolution(side, side, channels, channels, (3, 3), padding=(1, 1)).forward()
         x = torch.randn(tasks, samples, side, side, channels, device=where.device)
@@ -102,7 +103,7 @@ def tiles(where: Setting) -> None:
 
 
 def main() -> None:
-    """All of them; one that fails leaves the others."""
+    """Runs all of them; if one fails, the others still run."""
     where, failed = setting(parser(__doc__).parse_args()), []
     for part in (ceilings, nodes, barriers, tiles):
         try:

@@ -1,4 +1,4 @@
-"""One meta-gradient a workload, for a profiler to look at."""
+"""Takes one meta-gradient of each workload, for a profiler to look at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .setting import parser, setting
 
 
 def main() -> None:
-    """Runs them."""
+    """Runs the workloads."""
     options = parser(__doc__)
     options.add_argument("workloads", nargs="+")
     given = options.parse_args()

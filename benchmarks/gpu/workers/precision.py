@@ -1,4 +1,4 @@
-"""Time and error of a meta-gradient with each precision of products, of the CUDA executor."""
+"""Measures time and error of a meta-gradient by the CUDA executor, with each precision of products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS = 0.5
 
 
 def main() -> None:
-    """A line of results for each."""
+    """Adds a result for each workload and precision."""
     options = parser(__doc__)
     options.add_argument("workloads", nargs="+")
     given = options.parse_args()

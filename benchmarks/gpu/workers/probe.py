@@ -1,4 +1,4 @@
-"""What the machine is, and whether metafast's CUDA kernels are here; fails where they or the GPU are not."""
+"""Describes the machine. It fails if there is no GPU, or if metafast is built without CUDA kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power
 
 
 def describe() -> dict[str, Any]:
-    """The machine in JSON values."""
+    """Returns a description of the machine as JSON values."""
     found: dict[str, Any] = {
         "python": platform.python_version(), "gpu": None,
         "versions": {name: _version(name) for name in PACKAGES}, "cuda": torch.version.cuda,
@@ -55,7 +55,7 @@ def _output(program: str, *arguments: str) -> list[str]:
 
 
 def main() -> str | None:
-    """What is missing, as the exit text."""
+    """Writes the description. Returns what is missing, as the text to exit with."""
     options = parser(__doc__)
     options.add_argument("file", type=Path)
     given = options.parse_args()

@@ -1,4 +1,4 @@
-"""What every worker is told: where it runs, whether it is a rehearsal, where the oracles are, where numbers go."""
+"""The options of every worker: its device, whether it is a rehearsal, the oracles, and where results go."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from metafast.models import conv4
 from ..results import Results
 from ..subjects import executor
 
-H100 = BlockLimits(232448, 132)  # shared memory of a block and processors, for the twin
+H100 = BlockLimits(232448, 132)  # bytes of shared memory of a block, and multiprocessors, for the twin
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Of this process."""
+    """The options of this process."""
 
     device: str
     rehearsal: bool
@@ -34,25 +34,25 @@ class Setting:
     results: Results
 
     def seconds(self, wanted: float) -> float:
-        """For a timing; in a rehearsal a single call is enough."""
+        """Returns the seconds of a timing: ``wanted``, or 0 in a rehearsal, where one call is enough."""
         return 0.0 if self.rehearsal else wanted
 
     def workload(self, name: str) -> Workload:
-        """The canonical one; in a rehearsal a tiny one of that name."""
+        """Returns the canonical workload; in a rehearsal it is a tiny one of that name."""
         return tiny(workload(name)) if self.rehearsal else workload(name)
 
     def oracle(self, chosen: Workload) -> Oracle:
-        """Its float64 truth, which is never worked out here: that takes minutes.
+        """Reads the float64 oracle. It is never computed here, because that takes minutes.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no oracle of this workload.
         """
         if self.oracles is None:
             raise FileNotFoundError("there are no oracles: make gpu-pack writes them, and --pack names its folder")
         return oracles.load(self.oracles, chosen)
 
     def learner(self, chosen: Workload, precision: str = "float32") -> MAML:
-        """Of the executor that is meant for the workload."""
+        """Makes a learner on the executor that is meant for the workload."""
         model, backend = chosen.network().to(self.device), executor(chosen.name)
         return MAML(
             model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, backend=backend, precision=precision
@@ -60,7 +60,7 @@ class Setting:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """With the options of ``setting``."""
+    """Makes a parser with the options that ``setting`` reads."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--device", default="cuda")
     made.add_argument("--rehearse", action="store_true")
@@ -69,7 +69,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def setting(options: argparse.Namespace) -> Setting:
-    """In a rehearsal the executors are those that stand in for a GPU's."""
+    """Prepares this process. In a rehearsal it registers executors that stand in for a GPU's."""
     if options.rehearse:
         executors._EXECUTORS[:0] = [CudaExecutor(H100), TritonExecutor(interpreted=True)]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -77,7 +77,7 @@ def setting(options: argparse.Namespace) -> Setting:
 
 
 def tiny(canonical: Workload) -> Workload:
-    """Of the same name and kind, as small as it goes."""
+    """Returns a workload with the same name and loss that is as small as possible."""
     if canonical.loss == "mse":
         return replace(canonical, tasks=2, steps=min(canonical.steps, 2), shots=3, queries=3)
     if canonical.name.startswith("wide"):

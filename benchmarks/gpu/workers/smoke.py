@@ -1,4 +1,4 @@
-"""Workloads of one executor: one meta-gradient against the oracle, the same bits twice, then times and memory."""
+"""Checks the workloads of one executor: a meta-gradient against the oracle, the same bits twice, times and memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ..subjects import executor
 from .setting import Setting, parser, setting
 from .timing import graph_ms, host_ms
 
-SECONDS = 0.3  # of each timing
-PUBLISHED = "torchbench-maml"  # whose published time has an Adam step in it
+SECONDS = 0.3  # how long each timing lasts
+PUBLISHED = "torchbench-maml"  # PyTorch's published time of this workload has an Adam step in it
 # After one of these every call to CUDA in the process fails.
 _SPOILED = ("illegal", "misaligned", "launch failure", "device-side assert", "hardware")
 
 
 def check(name: str, where: Setting) -> bool:
-    """All of one workload; every number is written as soon as it is there. Is it right?"""
+    """Checks one workload and adds every result as soon as it exists. Tells whether the workload is right."""
     chosen = where.workload(name)
     truth, tasks, learner = where.oracle(chosen), chosen.draw().to(where.device), where.learner(chosen)
     if where.device != "cpu":
@@ -67,13 +67,13 @@ def _measure(name: str, chosen: Workload, where: Setting, learner: MAML, tasks: 
             adam.step()
 
         where.results.add(name, with_adam_ms=host_ms(step, where.device, seconds))
-    if where.device != "cpu" and executor(name) == "triton":  # the other is one kernel
+    if where.device != "cpu" and executor(name) == "triton":  # the cuda executor has only one kernel
         longest = [[k["name"][:80], round(1e3 * k["seconds"], 4), k["calls"]] for k in kernels(call, 3)[:8]]
         where.results.add(name, longest_kernels_ms_calls=longest)
 
 
 def answer(learner: MAML, tasks: TaskBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses and gradient by parameter, in tensors of their own."""
+    """Returns copies of the losses ``[T]`` and of the gradient by parameter."""
     learner.zero_grad(set_to_none=True)
     losses = learner.backward(tasks).losses
     named = learner.model.named_parameters()
@@ -81,7 +81,7 @@ def answer(learner: MAML, tasks: TaskBatch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def arrays(found: tuple[Tensor, dict[str, Tensor]]) -> Answer:
-    """As ``agreement`` takes them."""
+    """Converts losses and gradient to what ``agreement`` takes."""
 
     def array(x: Tensor) -> Any:
         return np.asarray(x.detach().cpu(), dtype=np.float64)
@@ -99,7 +99,7 @@ def _stand_in(where: Setting) -> dict[str, str]:
 
 
 def main() -> int:
-    """0 where all workloads are right."""
+    """Checks all workloads. Returns 0 if they are right."""
     options = parser(__doc__)
     options.add_argument("workloads", nargs="+")
     given = options.parse_args()

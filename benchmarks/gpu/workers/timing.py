@@ -1,4 +1,4 @@
-"""Times of a call: from the host, as replays of a CUDA graph, and on the GPU alone."""
+"""Measures the time of a call: from the host, as replays of a CUDA graph, and on the GPU alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _FEWEST, _REPLAYS = 5, 20
 
 
 def host_ms(call: Callable[[], object], device: str, seconds: float) -> float:
-    """Median milliseconds from the call to its result, over calls for so long, at least five; one before them is not
-    counted. ``seconds=0``: of one call."""
+    """Returns the median milliseconds from a call to its result.
+
+    It calls for ``seconds``, at least five times, after one call that is not counted. With ``seconds=0`` it calls once.
+    """
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     if seconds:
         call()
@@ -31,19 +33,20 @@ def host_ms(call: Callable[[], object], device: str, seconds: float) -> float:
 
 
 def graph_ms(call: Callable[[], object], device: str, seconds: float) -> tuple[float, float]:
-    """Median milliseconds of a replay, from the host; and of one among many back to back, by the GPU's own events.
+    """Records ``call`` as a CUDA graph and returns two medians in milliseconds of its replay.
 
-    Where there are no graphs, of the call itself: twice the same.
+    The first is that of a single replay, from the host; the second that of many replays back to back, by events of the
+    GPU. A CPU has no graphs, so both are the time of the call there.
     """
     if device == "cpu":
-        plain = host_ms(call, device, seconds)
-        return plain, plain
+        duration = host_ms(call, device, seconds)
+        return duration, duration
     graph = CudaGraph(call, torch.device("cuda", torch.cuda.current_device()))
     return host_ms(graph.replay, device, seconds), event_ms(graph.replay, seconds)
 
 
 def event_ms(call: Callable[[], object], seconds: float) -> float:
-    """Milliseconds of the GPU between the first and the last of calls that wait for nothing; the median of blocks."""
+    """Returns the GPU's milliseconds for one of many calls back to back; it is the median over several such series."""
     times: list[float] = []
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(times) < _FEWEST:

@@ -1,4 +1,4 @@
-"""A pack for a rehearsal: oracles of the tiny workloads, and nothing else."""
+"""Makes a pack for a rehearsal, which has only oracles of the tiny workloads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .setting import tiny
 
 
 def main() -> None:
-    """Writes it into the folder that the command line names."""
+    """Writes the pack into the folder that the command line names."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     for name in (*BLOCKS, *TRITON):

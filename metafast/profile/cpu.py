@@ -1,4 +1,4 @@
-"""The native executor's own notes: each task's phases and each layer's rules, by the thread that ran them."""
+"""Reads the notes that the CPU executor takes by itself: each task's phases and each layer's rules, by thread."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from metafast.program import Program
 
 
 @contextmanager
-def noted(program: Program, phases: list[Span], rules: list[Span]) -> Iterator[None]:
-    """Adds what the native executor does meanwhile."""
+def recorded(program: Program, phases: list[Span], rules: list[Span]) -> Iterator[None]:
+    """Adds to ``phases`` and ``rules`` what the CPU executor does within the block."""
     assert extension is not None
     extension.trace(True)
     try:
         yield
     finally:
         notes = np.frombuffer(extension.trace(False), np.dtype(FACTS["spans"]["record"]))
-        _tell(program, notes, phases, rules)
+        _add_spans(program, notes, phases, rules)
 
 
-def _tell(program: Program, notes: np.ndarray, phases: list[Span], rules: list[Span]) -> None:
-    """A thread's notes come in a row, in the order in which they begin: a rule belongs to the phase before it."""
-    phases_known, rules_known = FACTS["spans"]["phases"], FACTS["spans"]["rules"]
+def _add_spans(program: Program, notes: np.ndarray, phases: list[Span], rules: list[Span]) -> None:
+    """Converts the notes. Those of one thread follow each other in the order in which they begin, so a rule belongs to
+    the phase before it."""
+    phase_names = FACTS["spans"]["phases"]
+    rule_names = FACTS["spans"]["rules"]
     phase = ""
     for note in notes:
-        if note["kind"] < len(phases_known):
-            name = phases_known[note["kind"]].replace("_", " ")
+        if note["kind"] < len(phase_names):
+            name = phase_names[note["kind"]].replace("_", " ")
             phase = f"{name} {note['index'] + 1}" if name.endswith("step") else name
             phases.append(_span(phase, note))
         else:
-            name = rules_known[note["kind"] - len(phases_known)]
+            name = rule_names[note["kind"] - len(phase_names)]
             layer = LOSS if note["index"] < 0 else program.nodes[note["index"]].name
             rules.append(_span(name, note, phase, layer))
 
