@@ -1,0 +1,68 @@
+"""The table of kinds in csrc: what Python is told of it, what a Machine runs, and what does not compile."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from metafast.executors.description import FACTS, LOSSES
+
+CORE = Path(__file__).parents[1] / "csrc" / "core"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")
+PROGRAM = """
+#define METAFAST_NAMESPACE metafast::test
+#include <cstdio>
+#include "kinds.h"
+using namespace metafast;
+int main() {
+#define OFFERED(kind, ...) if (test::offers(Need::maps | Need::products, Kind::kind)) std::puts(#kind);
+  METAFAST_KINDS(OFFERED)
+}
+"""
+
+
+def compiled(folder, table):
+    """The program of a core whose ``kinds.h`` is ``table``, with what the compiler says."""
+    core = folder / "core"
+    shutil.copytree(CORE, core)
+    (core / "kinds.h").write_text(table)
+    (core / "test.cpp").write_text(PROGRAM)
+    command = [COMPILER, "-std=c++17", core / "test.cpp", "-o", folder / "test"]
+    return folder / "test", subprocess.run(command, capture_output=True, text=True)
+
+
+@needs_compiler
+def test_a_machine_runs_only_what_it_has_primitives_for(tmp_path):
+    program, done = compiled(tmp_path, (CORE / "kinds.h").read_text())
+    assert done.returncode == 0, done.stderr
+    found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "add"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("row", "changed"),
+    [
+        ("input,   in_place,  nonzero, own,      Need::maps", "input,   in_place,  nonzero, Need::maps"),
+        ("input,   in_place,  nonzero, own,      Need::maps", "input,   in_place,  zero,    own,      Need::maps"),
+        ("Pointwise<Tanh>,      output,", "Pointwise<Tanh>,      neither,"),
+    ],
+    ids=["a fact is missing", "the header says otherwise", "no such fact"],
+)
+def test_a_row_that_is_wrong_does_not_compile(tmp_path, row, changed):
+    table = (CORE / "kinds.h").read_text()
+    assert table.count(row) == 1
+    assert compiled(tmp_path, table.replace(row, changed))[1].returncode != 0
+
+
+@pytest.mark.skipif(not FACTS["kinds"], reason="metafast._C is not built")
+def test_python_is_told_every_name_once():
+    assert len(set(FACTS["kinds"].values())) == len(FACTS["kinds"])
+    assert FACTS["kinds"].keys() >= {"linear", "conv2d", "batch_norm", "flatten"}
+    assert "norm_relu_pool" not in FACTS["kinds"], "no layer of a model is one"
+    assert LOSSES == ("cross_entropy", "mse")
+    assert FACTS["losses"]["cross_entropy"]["reads"] == "labels"
