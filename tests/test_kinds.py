@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metafast.executors.description import FACTS, LOSSES
+from metafast.executors.native.encode import FACTS, LOSSES
 
 CORE = Path(__file__).parents[1] / "csrc" / "core"
 COMPILER = shutil.which("c++") or shutil.which("g++")
