@@ -58,12 +58,12 @@ class MAML(GradientLearner):
 
     @property
     def step_weights(self) -> list[float]:
-        """They are the weights of the query losses after steps ``0..S``."""
-        return self._weights
+        """They are the weights of the query losses after steps ``0..S``; assign ``w_1 .. w_S`` to change them."""
+        return list(self._weights)
 
     @step_weights.setter
     def step_weights(self, weights: Iterable[float] | None) -> None:
-        self._weights = finite_weights(weights, self.steps)
+        self._weights = tuple(finite_weights(weights, self.steps))
 
     def schedule(self, iteration: int, iterations: int) -> tuple[object, ...]:
         """Changes nothing; a recording holds the weights of the query losses and the order of differentiation."""
@@ -90,9 +90,10 @@ class MAML(GradientLearner):
             recording = torch.is_grad_enabled() and (theta.requires_grad or rate.requires_grad)
             if not recording:
                 theta, rate = theta.detach(), rate.detach()
-            steps = Adapt.apply(theta, rate, choice.executor, self.program, self.loop, tasks.support)
+            loop = self.loop
+            steps = Adapt.apply(theta, rate, choice.executor, self.program, loop, tasks.support)
             losses = theta.new_zeros(len(tasks))
-            for step, weight in self.loop.judged_steps:
+            for step, weight in loop.judged_steps:
                 loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, self.program, tasks.query, step)
                 losses = losses + weight * loss
         return LearnerOutput(losses, outputs)
@@ -102,7 +103,8 @@ class MAML(GradientLearner):
         choice = self._choice_for(tasks)
         self._track_statistics(tasks)
         rate = self._rates()
-        found = choice.executor.meta_gradient(self.program, self.loop, self._sources, rate, tasks)
+        loop = self._loop(learns_rates=rate.requires_grad)
+        found = choice.executor.meta_gradient(self.program, loop, self._sources, rate, tasks)
         self._add_gradients(found.grads)
         if rate.requires_grad:
             rate.backward(found.rates_grad)
@@ -111,7 +113,10 @@ class MAML(GradientLearner):
     @property
     def loop(self) -> InnerLoop:
         """The inner loop as the executors read it, by the settings of now."""
-        return InnerLoop(self.steps, tuple(self._weights), self.first_order, self.rate.value.requires_grad)
+        return self._loop(learns_rates=self.rate.value.requires_grad)
+
+    def _loop(self, learns_rates: bool) -> InnerLoop:
+        return InnerLoop(self.steps, self._weights, self.first_order, learns_rates)
 
 
 def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
