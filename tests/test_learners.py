@@ -147,6 +147,24 @@ def test_serial_reptile_is_a_batch_of_one_task():
     torch.testing.assert_close([g / 4 for g in grads(learner)], together, rtol=1e-11, atol=1e-13)
 
 
+def test_the_gradient_of_a_rate_for_each_layer_has_the_same_bits_for_any_number_of_threads():
+    """Of many parameters, so that threads would divide the sums over them."""
+    model = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 7))
+    rates = mf.MAML(model, loss="mse", lr=mf.Rate(0.1, ("layer", "step"), learn=True), steps=3).rate
+    adjoint, found = torch.randn(3, rates.index.numel()), []
+    try:
+        for threads in (1, *[2] * 5):
+            torch.set_num_threads(threads)
+            rates.value.grad = None
+            rates().backward(adjoint)
+            found.append(rates.value.grad)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    expected = torch.stack([adjoint[:, rates.index == layer].double().sum(1) for layer in (0, 1)], 1)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_sgd_with_rate_epsilon_is_the_outer_step_of_reptile():
     model, tasks = perceptron(), regression(tasks=2)
     learner = mf.Reptile(model, loss="mse", lr=0.05, steps=3)

@@ -103,4 +103,9 @@ class Rates(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the rates ``[1 or S, 1 or P]``."""
-        return self.value if self.index is None else self.value[:, self.index]
+        if self.index is None:
+            return self.value
+        if self.index.is_cuda:
+            return self.value[:, self.index]
+        # On a CPU the adjoint of indexing adds up in an order that threads decide, and that of gather in a fixed one.
+        return self.value.gather(1, self.index.expand(self.value.shape[0], -1))
