@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from metafast.executors.native.encode import FACTS, LOSSES
 
@@ -66,3 +67,21 @@ def test_python_is_told_every_name_once():
     assert "norm_relu_pool" not in FACTS["kinds"], "no layer of a model is one"
     assert LOSSES == ("cross_entropy", "mse")
     assert FACTS["losses"]["cross_entropy"]["reads"] == "labels"
+
+
+def plan(kind, options):
+    """Plans a model ``[n, 3] -> [n, 3]`` of one layer, in numbers as Python writes them."""
+    numbers = [FACTS["losses"]["mse"]["number"], 1, 1, 1, 3, 0, 1, kind, 0, -1, -1, -1, 0, len(options), *options]
+    description, like = torch.tensor(numbers, dtype=torch.float64), torch.empty(0)
+    return torch.ops.metafast.cpu_memory(description, 0, 1 << 18, like, 2, 2, 3, 1, 1 << 20)
+
+
+@pytest.mark.skipif(not FACTS["kinds"], reason="metafast._C is not built")
+def test_a_layer_that_this_build_does_not_know_is_refused():
+    """Python may be newer or older than the extension."""
+    leaky_relu, kinds = FACTS["kinds"]["leaky_relu"], FACTS["kinds"].values()
+    made_by_plans = next(number for number in range(max(kinds)) if number not in kinds)
+    assert len(plan(leaky_relu, [0.1])) == len(FACTS["memory_numbers"])
+    for kind, options in ((leaky_relu, [0.1, 0.2]), (leaky_relu, []), (made_by_plans, []), (99, [])):
+        with pytest.raises(RuntimeError, match=r"a layer of another kind|fewer options|does not know"):
+            plan(kind, options)

@@ -109,9 +109,10 @@ class PlanBuilder {
 
     // The next of the options, in the order in which the layer's Python class writes them.
     double real() {
-      if (read_options >= node.options.size()) refuse("a layer of fewer options than its kind has");
+      if (has_read_all()) refuse("a layer of fewer options than its kind has: build metafast._C again");
       return node.options[read_options++];
     }
+    bool has_read_all() const { return read_options == node.options.size(); }
     int integer() { return static_cast<int>(real()); }
     bool flag() { return real() != 0; }
     template <class... Integers>
@@ -202,7 +203,12 @@ class PlanBuilder {
     op.x = op.y = plan.grids_[op.input[0]];
     op.weight.at = op.bias.at = -1;
     NodeBuilder node(*this, k);
-    planning::with_maker(n.kind, [&](auto maker) { maker.make(node, op); });
+    bool made = false;
+    planning::with_maker(n.kind, [&](auto maker) {
+      maker.make(node, op);
+      made = node.has_read_all();
+    });
+    if (!made) refuse("a layer of another kind, or of other options, than this build knows: build metafast._C again");
     add_op(op, n);
     value_of[k + 1] = op.output;
   }
