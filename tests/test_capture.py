@@ -74,7 +74,7 @@ SPELLINGS = [
     ("gelu", VECTOR, lambda: Call(lambda m, x: m.a(F.gelu(x)), a=nn.GELU()), ["linear", "gelu", "gelu"]),
     ("gelu by tanh", VECTOR, lambda: Call(lambda m, x: m.a(F.gelu(x, approximate="tanh")), a=nn.GELU("tanh")),
      ["linear", "derived", "derived"]),
-    ("softplus", VECTOR, lambda: Call(lambda m, x: F.softplus(x)), ["linear", "derived"]),
+    ("softsign", VECTOR, lambda: Call(lambda m, x: F.softsign(x)), ["linear", "derived"]),
     ("x + y", VECTOR, lambda: Call(lambda m, x: torch.tanh(x) + x), ["linear", "tanh", "add"]),
     ("torch.add", VECTOR, lambda: Call(lambda m, x: torch.add(x, torch.tanh(x))), ["linear", "tanh", "add"]),
     ("x.add", VECTOR, lambda: Call(lambda m, x: x.add(torch.tanh(x))), ["linear", "tanh", "add"]),

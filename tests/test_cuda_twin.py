@@ -19,6 +19,7 @@ from block_checks import (
 from loops import meta_gradient, refusal
 from setups import IMAGE, SETUPS, Setup, make_learner, make_tasks, rate, vectors
 from test_meta_gradients import assert_gradients, check_against_oracle, close, gradients
+from test_native import NATIVE_CASES, case_tasks, compare, program_around
 from torch import nn
 
 import metafast as mf
@@ -133,6 +134,19 @@ def test_a_query_loss_before_the_first_step(twin):
 
 def test_the_parts_alone(twin):
     check_the_parts_alone(twin, named("classifier"), "cpu", torch.float64, 1e-11)
+
+
+VECTOR_CASES = [case for case in NATIVE_CASES if len(case.inputs[0]) == 2]
+
+
+@pytest.mark.parametrize("case", VECTOR_CASES, ids=str)
+def test_the_cases_of_every_layer_of_vectors(case):
+    twin = CudaExecutor(TWINS["all steps in a block's memory"])
+    program, tasks = program_around(case), case_tasks(case, torch.float64)
+    if reason := refusal(twin, program, tasks):
+        assert "batch_norm: blocks run" in reason or (str(case) == "layer_norm: wide" and "KiB of shared" in reason)
+    else:
+        compare(program, 0.3 * torch.randn(program.size, dtype=torch.float64), tasks, native=twin)
 
 
 def test_labels_outside(twin):

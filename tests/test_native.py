@@ -122,6 +122,20 @@ def test_foreign_layers_are_refused(case):
     assert refusal(CpuExecutor(), program, torch.zeros(2, *case.inputs[0]))
 
 
+class Renamed(Linear):
+    """A linear layer that calls its weight otherwise than C++ does."""
+
+    parameter_names = ("matrix",)
+
+
+def test_a_parameter_that_cpp_has_no_place_for_is_refused():
+    program = Program(
+        (Node("head", Renamed(bias=False), (0,), (0,)),), (Parameter("head.matrix", (2, 3), 0, True),), 1, MSE()
+    )
+    reason = refusal(CpuExecutor(), program, torch.zeros(2, 4, 3))
+    assert reason == "head: linear has parameters 'matrix'; C++ knows 'weight' and 'bias'"
+
+
 class Broadcast(nn.Module):
     def __init__(self):
         super().__init__()

@@ -162,6 +162,19 @@ def everything():
     step(narrow, (3, 20, 20), 5, "cross_entropy")
     step(conv4[4:6], (64, 42, 42), 0, "mse", "tf32")
     step(mlp, (40,), 0, "mse")
+    every_elementwise_layer()
+
+
+def every_elementwise_layer():
+    """The one kernel of all of them, which is another one for each."""
+    from test_layers import point_without_memory, rules
+
+    from metafast.kernels.pointwise import cases, kernel
+
+    for case in cases.CASES:
+        layer = kernel.lower(case.layer, "float32")
+        if layer is not None:
+            rules(layer, point_without_memory(case, 4), case.constants, case.step)
 
 
 def by_their_cases(names):

@@ -140,7 +140,8 @@ def _build() -> Iterator[Finding]:
 
 
 def _executors() -> Iterator[Finding]:
-    yield Finding("ok", "executors", f"{', '.join(e.name for e in executors())} (auto tries them in this order)")
+    tried = ", then ".join(executor.name for executor in executors() if executor.proven)
+    yield Finding("ok", "executors", f"{', '.join(e.name for e in executors())} (auto tries {tried})")
     for executor in executors():
         yield from _executor(executor, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 

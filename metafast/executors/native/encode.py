@@ -194,6 +194,13 @@ def _padded(indices: tuple[int, ...], length: int) -> list[int]:
 
 
 def _slots(node: Node) -> tuple[int, ...]:
-    """Returns the numbers of the node's weight and bias; -1 stands for one that it has not."""
+    """Returns the numbers of the node's weight and bias; -1 stands for one that it has not.
+
+    Raises:
+        ValueError: a parameter has another name, and C++ has no place for it.
+    """
     at = dict(zip(node.layer.parameter_names, node.params, strict=True))
+    if not at.keys() <= {"weight", "bias"}:
+        names = ", ".join(map(repr, node.layer.parameter_names))
+        raise ValueError(f"{node.name}: {node.layer.kind} has parameters {names}; C++ knows 'weight' and 'bias'")
     return tuple(at.get(name, -1) for name in ("weight", "bias"))
