@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 # Where there is a C++ compiler, it is an error if the extension does not build.
 export METAFAST_CPU ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1)
-SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
+SOURCES := pyproject.toml setup.py $(filter-out %.md,$(wildcard csrc/* csrc/*/* csrc/*/*/*))
 CPP := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*/*.$(kind) csrc/*/*/*.$(kind))) $(wildcard tests/*.cpp)
 
 # csrc must compile against the headers of these versions of torch too: the oldest that is supported, and a GPU machine's.
