@@ -59,4 +59,4 @@ def layers(executor, program, x, **options):
     """How each layer is run."""
     found = plan(executor, program, x, **options)
     assert isinstance(found, ExecutionPlan), found
-    return found.layers
+    return found.layers()

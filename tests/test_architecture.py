@@ -107,7 +107,15 @@ SAID_OTHERWISE = {
         r"PassKind::(plain|taped)\b|LossKind::given": "gradient, gradient_and_tangent, external",
     },
 }
+SAID_OTHERWISE["prose"] = {
+    r"\bsweeps?\b": "inner loop, way back",
+    r"metafast\.benchmarks|native-cuda|NativeExecutor|walk\.cuh|description\.py|recognise": "what is there now",
+}
 PLACES = {
+    "prose": [
+        ROOT / "README.md",
+        *(p for folder in ("docs", "csrc", "kernels", "benchmarks") for p in sorted((ROOT / folder).rglob("*.md"))),
+    ],
     "python": [p for folder in ("metafast", "kernels", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))],
     "cpp": [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".h", ".cpp", ".cu", ".cuh")],
 }
@@ -117,7 +125,7 @@ PLACES = {
     ("language", "words"), [(language, words) for language, table in SAID_OTHERWISE.items() for words in table]
 )
 def test_one_word_for_one_thing(language, words):
-    assert len(PLACES[language]) > 50
+    assert len(PLACES[language]) > 8
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in PLACES[language]

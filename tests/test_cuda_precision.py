@@ -91,6 +91,17 @@ def test_three_products_are_as_exact_as_float32(setup, clusters, monkeypatch):
     check_against_oracle(make_learner(setup, torch.float32, executor.name), make_tasks(setup, query=12), 1e-4)
 
 
+def test_an_executor_that_is_given_keeps_its_precision():
+    setup = FILLED[0]
+    learner, tasks = make_learner(setup, torch.float32), make_tasks(setup)
+    learner.backend = twin(precision="bf16")
+    learner.backward(tasks)
+    rounded = [p.grad for p in learner.model.parameters()]
+    expected = parts(learner.backend, learner, tasks)[2]
+    assert torch.equal(torch.cat([g.flatten() for g in rounded]), expected)
+    assert not torch.equal(expected, parts(twin(), learner, tasks)[2])
+
+
 def test_layers_that_leave_tiles_half_empty_stay_exact():
     learner, tasks = make_learner(OWN[1], torch.float32), make_tasks(OWN[1])
     for a, b in zip(parts(twin(), learner, tasks), parts(twin(precision="bf16"), learner, tasks), strict=True):

@@ -89,7 +89,8 @@ def choose(
         loop: what is done to each task.
         shapes: the shapes, dtypes and devices of the batches.
         backend: ``"auto"`` takes the first proven executor that has a plan; a name or an executor takes that one.
-        precision: the name of what the operands of products are rounded to.
+        precision: the name of what the operands of products are rounded to. Under the default, ``"float32"``, an
+            executor that is given itself keeps its own.
 
     Raises:
         ValueError: ``backend`` is unknown.
@@ -99,10 +100,11 @@ def choose(
     check_backend(backend)
     passed_over: list[tuple[str, str]] = []
     candidates = [backend] if isinstance(backend, Executor) else _EXECUTORS
+    keeps_its_own = isinstance(backend, Executor) and precision == "float32"
     for candidate in candidates:
         if backend not in ("auto", candidate, candidate.name):
             continue
-        plan = candidate.plan(program, loop, shapes, precision)
+        plan = candidate.plan(program, loop, shapes, None if keeps_its_own else precision)
         if isinstance(plan, ExecutionPlan):
             if backend != "auto" or candidate.proven:
                 return Choice(plan, tuple(passed_over))

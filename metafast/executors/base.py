@@ -39,14 +39,14 @@ class ExecutionPlan:
 
     Attributes:
         executor: the executor to call, in the precision that was asked for.
-        layers: words for each node of the Program on how it is run.
+        layers: returns words for each node of the Program on how it is run.
         graph_obstacle: the reason why no CUDA graph can hold the computation; ``None`` where one can.
         memory: returns words on how a meta-gradient goes through memory and on the peak in bytes, or ``None`` where
             that is not planned. The call may take as long as a first step.
     """
 
     executor: Executor
-    layers: tuple[str, ...]
+    layers: Callable[[], tuple[str, ...]]
     graph_obstacle: str | None
     memory: Callable[[], str | None]
 
@@ -70,9 +70,14 @@ class Executor(ABC):
     """The command or machine that makes it available where something is missing that can be installed."""
 
     def plan(
-        self, program: Program, loop: InnerLoop, shapes: TaskShapes, precision: str = "float32"
+        self, program: Program, loop: InnerLoop, shapes: TaskShapes, precision: str | None = None
     ) -> ExecutionPlan | str:
-        """Says how it computes ``loop`` for batches of these ``shapes``, or in words why it cannot."""
+        """Says how it computes ``loop`` for batches of these ``shapes``, or in words why it cannot.
+
+        ``precision`` is one of ``precisions``; ``None`` is the executor's own.
+        """
+        if precision is None:
+            return self.plan_own(program, loop, shapes)
         if precision not in self.precisions:
             return f"it has no precision {precision!r}"
         return self.with_precision(precision).plan_own(program, loop, shapes)

@@ -214,7 +214,7 @@ class GradientLearner(Learner):
             choice = next(reversed(self._known.values())).choice
         else:
             return "no batch has been seen yet; call explain(support_x)"
-        hows, memory = choice.plan.layers, choice.plan.memory()
+        hows, memory = choice.plan.layers(), choice.plan.memory()
         width = max(len(n.name) for n in self.program.nodes)
         sizes = [sum(self.program.parameters[k].size for k in n.params) for n in self.program.nodes]
         lines = [f"executor: {choice.executor.name} (backend={name_of(self.backend)!r})"]

@@ -168,11 +168,12 @@ def verify(
         converted = MAML(deepcopy(model).to(dtype), **options)
         converted.load_state_dict(learner.state_dict())
         batch = tasks.to(dtype)
-        if isinstance(executor.plan(converted.program, converted.loop, batch.shapes), str):
+        plan = executor.plan(converted.program, converted.loop, batch.shapes)
+        if isinstance(plan, str):
             continue
         theta = converted.flat_parameters().detach()
         checks += _model_checks(truth, executor, converted, batch, theta)
-        layers += LayerChecks(truth, executor, converted.program, batch.support, theta, TOLERANCES[dtype]).run()
+        layers += LayerChecks(truth, plan, converted.program, batch.support, theta, TOLERANCES[dtype]).run()
     settings = {
         "loss": learner.loss.kind, "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
         "steps": steps, "bn": bn, "adapted": [p.name for p in learner.program.parameters if p.adapted],

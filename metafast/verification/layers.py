@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafast.executors import ExecutionPlan, Executor
+from metafast.executors import ExecutionPlan
 from metafast.executors.base import hvp_by_adapt_vjp
 from metafast.kernels.mse import MSE
 from metafast.program import Program
@@ -58,11 +58,11 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class LayerChecks:
-    """Checks an executor against ``truth``, from the first layer to the loss, in the dtype of ``theta [P]`` and
-    ``batch``."""
+    """Checks the executor of ``plan``, which has run the whole model, against ``truth``, from the first layer to the
+    loss, in the dtype of ``theta [P]`` and ``batch``."""
 
     truth: Truth
-    executor: Executor
+    plan: ExecutionPlan
     program: Program
     batch: Batch
     theta: Tensor
@@ -71,9 +71,7 @@ class LayerChecks:
     def run(self) -> Iterator[LayerCheck]:
         """Yields the check of each layer in turn, and then that of the loss."""
         program = self.program
-        plan = self._plan(program)
-        assert isinstance(plan, ExecutionPlan)  # the executor has run the whole model already
-        hows = plan.layers
+        hows = self.plan.layers()
         for i, (node, how) in enumerate(zip(program.nodes, hows, strict=True)):
             part = program_up_to(program, i)
             kind = getattr(node.layer, "label", node.layer.kind)
@@ -82,17 +80,17 @@ class LayerChecks:
         names = ("loss", program.loss.kind, hows[-1])
         yield self._check(program.output - 1, self.truth.loss, program, self.batch, names)
 
-    def _plan(self, program: Program) -> ExecutionPlan | str:
+    def _plan_part(self, program: Program) -> ExecutionPlan | str:
         batch = self.batch
         shapes = TaskBatch(batch.x, batch.y, batch.x, batch.y, batch.mask, batch.mask).shapes
-        return self.executor.plan(program, InnerLoop.judged_last(1), shapes)
+        return self.plan.executor.plan(program, InnerLoop.judged_last(1), shapes)
 
     def _check(
         self, node: int, loss: Callable[..., Any], part: Program, batch: Batch, names: tuple[str, str, str]
     ) -> LayerCheck:
         name, kind, how = names
         dtype = str(self.theta.dtype).removeprefix("torch.")
-        plan = self._plan(part)
+        plan = self._plan_part(part)
         if isinstance(plan, str):
             return LayerCheck(name, kind, f"not run by itself: {plan}", dtype, None, None, None, "")
         u = _direction(part)

@@ -98,7 +98,7 @@ class CpuExecutor(Executor):
         where = f"C++ ({self.isa}), " + (f"a core for {needed['lanes']} tasks at once" if needed["lanes"] else alone)
         return ExecutionPlan(
             self if program.loss.kind in LOSSES else PythonLoss(self),
-            tuple(where for _ in program.nodes),
+            lambda: tuple(where for _ in program.nodes),
             f"executor {self.name!r} may wait for the host",
             lambda: str(self.memory(program, loop, shapes)),
         )

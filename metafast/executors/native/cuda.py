@@ -141,7 +141,7 @@ class CudaExecutor(Executor):
         where = f"CUDA C++, {blocks}, {needed / 1024:.0f} KiB of shared memory{' in each' * (cluster > 1)}"
         if self.precision != "float32":
             where += f"; {PRECISIONS[self.precision]}, on tensor cores where they are filled"
-        return ExecutionPlan(self, tuple(where for _ in program.nodes), None, lambda: None)
+        return ExecutionPlan(self, lambda: tuple(where for _ in program.nodes), None, lambda: None)
 
     def shared_memory(self, program: Program, shapes: TaskShapes) -> tuple[int, int]:
         """Returns the number of blocks for each task, and the bytes of shared memory that each of them needs at least.

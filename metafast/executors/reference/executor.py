@@ -55,11 +55,11 @@ class ReferenceExecutor(Executor):
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         if shapes.dtype not in (torch.float32, torch.float64):
             return f"dtype {shapes.dtype}: it runs float32 and float64"
-        layers = (
+        layers = tuple(
             "rules derived by torch.func" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
             for node in program.nodes
         )
-        return ExecutionPlan(self, tuple(layers), f"executor {self.name!r} may wait for the host", lambda: None)
+        return ExecutionPlan(self, lambda: layers, f"executor {self.name!r} may wait for the host", lambda: None)
 
     @torch.no_grad()
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:

@@ -99,7 +99,10 @@ class TritonExecutor(Executor):
         derived = _unknown_function(program)
         if self.precision == "bf16" and derived:
             return f"precision='bf16' needs kernels for every layer and the loss, and {derived!r} has none"
-        layers = tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
+
+        def layers() -> tuple[str, ...]:
+            return tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
+
         obstacle = derived and f"{derived}: a function of PyTorch's or the user's that may read values"
         return ExecutionPlan(self, layers, obstacle, lambda: self._describe_memory(program, loop, shapes))
 
