@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 import torch
 from loops import adapt, adapt_vjp, loop, meta_gradient, refusal
 from setups import make_learner, make_tasks
+from test_hvp import of_oracle
 from test_layers import loss_rules
 from test_triton import (  # the fixtures act by being here
     DEVICE,
@@ -58,6 +59,17 @@ def test_one_call_equals_its_parts_and_two_runs_are_equal_bit_by_bit():
     assert torch.equal(losses, runs[0].losses)
     torch.testing.assert_close(grad.sum(0), runs[0].grad, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(rates_grad, runs[0].rates_grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["rate for each layer and step", "batch norm of the task", "ANIL"])
+def test_hessian_vector_products_agree_with_the_oracle(name):
+    setup = replace(SUITE[name], support=5)
+    learner, tasks = make_learner(setup, torch.float32, "reference"), make_tasks(setup, tasks=2)
+    program, theta = learner.program, learner.flat_parameters().detach()
+    u = torch.randn(2, program.size)
+    wanted = of_oracle(learner, tasks.to(torch.float64), u.double() * program.adapted)
+    found = executor().hvp(program, theta.to(DEVICE), tasks.to(DEVICE).support, u.to(DEVICE))
+    assert float((found.cpu() - wanted).norm()) <= 1e-4 * float(wanted.norm())
 
 
 def test_every_plan_gives_the_same_gradient():

@@ -13,7 +13,7 @@ from test_cli import call
 from torch import nn
 
 import metafast as mf
-from metafast.executors import CpuExecutor, ReferenceExecutor
+from metafast.executors import BlockLimits, CpuExecutor, CudaExecutor, ReferenceExecutor
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.cross_entropy import CrossEntropy
@@ -192,6 +192,20 @@ def test_an_error_of_a_fused_executor_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert found.first_wrong is not None
     assert (found.first_wrong.name, found.first_wrong.kind) == ("5", "batch_norm")
     assert found.first_wrong.wrong.startswith(stage)
+
+
+@pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
+def test_a_block_that_just_holds_a_task_is_verified() -> None:
+    """A layer is checked with the support set for queries: that takes more memory than the task, which has fewer."""
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    x, y = torch.randn(2, 12, 3), torch.randn(2, 12, 2)
+    tasks, options = mf.TaskBatch(x, y, x[:, :2], y[:, :2]), {"loss": "mse", "lr": 0.05, "steps": 2}
+    program = mf.MAML(model, **options).program
+    _, enough = CudaExecutor(BlockLimits(1 << 20, 132, clusters=(1,))).shared_memory(program, tasks.shapes)
+    found = mf.verify(model, tasks, backend=CudaExecutor(BlockLimits(enough, 132, clusters=(1,))), **options)
+    assert found.passed, found.verdict
+    assert found.executor == "cuda"
+    assert any(layer.how.startswith("not run by itself: a task takes") for layer in found.layers)
 
 
 FACTORY = """

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from metafast import MAML
 from metafast.bench.run import exact_path
-from metafast.bench.workloads import Workload
 from metafast.profile.gpu import kernels
 from metafast.tasks import TaskBatch
 from metafast.verification.agreement import Answer, agreement
@@ -43,11 +42,11 @@ def check(name: str, where: Setting) -> bool:
     )  # fmt: skip
     same = _same(first, answer(learner, tasks))
     where.results.add(name, same_bits=same)
-    _measure(name, chosen, where, learner, tasks)
+    _measure(name, where, learner, tasks)
     return right and same
 
 
-def _measure(name: str, chosen: Workload, where: Setting, learner: MAML, tasks: TaskBatch) -> None:
+def _measure(name: str, where: Setting, learner: MAML, tasks: TaskBatch) -> None:
     seconds = where.seconds(SECONDS)
 
     def call() -> None:
