@@ -47,12 +47,8 @@ class Add(Layer):
         return [None if v is None else v.reshape(full) for v, full in zip(values, ctx.full, strict=True)]
 
 
-def _read(input: Any, other: Any, *, alpha: Any = 1) -> Add | None:
+def _read(alpha: Any) -> Add | None:
     return Add() if alpha == 1 else None
 
 
-PATTERNS = (
-    Pattern(
-        _read, functions=(operator.add, operator.iadd, torch.add), methods=("add", "add_"), inputs=("input", "other")
-    ),
-)
+PATTERNS = (Pattern(_read, ("add.Tensor",), inputs=("input", "other")),)

@@ -43,9 +43,11 @@ class LayerNorm(Normalise):
 
 
 def _read(
-    input: Any, normalized_shape: tuple[int, ...], weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> LayerNorm:
+    input_shape: tuple[int, ...], normalized_shape: Any, weight: Any, bias: Any, eps: float
+) -> LayerNorm | None:
+    if len(input_shape) <= len(normalized_shape):
+        return None
     return LayerNorm(len(normalized_shape), eps, weight is not None, bias is not None)
 
 
-PATTERNS = (Pattern(_read, modules=(nn.LayerNorm,)),)
+PATTERNS = (Pattern(_read, ("layer_norm.default",)),)

@@ -49,14 +49,11 @@ class MaxPool2d(LinearMap):
 
 
 def _read(
-    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> MaxPool2d | None:  # fmt: skip
-    if return_indices:
+    input_shape: tuple[int, ...], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> MaxPool2d | None:
+    if len(input_shape) != 4:
         return None
     return MaxPool2d(pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation), ceil_mode)
 
 
-PATTERNS = (
-    Pattern(_read, modules=(nn.MaxPool2d,), functions=(nn.functional.max_pool2d, torch.max_pool2d)),
-)
+PATTERNS = (Pattern(_read, ("max_pool2d.default",)),)

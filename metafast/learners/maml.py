@@ -81,21 +81,23 @@ class MAML(GradientLearner):
         choice = self._choice_for(tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
-        theta, rate = self.flat_parameters(), self.rate()
+        theta, rate, program = self.flat_parameters(), self._rates(), self._held_program()
         if create_graph:
             if self.first_order:
                 raise ValueError("create_graph=True records the exact gradient; it has no first-order form")
-            losses, outputs = recorded(self.program, self.loop, theta, rate, tasks)
+            losses, outputs = recorded(program, self.loop, theta, rate, tasks)
         else:
             recording = torch.is_grad_enabled() and (theta.requires_grad or rate.requires_grad)
             if not recording:
                 theta, rate = theta.detach(), rate.detach()
             loop = self.loop
-            steps = Adapt.apply(theta, rate, choice.executor, self.program, loop, tasks.support)
+            steps = Adapt.apply(theta, rate, choice.executor, program, loop, tasks.support)
             losses = theta.new_zeros(len(tasks))
             for step, weight in loop.judged_steps:
-                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, self.program, tasks.query, step)
+                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, program, tasks.query, step)
                 losses = losses + weight * loss
+        if torch.is_grad_enabled():
+            self._leave_traces(tasks)
         return LearnerOutput(losses, outputs)
 
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
@@ -108,6 +110,7 @@ class MAML(GradientLearner):
         self._add_gradients(found.grads)
         if rate.requires_grad:
             rate.backward(found.rates_grad)
+        self._leave_traces(tasks)
         return LearnerOutput(found.losses, found.outputs)
 
     @property

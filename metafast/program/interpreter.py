@@ -67,6 +67,7 @@ class Pass:
         wanted: tuple[bool, ...],
         prefix: FixedPrefix | None = None,
     ) -> None:
+        program = program.at(batch.x.shape[1])
         self.program = program
         self.batch = batch
         self.step = step
@@ -102,6 +103,10 @@ class Pass:
         """Computes the gradients of each task's loss, after ``loss``; it stops where the prefix begins."""
         adjoints = {self.program.output: self.program.loss.backward(self.loss_context)}
         return self._backward(adjoints, self.prefix.contexts)
+
+    def vjp(self, g: Tensor) -> Gradients:
+        """Computes the gradients of ``<outputs, g>`` for ``g [T, n, ...]``, after ``forward``."""
+        return self._backward({self.program.output: g}, ())
 
     def backward_prefix(self) -> Gradients:
         """Takes the sum in the prefix's ``adjoint`` back through the prefix, to the gradients of its parameters."""

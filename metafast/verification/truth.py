@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast.learners import MAML
 from metafast.program import Program
-from metafast.program.capture import trace
 from metafast.tasks import Batch, TaskBatch
 
 # The losses and the inner loop are written here once more, so that the truth shares no code with what it judges.

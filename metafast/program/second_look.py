@@ -1,0 +1,210 @@
+"""Compares a Program with the module that it was captured from: the module itself runs, on another task.
+
+Outputs and one gradient must agree. Where they do not, the first operation that differs is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafast.program import Program
+from metafast.program.derive import Slot, as_step
+from metafast.program.interpreter import Pass
+from metafast.program.capture import needed
+from metafast.program.operation import Constant, Input, Made, Operation, Ref, Weight, refs_in
+from metafast.program.recording import Recording
+from metafast.tasks import Batch
+
+_ALLOWED = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3)}
+"""The largest difference of outputs and of gradients, relative to the largest number among them."""
+
+
+class Difference(RuntimeError):
+    """Is raised where a Program does not compute what its module computes."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Holds what the module computed for one task.
+
+    Attributes:
+        x: the samples ``[n, ...]``, one tensor or a tree of them.
+        outputs: what it returned.
+        g: a random cotangent of the shape of the outputs.
+        grads: the gradients of ``<outputs, g>`` by the names of the parameters.
+    """
+
+    x: Any
+    outputs: Tensor
+    g: Tensor
+    grads: dict[str, Tensor]
+
+
+def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any) -> Truth:
+    """Differentiates what the module returned in those of its ``parameters`` that require a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    live = {name: p for name, p in parameters.items() if p.requires_grad}
+    grads: Sequence[Tensor | None] = [None] * len(live)
+    if outputs.requires_grad and live:
+        grads = torch.autograd.grad(outputs, list(live.values()), g, allow_unused=True)
+    found = {n: torch.zeros_like(p) if d is None else d for (n, p), d in zip(live.items(), grads, strict=True)}
+    return Truth(x, outputs.detach(), g, found)
+
+
+def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str | None:
+    """Says in words how ``program`` at ``theta [P]`` differs from the module; it is ``None`` where they agree."""
+    outputs, grads, _ = _run(program, theta, truth, step)
+    outputs_allowed, gradient_allowed = _ALLOWED[theta.dtype]
+    if outputs.shape != truth.outputs.shape or not _close(outputs, truth.outputs, outputs_allowed):
+        return f"its outputs differ by {_error(outputs, truth.outputs):.1e}"
+    largest = max((float(d.abs().max()) for d in truth.grads.values() if d.numel()), default=0.0)
+    worst = ("", 0.0)
+    for name, wanted in truth.grads.items():
+        found = grads.get(name, torch.zeros_like(wanted))
+        error = _error(found, wanted, largest)
+        worst = max(worst, (name, error), key=lambda pair: pair[1] if pair[1] == pair[1] else float("inf"))
+    if not worst[1] <= gradient_allowed:
+        return f"its gradient of {worst[0]!r} differs by {worst[1]:.1e}"
+    return None
+
+
+def first_difference(
+    program: Program, theta: Tensor, truth: Truth, recording: Recording, made: Sequence[Made], step: int = 0
+) -> str:
+    """Names the first operation in which ``program`` differs from the module.
+
+    Args:
+        program: differs from the module by ``check``.
+        theta: the parameters ``[P]``.
+        truth: what the module computed.
+        recording: what the module did on samples of the same shapes.
+        made: the recorded values that the nodes of a Program make, in their order.
+    """
+    allowed = 10 * _ALLOWED[theta.dtype][0]
+    named = dict(zip((p.name for p in program.parameters), program.unflatten(theta), strict=True))
+    values = _replayed(recording, named, truth.x)
+    _, _, run = _run(program, theta, truth, step)
+    number: dict[Made, int] = {}
+    for ref in made:
+        like = [i for i, v in run.values.items() if v.shape[1:] == values[ref].shape and _close(v[0], values[ref], allowed)]
+        if not like:
+            return _name(recording, ref)
+        number[ref] = like[-1]
+    wanted = torch.autograd.grad(values[recording.output], [values[r] for r in made], truth.g, allow_unused=True)
+    adjoints = _adjoints(program, run, truth.g[None])
+    for ref, adjoint in reversed(list(zip(made, wanted, strict=True))):
+        found = adjoints.get(number[ref])
+        zero = torch.zeros_like(values[ref])
+        if not _close(zero if found is None else found[0], zero if adjoint is None else adjoint, 1e4 * allowed):
+            readers = [r for r in made if ref in _sources(recording, r, made)]
+            return _name(recording, readers[-1] if readers else ref)
+    return _name(recording, made[0])
+
+
+def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
+    """Runs the Program on the truth's task; returns outputs, gradients by name, and the pass."""
+    x = truth.x[None] if isinstance(truth.x, Tensor) else truth.x
+    run = Pass(program, theta[None], Batch(x, x), step, (True,) * len(program.parameters))
+    with torch.no_grad():
+        outputs = run.forward()[0]
+        grads = run.vjp(truth.g[None]) if outputs.shape == truth.outputs.shape else {}
+    return outputs, {program.parameters[k].name: d[0] for k, d in grads.items()}, run
+
+
+@torch.no_grad()
+def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
+    """Returns the adjoint of each value of a pass."""
+    adjoints = {program.output: g}
+    for i in reversed(range(len(program.nodes))):
+        if i + 1 not in adjoints:
+            continue
+        node, ctx = program.nodes[i], run.contexts[i]
+        ctx.needs_inputs, ctx.needs_params = (True,) * len(node.inputs), (True,) * len(node.params)
+        found, _ = node.layer.backward(ctx, [run.params[k] for k in node.params], adjoints[i + 1])
+        for value, adjoint in zip(node.inputs, found, strict=True):
+            if adjoint is not None:
+                adjoints[value] = adjoints[value] + adjoint if value in adjoints else adjoint
+    return adjoints
+
+
+def _replayed(recording: Recording, named: dict[str, Tensor], x: Any) -> dict[Ref, Tensor]:
+    """Repeats the recorded operations one by one, with a graph from the parameters."""
+    known: dict[Ref, Tensor] = {}
+    leaves = [x] if isinstance(x, Tensor) else list(x.values() if isinstance(x, dict) else x)
+    slots: dict[Ref, Slot] = {}
+    filled: dict[Slot, Any] = {}
+
+    def enter(ref: Ref, tensor: Any) -> None:
+        slots[ref] = Slot("made", len(slots))
+        filled[slots[ref]] = tensor
+        known[ref] = tensor
+
+    parameters = {name: t.detach().requires_grad_() for name, t in named.items()}
+    with torch.enable_grad():
+        for number in needed(recording):
+            operation = recording.operations[number]
+            for ref in _read(operation):
+                if ref not in slots:
+                    enter(ref, _outside(ref, leaves, parameters))
+            found = as_step(operation, slots).run(filled)
+            for part, tensor in enumerate(found if isinstance(found, tuple | list) else (found,)):
+                enter(Made(number, part), tensor)
+    return known
+
+
+def _read(operation: Operation) -> list[Ref]:
+    return refs_in((operation.args, operation.kwargs))
+
+
+def _outside(ref: Ref, leaves: Sequence[Tensor], parameters: dict[str, Tensor]) -> Tensor:
+    """Returns a tensor that no operation made."""
+    if isinstance(ref, Input):
+        return leaves[ref.number]
+    if isinstance(ref, Weight):
+        return parameters[ref.name]
+    assert isinstance(ref, Constant)
+    return ref.tensor
+
+
+def _sources(recording: Recording, ref: Made, made: Sequence[Made]) -> set[Ref]:
+    """Returns the values of other nodes that the node of ``ref`` reads."""
+    known = set(made)
+    found: set[Ref] = set()
+    waiting: list[Ref] = _read(recording.operations[ref.operation])
+    while waiting:
+        source = waiting.pop()
+        if source in known:
+            found.add(source)
+        elif isinstance(source, Made):
+            waiting += _read(recording.operations[source.operation])
+    return found
+
+
+def _name(recording: Recording, ref: Made) -> str:
+    """Names the operation that made a value, with the user's line or the module."""
+    operation = recording.operations[ref.operation]
+    where = f" at {operation.line}" if operation.line else f" in module {operation.path!r}" if operation.path else ""
+    return f"{operation.name}{where}"
+
+
+def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
+    """Returns the largest difference over ``scale``, or over the largest number that is wanted."""
+    if not wanted.numel():
+        return 0.0
+    if scale is None:
+        scale = float(wanted.abs().max())
+    both = torch.isnan(found) & torch.isnan(wanted) | (found == wanted)
+    difference = (found - wanted).masked_fill(both, 0.0)
+    return float(difference.abs().max()) / max(scale, 1e-30)
+
+
+def _close(found: Tensor, wanted: Tensor, allowed: float) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(found, wanted)
+    return _error(found, wanted) <= allowed
