@@ -25,7 +25,7 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike, as_loss
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
-from metafast.tasks import Batch, TaskBatch, TaskShapes
+from metafast.tasks import Batch, TaskBatch, TaskShapes, as_samples, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered."""
@@ -40,14 +40,14 @@ _STATISTICS = {
 
 @dataclass(frozen=True)
 class Adapted:
-    """Holds T adapted models: their ``parameters [T, P]``, and the shape of a ``sample``."""
+    """Holds T adapted models: their ``parameters [T, P]``, and the shape of each tensor of a ``sample``."""
 
     captures: Captures
     program: Program
     choice: Choice
     parameters: Tensor
     step: int
-    sample: tuple[int, ...]
+    sample: tuple[tuple[int, ...], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
@@ -56,13 +56,15 @@ class Adapted:
             ValueError: another number of tasks, or samples of another shape.
             TypeError: ``x`` is of another dtype, or on another device.
         """
-        theta = self.parameters
-        if x.dim() < 2 or x.shape[0] != theta.shape[0] or x.shape[2:] != self.sample:
+        theta, x = self.parameters, as_samples(x)
+        sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
+        if x.dim() < 2 or x.shape[0] != theta.shape[0] or sample != self.sample:
+            given, wanted = (", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample))
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
-                f"T = {theta.shape[0]} and samples of shape {self.sample}"
+                f"x has shape {given}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
+                f"T = {theta.shape[0]} and samples of shape {wanted}"
             )
-        if x.dtype != theta.dtype or x.device != theta.device:
+        if (x.is_floating_point() and x.dtype != theta.dtype) or x.device != theta.device:
             raise TypeError(
                 f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
                 f"x.to({str(theta.device)!r}, {theta.dtype})"
@@ -218,7 +220,7 @@ class GradientLearner(Learner):
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps)
-        return Adapted(self.captures, self.program, choice, theta, steps, tuple(support_x.shape[2:]))
+        return Adapted(self.captures, self.program, choice, theta, steps, tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x)))
 
     @property
     def adapted_names(self) -> frozenset[str]:
@@ -386,7 +388,7 @@ class GradientLearner(Learner):
         shape = self.captures.recording(x).output_shape
         if shape[:1] != x.shape[1:2]:
             raise ValueError(
-                f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(shape)}; its first axis must "
+                f"for samples [n, ...] = {[list(part.shape[1:]) for part in parts_of(x)]} the model gives {list(shape)}; its first axis must "
                 "stay the sample axis n"
             )
         return tuple(shape[1:])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metafast.kernels.contract.layer import Layer, Loss
 from metafast.kernels.derived import Derived
+from metafast.kernels.input_part import InputPart
 from metafast.program import Node, Parameter, Program
 from metafast.program.derive import Cone, Slot, Step, as_step
 from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
@@ -154,6 +155,8 @@ class _Builder:
             self._examine(number)
         self._group()
         names = _Names()
+        if self.recording.several:
+            self._add_inputs()
         for number in self.needed:
             if number in self.matches:
                 self._add_match(number, names)
@@ -248,6 +251,14 @@ class _Builder:
         roots = {ref for ref, r in readers if real or (self._is_real(ref) and (r is None or r in self.matches))}
         self.roots |= roots
         self.cone[number] = next(iter(roots)) if real and len(roots) == 1 else None
+
+    def _add_inputs(self) -> None:
+        """Makes a node of each part of the samples that somebody reads."""
+        used = {ref for reads in self.reads.values() for ref in reads if isinstance(ref, Input)}
+        del self.value[Input(0)]
+        for ref in sorted(used, key=lambda ref: ref.number):
+            self.nodes.append((f"input_{ref.number}", InputPart(ref.number), (0,), (), (), ""))
+            self.value[ref] = len(self.nodes)
 
     def _add_match(self, number: int, names: _Names) -> None:
         """Makes the node of a layer with rules."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
-from metafast.tasks import Batch
+from metafast.tasks import Batch, parts_of
 
 Adjoints = dict[int, Tensor]
 """The adjoint ``[T, n, ...]`` of the loss in a value, by the value's number."""
@@ -192,7 +192,7 @@ class Pass:
             shapes = ", ".join(str(list(value.shape[1:])) for value in inputs)
             raise ValueError(
                 f"layer {node.name!r} ({node.layer.kind}) cannot take an input of shape {shapes} [n, ...]: {error}. "
-                f"The samples have shape {list(self.batch.x.shape[2:])}; check it against the model's first layer"
+                f"The samples have shape {', '.join(str(list(x.shape[2:])) for x in parts_of(self.batch.x))}; check it against the model's first layer"
             ) from error
         self.contexts[i] = ctx
 

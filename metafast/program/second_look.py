@@ -18,7 +18,7 @@ from metafast.program.interpreter import Pass
 from metafast.program.capture import needed
 from metafast.program.operation import Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.recording import Recording
-from metafast.tasks import Batch
+from metafast.tasks import Batch, each_part, parts_of
 
 _ALLOWED = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3)}
 """The largest difference of outputs and of gradients, relative to the largest number among them."""
@@ -92,7 +92,7 @@ def first_difference(
     _, _, run = _run(program, theta, truth, step)
     number: dict[Made, int] = {}
     for ref in made:
-        like = [i for i, v in run.values.items() if v.shape[1:] == values[ref].shape and _close(v[0], values[ref], allowed)]
+        like = [i for i, v in run.values.items() if _is_like(v, values[ref], allowed)]
         if not like:
             return _name(recording, ref)
         number[ref] = like[-1]
@@ -109,7 +109,7 @@ def first_difference(
 
 def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
     """Runs the Program on the truth's task; returns outputs, gradients by name, and the pass."""
-    x = truth.x[None] if isinstance(truth.x, Tensor) else truth.x
+    x = each_part(lambda part: part[None], truth.x)
     run = Pass(program, theta[None], Batch(x, x), step, (True,) * len(program.parameters))
     with torch.no_grad():
         outputs = run.forward()[0]
@@ -136,7 +136,7 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
 def _replayed(recording: Recording, named: dict[str, Tensor], x: Any) -> dict[Ref, Tensor]:
     """Repeats the recorded operations one by one, with a graph from the parameters."""
     known: dict[Ref, Tensor] = {}
-    leaves = [x] if isinstance(x, Tensor) else list(x.values() if isinstance(x, dict) else x)
+    leaves = parts_of(x)
     slots: dict[Ref, Slot] = {}
     filled: dict[Slot, Any] = {}
 
@@ -191,6 +191,11 @@ def _name(recording: Recording, ref: Made) -> str:
     operation = recording.operations[ref.operation]
     where = f" at {operation.line}" if operation.line else f" in module {operation.path!r}" if operation.path else ""
     return f"{operation.name}{where}"
+
+
+def _is_like(value: Any, wanted: Tensor, allowed: float) -> bool:
+    """Says whether a value ``[1, ...]`` of a pass holds what is wanted."""
+    return isinstance(value, Tensor) and value.shape[1:] == wanted.shape and _close(value[0], wanted, allowed)
 
 
 def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
