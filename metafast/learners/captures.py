@@ -51,6 +51,7 @@ class Captures:
         settings: returns the settings of now.
         trained: whether each batch norm was in training when the learner last was, by name: a learner in evaluation
             keeps to that.
+        second_look: whether each Program is compared with the module; what compares more does without.
         recordings: what has been recorded of this module, by the kind of samples.
         programs: the Programs made of them.
     """
@@ -58,6 +59,7 @@ class Captures:
     model: nn.Module
     settings: Callable[[], CaptureSettings]
     trained: dict[str, bool] = field(default_factory=dict)
+    second_look: bool = True
     recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
     programs: dict[Any, Program] = field(default_factory=dict)
 
@@ -148,7 +150,11 @@ class Captures:
 def _kind(x: Any) -> tuple[Any, ...]:
     """Returns all that a recording depends on besides the module: the shapes of one task's samples, and dtypes."""
     leaves, structure = tree_flatten(x)
-    return (str(structure), *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves), torch.is_autocast_enabled())
+    return (
+        str(structure),
+        *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
+        torch.is_autocast_enabled(),
+    )
 
 
 def first_task(x: Any) -> Any:

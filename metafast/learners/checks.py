@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
             continue
         outputs = []
         for padding in (0, 1):
-            x = each_part(lambda part, mask=batch.mask, value=padding: _padded(part, mask, value), batch.x)
+            x = each_part(partial(_padded, mask=batch.mask, value=padding), batch.x)
             theta, nothing = params.expand(len(tasks), -1), (False,) * len(program.parameters)
             run = Pass(program, theta, Batch(x, batch.y, batch.mask), 0, nothing)
             outputs.append(run.forward()[batch.mask])

@@ -59,7 +59,9 @@ class Adapted:
         theta, x = self.parameters, as_samples(x)
         sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
         if x.dim() < 2 or x.shape[0] != theta.shape[0] or sample != self.sample:
-            given, wanted = (", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample))
+            given, wanted = (
+                ", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample)
+            )
             raise ValueError(
                 f"x has shape {given}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
                 f"T = {theta.shape[0]} and samples of shape {wanted}"
@@ -220,7 +222,14 @@ class GradientLearner(Learner):
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps)
-        return Adapted(self.captures, self.program, choice, theta, steps, tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x)))
+        return Adapted(
+            self.captures,
+            self.program,
+            choice,
+            theta,
+            steps,
+            tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x)),
+        )
 
     @property
     def adapted_names(self) -> frozenset[str]:
@@ -271,6 +280,15 @@ class GradientLearner(Learner):
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
+    def prepare(self, tasks: TaskBatch) -> None:
+        """Captures and checks the model for batches like ``tasks``, which otherwise the first of them waits for.
+
+        Raises:
+            CaptureError: the model's forward pass cannot become a Program.
+            TypeError, ValueError: the batch does not fit the model.
+        """
+        self._choice_for(tasks)
+
     @property
     def loop(self) -> InnerLoop:
         """The inner loop as the executors read it, by the settings of now."""
@@ -282,7 +300,7 @@ class GradientLearner(Learner):
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         loop = InnerLoop.judged_last(steps)
-        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self._rates(), support)
+        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
     def _capture_settings(self) -> CaptureSettings:
@@ -303,18 +321,22 @@ class GradientLearner(Learner):
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
-    def _rates(self) -> Tensor:
-        """Returns the inner rates, ``[1 or S, 1 or P]``."""
+    def inner_rates(self, program: Program | None = None) -> Tensor:
+        """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
         rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-        return rates if rates.shape[1] == 1 or len(self._sources) == self._parameter_count else self._columns(rates)
+        if rates.shape[1] == 1:
+            return rates
+        program = program or self.program
+        return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
 
-    def _columns(self, rates: Tensor) -> Tensor:
-        """Picks from rates for all parameters of the model those of the parameters that the model uses."""
-        used = {p.name for p in self.program.parameters}
+    def _columns(self, rates: Tensor, program: Program) -> Tensor:
+        """Picks from rates for all parameters of the model those of the parameters that ``program`` uses."""
+        used = {p.name for p in program.parameters}
         parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
         return torch.cat(parts, 1)
 
-    def _parameters_in_order(self, program: Program) -> list[Tensor]:
+    def parameters_of(self, program: Program) -> list[Tensor]:
+        """Lists the meta-parameters of the model in the order of ``program``."""
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
         return [named[p.name] for p in program.parameters]
 
@@ -367,13 +389,13 @@ class GradientLearner(Learner):
         """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
         program = self.captures.of(tasks)
-        parameters = self._parameters_in_order(program)
+        parameters = self.parameters_of(program)
         theta = _flatten_dense_tensors(parameters).detach()
         if tasks.shapes.ragged:
             check_padding(program, theta, tasks)
         output = self._output_shape(tasks.support_x)
         self._output_shape(tasks.query_x)
-        if not self.rows:
+        if self.captures.second_look and not self.rows:
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
@@ -387,9 +409,10 @@ class GradientLearner(Learner):
         """Returns the shape of a sample's output."""
         shape = self.captures.recording(x).output_shape
         if shape[:1] != x.shape[1:2]:
+            given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
             raise ValueError(
-                f"for samples [n, ...] = {[list(part.shape[1:]) for part in parts_of(x)]} the model gives {list(shape)}; its first axis must "
-                "stay the sample axis n"
+                f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
+                "axis n"
             )
         return tuple(shape[1:])
 

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metafast.program.aliases import Aliases
 from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
 from metafast.program.user_lines import error_line, user_line
 from metafast.tasks import Samples
+
 
 @dataclass
 class Recording:
@@ -46,7 +47,7 @@ class Recording:
     """
 
     operations: list[Operation] = field(default_factory=list)
-    output: Ref = Input(0)
+    output: Ref = field(default_factory=lambda: Input(0))
     inputs: list[torch.Size] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
     several: bool = False
@@ -67,9 +68,7 @@ class Recording:
         return any(tensor._version != version for tensor, version in self.guards)
 
 
-def record(
-    model: nn.Module, x: Any, part: str | int | None = None, ignored: Collection[Tensor] = ()
-) -> Recording:
+def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Collection[Tensor] = ()) -> Recording:
     """Runs ``model(x)`` once and returns what it did.
 
     Args:
@@ -97,7 +96,7 @@ def call(model: nn.Module, x: Any) -> Any:
     """Calls the model; samples of several tensors are its arguments."""
     if not isinstance(x, Samples):
         return model(x)
-    return model(*x.parts) if x.names is None else model(**x.arguments)
+    return model(*x.parts) if x.names is None else model(**x.by_name)
 
 
 class Recorder(SchemaCheckMode):
@@ -149,7 +148,7 @@ class Recorder(SchemaCheckMode):
             stack.enter_context(_functions_kept_whole(self))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch._C._EnablePythonDispatcher())
-            stack.enter_context(torch._C._EnablePreDispatch())  # type: ignore[attr-defined]
+            stack.enter_context(torch._C._EnablePreDispatch())
             stack.enter_context(self)
             stack.enter_context(_ValueReads(self))
             try:
@@ -204,7 +203,17 @@ class Recorder(SchemaCheckMode):
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
-            Operation(target, tuple(args), dict(kwargs), grad, _autocast(), user_line(), self.path(), self.leaf(), len(results))
+            Operation(
+                target,
+                tuple(args),
+                dict(kwargs),
+                grad,
+                _autocast(),
+                user_line(),
+                self.path(),
+                self.leaf(),
+                len(results),
+            )
         )
         sources = refs_in((args, kwargs))
         data = any(self.is_data(ref) for ref in sources)
@@ -332,8 +341,8 @@ class Recorder(SchemaCheckMode):
         if self.is_data(ref):
             raise self.refuse(
                 f"reads a value of the data by {how}",
-                "It may not branch or loop on values of the data, nor turn them into numbers: each task has its own. Use "
-                "torch.where, or decide by what is known before the data comes",
+                "It may not branch or loop on values of the data, nor turn them into numbers: each task has its own. "
+                "Use torch.where, or decide by what is known before the data comes",
             )
         self.recording.guards += [(tensor, tensor._version) for tensor in self.constants_of(ref)]
 
@@ -405,7 +414,7 @@ def _functions_kept_whole(recorder: Recorder) -> Iterator[None]:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
-class unchanged:  # noqa: N801  (it is used as a context)
+class unchanged:
     """Puts buffers, attributes and modes of a module back to where they were when the ``with`` block is left."""
 
     def __init__(self, model: nn.Module, ignored: Collection[Tensor] = ()) -> None:
@@ -472,8 +481,8 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
         what = f"a {type(returned).__name__}" if returned is not None else "None"
         parts = f" of {sorted(map(str, returned))}" if isinstance(returned, Mapping) else ""
         raise CaptureError(
-            f"{name}.forward returns {what}{parts}; it must return one tensor: say which part counts by output=, a name "
-            "or a number"
+            f"{name}.forward returns {what}{parts}; it must return one tensor: say which part counts by output=, a "
+            "name or a number"
         )
     return returned
 

@@ -128,9 +128,7 @@ class ReferenceExecutor(Executor):
 
         return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
 
-    def _in_chunks(
-        self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]
-    ) -> list[Found]:
+    def _in_chunks(self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]) -> list[Found]:
         """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
         return [compute(tasks) for tasks in self._chunks(program, params, x)]
 
