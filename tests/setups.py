@@ -155,6 +155,8 @@ def make_learner(setup, dtype=torch.float64, backend="reference"):
     with torch.no_grad():  # rows of a per-step batch norm that differ
         for row in learner.rows.parameters():
             row.add_(0.1 * torch.randn_like(row))
+    with torch.random.fork_rng():
+        learner.prepare(make_tasks(setup).to(dtype))
     return learner
 
 

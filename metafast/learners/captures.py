@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,7 +48,7 @@ class Captures:
 
     Attributes:
         model: the module.
-        settings: returns the settings of now.
+        settings: says how it is captured.
         trained: whether each batch norm was in training when the learner last was, by name: a learner in evaluation
             keeps to that.
         second_look: whether each Program is compared with the module; what compares more does without.
@@ -57,7 +57,7 @@ class Captures:
     """
 
     model: nn.Module
-    settings: Callable[[], CaptureSettings]
+    settings: CaptureSettings
     trained: dict[str, bool] = field(default_factory=dict)
     second_look: bool = True
     recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
@@ -85,7 +85,7 @@ class Captures:
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:
         """Keeps a call of the model from moving running statistics, where ``bn`` says what becomes of them."""
-        given = self.settings().bn is not None
+        given = self.settings.bn is not None
         with in_modes(self.model, dict.fromkeys(norms_of(self.model), "frozen") if given else {}):
             yield
 
@@ -105,7 +105,7 @@ class Captures:
         key = _kind(x)
         found = self.recordings.get(key)
         if found is None:
-            settings = self.settings()
+            settings = self.settings
             ignored = statistics_of(self.model) if settings.bn is not None else []
             with in_modes(self.model, self.modes()):
                 found = record(self.model, tree_map(lambda leaf: leaf[0], x), settings.output, ignored)
@@ -116,7 +116,7 @@ class Captures:
 
     def modes(self) -> dict[str, str]:
         """Returns the mode of each batch norm by name."""
-        return modes_of(self.model, self.settings().bn, self.trained)
+        return modes_of(self.model, self.settings.bn, self.trained)
 
     def stale(self) -> bool:
         """Says whether a number has changed that some recording has read of a buffer."""
@@ -136,7 +136,7 @@ class Captures:
         """Returns the Program of a recording; where another one computes the same, that one."""
         key = (_kind(x), names)
         if key not in self.programs:
-            settings = self.settings()
+            settings = self.settings
             shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
             layout = Layout(names, shapes, settings.adapt, settings.steps)
             made = program_of(self.model, recording, settings.loss, layout, self.modes())

@@ -21,6 +21,7 @@ from metafast.learners.checks import check_batch, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.program import Parameter, Program
+from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike, as_loss
 from metafast.program.recording import call
@@ -122,7 +123,7 @@ class GradientLearner(Learner):
             or ``"bf16"``, which put a meta-gradient of several steps off by several per cent and more.
 
     Raises:
-        CaptureError: the model's forward pass cannot become a Program.
+        CaptureError: the model has no parameters.
         ValueError: an option out of its range; the text names it.
     """
 
@@ -148,19 +149,30 @@ class GradientLearner(Learner):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
+        if next(model.parameters(), None) is None:
+            raise CaptureError(f"{type(model).__name__} has no parameters; there is nothing to meta-learn")
         check_mode(model, bn)
         check_backend(backend)
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn, self.output = as_loss(loss), bn, output
         self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
-        self.captures = Captures(model, self._capture_settings)
+        self.captures = Captures(model, self._capture_settings())
         self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
         self.rows = self._rows_per_step()
         self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self._layout(), steps, next(model.parameters()))
         self._parameter_count = len(list(model.parameters()))
         self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
         self._latest: KnownBatch | None = None
+        self._look()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns all but what has been captured: a copy captures its own module."""
+        captures = Captures(self.model, self.captures.settings, self.captures.trained)
+        return {**self.__dict__, "captures": captures, "_known": OrderedDict(), "_latest": None, "_snapshot": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._look()
 
     @classmethod
@@ -198,6 +210,7 @@ class GradientLearner(Learner):
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
         """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
         self._follow_changes()
+        self.captures.settings = self._capture_settings()
         return self._choose(self.captures.of(tasks), tasks.shapes).plan.graph_obstacle
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -262,21 +275,23 @@ class GradientLearner(Learner):
         """Says which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
             self._follow_changes()
-            choice = self._choose(self.captures.of_samples(x), TaskShapes.of_samples(x))
+            self.captures.settings = self._capture_settings()
+            program = self.captures.of_samples(x)
+            choice = self._choose(program, TaskShapes.of_samples(x))
         elif self._latest is not None:
-            choice = self._latest.choice
+            program, choice = self.program, self._latest.choice
         else:
             return "no batch has been seen yet; call explain(support_x)"
         hows, memory = choice.plan.layers(), choice.plan.memory()
-        width = max(len(n.name) for n in self.program.nodes)
-        sizes = [sum(self.program.parameters[k].size for k in n.params) for n in self.program.nodes]
+        width = max(len(n.name) for n in program.nodes)
+        sizes = [sum(program.parameters[k].size for k in n.params) for n in program.nodes]
         lines = [f"executor: {choice.executor.name} (backend={name_of(self.backend)!r})"]
         lines += [f"  passed over {name}: {reason}" for name, reason in choice.passed_over]
-        for node, size, how in zip(self.program.nodes, sizes, hows, strict=True):
+        for node, size, how in zip(program.nodes, sizes, hows, strict=True):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
-        moved = sum(p.size for p in self.program.parameters if p.adapted)
-        lines.append(f"  loss: {self.program.loss.kind}; {moved:,} of {self.program.size:,} parameters are adapted")
+        moved = sum(p.size for p in program.parameters if p.adapted)
+        lines.append(f"  loss: {program.loss.kind}; {moved:,} of {program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
@@ -388,6 +403,7 @@ class GradientLearner(Learner):
     def _examine(self, tasks: TaskBatch) -> KnownBatch:
         """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
+        self.captures.settings = self._capture_settings()
         program = self.captures.of(tasks)
         parameters = self.parameters_of(program)
         theta = _flatten_dense_tensors(parameters).detach()

@@ -56,7 +56,7 @@ class ReferenceExecutor(Executor):
         if shapes.dtype.is_floating_point and shapes.dtype not in (torch.float32, torch.float64):
             return f"dtype {shapes.dtype}: it runs float32 and float64"
         layers = tuple(
-            "rules derived by torch.func" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
+            "rules derived by torch.autograd" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
             for node in program.nodes
         )
         return ExecutionPlan(self, lambda: layers, f"executor {self.name!r} may wait for the host", lambda: None)
