@@ -17,7 +17,7 @@ from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task
-from metafast.learners.checks import check_batch, check_like, check_padding
+from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.program import Parameter, Program
@@ -148,6 +148,7 @@ class GradientLearner(Learner):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
+        check_initialised(model)
         check_mode(model, bn)
         check_backend(backend)
         check_precision(precision)

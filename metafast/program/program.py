@@ -120,6 +120,12 @@ class Program:
         return [flat[..., p.offset : p.offset + p.size].reshape((*lead, *p.shape)) for p in self.parameters]
 
     @cached_property
+    def derived(self) -> tuple[Node, ...]:
+        """Returns the nodes that have no rules of their own, for any number of samples."""
+        programs = (self, *self.by_samples.values())
+        return tuple(node for program in programs for node in program.nodes if node.layer.kind == "derived")
+
+    @cached_property
     def adapted(self) -> Tensor:
         """Returns the bool mask ``[P]`` that is true where the inner loop moves the parameter."""
         mask = torch.zeros(self.size, dtype=torch.bool)

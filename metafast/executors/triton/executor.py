@@ -96,6 +96,11 @@ class TritonExecutor(Executor):
         norms = [node.layer for node in program.nodes if isinstance(node.layer, BatchNorm)]
         if shapes.ragged and not all(norm.fixed_statistics for norm in norms):
             return "ragged tasks in a batch norm that measures its statistics"
+        if program.by_samples:
+            return "what it computes depends on the number of samples"
+        reverse = [node.name for node in program.derived if getattr(node.layer, "reverse_only", False)]
+        if reverse:
+            return f"{reverse[0]}: its second derivative is to be had by autograd alone"
         derived = _unknown_function(program)
         if self.precision == "bf16" and derived:
             return f"precision='bf16' needs kernels for every layer and the loss, and {derived!r} has none"
@@ -247,7 +252,7 @@ class TritonExecutor(Executor):
 
     def _layered(self, program: Program, device: torch.device) -> ReferenceExecutor:
         """Returns the executor that runs the lowered Program layer by layer."""
-        inner = ReferenceExecutor(self._budget(device), self._lowered(program, device).max_tasks)
+        inner = ReferenceExecutor(self._budget(device), self._lowered(program, device).max_tasks, autograd=False)
         return inner if self.wrap is None else inner.observed(self.wrap)
 
     def _lowered(self, program: Program, device: torch.device) -> Lowered:
