@@ -325,7 +325,7 @@ class GradientLearner(Learner):
             if parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.detach() + gradient
 
-    def _track_statistics(self, tasks: TaskBatch) -> None:
+    def _track_statistics(self, choice: Choice, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+            track(self.program, choice.executor.predict, self.flat_parameters().detach(), tasks.support)

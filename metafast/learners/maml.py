@@ -80,7 +80,7 @@ class MAML(GradientLearner):
         """
         choice = self._choice_for(tasks)
         if torch.is_grad_enabled():
-            self._track_statistics(tasks)
+            self._track_statistics(choice, tasks)
         theta, rate = self.flat_parameters(), self.rate()
         if create_graph:
             if self.first_order:
@@ -101,7 +101,7 @@ class MAML(GradientLearner):
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._choice_for(tasks)
-        self._track_statistics(tasks)
+        self._track_statistics(choice, tasks)
         rate = self._rates()
         loop = self._loop(learns_rates=rate.requires_grad)
         found = choice.executor.meta_gradient(self.program, loop, self._sources, rate, tasks)

@@ -95,7 +95,7 @@ class Reptile(GradientLearner):
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
         choice = self._choice_for(tasks)
-        self._track_statistics(tasks)
+        self._track_statistics(choice, tasks)
         adapted = self._adapted(choice, tasks.support, self.steps)
         self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))
         return self._on_queries(choice, adapted, tasks)
