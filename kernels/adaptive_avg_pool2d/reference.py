@@ -41,4 +41,6 @@ def _read(input: Any, output_size: Any) -> AdaptiveAvgPool2d | None:
     return AdaptiveAvgPool2d(size) if all(isinstance(extent, int) for extent in size) else None
 
 
-PATTERNS = (Pattern(_read, modules=(nn.AdaptiveAvgPool2d,), functions=(nn.functional.adaptive_avg_pool2d,)),)
+PATTERNS = (
+    Pattern(_read, modules=(nn.AdaptiveAvgPool2d,), functions=(nn.functional.adaptive_avg_pool2d,)),
+)

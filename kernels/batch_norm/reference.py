@@ -99,7 +99,8 @@ def _read(
     layer = BatchNorm(bn, eps, weight is not None, bias is not None, momentum or 0.0)
     if layer.fixed_statistics and running_mean is None:
         raise ValueError(
-            f'bn={bn!r} needs running statistics, but {name!r} keeps none (track_running_stats=False); use bn="task"'
+            f"bn={bn!r} needs running statistics, but {name!r} keeps none (track_running_stats=False); use "
+            'bn="task"'
         )
     if momentum is None and bn == "running":
         raise ValueError(f"{name!r} has momentum=None; bn='running' needs a number, such as momentum=0.1")

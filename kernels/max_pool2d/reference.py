@@ -57,4 +57,6 @@ def _read(
     return MaxPool2d(pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation), ceil_mode)
 
 
-PATTERNS = (Pattern(_read, modules=(nn.MaxPool2d,), functions=(nn.functional.max_pool2d, torch.max_pool2d)),)
+PATTERNS = (
+    Pattern(_read, modules=(nn.MaxPool2d,), functions=(nn.functional.max_pool2d, torch.max_pool2d)),
+)
