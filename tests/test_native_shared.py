@@ -62,7 +62,8 @@ class Siamese(nn.Module):
 
 CALLED_TWICE = [
     vectors("linear layer", lambda: twice(nn.Linear(3, 3), nn.Linear(3, 2))),
-    vectors("linear layer, Meta-SGD", lambda: twice(nn.Linear(3, 3), nn.Linear(3, 2)), learner=mf.MetaSGD, lr=(0.02, 0.1)),
+    vectors("linear layer, Meta-SGD", learner=mf.MetaSGD, lr=(0.02, 0.1),
+            model=lambda: twice(nn.Linear(3, 3), nn.Linear(3, 2))),
     vectors("linear layer alone, weights", lambda: twice(nn.Linear(3, 3), nn.Linear(3, 2)), step_weights=[0.6, 0.2]),
     images("convolution", lambda: twice(nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(), nn.Linear(FEATURES, 3))),
     images("linear layer of flattened images",
@@ -75,14 +76,16 @@ FLATTENED = [
     images("sum with hidden images", lambda: Skip(18, small(nn.Tanh(), channels=3), nn.GELU())),
     images("sum, ANIL", lambda: Skip(18, small(channels=3), nn.Sigmoid()), learner=mf.ANIL, head="head"),
     images("sum, ragged", lambda: Skip(18, small(channels=3)), ragged=True),
-    images("batch norm of the input", lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 3))),
+    images("batch norm of the input",
+           lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 3))),
     images("batch norm of hidden images",
            lambda: small(nn.Flatten(), nn.BatchNorm1d(18), nn.ReLU(), nn.Linear(18, 3), channels=3)),
     images("batch norm, running", bn="running",
            model=lambda: small(nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(18), nn.Linear(18, 3), channels=3)),
     images("batch norm, per step", bn="per_step", lr=mf.Rate((0.02, 0.1), ("layer", "step"), learn=True),
            model=lambda: small(nn.Tanh(), nn.Flatten(), nn.BatchNorm1d(18), nn.Linear(18, 3), channels=3)),
-    Setup("classes", lambda: small(nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten()), IMAGE, 12, options={"steps": 2}),
+    Setup("classes", lambda: small(nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten()), IMAGE, 12,
+          options={"steps": 2}),
 ]  # fmt: skip
 every_setup = pytest.mark.parametrize("setup", CALLED_TWICE + FLATTENED, ids=str)
 
