@@ -434,7 +434,8 @@ class GradientLearner(Learner):
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+            predict = self._now.choice.executor.predict
+            track(self.program, predict, self.flat_parameters().detach(), tasks.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
