@@ -15,6 +15,7 @@ from metafast.episodes import pictures, sources
 from metafast.learners import Learner
 from metafast.training import checkpoint
 from metafast.training.build import build_learner, build_model, choose_device
+from metafast.training.checkpoint import CheckpointError
 from metafast.training.data import open_episodes
 from metafast.training.evaluate import final_test, headline
 from metafast.training.recipes import Recipe
@@ -43,7 +44,10 @@ def open_run(folder: Path, device: str = "auto", backend: str = "auto") -> Train
     """
     path = folder / (BEST if (folder / BEST).is_file() else LAST)
     tensors, state = checkpoint.load(path)
-    recipe = Recipe.from_json(state["recipe"])
+    try:
+        recipe = Recipe.from_json(state["recipe"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used here: {error}; train again") from error
     device = choose_device(device)
     learner = build_learner(recipe, build_model(recipe, state["seed"]).to(device), backend)
     load_learner(learner, tensors)
