@@ -74,18 +74,28 @@ def test_a_holder_on_another_machine_is_named(tmp_path, monkeypatch):
         FolderLock(tmp_path)
 
 
-def test_a_forked_child_neither_has_nor_ends_the_lock_of_its_parent(tmp_path):
-    held = FolderLock(tmp_path)
-    child = os.fork()
-    if not child:
-        try:
-            held._release()
-            FolderLock(tmp_path)
-        except InUse:
-            os._exit(7)
+FORK = """
+import os, runpy, sys
+from pathlib import Path
+lock = runpy.run_path(sys.argv[1])
+held = lock["FolderLock"](Path(sys.argv[2]))
+child = os.fork()
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert Path(sys.argv[2], lock["FILE"]).exists()
+else:
+    held._release()
+    try:
+        lock["FolderLock"](Path(sys.argv[2]))
+        os._exit(1)
+    except lock["InUse"]:
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert (tmp_path / FILE).exists()
+"""
+
+
+def test_a_forked_child_neither_has_nor_ends_the_lock_of_its_parent(tmp_path):
+    subprocess.run([sys.executable, "-c", FORK, lock.__file__, str(tmp_path)], check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 CONTEND = """

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metafast.episodes import division
 from metafast.files import write_json
 from metafast.learners import Learner
 from metafast.training import checkpoint
@@ -85,12 +86,14 @@ class Training:
     """
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
+        recipe = replace(recipe, split=division.absolute(recipe.split))
         self.recipe, self.options = recipe, options
         self.device = choose_device(options.device)
         # A folder that is not there yet is made when all else has turned out well.
         self._lock = FolderLock(options.out) if options.out.is_dir() else None
         _check_folder(options)
         self.episodes = open_episodes(recipe, options.data, options.seed, self.device)
+        self._division = division.identity(recipe.split)
         model = build_model(recipe, options.seed).to(self.device)
         self.learner = build_learner(recipe, model, options.backend)
         # Settles, before anything is written, whether the chosen executor can run the model.
@@ -121,6 +124,7 @@ class Training:
             identity.pop(judging)
         if self.recipe.schedule == "constant":
             identity.pop("iterations")
+        identity["split"] = self._division
         return {**identity, **{f"episodes.{k}": v for k, v in self.episodes.train.settings.items()}}
 
     def run(self, progress: Progress) -> None:
@@ -234,10 +238,7 @@ class Training:
 
     def _validate(self, metrics: Metrics, progress: Progress) -> None:
         recipe, sampler = self.recipe, self.episodes.validation
-        if sampler is None:
-            raise ValueError(
-                f"{recipe.data} has no classes set aside for validation; give --eval-every 0, or a folder with val/"
-            )
+        assert sampler is not None  # open_episodes has seen to it
         settings = self.learner.test_settings(recipe)[-1]
         found = scores(self.learner, fixed_list(sampler, recipe.eval_tasks), settings, recipe.classification)
         value, half = interval(found)
