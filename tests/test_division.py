@@ -181,6 +181,7 @@ class TestFolders:
         root = fill(tmp_path / "d", "cat", "birds/owl", "birds/seen at night/owl", "birds")
         (root / "cat" / "notes").mkdir()  # lies in a class and holds none
         (root / "birds" / ".hidden").mkdir()
+        fill(root, "cat/not a picture.png", count=0)
         train, _, test = names_of(load_folder(root, 4, 1, "2/2"))
         assert sorted(train + test) == ["birds", "birds/owl", "birds/seen at night/owl", "cat"]
 
@@ -349,7 +350,7 @@ class TestRuns:
         words += ["1", "--queries", "1", "--test-tasks", "2", "--device", "cpu", "--out", "run"]
         for split, code, text in (
             ("50/50", 0, "over 2 tasks"),
-            ("a.txt,b.txt", 1, f"metafast: there is no list of class names at {tmp_path}/a.txt"),
+            ("a.txt,b.txt", 1, "metafast: there is no list of class names at a.txt"),
             ("60/50", 2, "metafast: split is 60/50, which sums to 110; shares must sum to 100"),
         ):
             with pytest.raises(SystemExit) as stop:

@@ -16,9 +16,9 @@ except ImportError:  # Windows has no such locks; there the numbers of processes
 
 FILE = ".lock"
 _Key = tuple[int, Path]
-# The lock files that are held, by process and path: the open descriptor, and how many objects share it. A forked child
-# finds nothing of its own here, so it neither shares what its parent holds nor lets it go.
-_HELD: dict[_Key, tuple[int, int]] = {}
+# The lock files that are held, by process and path: the open descriptor if it is what locks, and how many objects share
+# it. A forked child finds nothing of its own here, so it neither shares what its parent holds nor lets it go.
+_HELD: dict[_Key, tuple[int | None, int]] = {}
 
 
 class InUse(RuntimeError):
@@ -60,16 +60,21 @@ def _let_go(key: _Key) -> None:
         return
     # First the file goes, then the lock: whoever opened the file before finds that it is no longer there.
     key[1].unlink(missing_ok=True)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _take(path: Path) -> int | None:
+    """Writes the number of this process into the lock file. Returns its descriptor if that is what locks."""
+    text = f"{os.getpid()} {socket.gethostname()}\n".encode()
+    locked = _take_by_lock(path) if fcntl is not None else None
+    if locked is not None:
+        os.write(locked, text)
+        return locked
+    descriptor = _take_by_number(path)
+    os.write(descriptor, text)
     os.close(descriptor)
-
-
-def _take(path: Path) -> int:
-    """Returns the descriptor of the lock file, which from now on holds the number of this process."""
-    descriptor = _take_by_lock(path) if fcntl is not None else None
-    if descriptor is None:
-        descriptor = _take_by_number(path)
-    os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
-    return descriptor
+    return None
 
 
 def _take_by_lock(path: Path) -> int | None:

@@ -86,13 +86,14 @@ class Training:
     """
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
-        recipe = replace(recipe, split=division.absolute(recipe.split))
-        self.recipe, self.options = recipe, options
+        self.options = options
         self.device = choose_device(options.device)
         # A folder that is not there yet is made when all else has turned out well.
         self._lock = FolderLock(options.out) if options.out.is_dir() else None
         _check_folder(options)
         self.episodes = open_episodes(recipe, options.data, options.seed, self.device)
+        # Lists of class names are found again from any working folder, and are known by what they say.
+        self.recipe = recipe = replace(recipe, split=division.absolute(recipe.split))
         self._division = division.identity(recipe.split)
         model = build_model(recipe, options.seed).to(self.device)
         self.learner = build_learner(recipe, model, options.backend)
