@@ -349,7 +349,7 @@ class TestRuns:
         ]
         words += ["1", "--queries", "1", "--test-tasks", "2", "--device", "cpu", "--out", "run"]
         for split, code, text in (
-            ("50/50", 0, "over 2 tasks"),
+            ("50/50", 0, "classes: 3 for train, 0 for validation, 3 for test\n"),
             ("a.txt,b.txt", 1, "metafast: there is no list of class names at a.txt"),
             ("60/50", 2, "metafast: split is 60/50, which sums to 110; shares must sum to 100"),
         ):

@@ -109,6 +109,8 @@ def train(
     settings = Options(out, data, device, backend, seed, resuming, checkpoint_every, tensorboard, graph)
     training = Training(chosen, settings)
     progress.note(f"{chosen.name}, {chosen.algorithm}, on {training.device}, in {out}")
+    if classes := training.episodes.classes:
+        progress.note(f"classes: {', '.join(f'{count} for {part}' for part, count in classes.items())}")
     training.run(progress)
     progress.note(f"testing on {test_tasks} tasks")
     summary = finish(training, test_tasks, time.perf_counter() - began)

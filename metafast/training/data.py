@@ -17,11 +17,12 @@ TEST_BATCH = 25
 
 @dataclass(frozen=True)
 class Episodes:
-    """The samplers of one run."""
+    """The samplers of one run; ``classes`` has the number of classes of each part, where there are classes."""
 
     train: Sampler
     validation: Sampler | None
     test: Mapping[int, Sampler]
+    classes: Mapping[str, int]
 
 
 def fixed_list(sampler: Sampler, tasks: int) -> Iterator[TaskBatch]:
@@ -53,6 +54,7 @@ def open_episodes(recipe: Recipe, path: Path | None, seed: int, device: str) -> 
         if parts.validation is None or not recipe.eval_every
         else judging(parts.validation, recipe.test_shots[0], "validation"),
         {shots: judging(parts.test, shots, "test") for shots in recipe.test_shots},
+        parts.classes,
     )
 
 

@@ -49,6 +49,7 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
         "seed": options.seed,
         "settings": recipe.to_json(),
         "episodes": {
+            "classes": dict(training.episodes.classes),
             "train": training.episodes.train.settings,
             "test": {str(shots): sampler.settings for shots, sampler in training.episodes.test.items()},
         },
