@@ -82,6 +82,11 @@ class TestNumbers:
         with pytest.raises(ValueError, match=rf"^split is '{split}'; it must be .*64/16/20, or files of class names"):
             divide(NAMES, split, 0, tmp_path)
 
+    @pytest.mark.parametrize("split", [("cat", "dog"), [["cat"], ["dog"]], 0.5, (1, 2, 3, 4)])
+    def test_other_objects_are_refused(self, tmp_path, split):
+        with pytest.raises(ValueError, match=r"^split is .*; it must be "):
+            divide(NAMES, split, 0, tmp_path)
+
     def test_other_sums_are_refused(self, tmp_path):
         text = (
             r"split is 60/16/20, which sums to 96; shares must sum to 100 .*, numbers of classes to the 50 that there"

@@ -52,7 +52,12 @@ def divide(names: Sequence[str], split: Split, seed: int, where: Path) -> dict[s
             return _by_names(names, {part: read_list(file) for part, file in files.items()}, where)
         numbers = _numbers(split)
     else:
-        numbers, split = [float(number) for number in split], "/".join(f"{number:g}" for number in split)
+        try:
+            numbers, split = [float(number) for number in split], "/".join(f"{number:g}" for number in split)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"split is {split!r}; it must be three numbers, names by part ({', '.join(PARTS)}), or a text: {FORMS}"
+            ) from error
     parts = {part: [names[i] for i in found] for part, found in _by_numbers(len(names), numbers, split, seed).items()}
     wanted = dict(zip(PARTS, _three(numbers), strict=True))
     if empty := [part for part in PARTS if not parts[part] and (wanted[part] or part != "validation")]:
