@@ -96,7 +96,9 @@ class GradientLearner(Learner):
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
-        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
+        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task, which sees the
+            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised.
+        query_loss: the loss that judges the query sets, likewise; ``None``: the same as ``loss``.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
@@ -121,6 +123,7 @@ class GradientLearner(Learner):
         *,
         loss: LossLike,
         lr: float | Rate,
+        query_loss: LossLike | None = None,
         steps: int = 1,
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
         bn: str = "task",
@@ -138,6 +141,7 @@ class GradientLearner(Learner):
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn = as_loss(loss), bn
+        self.query_loss = None if query_loss is None else as_loss(query_loss)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.adapted_names = trained if adapt is None else resolve_names(model, adapt)
         self.program = self._capture()
@@ -198,7 +202,7 @@ class GradientLearner(Learner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._choice_for(tasks)
+        choice = self._choice_for(tasks, judged=False)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
@@ -223,7 +227,9 @@ class GradientLearner(Learner):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
         moved = sum(p.size for p in self.program.parameters if p.adapted)
-        lines.append(f"  loss: {self.program.loss.kind}; {moved:,} of {self.program.size:,} parameters are adapted")
+        loss, of_query = self.program.loss.label, self.program.query.loss.label
+        loss += "" if self.query_loss is None else f", {of_query} on query sets"
+        lines.append(f"  loss: {loss}; {moved:,} of {self.program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
@@ -242,7 +248,8 @@ class GradientLearner(Learner):
         return trajectory[-1]
 
     def _capture(self) -> Program:
-        return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
+        program = capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
+        return program.with_loss(self.loss, self.query_loss)
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         """Finds the shape of a sample's output by a run of one task."""
@@ -281,18 +288,21 @@ class GradientLearner(Learner):
                 rows[p.name.replace(".", "/")] = nn.Parameter(named[p.name].detach().expand(p.shape).clone())
         return rows
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
-        """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
+        """Checks a batch against the model and chooses the executor, once for each kind of batch.
+
+        The query sets are looked at where the batch is ``judged``.
+        """
         check_batch(tasks)
         self._follow_changes()
-        key = self._kind(tasks)
+        key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
             known = self._examine(tasks)
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
             self._known[key] = known
         elif known.checks_targets:
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
         return known.choice
 
     def _kind(self, tasks: TaskBatch) -> tuple[object, ...]:
@@ -312,12 +322,14 @@ class GradientLearner(Learner):
         self._output_shape(tasks.query_x)
         choice = self._choose(tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        looks = self.program.loss.reads_targets and tasks.support_x.device.type == "cpu"
+        reads = self.program.loss.reads_targets or self.program.query.loss.reads_targets
+        looks = reads and tasks.support_x.device.type == "cpu"
         return KnownBatch(choice, output, looks)
 
-    def _check_targets(self, known: KnownBatch, tasks: TaskBatch) -> None:
+    def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         self.program.loss.check(known.output, tasks.support_y, "support_y")
-        self.program.loss.check(known.output, tasks.query_y, "query_y")
+        if judged:
+            self.program.query.loss.check(known.output, tasks.query_y, "query_y")
 
     def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Adds the gradient of each meta-parameter of the model to its ``.grad``."""

@@ -70,12 +70,14 @@ class Program:
         parameters: the parameters, in the order of the flat vector.
         output: the number of the value that the loss reads.
         loss: the loss.
+        query_loss: the loss of the query sets, where it is another one than that of the support sets.
     """
 
     nodes: tuple[Node, ...]
     parameters: tuple[Parameter, ...]
     output: int
     loss: Loss
+    query_loss: Loss | None = None
 
     @property
     def size(self) -> int:
@@ -117,6 +119,11 @@ class Program:
             )
         return tuple(moving)
 
-    def with_loss(self, loss: Loss) -> Program:
-        """Returns the same model under another loss."""
-        return replace(self, loss=loss)
+    @cached_property
+    def query(self) -> Program:
+        """Returns the model under the loss of the query sets: this Program, if it has one loss."""
+        return self if self.query_loss is None else self.with_loss(self.query_loss)
+
+    def with_loss(self, loss: Loss, query_loss: Loss | None = None) -> Program:
+        """Returns the same model under another loss, and under ``query_loss`` on query sets where one is given."""
+        return replace(self, loss=loss, query_loss=query_loss)
