@@ -134,6 +134,7 @@ def verify(
     *,
     loss: LossLike,
     lr: float | Rate,
+    query_loss: LossLike | None = None,
     steps: int = 1,
     adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
     bn: str = "task",
@@ -148,15 +149,17 @@ def verify(
     float64, which tells a wrong formula from rounding.
 
     Args:
-        model: the model, which stays untouched. It and ``loss``, ``lr``, ``steps``, ``adapt``, ``bn`` and ``backend``
-            are as in :class:`MAML`.
+        model: the model, which stays untouched. It and ``loss``, ``lr``, ``query_loss``, ``steps``, ``adapt``, ``bn``
+            and ``backend`` are as in :class:`MAML`.
         tasks: a few tasks of the shapes that you use.
 
     Raises:
         ValueError, TypeError, CaptureError: as :class:`MAML` raises them for the model and its first batch.
         RuntimeError: ``backend`` cannot run this model.
     """
-    options: dict[str, Any] = {"loss": loss, "lr": lr, "steps": steps, "bn": bn, "backend": backend}
+    options: dict[str, Any] = {
+        "loss": loss, "lr": lr, "query_loss": query_loss, "steps": steps, "bn": bn, "backend": backend,
+    }  # fmt: skip
     options["adapt"] = None if adapt is None else _named(model, adapt)
     learner = MAML(deepcopy(model), **options)
     learner.backward(tasks)  # raises where the model or the tasks are wrong
@@ -175,7 +178,8 @@ def verify(
         checks += _model_checks(truth, executor, converted, batch, theta)
         layers += LayerChecks(truth, plan, converted.program, batch.support, theta, TOLERANCES[dtype]).run()
     settings = {
-        "loss": learner.loss.kind, "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
+        "loss": learner.loss.label, "query_loss": learner.program.query.loss.label,
+        "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
         "steps": steps, "bn": bn, "adapted": [p.name for p in learner.program.parameters if p.adapted],
         "tasks": len(tasks), "support_x": list(tasks.support_x.shape), "query_x": list(tasks.query_x.shape),
         "dtype": str(tasks.support_x.dtype).removeprefix("torch."), "device": str(tasks.support_x.device),

@@ -97,6 +97,7 @@ class CpuExecutor(Executor):
         several = needed["team_workspace"] and needed["chunks"] < torch.get_num_threads()
         alone = f"{'several cores' if several else 'a core'} for each task"
         where = f"C++ ({self.isa}), " + (f"a core for {needed['lanes']} tasks at once" if needed["lanes"] else alone)
+        where += "; the loss in Python" if unsupported_loss(program, shapes) else ""
         return ExecutionPlan(
             self,
             lambda: tuple(where for _ in program.nodes),
