@@ -67,6 +67,7 @@ class PythonLoss(Executor):
     def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
         return self.inner.outputs(program, params, Batch(x, x), step)
 
+    @torch.no_grad()
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +78,7 @@ class PythonLoss(Executor):
             g = program.loss.backward(context)
         return losses, self.inner.outputs_vjp(program, params, batch, g, step), outputs
 
+    @torch.no_grad()
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         trajectory = [params.expand(support.x.shape[0], -1)]
         for step, rate in enumerate(rates_by_step(rates, loop.steps)):
@@ -84,6 +86,7 @@ class PythonLoss(Executor):
             trajectory.append(trajectory[-1] - rate * grad * program.adapted)
         return torch.stack(trajectory)
 
+    @torch.no_grad()
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -106,6 +109,7 @@ class PythonLoss(Executor):
             carried = carried + v[step] if v.dim() == 3 else carried
         return carried, rates_grad if loop.learns_rates else None
 
+    @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
         u = u.expand(batch.x.shape[0], -1) * program.adapted
         return self._gradient_and_hvp(program, params, batch, u, step)[1]
