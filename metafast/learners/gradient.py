@@ -12,12 +12,15 @@ from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
 from metafast.executors.reference.executor import ReferenceExecutor
+from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate, Rates
+from metafast.inner.recorded import recorded_adapt
 from metafast.kernels.batch_norm import MODES
 from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
 from metafast.learners.checks import check_batch, check_like, check_padding
 from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, batch_requires_grad, look, module_of
 from metafast.program import Program
 from metafast.program.capture import capture
 from metafast.program.inner_loop import InnerLoop
@@ -44,6 +47,7 @@ class Adapted:
     step: int
     sample: tuple[int, ...]
 
+    @in_own_dtype
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
 
@@ -138,6 +142,7 @@ class GradientLearner(Learner):
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn = as_loss(loss), bn
+        self.loss_module, self._loss_probe = module_of(self.loss), LossProbe(self.loss)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.adapted_names = trained if adapt is None else resolve_names(model, adapt)
         self.program = self._capture()
@@ -190,6 +195,7 @@ class GradientLearner(Learner):
         else:
             super().zero_grad(set_to_none)
 
+    @in_own_dtype
     def adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
     ) -> Adapted:
@@ -203,7 +209,7 @@ class GradientLearner(Learner):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
-            theta = self._adapted(choice, tasks.support, steps)
+            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks))
         return Adapted(self.program, choice, theta, steps, tuple(support_x.shape[2:]))
 
     def explain(self, x: Tensor | None = None) -> str:
@@ -236,8 +242,12 @@ class GradientLearner(Learner):
         """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
         loop = InnerLoop.judged_last(steps)
+        if outside.own:
+            with torch.enable_grad():
+                theta = self.flat_parameters()
+                return recorded_adapt(self.program, loop, theta, self.rate(), support, outside.own)[-1].detach()
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.rate(), support)
         return trajectory[-1]
 
@@ -265,8 +275,17 @@ class GradientLearner(Learner):
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
 
     def _rates(self) -> Tensor:
-        """Returns the inner rates, ``[1 or S, 1 or P]``."""
-        return self.rate() if self._fixed_rate is None else self._fixed_rate
+        """Returns the inner rates, ``[1 or S, 1 or P]``, tied to the learned ones whether or not autograd is on."""
+        if self._fixed_rate is not None:
+            return self._fixed_rate
+        with torch.enable_grad():
+            return self.rate()
+
+    def _outside(self, choice: Choice, tasks: TaskBatch) -> Outside:
+        """Finds what requires a gradient beside the parameters, in the batch and in a loss that is the user's own."""
+        if not self._loss_probe.needed and not batch_requires_grad(tasks):
+            return NOTHING
+        return look(self._loss_probe, choice, self.program, self._sources, tasks)
 
     def _parameters_in_order(self) -> list[Tensor]:
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}

@@ -103,6 +103,10 @@ class Pass:
         adjoints = {self.program.output: self.program.loss.backward(self.loss_context)}
         return self._backward(adjoints, self.prefix.contexts)
 
+    def backward_from(self, g_outputs: Tensor) -> Gradients:
+        """Computes the gradients of ``<outputs, g_outputs>`` for each task, after ``forward`` and without a loss."""
+        return self._backward({self.program.output: g_outputs}, ())
+
     def backward_prefix(self) -> Gradients:
         """Takes the sum in the prefix's ``adjoint`` back through the prefix, to the gradients of its parameters."""
         return self._backward(dict(self.prefix.adjoint), ())
