@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,9 +30,9 @@ class LearnerOutput:
     losses: Tensor
     outputs: Tensor
 
-    @cached_property
+    @property
     def loss(self) -> Tensor:
-        """Is the mean of ``losses``, with their graph wherever it is read first."""
+        """Is the mean of ``losses``, with their graph wherever it is read."""
         if not self.losses.requires_grad:
             return self.losses.mean()
         with torch.enable_grad():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,12 +14,15 @@ from torch._utils import _flatten_dense_tensors
 from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
 from metafast.executors.reference.executor import ReferenceExecutor
 from metafast.inner.autocast import in_own_dtype
+from metafast.inner.operators import loss_parameters, register
 from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded_adapt
+from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
 from metafast.kernels.batch_norm import MODES
 from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
 from metafast.learners.checks import check_batch, check_like, check_padding
+from metafast.learners.compiled import output_shape
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, batch_requires_grad, look, module_of
 from metafast.program import Program
@@ -153,6 +157,7 @@ class GradientLearner(Learner):
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
         self.tracks_statistics = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
         self._known: dict[tuple[object, ...], KnownBatch] = {}
+        self.number = register(self)
 
     @classmethod
     def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> GradientLearner:
@@ -269,9 +274,11 @@ class GradientLearner(Learner):
         if not self._snapshot.changed():
             return
         if self._model_snapshot.changed():
-            self.program = self._capture()
-            self._sources, self._model_snapshot = self._parameters_in_order(), ModuleSnapshot(self.model)
-            self._known.clear()
+            if not self._model_snapshot.only_values_changed():
+                self.program = self._capture()
+                self._known.clear()
+            self._model_snapshot = ModuleSnapshot(self.model)
+        self._sources = self._parameters_in_order()
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
 
     def _rates(self) -> Tensor:
@@ -304,10 +311,13 @@ class GradientLearner(Learner):
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
         check_batch(tasks)
         self._follow_changes()
+        if transforming():
+            plain_batch(tasks)  # refuses a mapped one
         key = self._kind(tasks)
         known = self._known.get(key)
         if known is None:
-            known = self._examine(tasks)
+            with self._plainly(tasks) as batch:
+                known = self._examine(batch)
             self._check_targets(known, tasks)
             self._known[key] = known
         elif known.checks_targets:
@@ -347,4 +357,44 @@ class GradientLearner(Learner):
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+            with self._plainly(tasks) as batch:
+                track(self.program, self.flat_parameters().detach(), batch.support)
+
+    @contextmanager
+    def _plainly(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
+        """Steps out of torch.func's transforms, and yields the batch without them."""
+        if not transforming():
+            yield tasks
+            return
+        sources = self._sources
+        try:
+            self._sources = [plain(p) for p in sources]
+            with outside_transforms(self):
+                yield plain_batch(tasks)
+        finally:
+            self._sources = sources
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Gives a copy a number of its own."""
+        super().__setstate__(state)
+        self.number = register(self)
+
+    @in_own_dtype
+    def prepare(self, tasks: TaskBatch, trains: bool) -> tuple[Executor, Program]:
+        """Does for the operator of a compiled graph what :meth:`forward` does before it computes.
+
+        Raises:
+            RuntimeError: the loss reads a tensor that such a graph does not see.
+        """
+        choice = self._choice_for(tasks)
+        if self._loss_probe.needed:
+            seen = loss_parameters(self.loss_module)
+            self._loss_probe.check_compiled(choice, self.program, self._sources, tasks, seen)
+        if trains:
+            self._track_statistics(tasks)
+        return choice.executor, self.program
+
+    def output_shape(self, theta: Tensor, x: Tensor) -> tuple[int, ...]:
+        """Returns the shape of the outputs for one task's samples ``x``; neither needs to hold data."""
+        named = {p.name: t for p, t in zip(self.program.parameters, self.program.unflatten(theta), strict=True)}
+        return output_shape(self.model, named, x)

@@ -6,7 +6,7 @@ finds any lets autograd record the inner loop, or refuses the batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from metafast.executors import Choice
 from metafast.inner.recorded import OwnParameter
 from metafast.inner.transforms import outside_transforms, plain
 from metafast.kernels.contract.layer import Loss, RuleContext
+from metafast.learners.compiled import UNSEEN
 from metafast.program import Program
 from metafast.tasks import TaskBatch, TaskShapes
 
@@ -61,16 +62,29 @@ class LossProbe:
 
         ``parameters`` are those of the program, in its order.
         """
-        mask = None if tasks.support_mask is None else tasks.support_mask[:1]
-        outputs = self._outputs_of_one(choice, program, parameters, tasks)
-        with torch.enable_grad():
-            loss = program.loss.forward(RuleContext(0, mask, (True,), ()), outputs, tasks.support_y[:1].detach()).sum()
+        loss = self._run(choice, program, parameters, tasks)
         if not loss.requires_grad:
             return False, ()
         numbers = [k for k, p in enumerate(parameters) if p.requires_grad]
         trained = [parameters[k] for k in numbers]
         found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) if trained else ()
         return True, tuple(OwnParameter(k, parameters[k]) for k, g in zip(numbers, found, strict=True) if g is not None)
+
+    def check_compiled(
+        self, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch, seen: list[Tensor]
+    ) -> None:
+        """Raises RuntimeError where the loss reads a tensor that requires a gradient and is none of ``seen``."""
+        loss = self._run(choice, program, parameters, tasks)
+        if {id(leaf) for leaf in _leaves(loss)} - {id(tensor) for tensor in seen}:
+            raise RuntimeError(UNSEEN)
+
+    def _run(self, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch) -> Tensor:
+        """Returns the loss of one task on outputs and targets that require no gradient."""
+        mask = None if tasks.support_mask is None else tasks.support_mask[:1]
+        outputs = self._outputs_of_one(choice, program, parameters, tasks)
+        with torch.enable_grad():
+            context = RuleContext(0, mask, (True,), ())
+            return program.loss.forward(context, outputs, tasks.support_y[:1].detach()).sum()
 
     def _outputs_of_one(self, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch) -> Tensor:
         """Returns the outputs ``[1, n, ...]`` of one support set; the first batch of its shapes serves all."""
@@ -81,6 +95,19 @@ class LossProbe:
                 outputs = choice.executor.predict(program, theta, plain(tasks.support_x)[:1].detach())
             self._outputs[tasks.shapes] = program, outputs
         return outputs
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Lists the tensors that autograd would put gradients into for ``value``."""
+    found, seen, rest = [], set(), [value.grad_fn]
+    while rest:
+        function: Any = rest.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        found += [function.variable] if hasattr(function, "variable") else []
+        rest += [following for following, _ in function.next_functions]
+    return found
 
 
 def batch_requires_grad(tasks: TaskBatch) -> bool:
