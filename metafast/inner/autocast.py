@@ -13,7 +13,8 @@ import torch
 _DEVICES = ("cpu", "cuda")
 _SAID = (
     "autocast has no effect inside a learner: the inner loop and its meta-gradient are computed in the dtype of the "
-    "parameters. For products of lower precision pass precision= to the learner"
+    "parameters. For products of lower precision pass precision= to the learner. Call loss.backward() outside of "
+    "autocast, as PyTorch advises"
 )
 
 Taken = ParamSpec("Taken")

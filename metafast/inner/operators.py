@@ -5,9 +5,12 @@ A compiled graph cannot hold a learner. It holds the learner's number, by which 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +70,27 @@ def _loop(step_weights: Sequence[float], first_order: bool, learns_rates: bool =
     return InnerLoop(len(step_weights) - 1, tuple(step_weights), first_order, learns_rates)
 
 
+@functools.cache
+def _usual_dispatch() -> tuple[Any, Any]:
+    """Returns the dispatch keys that a new thread includes and excludes."""
+    found: list[Any] = []
+
+    def look() -> None:
+        found.extend((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0], found[1]
+
+
+@contextmanager
+def _with_autograd() -> Iterator[None]:
+    """Lets autograd and transforms work inside an operator, where torch has taken their dispatch keys away."""
+    with torch._C._ForceDispatchKeyGuard(*_usual_dispatch()), torch.no_grad():
+        yield
+
+
 def _batch(inputs: Sequence[Tensor], support_mask: Tensor | None, query_mask: Tensor | None) -> TaskBatch:
     """Makes the batch of the inputs of ``meta_loss``, which are parameters, rates, and then its tensors."""
     support_x, support_y, query_x, query_y = inputs[2:6]
@@ -92,8 +116,9 @@ def meta_loss(
     tasks = TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
     if of_loss.numel() and not torch.equal(of_loss, _flatten_dense_tensors(loss_parameters(owner.loss_module))):
         raise RuntimeError(_OTHER_LOSS)
-    executor, program = owner.prepare(tasks, trains)
-    found = evaluate(executor, program, _loop(step_weights, first_order), theta, rates, tasks)
+    with _with_autograd():
+        executor, program = owner.prepare(tasks, trains)
+        found = evaluate(executor, program, _loop(step_weights, first_order), theta, rates, tasks)
     return *(t.contiguous() for t in found), _written(program)  # type: ignore[return-value]
 
 
@@ -121,16 +146,17 @@ def meta_loss_vjp(
     """Computes the adjoints of the ``inputs`` of ``meta_loss`` that are ``needed``; the others get an empty tensor."""
     owner = _find(learner)
     tasks = _batch(inputs, support_mask, query_mask)
-    executor, program = owner.prepare(tasks, False)
-    if not torch.equal(written, _written(program)):
-        raise RuntimeError(STATISTICS_CHANGED)
-    loop = _loop(step_weights, first_order, needed[1])
-    if any(needed[2:]):
-        grads = _recorded_vjp(owner, program, loop, inputs, tasks, (g_losses, g_outputs), needed)
-    else:
+    with _with_autograd():
+        executor, program = owner.prepare(tasks, False)
+        if not torch.equal(written, _written(program)):
+            raise RuntimeError(STATISTICS_CHANGED)
+        loop = _loop(step_weights, first_order, needed[1])
         adjoints = (g_losses, g_outputs)
-        found = way_back(executor, program, loop, inputs[1], tasks, (trajectory, query_grads), adjoints)
-        grads = [*found, *(None,) * (len(inputs) - 2)]
+        if any(needed[2:]):
+            grads = _recorded_vjp(owner, program, loop, inputs, tasks, adjoints, needed)
+        else:
+            found = way_back(executor, program, loop, inputs[1], tasks, (trajectory, query_grads), adjoints)
+            grads = [*found, *(None,) * (len(inputs) - 2)]
     return [
         t.new_empty(0) if g is None or not need else g.clone(memory_format=torch.contiguous_format)
         for t, g, need in zip(inputs, grads, needed, strict=True)
