@@ -134,7 +134,7 @@ def test_a_loss_module_brings_its_parameters(way):
     model, loss, (x, qx), (y, qy) = mlp(), Scaled(), data(4), labels()
     learner = mf.MAML(model, loss=loss, lr=LR, steps=STEPS)
     assert {id(p) for p in learner.parameters()} == {id(p) for p in (*model.parameters(), *loss.parameters())}
-    assert {"loss_module.scale", "loss_module.shift"} <= set(learner.state_dict())
+    assert {"loss_modules.0.scale", "loss_modules.0.shift"} <= set(learner.state_dict())
     tasks, tensors = mf.TaskBatch(x, y, qx, qy), list(learner.parameters())
     losses, _ = unrolled(model, loss, tasks)
     compare(run(way, learner, tasks, tensors), (losses, gradients(losses.mean(), tensors)))
@@ -300,7 +300,7 @@ def test_reptile_refuses_what_it_would_cut_off():
         learner(mf.TaskBatch(leaf, y, qx, qy))
     penalised = mf.Reptile(model, loss=lambda o, t: F.cross_entropy(o, t) + model[0].weight.square().sum(), lr=LR)
     for call in (penalised, penalised.backward, lambda tasks: penalised.adapt(x, y)):
-        with pytest.raises(ValueError, match="a tensor that the loss reads"):
+        with pytest.raises(ValueError, match="a tensor that the loss of the support sets reads"):
             call(plain)
 
 

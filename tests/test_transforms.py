@@ -250,7 +250,7 @@ def test_torch_func_sees_the_parameters_that_it_is_given_and_not_those_of_the_mo
     with torch.no_grad():
         for name, p in learner.named_parameters():
             p.copy_(parameters[name])
-    losses, _ = unrolled(model, learner.loss_module, tasks)
+    losses, _ = unrolled(model, learner.loss_modules[0], tasks)
     wanted = gradients(losses.mean(), list(learner.parameters()))
     close([found[name] for name, _ in learner.named_parameters()], wanted)
 

@@ -34,9 +34,9 @@ _OTHER_LOSS = (
 class Compilable(Protocol):
     """Is what the operators ask of a learner."""
 
-    loss_module: nn.Module | None
+    loss_modules: nn.ModuleList
 
-    def prepare(self, tasks: TaskBatch, trains: bool) -> tuple[Executor, Program]:
+    def for_operator(self, tasks: TaskBatch, trains: bool) -> tuple[Executor, Program]:
         """Checks a batch and says what computes it; where it ``trains``, running statistics move."""
 
     def output_shape(self, theta: Tensor, x: Tensor) -> tuple[int, ...]:
@@ -52,11 +52,6 @@ def register(learner: Compilable) -> int:
     number = next(_numbers)
     _learners[number] = learner
     return number
-
-
-def loss_parameters(module: nn.Module | None) -> list[Tensor]:
-    """Lists the parameters of a loss module."""
-    return [] if module is None else list(module.parameters())
 
 
 def _find(number: int) -> Compilable:
@@ -114,10 +109,10 @@ def meta_loss(
     """
     owner = _find(learner)
     tasks = TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
-    if of_loss.numel() and not torch.equal(of_loss, _flatten_dense_tensors(loss_parameters(owner.loss_module))):
+    if of_loss.numel() and not torch.equal(of_loss, _flatten_dense_tensors(list(owner.loss_modules.parameters()))):
         raise RuntimeError(_OTHER_LOSS)
     with _with_autograd():
-        executor, program = owner.prepare(tasks, trains)
+        executor, program = owner.for_operator(tasks, trains)
         found = evaluate(executor, program, _loop(step_weights, first_order), theta, rates, tasks)
     return *(t.contiguous() for t in found), _written(program)  # type: ignore[return-value]
 
@@ -147,7 +142,7 @@ def meta_loss_vjp(
     owner = _find(learner)
     tasks = _batch(inputs, support_mask, query_mask)
     with _with_autograd():
-        executor, program = owner.prepare(tasks, False)
+        executor, program = owner.for_operator(tasks, False)
         if not torch.equal(written, _written(program)):
             raise RuntimeError(STATISTICS_CHANGED)
         loop = _loop(step_weights, first_order, needed[1])
@@ -173,7 +168,7 @@ def _recorded_vjp(
         batch = _batch(leaves, tasks.support_mask, tasks.query_mask)
         found = recorded(program, loop, leaves[0], leaves[1], batch)
         pairs = [(value, g) for value, g in zip(found, adjoints, strict=True) if g is not None]
-        of_loss = loss_parameters(owner.loss_module) if needed[-1] else []
+        of_loss = list(owner.loss_modules.parameters()) if needed[-1] else []
         trained = [p for p in of_loss if p.requires_grad]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         grads = torch.autograd.grad(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,17 +13,15 @@ from torch._utils import _flatten_dense_tensors
 from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
 from metafast.executors.reference.executor import ReferenceExecutor
 from metafast.inner.autocast import in_own_dtype
-from metafast.inner.operators import loss_parameters, register
 from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded_adapt
-from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
 from metafast.kernels.batch_norm import MODES
 from metafast.learners.adapted_parameters import resolve_names
-from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
+from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.checks import check_batch, check_like, check_padding
-from metafast.learners.compiled import output_shape
 from metafast.learners.module_snapshot import ModuleSnapshot
-from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, batch_requires_grad, look, module_of
+from metafast.learners.outside_gradients import Outside
+from metafast.learners.within_torch import WithinTorch
 from metafast.program import Program
 from metafast.program.capture import capture
 from metafast.program.inner_loop import InnerLoop
@@ -96,7 +93,7 @@ class KnownBatch(NamedTuple):
     checks_targets: bool
 
 
-class GradientLearner(Learner):
+class GradientLearner(WithinTorch):
     """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
@@ -146,7 +143,7 @@ class GradientLearner(Learner):
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn = as_loss(loss), bn
-        self.loss_module, self._loss_probe = module_of(self.loss), LossProbe(self.loss)
+        self._set_losses(self.loss)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.adapted_names = trained if adapt is None else resolve_names(model, adapt)
         self.program = self._capture()
@@ -157,7 +154,6 @@ class GradientLearner(Learner):
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
         self.tracks_statistics = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
         self._known: dict[tuple[object, ...], KnownBatch] = {}
-        self.number = register(self)
 
     @classmethod
     def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> GradientLearner:
@@ -214,7 +210,7 @@ class GradientLearner(Learner):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
-            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks))
+            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         return Adapted(self.program, choice, theta, steps, tuple(support_x.shape[2:]))
 
     def explain(self, x: Tensor | None = None) -> str:
@@ -278,7 +274,7 @@ class GradientLearner(Learner):
                 self.program = self._capture()
                 self._known.clear()
             self._model_snapshot = ModuleSnapshot(self.model)
-        self._sources = self._parameters_in_order()
+        self._refresh_sources()
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
 
     def _rates(self) -> Tensor:
@@ -288,11 +284,8 @@ class GradientLearner(Learner):
         with torch.enable_grad():
             return self.rate()
 
-    def _outside(self, choice: Choice, tasks: TaskBatch) -> Outside:
-        """Finds what requires a gradient beside the parameters, in the batch and in a loss that is the user's own."""
-        if not self._loss_probe.needed and not batch_requires_grad(tasks):
-            return NOTHING
-        return look(self._loss_probe, choice, self.program, self._sources, tasks)
+    def _refresh_sources(self) -> None:
+        self._sources = self._parameters_in_order()
 
     def _parameters_in_order(self) -> list[Tensor]:
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
@@ -311,8 +304,7 @@ class GradientLearner(Learner):
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
         check_batch(tasks)
         self._follow_changes()
-        if transforming():
-            plain_batch(tasks)  # refuses a mapped one
+        self._refuse_mapped(tasks)
         key = self._kind(tasks)
         known = self._known.get(key)
         if known is None:
@@ -359,42 +351,3 @@ class GradientLearner(Learner):
         if self.tracks_statistics:
             with self._plainly(tasks) as batch:
                 track(self.program, self.flat_parameters().detach(), batch.support)
-
-    @contextmanager
-    def _plainly(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
-        """Steps out of torch.func's transforms, and yields the batch without them."""
-        if not transforming():
-            yield tasks
-            return
-        sources = self._sources
-        try:
-            self._sources = [plain(p) for p in sources]
-            with outside_transforms(self):
-                yield plain_batch(tasks)
-        finally:
-            self._sources = sources
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Gives a copy a number of its own."""
-        super().__setstate__(state)
-        self.number = register(self)
-
-    @in_own_dtype
-    def prepare(self, tasks: TaskBatch, trains: bool) -> tuple[Executor, Program]:
-        """Does for the operator of a compiled graph what :meth:`forward` does before it computes.
-
-        Raises:
-            RuntimeError: the loss reads a tensor that such a graph does not see.
-        """
-        choice = self._choice_for(tasks)
-        if self._loss_probe.needed:
-            seen = loss_parameters(self.loss_module)
-            self._loss_probe.check_compiled(choice, self.program, self._sources, tasks, seen)
-        if trains:
-            self._track_statistics(tasks)
-        return choice.executor, self.program
-
-    def output_shape(self, theta: Tensor, x: Tensor) -> tuple[int, ...]:
-        """Returns the shape of the outputs for one task's samples ``x``; neither needs to hold data."""
-        named = {p.name: t for p, t in zip(self.program.parameters, self.program.unflatten(theta), strict=True)}
-        return output_shape(self.model, named, x)

@@ -15,7 +15,6 @@ from metafast.inner.rates import Rate
 from metafast.inner.recorded import recorded
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
-from metafast.learners.compiled import CREATE_GRAPH, compiled
 from metafast.learners.gradient import GradientLearner
 from metafast.learners.outside_gradients import Outside
 from metafast.program.inner_loop import InnerLoop
@@ -85,7 +84,7 @@ class MAML(GradientLearner):
             TypeError, ValueError: the batch does not fit the model.
         """
         if torch.compiler.is_compiling():
-            return self._compiled(tasks, create_graph)
+            return self._compiled(tasks, self.rate(), self._weights, self.first_order, create_graph)
         choice = self._choice_for(tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
@@ -98,12 +97,6 @@ class MAML(GradientLearner):
         theta, rate = self.flat_parameters(), self.rate()
         losses, outputs, *_ = MetaLoss.apply(theta, rate, choice.executor, self.program, self.loop, *parts(tasks))
         return LearnerOutput(losses, outputs)
-
-    def _compiled(self, tasks: TaskBatch, create_graph: bool) -> LearnerOutput:
-        if create_graph:
-            raise RuntimeError(CREATE_GRAPH)
-        own = self._parameters_in_order()
-        return compiled(self.number, own, self.rate(), self.loss_module, tasks, self._weights, self.first_order)
 
     def _recorded(self, tasks: TaskBatch, outside: Outside) -> LearnerOutput:
         theta, rate = self.flat_parameters(), self.rate()

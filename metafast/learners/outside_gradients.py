@@ -6,6 +6,7 @@ finds any lets autograd record the inner loop, or refuses the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 
 from metafast.executors import Choice
 from metafast.inner.recorded import OwnParameter
-from metafast.inner.transforms import outside_transforms, plain
+from metafast.inner.transforms import outside_transforms, plain, plain_batch
 from metafast.kernels.contract.layer import Loss, RuleContext
-from metafast.learners.compiled import UNSEEN
 from metafast.program import Program
-from metafast.tasks import TaskBatch, TaskShapes
+from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _INPUTS = ("support_x", "support_y", "query_x", "query_y")
+_UNSEEN = (
+    "the loss reads a tensor that requires a gradient and that torch.compile cannot see (a value that the function "
+    "closes over, or a parameter of the model). Make it a parameter of an nn.Module and pass that as loss, or call the "
+    "learner uncompiled"
+)
 
 
 class Outside(NamedTuple):
@@ -27,7 +32,7 @@ class Outside(NamedTuple):
 
     Attributes:
         names: words for each thing that requires a gradient.
-        own: the parameters of the model that the loss reads by itself.
+        own: the parameters of the model that the loss of the support sets reads by itself.
     """
 
     names: tuple[str, ...] = ()
@@ -37,77 +42,83 @@ class Outside(NamedTuple):
 NOTHING = Outside()
 
 
-def module_of(loss: Loss) -> nn.Module | None:
-    """Returns the module that a user's loss is, or ``None``."""
-    module = getattr(loss, "module", None) or getattr(loss, "function", None)
-    return module if isinstance(module, nn.Module) else None
+class Surroundings(NamedTuple):
+    """Holds what computes a batch: the choice of an executor, the Program, and its parameters in their order."""
+
+    choice: Choice
+    program: Program
+    parameters: list[Tensor]
 
 
 class LossProbe:
-    """Runs a user's loss once on outputs that require no gradient, and sees what it reads beside them.
+    """Runs a user's losses once on outputs that require no gradient, and sees what they read beside them.
+
+    Args:
+        loss: the loss of the support sets.
+        query_loss: that of the query sets, if it is another one.
 
     Attributes:
-        needed: whether the loss is one that may read anything beside outputs and targets.
+        needed: whether a loss is one that may read anything beside outputs and targets.
+        modules: the modules that the losses are.
     """
 
-    def __init__(self, loss: Loss) -> None:
-        of_the_user = not type(loss).__module__.startswith("metafast.")
-        self.needed = of_the_user or getattr(loss, "function", None) is not None or module_of(loss) is not None
-        self._outputs: dict[TaskShapes, tuple[Program, Tensor]] = {}
+    def __init__(self, loss: Loss, query_loss: Loss | None = None) -> None:
+        losses = {"support": loss} if query_loss is None else {"support": loss, "query": query_loss}
+        self._losses = {part: of_part for part, of_part in losses.items() if _may_read_more(of_part)}
+        self._outputs: dict[tuple[str, TaskShapes], tuple[Program, Tensor]] = {}
+        self.needed = bool(self._losses)
+        self.modules = nn.ModuleList(m for m in map(_module_of, losses.values()) if m is not None)
 
-    def read(
-        self, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch
-    ) -> tuple[bool, tuple[OwnParameter, ...]]:
-        """Says whether the loss reads any tensor that requires a gradient, and which of ``parameters`` it reads.
+    def look(self, where: Surroundings, tasks: TaskBatch, judged: bool = True) -> Outside:
+        """Finds all that requires a gradient beside the parameters. The query loss counts where the batch is judged."""
+        names = [name for name in _INPUTS if getattr(tasks, name).requires_grad]
+        own: tuple[OwnParameter, ...] = ()
+        for part in self._losses if judged else self._losses.keys() & {"support"}:
+            value = self._run(part, where, tasks)
+            if value is not None:
+                names.append(f"a tensor that the loss of the {part} sets reads beside outputs and targets")
+                own = _reached(value, where.parameters) if part == "support" else own
+        return Outside(tuple(names), own)
 
-        ``parameters`` are those of the program, in its order.
+    def check_compiled(self, where: Surroundings, tasks: TaskBatch) -> None:
+        """Checks that the losses read nothing that a compiled graph does not see.
+
+        Raises:
+            RuntimeError: they read a tensor that requires a gradient and is no parameter of a loss module.
         """
-        loss = self._run(choice, program, parameters, tasks)
-        if not loss.requires_grad:
-            return False, ()
-        numbers = [k for k, p in enumerate(parameters) if p.requires_grad]
-        trained = [parameters[k] for k in numbers]
-        found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) if trained else ()
-        return True, tuple(OwnParameter(k, parameters[k]) for k, g in zip(numbers, found, strict=True) if g is not None)
+        seen = {id(p) for p in self.modules.parameters()}
+        values = [value for part in self._losses if (value := self._run(part, where, tasks)) is not None]
+        if any(id(leaf) not in seen for value in values for leaf in _leaves(value)):
+            raise RuntimeError(_UNSEEN)
 
-    def check_compiled(
-        self, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch, seen: list[Tensor]
-    ) -> None:
-        """Raises RuntimeError where the loss reads a tensor that requires a gradient and is none of ``seen``."""
-        loss = self._run(choice, program, parameters, tasks)
-        if {id(leaf) for leaf in _leaves(loss)} - {id(tensor) for tensor in seen}:
-            raise RuntimeError(UNSEEN)
+    def _run(self, part: str, where: Surroundings, tasks: TaskBatch) -> Tensor | None:
+        """Returns the loss of one task where it requires a gradient although its outputs and targets do not.
 
-    def _run(self, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch) -> Tensor:
-        """Returns the loss of one task on outputs and targets that require no gradient."""
-        mask = None if tasks.support_mask is None else tasks.support_mask[:1]
-        outputs = self._outputs_of_one(choice, program, parameters, tasks)
+        A loss that fails is left to the computation itself, which says what is wrong with it.
+        """
+        loss = self._losses[part]
+        outputs = self._outputs_of_one(part, where, tasks)
+        batch: Batch = getattr(tasks, part)
+        kept = slice(None) if batch.mask is None else batch.mask[0]
+        function = getattr(loss, "function", None)
         with torch.enable_grad():
-            context = RuleContext(0, mask, (True,), ())
-            return program.loss.forward(context, outputs, tasks.support_y[:1].detach()).sum()
+            z, y = outputs[kept].clone(), batch.y[0].detach()[kept]
+            try:
+                value = function(z, y) if function else _by_rules(loss, z, y)
+            except Exception:
+                return None
+        return value if isinstance(value, Tensor) and value.requires_grad else None
 
-    def _outputs_of_one(self, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch) -> Tensor:
-        """Returns the outputs ``[1, n, ...]`` of one support set; the first batch of its shapes serves all."""
-        known, outputs = self._outputs.get(tasks.shapes, (None, tasks.support_x))
-        if known is not program:
+    def _outputs_of_one(self, part: str, where: Surroundings, tasks: TaskBatch) -> Tensor:
+        """Returns the outputs ``[n, ...]`` of one task; the first batch of its shapes serves all."""
+        known, outputs = self._outputs.get((part, tasks.shapes), (None, None))
+        if outputs is None or known is not where.program:
             with outside_transforms():
-                theta = torch.cat([plain(p).detach().reshape(-1) for p in parameters])
-                outputs = choice.executor.predict(program, theta, plain(tasks.support_x)[:1].detach())
-            self._outputs[tasks.shapes] = program, outputs
+                theta = torch.cat([plain(p).detach().reshape(-1) for p in where.parameters])
+                x = getattr(plain_batch(tasks), part).x[:1].detach()
+                outputs = where.choice.executor.predict(where.program, theta, x)[0]
+            self._outputs[part, tasks.shapes] = where.program, outputs
         return outputs
-
-
-def _leaves(value: Tensor) -> list[Tensor]:
-    """Lists the tensors that autograd would put gradients into for ``value``."""
-    found, seen, rest = [], set(), [value.grad_fn]
-    while rest:
-        function: Any = rest.pop()
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        found += [function.variable] if hasattr(function, "variable") else []
-        rest += [following for following, _ in function.next_functions]
-    return found
 
 
 def batch_requires_grad(tasks: TaskBatch) -> bool:
@@ -120,20 +131,50 @@ def batch_requires_grad(tasks: TaskBatch) -> bool:
     )
 
 
-def look(probe: LossProbe, choice: Choice, program: Program, parameters: list[Tensor], tasks: TaskBatch) -> Outside:
-    """Finds all that requires a gradient beside ``parameters``."""
-    names = [name for name in _INPUTS if getattr(tasks, name).requires_grad]
-    own: tuple[OwnParameter, ...] = ()
-    if probe.needed:
-        reads, own = probe.read(choice, program, parameters, tasks)
-        names += ["a tensor that the loss reads beside outputs and targets"] if reads else []
-    return Outside(tuple(names), own)
-
-
 def refuse(learner: str, outside: Outside) -> None:
-    """Raises ValueError where ``learner``, whose update is no gradient, would cut off what it found outside."""
+    """Raises ValueError where ``learner``, whose update is no gradient, would cut off what is outside."""
     if outside.names:
         raise ValueError(
             f"{' and '.join(outside.names)} requires a gradient, and {learner} has none to give: its update is no "
             "gradient of a loss. Pass it detached (.detach(), or requires_grad_(False)), or use MAML"
         )
+
+
+def _may_read_more(loss: Loss) -> bool:
+    """Says whether a loss may read anything beside outputs and targets: it is a function of the user's, or rules."""
+    of_the_user = not type(loss).__module__.startswith("metafast.")
+    return of_the_user or getattr(loss, "function", None) is not None
+
+
+def _module_of(loss: Loss) -> nn.Module | None:
+    """Returns the module that a user's loss is, or ``None``."""
+    function = getattr(loss, "function", None)
+    return function if isinstance(function, nn.Module) else None
+
+
+def _by_rules(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    return loss.forward(RuleContext(0, None, (True,), ()), outputs[None], targets[None]).sum()
+
+
+def _reached(value: Tensor, parameters: Sequence[Tensor]) -> tuple[OwnParameter, ...]:
+    """Lists those of ``parameters`` that ``value`` depends on."""
+    numbers = [k for k, p in enumerate(parameters) if p.requires_grad]
+    with torch.enable_grad():
+        trained = [parameters[k] for k in numbers]
+        found = torch.autograd.grad(value.sum(), trained, retain_graph=True, allow_unused=True) if trained else ()
+    return tuple(OwnParameter(k, parameters[k]) for k, g in zip(numbers, found, strict=True) if g is not None)
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Lists the tensors that autograd would put gradients into for ``value``."""
+    found: list[Tensor] = [] if value.grad_fn is not None else [value]
+    seen: set[Any] = set()
+    rest: list[Any] = [value.grad_fn]
+    while rest:
+        function = rest.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        found += [function.variable] if hasattr(function, "variable") else []
+        rest += [following for following, _ in function.next_functions]
+    return found
