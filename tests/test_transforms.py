@@ -169,6 +169,7 @@ def test_what_a_compiled_graph_cannot_hold_is_refused():
 
 
 def operands(learner, tasks, of_loss=None):
+    learner.prepare(tasks)
     theta = learner.flat_parameters().detach().requires_grad_()
     of_loss = theta.new_empty(0) if of_loss is None else of_loss
     batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
@@ -225,13 +226,13 @@ def functional(learner, tasks, **options):
 def test_torch_func_takes_gradients_of_a_learner(build, seen):
     (x, qx), (y, qy) = data(4) if build is mlp else data(1, 4, 4), labels()
     model, learner, tasks = make(build(), mf.TaskBatch(x, y, qx, qy))
-    program = learner.program
     if seen:
         learner(tasks)
     parameters, loss = functional(learner, tasks)
     losses, _ = unrolled(model, F.cross_entropy, tasks)
     wanted = dict(zip(parameters, gradients(losses.mean(), list(model.parameters())), strict=True))
     found = torch.func.grad(loss)(parameters)
+    program = learner.program
     value, pull = torch.func.vjp(loss, parameters)
     (pulled,) = pull(torch.full_like(value, 2.0))
     for name, want in wanted.items():

@@ -492,5 +492,5 @@ class GradientLearner(WithinTorch):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with torch.no_grad(), self.captures.statistics_kept():
-                call(self.model, first_task(tasks.support_x))
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
+                call(self.model, first_task(batch.support_x))
