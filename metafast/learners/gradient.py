@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
+from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate, Rates
+from metafast.inner.recorded import recorded_adapt
+from metafast.inner.transforms import plain
 from metafast.learners.adapted_parameters import resolve_names
-from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
+from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task
 from metafast.learners.checks import check_batch, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.outside_gradients import Outside
+from metafast.learners.within_torch import WithinTorch
 from metafast.program import Parameter, Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike, as_loss
@@ -49,6 +54,7 @@ class Adapted:
     step: int
     sample: tuple[tuple[int, ...], ...]
 
+    @in_own_dtype
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
 
@@ -103,7 +109,7 @@ class KnownBatch(NamedTuple):
     checks_targets: bool
 
 
-class GradientLearner(Learner):
+class GradientLearner(WithinTorch):
     """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
@@ -153,6 +159,7 @@ class GradientLearner(Learner):
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn, self.output = as_loss(loss), bn, output
+        self._set_losses(self.loss)
         self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
         self.captures = Captures(model, self._capture_settings)
         self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
@@ -161,6 +168,7 @@ class GradientLearner(Learner):
         self._parameter_count = len(list(model.parameters()))
         self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
         self._latest: KnownBatch | None = None
+        self._swapped = False
         self._look()
 
     @classmethod
@@ -208,6 +216,7 @@ class GradientLearner(Learner):
         else:
             super().zero_grad(set_to_none)
 
+    @in_own_dtype
     def adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
     ) -> Adapted:
@@ -221,7 +230,7 @@ class GradientLearner(Learner):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
-            theta = self._adapted(choice, tasks.support, steps)
+            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         return Adapted(
             self.captures,
             self.program,
@@ -298,8 +307,12 @@ class GradientLearner(Learner):
         """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
         loop = InnerLoop.judged_last(steps)
+        if outside.own:
+            with torch.enable_grad():
+                theta, rates = self.flat_parameters(), self.inner_rates()
+                return recorded_adapt(self.program, loop, theta, rates, support, outside.own)[-1].detach()
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
@@ -309,11 +322,17 @@ class GradientLearner(Learner):
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
         if not self._snapshot.changed() and not self.captures.stale():
+            if self._swapped:
+                self._refresh_sources(swapped=False)
+            return
+        if self._snapshot.only_values_changed() and not self.captures.stale():
+            self._refresh_sources(swapped=True)
             return
         if self.training:
             self.captures.trained = {name: norm.training for name, norm in norms_of(self.model).items()}
         self.captures.forget()
         self._known.clear()
+        self._swapped = False
         self._look()
 
     def _look(self) -> None:
@@ -321,13 +340,20 @@ class GradientLearner(Learner):
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
+    def _refresh_sources(self, swapped: bool) -> None:
+        """Looks up the parameters again: where they are ``swapped``, others stand in their places for a while."""
+        self._swapped, self._fixed_rate = swapped, self.rate.fixed
+        for known in self._known.values():
+            known.parameters[:] = self.parameters_of(known.program)
+
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
-        rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-        if rates.shape[1] == 1:
-            return rates
-        program = program or self.program
-        return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
+        with torch.enable_grad():  # learned ones stay tied to what they are made of
+            rates = self.rate() if self._fixed_rate is None else self._fixed_rate
+            if rates.shape[1] == 1:
+                return rates
+            program = program or self.program
+            return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
 
     def _columns(self, rates: Tensor, program: Program) -> Tensor:
         """Picks from rates for all parameters of the model those of the parameters that ``program`` uses."""
@@ -364,10 +390,13 @@ class GradientLearner(Learner):
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
         check_batch(tasks)
         self._follow_changes()
+        self._refuse_mapped(tasks)
         key = self._kind(tasks)
         known = self._known.get(key)
         if known is None:
-            known = self._latest = self._examine(tasks)
+            with self._as_it_was(tasks) as batch:
+                known = self._latest = self._examine(batch)
+            known.parameters[:] = self.parameters_of(known.program)
             self._check_targets(known, tasks)
             self._known[key] = known
             if len(self._known) > _KINDS:
@@ -402,7 +431,8 @@ class GradientLearner(Learner):
         looks = program.loss.reads_targets and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
-        self._look()
+        if not self._swapped:
+            self._look()
         return KnownBatch(program, parameters, leaves_traces, tracks, choice, output, looks)
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
@@ -433,10 +463,12 @@ class GradientLearner(Learner):
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+            with self._plainly(tasks) as batch:
+                theta = _flatten_dense_tensors([plain(p) for p in self._sources])
+                track(self.program, theta.detach(), batch.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with torch.no_grad(), self.captures.statistics_kept():
-                call(self.model, first_task(tasks.support_x))
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
+                call(self.model, first_task(batch.support_x))

@@ -128,6 +128,17 @@ class ReferenceExecutor(Executor):
 
         return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
 
+    @torch.no_grad()
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
+        program = self.wrap(program)
+        theta = _by_task(params, batch.x)
+        compute = super().outputs_vjp
+
+        def chunk(tasks: slice) -> Tensor:
+            return compute(program, theta[tasks], batch.tasks(tasks), g[tasks], step)
+
+        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
+
     def _in_chunks(self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]) -> list[Found]:
         """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
         return [compute(tasks) for tasks in self._chunks(program, params, x)]
