@@ -54,7 +54,9 @@ def unrolled(model, loss, tasks, *, steps=STEPS, lr=LR, first_order=False, moved
         fast = dict(theta)
         for rate in rates:
             of_step = loss(functional_call(model, fast, (tasks.support_x[t],)), tasks.support_y[t])
-            grads = torch.autograd.grad(of_step, [fast[n] for n in moved], create_graph=True)
+            grads = torch.autograd.grad(
+                of_step, [fast[n] for n in moved], create_graph=True, materialize_grads=True, allow_unused=True
+            )
             grads = [g.detach() for g in grads] if first_order else grads
             fast = {**fast, **{n: fast[n] - rate * g for n, g in zip(moved, grads, strict=True)}}
         outputs.append(functional_call(model, fast, (tasks.query_x[t],)))

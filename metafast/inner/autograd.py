@@ -6,14 +6,16 @@ The second one cannot be differentiated, and says so: its way back records no gr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metafast.executors import Executor
 from metafast.inner.autocast import in_own_dtype
+from metafast.inner.recorded import Sets, recorded_vjp, standing_in
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch
@@ -99,13 +101,6 @@ def versions(program: Program) -> list[int]:
     return [constant._version for node in program.nodes for constant in node.constants]
 
 
-class Sets(NamedTuple):
-    """Holds the support sets and the query sets of T tasks, which have been checked already."""
-
-    support: Batch
-    query: Batch
-
-
 def flattened(tasks: TaskBatch) -> tuple[Any, list[Any]]:
     """Returns the tensors of a batch, and how they belong together; ``None`` masks are among the tensors."""
     fields = [tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, tasks.support_mask, tasks.query_mask]
@@ -134,9 +129,10 @@ class _Fused(torch.autograd.Function):
 
 
 class MetaLoss(_Fused):
-    """Computes an :class:`Evaluation`; gradients go from its losses and outputs to ``theta [P]`` and to the rates.
+    """Computes an :class:`Evaluation`; gradients go from its losses and outputs to all tensors that it is given.
 
-    The tensors of the batch get none: where one of them requires a gradient the computation has to be recorded.
+    ``theta [P]`` and the rates get theirs by the fused way back. Where others require one, the tensors of the batch
+    (see :func:`flattened`) or behind them the parameters of the losses' ``modules``, backward records it all again.
 
     Raises:
         RuntimeError: running statistics have changed before ``backward``.
@@ -144,29 +140,38 @@ class MetaLoss(_Fused):
 
     @staticmethod
     def forward(
-        theta: Tensor, rates: Tensor, executor: Executor, program: Program, loop: InnerLoop, spec: Any, *batch: Tensor
-    ) -> Any:
-        return tuple(evaluate(executor, program, loop, theta, rates, _sets(spec, batch)))
+        theta: Tensor, rates: Tensor, executor: Executor, program: Program, loop: InnerLoop, spec: Any,
+        modules: nn.ModuleList, *tensors: Tensor,
+    ) -> Any:  # fmt: skip
+        batch, of_loss = _divided(tensors, modules)
+        with standing_in(modules, of_loss):
+            return tuple(evaluate(executor, program, loop, theta, rates, _sets(spec, batch)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        theta, rates, ctx.executor, ctx.program, ctx.loop, ctx.spec, *batch = inputs
+        theta, rates, ctx.executor, ctx.program, ctx.loop, ctx.spec, ctx.modules, *tensors = inputs
         _, _, trajectory, query_grads = output
         ctx.mark_non_differentiable(trajectory, query_grads)
-        ctx.save_for_backward(theta, rates, trajectory, query_grads, *batch)
+        ctx.save_for_backward(theta, rates, trajectory, query_grads, *tensors)
         ctx.versions = versions(ctx.program)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
-        g_losses, g_outputs = adjoints[:2]
-        if any(ctx.needs_input_grad[6:]):
-            raise RuntimeError("a gradient of the batch's tensors was asked of the path that has none")
         if ctx.versions != versions(ctx.program):
             raise RuntimeError(STATISTICS_CHANGED)
-        loop = ctx.loop._replace(learns_rates=ctx.needs_input_grad[1])
-        grads = _WayBack.apply(ctx.executor, ctx.program, loop, ctx.spec, g_losses, g_outputs, *ctx.saved_tensors)
-        return *grads, *(None,) * (len(ctx.needs_input_grad) - 2)
+        of_theta, of_rates, *_ = ctx.needs_input_grad
+        of_tensors = ctx.needs_input_grad[7:]
+        loop, g = ctx.loop._replace(learns_rates=of_rates), adjoints[:2]
+        theta, rates, trajectory, query_grads, *tensors = ctx.saved_tensors
+        if any(of_tensors):
+            settings = ctx.program, loop, ctx.spec, ctx.modules, (of_theta, of_rates, *of_tensors)
+            grads = _RecordedWayBack.apply(*settings, *g, theta, rates, *tensors)
+        else:
+            settings = ctx.executor, ctx.program, loop, ctx.spec, ctx.modules
+            grads = _WayBack.apply(*settings, *g, theta, rates, trajectory, query_grads, *tensors)
+        nothing = (None,) * (len(tensors) - len(grads) + 2)
+        return *grads[:2], None, None, None, None, None, *grads[2:], *nothing
 
 
 class _WayBack(_Fused):
@@ -177,12 +182,14 @@ class _WayBack(_Fused):
 
     @staticmethod
     def forward(
-        executor: Executor, program: Program, loop: InnerLoop, spec: Any,
+        executor: Executor, program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList,
         g_losses: Tensor | None, g_outputs: Tensor | None,
-        theta: Tensor, rates: Tensor, trajectory: Tensor, query_grads: Tensor, *batch: Tensor,
+        theta: Tensor, rates: Tensor, trajectory: Tensor, query_grads: Tensor, *tensors: Tensor,
     ) -> Any:  # fmt: skip
+        batch, of_loss = _divided(tensors, modules)
         found, adjoints = (trajectory, query_grads), (g_losses, g_outputs)
-        return way_back(executor, program, loop, rates, _sets(spec, batch), found, adjoints)
+        with standing_in(modules, of_loss):
+            return way_back(executor, program, loop, rates, _sets(spec, batch), found, adjoints)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -191,3 +198,22 @@ class _WayBack(_Fused):
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
         raise RuntimeError(ONLY_ONCE)
+
+
+class _RecordedWayBack(_WayBack):
+    """Does so for all tensors, by plain operations."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList, needed: tuple[bool, ...],
+        g_losses: Tensor | None, g_outputs: Tensor | None, *inputs: Tensor,
+    ) -> Any:  # fmt: skip
+        return tuple(recorded_vjp(program, loop, modules, partial(_sets, spec), inputs, (g_losses, g_outputs), needed))
+
+
+def _divided(tensors: Sequence[Tensor], modules: nn.ModuleList) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Returns the tensors of the batch, and behind them those that are parameters of ``modules``."""
+    if not len(modules):
+        return tensors, ()
+    batch = len(tensors) - len(list(modules.parameters()))
+    return tensors[:batch], tensors[batch:]

@@ -11,24 +11,20 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Executor
-from metafast.inner.autograd import NO_MAPPING, ONLY_ONCE, STATISTICS_CHANGED, Sets, evaluate, versions, way_back
-from metafast.inner.recorded import recorded
+from metafast.inner.autograd import NO_MAPPING, ONLY_ONCE, STATISTICS_CHANGED, evaluate, versions, way_back
+from metafast.inner.recorded import Sets, recorded_vjp, standing_in
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.tasks import TaskBatch
+from metafast.tasks import Batch, TaskBatch
 
 _NO_SUCH_LEARNER = "the learner that this graph was compiled for is gone: keep it alive, or compile the new one"
-_OTHER_LOSS = (
-    "the parameters of the loss module are not those that the compiled graph was given; under "
-    "torch.func.functional_call call the learner uncompiled"
-)
 
 
 class Operand(NamedTuple):
@@ -110,10 +106,10 @@ def _with_autograd() -> Iterator[None]:
         yield
 
 
-def _batch(inputs: Sequence[Tensor], support_mask: Tensor | None, query_mask: Tensor | None) -> TaskBatch:
-    """Makes the batch of the inputs of ``meta_loss``, which are parameters, rates, and then its tensors."""
-    support_x, support_y, query_x, query_y = inputs[2:6]
-    return TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
+def _sets(masks: tuple[Tensor | None, Tensor | None], tensors: Sequence[Tensor]) -> Sets:
+    """Makes the support and query sets of their tensors."""
+    support_x, support_y, query_x, query_y = tensors
+    return Sets(Batch(support_x, support_y, masks[0]), Batch(query_x, query_y, masks[1]))
 
 
 def _written(program: Program) -> Tensor:
@@ -124,23 +120,22 @@ def _written(program: Program) -> Tensor:
 @torch.library.custom_op("metafast::meta_loss", mutates_args=())
 def meta_loss(
     learner: int, theta: Tensor, rates: Tensor, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor,
-    of_loss: Tensor, support_mask: Tensor | None, query_mask: Tensor | None,
+    of_loss: Sequence[Tensor], support_mask: Tensor | None, query_mask: Tensor | None,
     step_weights: Sequence[float], first_order: bool, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes an ``Evaluation``, and the number of writes to the program's constants.
 
-    ``of_loss`` are the parameters of the loss module, flat; ``trains`` says whether gradients may be asked for.
+    ``of_loss`` are the parameters of the loss modules; ``trains`` says whether gradients may be asked for.
     """
     owner = _find(learner)
     tasks = TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
-    if of_loss.numel() and not torch.equal(of_loss, _flatten_dense_tensors(list(owner.loss_modules.parameters()))):
-        raise RuntimeError(_OTHER_LOSS)
     with _with_autograd():
         operand = owner.for_operator(tasks, trains)
         executor, program, _ = operand
         loop = _loop(step_weights, first_order)
         sets = Sets(tasks.support, tasks.query)
-        found = evaluate(executor, program, loop, operand.pick(theta), operand.pick(rates), sets)
+        with standing_in(owner.loss_modules, of_loss):
+            found = evaluate(executor, program, loop, operand.pick(theta), operand.pick(rates), sets)
         trajectory, grads = (operand.spread(t, theta.shape[0]).contiguous() for t in found[2:])
     return found.losses.contiguous(), found.outputs.contiguous(), trajectory, grads, _written(program)
 
@@ -148,7 +143,7 @@ def meta_loss(
 @meta_loss.register_fake
 def _(
     learner: int, theta: Tensor, rates: Tensor, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor,
-    of_loss: Tensor, support_mask: Tensor | None, query_mask: Tensor | None,
+    of_loss: Sequence[Tensor], support_mask: Tensor | None, query_mask: Tensor | None,
     step_weights: Sequence[float], first_order: bool, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tasks = support_x.shape[0]
@@ -168,7 +163,8 @@ def meta_loss_vjp(
 ) -> list[Tensor]:  # fmt: skip
     """Computes the adjoints of the ``inputs`` of ``meta_loss`` that are ``needed``; the others get an empty tensor."""
     owner = _find(learner)
-    tasks = _batch(inputs, support_mask, query_mask)
+    support_x, support_y, query_x, query_y = inputs[2:6]
+    tasks = TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
     with _with_autograd():
         operand = owner.for_operator(tasks, False)
         executor, program, _ = operand
@@ -176,43 +172,23 @@ def meta_loss_vjp(
             raise RuntimeError(STATISTICS_CHANGED)
         loop = _loop(step_weights, first_order, needed[1])
         adjoints = (g_losses, g_outputs)
+        masks = support_mask, query_mask
         if any(needed[2:]):
-            grads = _recorded_vjp(owner, operand, loop, inputs, tasks, adjoints, needed)
+            grads = recorded_vjp(
+                program, loop, owner.loss_modules, partial(_sets, masks), inputs, adjoints, needed, operand.pick
+            )
         else:
             kept = operand.pick(trajectory), operand.pick(query_grads)
-            sets = Sets(tasks.support, tasks.query)
-            of_theta, of_rates = way_back(executor, program, loop, operand.pick(inputs[1]), sets, kept, adjoints)
-            theta, rates = (t.shape[-1] for t in inputs[:2])
-            of_rates = None if of_rates is None else operand.spread(of_rates, rates)
-            grads = [operand.spread(of_theta, theta), of_rates, *(None,) * (len(inputs) - 2)]
+            with standing_in(owner.loss_modules, inputs[6:]):
+                found = way_back(
+                    executor, program, loop, operand.pick(inputs[1]), _sets(masks, inputs[2:6]), kept, adjoints
+                )
+            spread = (g if g is None else operand.spread(g, t.shape[-1]) for g, t in zip(found, inputs, strict=False))
+            grads = [*spread, *(None,) * (len(inputs) - 2)]
     return [
         t.new_empty(0) if g is None or not need else g.clone(memory_format=torch.contiguous_format)
         for t, g, need in zip(inputs, grads, needed, strict=True)
     ]
-
-
-def _recorded_vjp(
-    owner: Compilable, operand: Operand, loop: InnerLoop, inputs: Sequence[Tensor], tasks: TaskBatch,
-    adjoints: tuple[Tensor | None, Tensor | None], needed: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """Computes the adjoints of all inputs through plain operations."""
-    with torch.enable_grad():
-        *leaves, _ = (t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=True))
-        batch = _batch(leaves, tasks.support_mask, tasks.query_mask)
-        found = recorded(operand.program, loop, operand.pick(leaves[0]), operand.pick(leaves[1]), batch)
-        pairs = [(value, g) for value, g in zip(found, adjoints, strict=True) if g is not None]
-        of_loss = list(owner.loss_modules.parameters()) if needed[-1] else []
-        trained = [p for p in of_loss if p.requires_grad]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = torch.autograd.grad(
-            [value for value, _ in pairs], [*wanted, *trained], [g for _, g in pairs], materialize_grads=True,
-            allow_unused=True,
-        )  # fmt: skip
-    by_leaf = iter(grads[: len(wanted)])
-    by_parameter = iter(grads[len(wanted) :])
-    of_inputs = [next(by_leaf) if leaf.requires_grad else None for leaf in leaves]
-    flat = [(next(by_parameter) if p.requires_grad else torch.zeros_like(p)).reshape(-1) for p in of_loss]
-    return [*of_inputs, torch.cat(flat) if flat else None]
 
 
 @meta_loss_vjp.register_fake
@@ -225,20 +201,22 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.learner, *tensors, ctx.step_weights, ctx.first_order, _ = inputs
+    ctx.learner, *tensors, of_loss, support_mask, query_mask, ctx.step_weights, ctx.first_order, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, support_mask, query_mask, *output[2:], *of_loss)
+    ctx.of_loss = [p.requires_grad for p in of_loss]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, g_losses: Tensor | None, g_outputs: Tensor | None, *_: Tensor | None) -> Any:
-    *inputs, support_mask, query_mask, trajectory, query_grads, written = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[1 : 1 + len(inputs)])
+    *inputs, support_mask, query_mask, trajectory, query_grads, written = ctx.saved_tensors[:11]
+    needed = [*ctx.needs_input_grad[1 : 1 + len(inputs)], *ctx.of_loss]
     grads = meta_loss_vjp(
-        ctx.learner, inputs, support_mask, query_mask, ctx.step_weights, ctx.first_order, trajectory, query_grads,
-        written, g_losses, g_outputs, needed,
+        ctx.learner, [*inputs, *ctx.saved_tensors[11:]], support_mask, query_mask, ctx.step_weights, ctx.first_order,
+        trajectory, query_grads, written, g_losses, g_outputs, needed,
     )  # fmt: skip
-    return None, *(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 5
+    found = [g if need else None for g, need in zip(grads, needed, strict=True)]
+    return None, *found[: len(inputs)], found[len(inputs) :], *(None,) * 5
 
 
 def _refuse_twice(ctx: Any, *grads: Any) -> Any:

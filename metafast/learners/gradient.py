@@ -348,10 +348,11 @@ class GradientLearner(WithinTorch):
 
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
+        fixed = self._fixed_rate
+        if fixed is not None and fixed.shape[1] == 1:
+            return fixed
         with torch.enable_grad():  # learned ones stay tied to what they are made of
-            rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-            if rates.shape[1] == 1:
-                return rates
+            rates = self.rate() if fixed is None else fixed
             program = program or self.program
             return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
 

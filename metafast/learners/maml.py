@@ -12,7 +12,7 @@ from torch import nn
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.autograd import MetaLoss, flattened
 from metafast.inner.rates import Rate
-from metafast.inner.recorded import recorded
+from metafast.inner.recorded import Sets, recorded
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.gradient import GradientLearner
@@ -92,12 +92,15 @@ class MAML(GradientLearner):
         if outside.own and not torch.is_grad_enabled():
             with torch.enable_grad():  # the first step differentiates the loss in these parameters
                 return self._recorded(tasks, outside).detach()
-        if create_graph or outside.own or (outside.names and torch.is_grad_enabled()):
+        if create_graph or outside.own or (torch.is_grad_enabled() and outside.must_be_recorded()):
             out = self._recorded(tasks, outside)
         else:
             theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
             spec, tensors = flattened(tasks)
-            losses, outputs, *_ = MetaLoss.apply(theta, rate, choice.executor, program, self.loop, spec, *tensors)
+            losses, outputs, *_ = MetaLoss.apply(
+                theta, rate, choice.executor, program, self.loop, spec, self.loss_modules, *tensors,
+                *self.loss_modules.parameters(),
+            )  # fmt: skip
             out = LearnerOutput(losses, outputs)
         if torch.is_grad_enabled():
             self._leave_traces(tasks)
@@ -105,7 +108,9 @@ class MAML(GradientLearner):
 
     def _recorded(self, tasks: TaskBatch, outside: Outside) -> LearnerOutput:
         theta, rate = self.flat_parameters(), self.inner_rates()
-        return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, tasks, outside.own))
+        sets = Sets(tasks.support, tasks.query)
+        with self._recording():
+            return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, sets, outside.own))
 
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:

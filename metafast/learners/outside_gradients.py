@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metafast.executors import Choice
 from metafast.inner.recorded import OwnParameter
-from metafast.inner.transforms import outside_transforms, plain, plain_batch
+from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
 from metafast.kernels.contract.layer import Loss, RuleContext
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch, TaskShapes
@@ -33,10 +33,20 @@ class Outside(NamedTuple):
     Attributes:
         names: words for each thing that requires a gradient.
         own: the parameters of the model that the loss of the support sets reads by itself.
+        closed_over: whether a loss reads anything that is no parameter of a module.
     """
 
     names: tuple[str, ...] = ()
     own: tuple[OwnParameter, ...] = ()
+    closed_over: bool = False
+
+    def must_be_recorded(self) -> bool:
+        """Says whether the computation has to be recorded as it goes forward.
+
+        torch.func has no way to record what an inner loop differentiates. Under it backward records anew, which knows
+        of all tensors but those that a loss closes over.
+        """
+        return bool(self.names) and (self.closed_over or not transforming())
 
 
 NOTHING = Outside()
@@ -73,12 +83,15 @@ class LossProbe:
         """Finds all that requires a gradient beside the parameters. The query loss counts where the batch is judged."""
         names = [name for name in _INPUTS if getattr(tasks, name).requires_grad]
         own: tuple[OwnParameter, ...] = ()
+        closed_over = False
+        seen = {id(p) for p in self.modules.parameters()}
         for part in self._losses if judged else self._losses.keys() & {"support"}:
             value = self._run(part, where, tasks)
             if value is not None:
                 names.append(f"a tensor that the loss of the {part} sets reads beside outputs and targets")
+                closed_over = closed_over or any(id(leaf) not in seen for leaf in _leaves(value))
                 own = _reached(value, where.parameters) if part == "support" else own
-        return Outside(tuple(names), own)
+        return Outside(tuple(names), own, closed_over)
 
     def check_compiled(self, where: Surroundings, tasks: TaskBatch) -> None:
         """Checks that the losses read nothing that a compiled graph does not see.

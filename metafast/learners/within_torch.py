@@ -28,6 +28,11 @@ _CREATE_GRAPH = (
     "create_graph=True records plain operations of unknown number, which a compiled graph cannot hold; call the "
     "learner uncompiled for it"
 )
+_FIRST_ORDER_ALONE = (
+    "under torch.func this learner has derivatives of first order alone, in parameters, inputs and loss modules: the "
+    "rules of some operations are found by torch.autograd, which torch.func does not differentiate. For higher orders, "
+    "and for tensors that a loss closes over, use torch.autograd.grad on learner(tasks, create_graph=True)"
+)
 _SEVERAL = (
     "samples of several tensors cannot go into a compiled graph; call the learner uncompiled, for instance in a "
     "function that torch.compiler.disable marks"
@@ -113,6 +118,16 @@ class WithinTorch(Learner):
             for parameter in self.parameters():
                 plain(parameter)
 
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Says in words what cannot be recorded under a transform of torch.func."""
+        try:
+            yield
+        except RuntimeError as error:
+            if transforming() and "requires_grad_()" in str(error):
+                raise RuntimeError(_FIRST_ORDER_ALONE) from None
+            raise
+
     @in_own_dtype
     def for_operator(self, tasks: TaskBatch, trains: bool) -> Operand:
         """Checks a batch and says what computes it; where it ``trains``, the model's buffers move.
@@ -155,10 +170,9 @@ class WithinTorch(Learner):
         named = dict(self.model.named_parameters())
         rows = {name.replace("/", "."): p for name, p in self.rows.items()}
         theta = torch.cat([rows.get(name, p).reshape(-1) for name, p in named.items()])
-        of_loss = [p.reshape(-1) for p in self.loss_modules.parameters()]
         losses, outputs, *_ = meta_loss(
             self.number, theta, self.rate(), tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y,
-            torch.cat(of_loss) if of_loss else theta.new_empty(0), tasks.support_mask, tasks.query_mask,
+            list(self.loss_modules.parameters()), tasks.support_mask, tasks.query_mask,
             list(step_weights), first_order, torch.is_grad_enabled(),
         )  # fmt: skip
         return LearnerOutput(losses, outputs)
