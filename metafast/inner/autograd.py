@@ -63,7 +63,7 @@ def evaluate(
     losses = theta.new_zeros(trajectory.shape[1])
     grads = []
     for step, weight in loop.judged_steps:
-        loss, grad, outputs = executor.loss_and_grad(program, trajectory[step], sets.query, step)
+        loss, grad, outputs = executor.loss_and_grad(program.query, trajectory[step], sets.query, step)
         losses = losses + weight * loss
         grads.append(grad)
     return Evaluation(losses.detach(), outputs.detach(), trajectory, torch.stack(grads))

@@ -49,7 +49,7 @@ def recorded(
     nothing = (False,) * len(program.parameters)
     losses = params.new_zeros(trajectory[0].shape[0])
     for step, weight in loop.judged_steps:
-        run = Pass(program, trajectory[step], sets.query, step, nothing)
+        run = Pass(program.query, trajectory[step], sets.query, step, nothing)
         outputs = run.forward()
         losses = losses + weight * run.loss()
     return losses, outputs

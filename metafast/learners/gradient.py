@@ -20,7 +20,7 @@ from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task
-from metafast.learners.checks import check_batch, check_like, check_padding
+from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import Outside
@@ -117,7 +117,9 @@ class GradientLearner(WithinTorch):
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
-        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
+        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task, which sees the
+            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised.
+        query_loss: the loss that judges the query sets, likewise; ``None``: the same as ``loss``.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
@@ -142,6 +144,7 @@ class GradientLearner(WithinTorch):
         *,
         loss: LossLike,
         lr: float | Rate,
+        query_loss: LossLike | None = None,
         steps: int = 1,
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
         bn: BatchNormMode = None,
@@ -154,12 +157,14 @@ class GradientLearner(WithinTorch):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
+        check_initialised(model)
         check_mode(model, bn)
         check_backend(backend)
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn, self.output = as_loss(loss), bn, output
-        self._set_losses(self.loss)
+        self.query_loss = None if query_loss is None else as_loss(query_loss)
+        self._set_losses(self.loss, self.query_loss)
         self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
         self.captures = Captures(model, self._capture_settings)
         self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
@@ -225,7 +230,7 @@ class GradientLearner(WithinTorch):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._choice_for(tasks)
+        choice = self._choice_for(tasks, judged=False)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
@@ -285,7 +290,9 @@ class GradientLearner(WithinTorch):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
         moved = sum(p.size for p in self.program.parameters if p.adapted)
-        lines.append(f"  loss: {self.program.loss.kind}; {moved:,} of {self.program.size:,} parameters are adapted")
+        loss, of_query = self.program.loss.label, self.program.query.loss.label
+        loss += "" if self.query_loss is None else f", {of_query} on query sets"
+        lines.append(f"  loss: {loss}; {moved:,} of {self.program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
@@ -317,7 +324,8 @@ class GradientLearner(WithinTorch):
         return trajectory[-1]
 
     def _capture_settings(self) -> CaptureSettings:
-        return CaptureSettings(self.loss, self.adapted_names, self.bn, self.steps, self.output)
+        losses = self.loss, self.query_loss
+        return CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
@@ -387,23 +395,26 @@ class GradientLearner(WithinTorch):
             found.append(Parameter(name, tuple(rows.get(name, parameter).shape), offset, name in self.adapted_names))
         return found
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
-        """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
+        """Checks a batch against the model and chooses the executor, once for each kind of batch.
+
+        The query sets are looked at where the batch is ``judged``.
+        """
         check_batch(tasks)
         self._follow_changes()
         self._refuse_mapped(tasks)
-        key = self._kind(tasks)
+        key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
             with self._as_it_was(tasks) as batch:
                 known = self._latest = self._examine(batch)
             known.parameters[:] = self.parameters_of(known.program)
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
             self._known[key] = known
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
         elif known.checks_targets:
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
         self.__dict__["_latest"] = known  # nn.Module's own way to set an attribute takes longer than all the rest
         return known.choice
 
@@ -429,7 +440,8 @@ class GradientLearner(WithinTorch):
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        looks = program.loss.reads_targets and tasks.support_x.device.type == "cpu"
+        reads = program.loss.reads_targets or program.query.loss.reads_targets
+        looks = reads and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
         if not self._swapped:
@@ -447,9 +459,10 @@ class GradientLearner(WithinTorch):
             )
         return tuple(shape[1:])
 
-    def _check_targets(self, known: KnownBatch, tasks: TaskBatch) -> None:
+    def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         known.program.loss.check(known.output, tasks.support_y, "support_y")
-        known.program.loss.check(known.output, tasks.query_y, "query_y")
+        if judged:
+            known.program.query.loss.check(known.output, tasks.query_y, "query_y")
 
     def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Adds the gradient of each meta-parameter of the model to its ``.grad``."""
@@ -464,9 +477,10 @@ class GradientLearner(WithinTorch):
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
+            predict = self._now.choice.executor.predict
             with self._plainly(tasks) as batch:
                 theta = _flatten_dense_tensors([plain(p) for p in self._sources])
-                track(self.program, theta.detach(), batch.support)
+                track(self.program, predict, theta.detach(), batch.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""

@@ -154,15 +154,15 @@ def refuse(learner: str, outside: Outside) -> None:
 
 
 def _may_read_more(loss: Loss) -> bool:
-    """Says whether a loss may read anything beside outputs and targets: it is a function of the user's, or rules."""
-    of_the_user = not type(loss).__module__.startswith("metafast.")
-    return of_the_user or getattr(loss, "function", None) is not None
+    """Says whether a loss may read anything beside outputs and targets: a function or rules of the user's, or weights."""
+    of_the_user = loss.kind == "custom_loss" or not type(loss).__module__.startswith("metafast.")
+    return of_the_user or bool(loss.options)
 
 
 def _module_of(loss: Loss) -> nn.Module | None:
     """Returns the module that a user's loss is, or ``None``."""
     function = getattr(loss, "function", None)
-    return function if isinstance(function, nn.Module) else None
+    return function if loss.kind == "custom_loss" and isinstance(function, nn.Module) else None
 
 
 def _by_rules(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:

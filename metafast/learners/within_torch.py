@@ -73,7 +73,7 @@ class WithinTorch(Learner):
         super().__setstate__(state)
         self.number = register(self)
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
         raise NotImplementedError
 
     def _track_statistics(self, tasks: TaskBatch) -> None:
