@@ -286,6 +286,31 @@ def test_torch_func_takes_gradients_in_inputs(name, build):
     close([found], gradients(losses.mean(), [leaf]))
 
 
+@pytest.mark.parametrize("name", ["loss_modules.0.scale", "loss_modules.1.shift", "model.0.weight"])
+def test_torch_func_takes_gradients_in_some_parameters_under_learned_losses(name):
+    """The others are given too, and are not those of the modules."""
+    _, learner, tasks = make(loss=Scaled(), query_loss=Scaled())
+    parameters = {n: 0.7 * p.detach() for n, p in learner.named_parameters()}
+    found = torch.func.grad(
+        lambda value: functional_call(learner, {**parameters, name: value}, (tasks,)).loss
+    )(parameters[name])  # fmt: skip
+    with torch.no_grad():
+        for n, p in learner.named_parameters():
+            p.copy_(parameters[n])
+    _, outputs = unrolled(learner.model, learner.loss_modules[0], tasks)
+    loss = torch.stack(list(map(learner.loss_modules[1], outputs, tasks.query_y))).mean()
+    close([found], gradients(loss, [dict(learner.named_parameters())[name]]))
+
+
+def test_a_layer_that_is_frozen_after_a_transform_is_noticed():
+    model, learner, tasks = make()
+    parameters, loss = functional(learner, tasks)
+    torch.func.grad(loss)(parameters)
+    model[0].weight.requires_grad_(False)
+    losses, _ = unrolled(model, F.cross_entropy, tasks, moved=["0.bias", "2.weight", "2.bias"])
+    close([learner(tasks).losses.detach()], [losses.detach()])
+
+
 def test_torch_func_has_every_order_through_create_graph():
     model, learner, tasks = make()
     parameters, loss = functional(learner, tasks, create_graph=True)

@@ -113,7 +113,7 @@ class LossProbe:
         outputs = self._outputs_of_one(part, where, tasks)
         batch: Batch = getattr(tasks, part)
         kept = slice(None) if batch.mask is None else batch.mask[0]
-        function = getattr(loss, "function", None)
+        function = getattr(loss, "function", None) if loss.kind == "custom_loss" else None
         with torch.enable_grad():
             z, y = outputs[kept].clone(), batch.y[0].detach()[kept]
             try:
@@ -154,7 +154,7 @@ def refuse(learner: str, outside: Outside) -> None:
 
 
 def _may_read_more(loss: Loss) -> bool:
-    """Says whether a loss may read anything beside outputs and targets: a function or rules of the user's, or weights."""
+    """Says whether a loss may read more than outputs and targets: it is the user's own, or has options."""
     of_the_user = loss.kind == "custom_loss" or not type(loss).__module__.startswith("metafast.")
     return of_the_user or bool(loss.options)
 

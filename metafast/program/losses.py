@@ -74,6 +74,4 @@ def _recognise(loss: Callable[..., Tensor]) -> Loss | None:
         return None
     if isinstance(loss, nn.Module):
         options = {name: getattr(loss, name) for name in names}
-    if any(isinstance(value, Tensor) and value.requires_grad for value in options.values()):
-        return None  # a learned weight, of which rules have no gradient
     return make(**options, source=loss) if options.keys() <= set(names) else None
