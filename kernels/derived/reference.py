@@ -107,7 +107,8 @@ class Derived(Layer):
 
     def _pushed(self, ctx: RuleContext) -> Tensor:
         """``J d`` by forward mode."""
-        with forward_ad.dual_level():
+        # A torch.autograd.Function switches forward mode off around its forward, and tangents would be lost silently.
+        with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
             duals = [
                 t if d is None else forward_ad.make_dual(t, d) for t, d in zip((*ctx.p, *ctx.x), ctx.d, strict=True)
             ]

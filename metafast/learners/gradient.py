@@ -15,6 +15,7 @@ from metafast.executors import Choice, Executor, check_backend, check_precision,
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded_adapt
+from metafast.inner.transforms import plain
 from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
@@ -168,7 +169,6 @@ class GradientLearner(WithinTorch):
         self.query_loss = None if query_loss is None else as_loss(query_loss)
         self._set_losses(self.loss, self.query_loss)
         self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
-        self._trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self.captures = Captures(model, self._capture_settings)
         self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
         self.rows = self._rows_per_step()
@@ -176,6 +176,7 @@ class GradientLearner(WithinTorch):
         self._parameter_count = len(list(model.parameters()))
         self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
         self._latest: KnownBatch | None = None
+        self._swapped = False
         self._look()
 
     @classmethod
@@ -250,7 +251,9 @@ class GradientLearner(WithinTorch):
     @property
     def adapted_names(self) -> frozenset[str]:
         """The names of the parameters that the inner loop moves."""
-        return self._trained if self._adapt is None else self._adapt
+        if self._adapt is not None:
+            return self._adapt
+        return frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
 
     @property
     def program(self) -> Program:
@@ -329,35 +332,40 @@ class GradientLearner(WithinTorch):
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
-        stale = self.captures.stale()
-        if not stale and not self._snapshot.changed():
+        if not self._snapshot.changed() and not self.captures.stale():
+            if self._swapped:
+                self._refresh_sources(swapped=False)
             return
-        if not stale and self._snapshot.only_values_changed():
-            self._refresh_sources()
-            self._look()
+        if self._snapshot.only_values_changed() and not self.captures.stale():
+            self._refresh_sources(swapped=True)
             return
         if self.training:
             self.captures.trained = {name: norm.training for name, norm in norms_of(self.model).items()}
         self.captures.forget()
         self._known.clear()
+        self._swapped = False
         self._look()
 
     def _look(self) -> None:
         """Takes note of how the module is now."""
-        named = list(self.model.named_parameters())
-        if all(isinstance(p, nn.Parameter) for _, p in named):  # others stand in their places for one call only
-            self._trained = frozenset(name for name, p in named if p.requires_grad)
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
+    def _refresh_sources(self, swapped: bool) -> None:
+        """Looks up the parameters again: where they are ``swapped``, others stand in their places for a while."""
+        self._swapped, self._fixed_rate = swapped, self.rate.fixed
+        for known in self._known.values():
+            known.parameters[:] = self.parameters_of(known.program)
+
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
-        with torch.enable_grad():  # so that they are tied to the learned ones whether or not autograd is on
-            rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-        if rates.shape[1] == 1:
-            return rates
-        program = program or self.program
-        return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
+        fixed = self._fixed_rate
+        if fixed is not None and fixed.shape[1] == 1:
+            return fixed
+        with torch.enable_grad():  # learned ones stay tied to what they are made of
+            rates = self.rate() if fixed is None else fixed
+            program = program or self.program
+            return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
 
     def _columns(self, rates: Tensor, program: Program) -> Tensor:
         """Picks from rates for all parameters of the model those of the parameters that ``program`` uses."""
@@ -365,20 +373,9 @@ class GradientLearner(WithinTorch):
         parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
         return torch.cat(parts, 1)
 
-    def _refresh_sources(self) -> None:
-        for key, known in self._known.items():
-            self._known[key] = known._replace(parameters=self.parameters_of(known.program))
-        if self._latest is not None:
-            self._latest = self._latest._replace(parameters=self.parameters_of(self._latest.program))
-
-    def meta_parameters(self) -> list[tuple[str, Tensor]]:
-        """Lists the meta-parameters of the model, used or not, with their names; some have a row for each step."""
-        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
-        return [(name, rows.get(name, p)) for name, p in self.model.named_parameters()]
-
     def parameters_of(self, program: Program) -> list[Tensor]:
         """Lists the meta-parameters of the model in the order of ``program``."""
-        named = dict(self.meta_parameters())
+        named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
         return [named[p.name] for p in program.parameters]
 
     def _rows_per_step(self) -> nn.ParameterDict:
@@ -394,10 +391,11 @@ class GradientLearner(WithinTorch):
 
     def _layout(self) -> list[Parameter]:
         """Lists all parameters of the model as a Program that used each of them would have them."""
+        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
         found: list[Parameter] = []
-        for name, parameter in self.meta_parameters():
+        for name, parameter in self.model.named_parameters():
             offset = found[-1].offset + found[-1].size if found else 0
-            found.append(Parameter(name, tuple(parameter.shape), offset, name in self.adapted_names))
+            found.append(Parameter(name, tuple(rows.get(name, parameter).shape), offset, name in self.adapted_names))
         return found
 
     def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
@@ -411,14 +409,11 @@ class GradientLearner(WithinTorch):
         key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
-            with self._plainly(tasks) as batch:
-                self._latest = self._known[key] = self._examine(batch)
-            known = self._known[key]
-            try:
-                self._check_targets(known, tasks, judged)
-            except Exception:
-                del self._known[key]  # the next batch of this kind is checked as the first one
-                raise
+            with self._as_it_was(tasks) as batch:
+                known = self._latest = self._examine(batch)
+            known.parameters[:] = self.parameters_of(known.program)
+            self._check_targets(known, tasks, judged)
+            self._known[key] = known
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
         elif known.checks_targets:
@@ -452,7 +447,8 @@ class GradientLearner(WithinTorch):
         looks = reads and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
-        self._look()
+        if not self._swapped:
+            self._look()
         recorded = has_own_derivatives(program)
         return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
 
@@ -487,7 +483,8 @@ class GradientLearner(WithinTorch):
         if self._now.tracks_statistics:
             predict = self._now.choice.executor.predict
             with self._plainly(tasks) as batch:
-                track(self.program, predict, self.flat_parameters().detach(), batch.support)
+                theta = _flatten_dense_tensors([plain(p) for p in self._sources])
+                track(self.program, predict, theta.detach(), batch.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""

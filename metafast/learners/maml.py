@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from metafast.inner.autocast import in_own_dtype
-from metafast.inner.autograd import MetaLoss, parts
+from metafast.inner.autograd import MetaLoss, flattened
 from metafast.inner.rates import Rate
-from metafast.inner.recorded import recorded
+from metafast.inner.recorded import Sets, recorded
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.gradient import GradientLearner
@@ -32,7 +32,7 @@ class MAML(GradientLearner):
     Args:
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
-        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
 
@@ -84,7 +84,7 @@ class MAML(GradientLearner):
             TypeError, ValueError: the batch does not fit the model.
         """
         if torch.compiler.is_compiling():
-            return self._compiled(tasks, self.rate(), self._weights, self.first_order, create_graph)
+            return self._compiled(tasks, self._weights, self.first_order, create_graph)
         choice = self._choice_for(tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
@@ -92,11 +92,16 @@ class MAML(GradientLearner):
         if outside.own and not torch.is_grad_enabled():
             with torch.enable_grad():  # the first step differentiates the loss in these parameters
                 return self._recorded(tasks, outside).detach()
-        if create_graph or outside.own or (torch.is_grad_enabled() and (outside.names or self._now.is_recorded)):
+        must = outside.must_be_recorded() or self._now.is_recorded
+        if create_graph or outside.own or (torch.is_grad_enabled() and must):
             out = self._recorded(tasks, outside)
         else:
             theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
-            losses, outputs, *_ = MetaLoss.apply(theta, rate, choice.executor, program, self.loop, *parts(tasks))
+            spec, tensors = flattened(tasks)
+            losses, outputs, *_ = MetaLoss.apply(
+                theta, rate, choice.executor, program, self.loop, spec, self.loss_modules, *tensors,
+                *self.loss_modules.parameters(),
+            )  # fmt: skip
             out = LearnerOutput(losses, outputs)
         if torch.is_grad_enabled():
             self._leave_traces(tasks)
@@ -104,7 +109,9 @@ class MAML(GradientLearner):
 
     def _recorded(self, tasks: TaskBatch, outside: Outside) -> LearnerOutput:
         theta, rate = self.flat_parameters(), self.inner_rates()
-        return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, tasks, outside.own))
+        sets = Sets(tasks.support, tasks.query)
+        with self._recording():
+            return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, sets, outside.own))
 
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:

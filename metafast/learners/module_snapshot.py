@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from operator import is_
 from typing import Any
@@ -48,30 +49,6 @@ class ModuleSnapshot:
             for home, left_out in zip(self._attributes, self._left_out, strict=True)
         ]
 
-    def only_values_changed(self) -> bool:
-        """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
-
-        That is what ``torch.func.functional_call`` does to a module for the time of a call.
-        """
-        replaced = 0
-        for home, name, item in zip(self._homes, self._names, self._items, strict=True):
-            other = home.get(name)
-            if other is item:
-                continue
-            replaced += 1
-            if id(home) not in self._of_parameters or not isinstance(other, Tensor) or not isinstance(item, Tensor):
-                return False
-            if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
-                return False
-        same_sizes = [len(registry) for registry in self._registries] == self._sizes
-        return replaced > 0 and same_sizes and self._attributes_are_equal()
-
-    def _attributes_are_equal(self) -> bool:
-        try:
-            return [*map(_values, self._attributes, self._left_out)] == self._values
-        except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
-            return False
-
     def changed(self) -> bool:
         """Says whether anything has been replaced, added or taken away, switched or set to another value."""
         items = map(dict.get, self._homes, self._names)
@@ -81,7 +58,49 @@ class ModuleSnapshot:
             and [p.requires_grad for p in self.parameters] == self._trained
         ):
             return True
-        return not self._attributes_are_equal()
+        return self._attributes_changed()
+
+    def only_values_changed(self) -> bool:
+        """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
+
+        That is what ``torch.func.functional_call`` does to a module for the time of a call.
+        """
+        swapped = False
+        for home, name, item in zip(self._homes, self._names, self._items, strict=True):
+            other = home.get(name)
+            if other is item:
+                continue
+            if id(home) not in self._of_parameters or not isinstance(other, Tensor) or not isinstance(item, Tensor):
+                return False
+            if isinstance(other, nn.Parameter):  # which is there to stay
+                return False
+            if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
+                return False
+            swapped = True
+        sizes = [len(registry) for registry in self._registries]
+        return swapped and sizes == self._sizes and not self._attributes_changed()
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Puts the parameters back that others stand in for, for as long as the context lasts."""
+        swapped = [
+            (home, name, home[name], item)
+            for home, name, item in zip(self._homes, self._names, self._items, strict=True)
+            if home[name] is not item
+        ]
+        for home, name, _, item in swapped:
+            home[name] = item
+        try:
+            yield
+        finally:
+            for home, name, other, _ in swapped:
+                home[name] = other
+
+    def _attributes_changed(self) -> bool:
+        try:
+            return [*map(_values, self._attributes, self._left_out)] != self._values
+        except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
+            return True
 
 
 def _values(home: dict[str, Any], left_out: Collection[str]) -> tuple[Any, ...]:
