@@ -136,7 +136,9 @@ def test_plans(budget, most, chunk, keep):
 def test_precision_is_asked_for_by_name():
     setup = SUITE["batch norm of the task"]
     tasks = make_tasks(setup, tasks=1)
-    learner = make_learner(replace(setup, options={"steps": 1, "precision": "bf16"}), torch.float32, "triton", device=DEVICE)
+    learner = make_learner(
+        replace(setup, options={"steps": 1, "precision": "bf16"}), torch.float32, "triton", device=DEVICE
+    )
     assert "(bf16)" in learner.explain(tasks.support_x.to(DEVICE))
     derived = replace(SUITE["SiLU, derived"], options={"precision": "bf16"})
     with pytest.raises(RuntimeError, match="needs kernels for every layer"):

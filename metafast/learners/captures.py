@@ -29,6 +29,7 @@ class CaptureSettings:
 
     Attributes:
         loss: the loss of the Programs.
+        query_loss: that of the query sets, where it is another one.
         adapt: the names of the parameters that the inner loop moves.
         bn: the modes of batch norm.
         steps: the number S of inner steps.
@@ -36,6 +37,7 @@ class CaptureSettings:
     """
 
     loss: Loss
+    query_loss: Loss | None
     adapt: Collection[str]
     bn: BatchNormMode
     steps: int
@@ -140,6 +142,7 @@ class Captures:
             shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
             layout = Layout(names, shapes, settings.adapt, settings.steps)
             made = program_of(self.model, recording, settings.loss, layout, self.modes())
+            made = made.with_loss(settings.loss, settings.query_loss)
             same = [p for p in self.programs.values() if p.computes_as(made)]
             self.programs[key] = same[0] if same else made
             if len(self.programs) > 4 * _KINDS:
@@ -155,6 +158,11 @@ def _kind(x: Any) -> tuple[Any, ...]:
         *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
         torch.is_autocast_enabled(),
     )
+
+
+def has_own_derivatives(program: Program) -> bool:
+    """Says whether some node calls a ``torch.autograd.Function``, whose gradient is what its author wrote."""
+    return any(getattr(getattr(n.layer, "function", None), "calls_functions", False) for n in program.derived)
 
 
 def first_task(x: Any) -> Any:

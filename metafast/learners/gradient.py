@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
+from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate, Rates
+from metafast.inner.recorded import recorded_adapt
+from metafast.inner.transforms import plain
 from metafast.learners.adapted_parameters import resolve_names
-from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
+from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
-from metafast.learners.captures import Captures, CaptureSettings, first_task
-from metafast.learners.checks import check_batch, check_like, check_padding
+from metafast.learners.captures import Captures, CaptureSettings, first_task, has_own_derivatives
+from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.outside_gradients import Outside
+from metafast.learners.within_torch import WithinTorch
 from metafast.program import Parameter, Program
 from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
@@ -50,6 +55,7 @@ class Adapted:
     step: int
     sample: tuple[tuple[int, ...], ...]
 
+    @in_own_dtype
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
 
@@ -93,10 +99,13 @@ class KnownBatch(NamedTuple):
     ``parameters`` are those of the model in the order of ``program``. ``output`` is the shape of a sample's output;
     ``checks_targets`` says whether the values of the targets are looked at in every batch, ``leaves_traces`` whether a
     call of the model changes its buffers or attributes, ``tracks_statistics`` whether there is a ``"running"`` norm.
+    ``is_recorded`` says that autograd records the inner loop, because a ``torch.autograd.Function`` of the model has a
+    derivative that only autograd can differentiate.
     """
 
     program: Program
     parameters: list[Tensor]
+    is_recorded: bool
     leaves_traces: bool
     tracks_statistics: bool
     choice: Choice
@@ -104,7 +113,7 @@ class KnownBatch(NamedTuple):
     checks_targets: bool
 
 
-class GradientLearner(Learner):
+class GradientLearner(WithinTorch):
     """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
@@ -112,7 +121,9 @@ class GradientLearner(Learner):
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
-        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
+        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task, which sees the
+            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised.
+        query_loss: the loss that judges the query sets, likewise; ``None``: the same as ``loss``.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
@@ -137,6 +148,7 @@ class GradientLearner(Learner):
         *,
         loss: LossLike,
         lr: float | Rate,
+        query_loss: LossLike | None = None,
         steps: int = 1,
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
         bn: BatchNormMode = None,
@@ -151,11 +163,14 @@ class GradientLearner(Learner):
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
         if next(model.parameters(), None) is None:
             raise CaptureError(f"{type(model).__name__} has no parameters; there is nothing to meta-learn")
+        check_initialised(model)
         check_mode(model, bn)
         check_backend(backend)
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn, self.output = as_loss(loss), bn, output
+        self.query_loss = None if query_loss is None else as_loss(query_loss)
+        self._set_losses(self.loss, self.query_loss)
         self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
         self.captures = Captures(model, self._capture_settings())
         self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
@@ -164,6 +179,7 @@ class GradientLearner(Learner):
         self._parameter_count = len(list(model.parameters()))
         self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
         self._latest: KnownBatch | None = None
+        self._swapped = False
         self._look()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,6 +237,7 @@ class GradientLearner(Learner):
         else:
             super().zero_grad(set_to_none)
 
+    @in_own_dtype
     def adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
     ) -> Adapted:
@@ -229,12 +246,12 @@ class GradientLearner(Learner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._choice_for(tasks)
+        choice = self._choice_for(tasks, judged=False)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
-            theta = self._adapted(choice, tasks.support, steps)
+            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         return Adapted(
             self.captures,
             self.program,
@@ -291,7 +308,9 @@ class GradientLearner(Learner):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
         moved = sum(p.size for p in program.parameters if p.adapted)
-        lines.append(f"  loss: {program.loss.kind}; {moved:,} of {program.size:,} parameters are adapted")
+        loss, of_query = program.loss.label, program.query.loss.label
+        loss += "" if self.query_loss is None else f", {of_query} on query sets"
+        lines.append(f"  loss: {loss}; {moved:,} of {program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
@@ -313,22 +332,33 @@ class GradientLearner(Learner):
         """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
         loop = InnerLoop.judged_last(steps)
+        if outside.own:
+            with torch.enable_grad():
+                theta, rates = self.flat_parameters(), self.inner_rates()
+                return recorded_adapt(self.program, loop, theta, rates, support, outside.own)[-1].detach()
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
     def _capture_settings(self) -> CaptureSettings:
-        return CaptureSettings(self.loss, self.adapted_names, self.bn, self.steps, self.output)
+        losses = self.loss, self.query_loss
+        return CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
         if not self._snapshot.changed() and not self.captures.stale():
+            if self._swapped:
+                self._refresh_sources(swapped=False)
+            return
+        if self._snapshot.only_values_changed() and not self.captures.stale():
+            self._refresh_sources(swapped=True)
             return
         if self.training:
             self.captures.trained = {name: norm.training for name, norm in norms_of(self.model).items()}
         self.captures.forget()
         self._known.clear()
+        self._swapped = False
         self._look()
 
     def _look(self) -> None:
@@ -336,13 +366,21 @@ class GradientLearner(Learner):
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
+    def _refresh_sources(self, swapped: bool) -> None:
+        """Looks up the parameters again: where they are ``swapped``, others stand in their places for a while."""
+        self._swapped, self._fixed_rate = swapped, self.rate.fixed
+        for known in self._known.values():
+            known.parameters[:] = self.parameters_of(known.program)
+
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
-        rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-        if rates.shape[1] == 1:
-            return rates
-        program = program or self.program
-        return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
+        fixed = self._fixed_rate
+        if fixed is not None and fixed.shape[1] == 1:
+            return fixed
+        with torch.enable_grad():  # learned ones stay tied to what they are made of
+            rates = self.rate() if fixed is None else fixed
+            program = program or self.program
+            return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
 
     def _columns(self, rates: Tensor, program: Program) -> Tensor:
         """Picks from rates for all parameters of the model those of the parameters that ``program`` uses."""
@@ -375,20 +413,26 @@ class GradientLearner(Learner):
             found.append(Parameter(name, tuple(rows.get(name, parameter).shape), offset, name in self.adapted_names))
         return found
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
-        """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
+        """Checks a batch against the model and chooses the executor, once for each kind of batch.
+
+        The query sets are looked at where the batch is ``judged``.
+        """
         check_batch(tasks)
         self._follow_changes()
-        key = self._kind(tasks)
+        self._refuse_mapped(tasks)
+        key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
-            known = self._latest = self._examine(tasks)
-            self._check_targets(known, tasks)
+            with self._as_it_was(tasks) as batch:
+                known = self._latest = self._examine(batch)
+            known.parameters[:] = self.parameters_of(known.program)
+            self._check_targets(known, tasks, judged)
             self._known[key] = known
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
         elif known.checks_targets:
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
         self.__dict__["_latest"] = known  # nn.Module's own way to set an attribute takes longer than all the rest
         return known.choice
 
@@ -415,11 +459,14 @@ class GradientLearner(Learner):
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        looks = program.loss.reads_targets and tasks.support_x.device.type == "cpu"
+        reads = program.loss.reads_targets or program.query.loss.reads_targets
+        looks = reads and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
-        self._look()
-        return KnownBatch(program, parameters, leaves_traces, tracks, choice, output, looks)
+        if not self._swapped:
+            self._look()
+        recorded = has_own_derivatives(program)
+        return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         """Returns the shape of a sample's output."""
@@ -432,9 +479,10 @@ class GradientLearner(Learner):
             )
         return tuple(shape[1:])
 
-    def _check_targets(self, known: KnownBatch, tasks: TaskBatch) -> None:
+    def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         known.program.loss.check(known.output, tasks.support_y, "support_y")
-        known.program.loss.check(known.output, tasks.query_y, "query_y")
+        if judged:
+            known.program.query.loss.check(known.output, tasks.query_y, "query_y")
 
     def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Adds the gradient of each meta-parameter of the model to its ``.grad``."""
@@ -449,10 +497,13 @@ class GradientLearner(Learner):
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+            predict = self._now.choice.executor.predict
+            with self._plainly(tasks) as batch:
+                theta = _flatten_dense_tensors([plain(p) for p in self._sources])
+                track(self.program, predict, theta.detach(), batch.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with torch.no_grad(), self.captures.statistics_kept():
-                call(self.model, first_task(tasks.support_x))
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
+                call(self.model, first_task(batch.support_x))

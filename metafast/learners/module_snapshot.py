@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from operator import is_
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class ModuleSnapshot:
@@ -26,7 +28,8 @@ class ModuleSnapshot:
     def __init__(
         self, module: nn.Module, owner: nn.Module | None = None, ignored: Collection[tuple[int, str]] = ()
     ) -> None:
-        modules = list(module.modules())
+        # A scripted module keeps its parts out of Python's sight, and cannot change but for its parameters' values.
+        modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self.parameters = list(module.parameters())
         self._trained = [p.requires_grad for p in self.parameters]
         self._registries = [
@@ -38,6 +41,7 @@ class ModuleSnapshot:
         self._homes: list[dict[Any, Any]] = [registry for registry in self._registries for _ in registry]
         self._names = [name for registry in self._registries for name in registry]
         self._items = [item for registry in self._registries for item in registry.values()]
+        self._of_parameters = {id(m._parameters) for m in modules}
         self._attributes = [m.__dict__ for m in modules if m is not owner]
         self._left_out = [{name for home, name in ignored if home == id(home_)} for home_ in self._attributes]
         self._values = [
@@ -54,6 +58,45 @@ class ModuleSnapshot:
             and [p.requires_grad for p in self.parameters] == self._trained
         ):
             return True
+        return self._attributes_changed()
+
+    def only_values_changed(self) -> bool:
+        """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
+
+        That is what ``torch.func.functional_call`` does to a module for the time of a call.
+        """
+        swapped = False
+        for home, name, item in zip(self._homes, self._names, self._items, strict=True):
+            other = home.get(name)
+            if other is item:
+                continue
+            if id(home) not in self._of_parameters or not isinstance(other, Tensor) or not isinstance(item, Tensor):
+                return False
+            if isinstance(other, nn.Parameter):  # which is there to stay
+                return False
+            if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
+                return False
+            swapped = True
+        sizes = [len(registry) for registry in self._registries]
+        return swapped and sizes == self._sizes and not self._attributes_changed()
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Puts the parameters back that others stand in for, for as long as the context lasts."""
+        swapped = [
+            (home, name, home[name], item)
+            for home, name, item in zip(self._homes, self._names, self._items, strict=True)
+            if home[name] is not item
+        ]
+        for home, name, _, item in swapped:
+            home[name] = item
+        try:
+            yield
+        finally:
+            for home, name, other, _ in swapped:
+                home[name] = other
+
+    def _attributes_changed(self) -> bool:
         try:
             return [*map(_values, self._attributes, self._left_out)] != self._values
         except (RuntimeError, ValueError):  # a tensor or an array in the place of something else

@@ -8,6 +8,7 @@ become new values (:mod:`metafast.program.aliases`).
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metafast.program.aliases import Aliases
-from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
+from metafast.program.operation import (
+    CaptureError,
+    Constant,
+    FunctionCall,
+    Input,
+    Made,
+    Operation,
+    Ref,
+    Weight,
+    refs_in,
+)
 from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
 from metafast.program.user_lines import error_line, user_line
 from metafast.tasks import Samples
@@ -62,6 +73,12 @@ class Recording:
         if isinstance(self.output, Made):
             return self.values[self.output][0]
         return self.inputs[self.output.number] if isinstance(self.output, Input) else torch.Size()
+
+    @property
+    def is_coarse(self) -> bool:
+        """Says whether some operation computes in less than float32, as under autocast."""
+        halves = (torch.bfloat16, torch.float16)
+        return any(o.autocast for o in self.operations) or any(dtype in halves for _, dtype in self.values.values())
 
     def stale(self) -> bool:
         """Says whether a number that Python has read has changed since."""
@@ -141,10 +158,12 @@ class Recorder(SchemaCheckMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before = torch.get_rng_state()
+        before, others = torch.get_rng_state(), _other_random_states()
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
+            stack.enter_context(torch.jit.optimized_execution(False))
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_functions_kept_whole(self))
@@ -161,6 +180,11 @@ class Recorder(SchemaCheckMode):
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
+        if others != _other_random_states():
+            raise CaptureError(
+                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
+                "each pass would have to draw the same. Draw by torch, or in __init__"
+            )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` and notes it."""
@@ -337,6 +361,8 @@ class Recorder(SchemaCheckMode):
 
     def _selects(self, func: Any, args: Any) -> bool:
         """Says whether the shape that ``func`` makes follows from values of the data."""
+        if func.overloadpacket is torch.ops.aten.one_hot:
+            return len(args) < 2 or args[1] < 0
         if func.overloadpacket is torch.ops.aten.index:
             chosen = [ref for ref in args[1] if isinstance(ref, Ref)]
             return any(self.is_data(r) and self._dtype(r) in (torch.bool, torch.uint8) for r in chosen)
@@ -374,20 +400,6 @@ class Recorder(SchemaCheckMode):
         if error is not None and error is not self.failure[0]:
             self.failure = error, self._module()
         self.stack.pop()
-
-
-@dataclass(frozen=True)
-class FunctionCall:
-    """Calls a ``torch.autograd.Function`` as an operation."""
-
-    function: type
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 class _ValueReads(TorchFunctionMode):
@@ -510,6 +522,12 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def _other_random_states() -> tuple[Any, ...]:
+    """Returns the states of the random numbers of Python and, where it is loaded, of NumPy."""
+    numpy = sys.modules.get("numpy.random")
+    return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
+
+
 def _autocast() -> tuple[str, torch.dtype] | None:
     """Returns device and dtype of the autocast that is on, if one is."""
     for device in ("cpu", "cuda"):
@@ -528,6 +546,6 @@ def _failed(model: nn.Module, where: str, inputs: Sequence[Tensor], error: Excep
         text += "; bn='frozen' takes the running statistics in its place"
     shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in inputs)
     return ValueError(
-        f"{name} fails at {where}: {text or type(error).__name__}. It was called on the {len(inputs[0])} samples of one "
-        f"task, which have shape {shapes}; check it against the model's layers"
+        f"{name} fails at {where}: {text or type(error).__name__}. It was called on the {len(inputs[0])} samples of "
+        f"one task, which have shape {shapes}; check it against the model's layers"
     )
