@@ -42,7 +42,7 @@ class MaxPool2d(LinearMap):
         return y.unflatten(0, x.shape[:2])
 
     def _check_windows(self, pixels: Sequence[int], windows: Sequence[int]) -> None:
-        """Raises ValueError where a window holds padding alone, of which torch makes -inf and forgets whence it came."""
+        """Raises ValueError where a window holds padding alone; torch makes -inf of it and loses its origin."""
         for size, count, kernel, stride, padding, dilation in zip(
             pixels, windows, self.kernel, self.stride, self.padding, self.dilation, strict=True
         ):

@@ -142,6 +142,7 @@ class Recorder(SchemaCheckMode):
         self.paths = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
+        self.refusal: CaptureError | None = None
         self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
@@ -174,10 +175,12 @@ class Recorder(SchemaCheckMode):
             stack.enter_context(_ValueReads(self))
             try:
                 yield
-            except CaptureError:
-                raise
             except Exception as error:
+                if self.refusal is not None or isinstance(error, CaptureError):
+                    raise self.refusal or error from None
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
+        if self.refusal is not None:  # and the module caught it
+            raise self.refusal
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
         if others != _other_random_states():
@@ -197,6 +200,8 @@ class Recorder(SchemaCheckMode):
         refs, named = self.refs(args), self.refs(kwargs)
         self._refuse_values(func, refs, named)
         refuse_random(func, args, kwargs, self.refuse)
+        if func._schema.is_mutable:
+            self.aliases.check(func, args, kwargs)
         out = func(*args, **kwargs)
         if func._schema.is_mutable and self.aliases.changed(func, args, kwargs, refs, named):
             return out
@@ -302,7 +307,10 @@ class Recorder(SchemaCheckMode):
 
     def refuse(self, what: str, remedy: str) -> CaptureError:
         """Makes the error that says why the run cannot become a Program."""
-        return CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        # It is kept, because what raises it may be caught on its way: an arithmetic operator of torch turns it into
+        # Python's own error of operands.
+        self.refusal = CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        return self.refusal
 
     def function(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a ``torch.autograd.Function`` and notes it as one operation, which has the Function's own derivative."""
