@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Oracle
-from setups import IMAGE, Setup, make_learner, make_tasks
-from test_meta_gradients import assert_gradients, close, gradients
+from setups import Setup, make_tasks
+from test_meta_gradients import assert_gradients, close
 from torch import nn
 
 import metafast as mf
-from metafast.executors import CpuExecutor
 from metafast.executors.native import cpu
 from metafast.kernels.contract.layer import RuleContext
 from metafast.kernels.cross_entropy import CrossEntropy
@@ -38,6 +37,9 @@ def normed():
 
 def pixels():
     return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, CLASSES, 1))
+
+
+SMOOTHED = partial(F.cross_entropy, label_smoothing=0.2)
 
 
 def branching(outputs, targets):
@@ -70,7 +72,7 @@ LOSSES = [
     ("a function", F.cross_entropy, F.cross_entropy, "labels"),
     ("a module", nn.CrossEntropyLoss(), F.cross_entropy, "labels"),
     ("weights", nn.CrossEntropyLoss(weight=WEIGHT), partial(F.cross_entropy, weight=WEIGHT), "labels"),
-    ("a partial", partial(F.cross_entropy, label_smoothing=0.2), partial(F.cross_entropy, label_smoothing=0.2), "labels"),
+    ("a partial", SMOOTHED, SMOOTHED, "labels"),
     ("a sum", nn.CrossEntropyLoss(reduction="sum"), partial(F.cross_entropy, reduction="sum"), "labels"),
     ("a label left out", nn.CrossEntropyLoss(ignore_index=1), partial(F.cross_entropy, ignore_index=1), "labels"),
     ("labels left out", "cross_entropy", F.cross_entropy, "some left out"),
@@ -126,7 +128,8 @@ def check(learner, tasks, truth, tolerance=1e-9):
             out.loss.backward()
         close(out.losses, truth.losses, tolerance)
         for t, expected in enumerate(truth.outputs):
-            close(out.outputs[t] if tasks.query_mask is None else out.outputs[t][tasks.query_mask[t]], expected, tolerance)
+            kept = slice(None) if tasks.query_mask is None else tasks.query_mask[t]
+            close(out.outputs[t][kept], expected, tolerance)
         assert_gradients({n: p.grad for n, p in learner.model.named_parameters()}, truth.grads, tolerance)
 
 
@@ -201,10 +204,11 @@ def test_losses_without_options_keep_their_rules_in_cpp(monkeypatch):
 
 def test_what_is_recognised():
     weighted = nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=2, label_smoothing=0.1, reduction="sum")
-    for loss in (weighted, partial(F.cross_entropy, weight=WEIGHT, ignore_index=2, label_smoothing=0.1, reduction="sum")):
+    options = {"weight": WEIGHT, "ignore_index": 2, "label_smoothing": 0.1, "reduction": "sum"}
+    for loss in (weighted, partial(F.cross_entropy, **options)):
         found = as_loss(loss)
         assert isinstance(found, CrossEntropy)
-        assert found.options == {"weight": WEIGHT, "ignore_index": 2, "label_smoothing": 0.1, "reduction": "sum"}
+        assert found.options == options
         assert found.function is loss
     assert as_loss(weighted).module is weighted
     assert as_loss(Tempered()).module is not None
@@ -241,10 +245,13 @@ QUERY = [
     ("a callable on query sets", "cross_entropy", "some left out", focal, "labels"),
     ("a callable on support sets", branching, "labels", nn.CrossEntropyLoss(WEIGHT), "some left out"),
 ]
+every_query_loss = pytest.mark.parametrize(
+    ("loss", "kind", "query_loss", "query_kind"), [c[1:] for c in QUERY], ids=[c[0] for c in QUERY]
+)
 
 
 @every_backend
-@pytest.mark.parametrize(("loss", "kind", "query_loss", "query_kind"), [c[1:] for c in QUERY], ids=[c[0] for c in QUERY])
+@every_query_loss
 @pytest.mark.parametrize("ragged", [False, True], ids=["", "ragged"])
 @pytest.mark.parametrize("first_order", [False, True], ids=["", "first order"])
 def test_query_loss(loss, kind, query_loss, query_kind, ragged, first_order, backend):
