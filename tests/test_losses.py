@@ -238,6 +238,16 @@ def test_a_moved_module_brings_its_weight_along():
     check(learner, tasks, truth_of(learner.model, F.cross_entropy, tasks))
 
 
+@every_backend
+def test_an_option_of_a_module_that_changes_later_takes_effect(backend):
+    loss, tasks = nn.CrossEntropyLoss(), draw("labels")
+    learner = mf.MAML(classifier().double(), loss=loss, lr=LR, steps=STEPS, backend=backend)
+    for change in ({}, {"label_smoothing": 0.3}, {"reduction": "sum"}, {"ignore_index": 1}, {"weight": WEIGHT}):
+        for name, value in change.items():
+            setattr(loss, name, value)
+        check(learner, tasks, truth_of(learner.model, copy.deepcopy(loss), tasks))
+
+
 QUERY = [
     ("labels, probabilities", "cross_entropy", "labels", "mse", "probabilities"),
     ("both in C++ of one kind of targets", "mse", "probabilities", "cross_entropy", "probabilities"),
