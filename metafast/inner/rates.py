@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class Rates(nn.Module):
         like: a tensor whose dtype and device the rates get.
 
     Attributes:
+        axes: what the rates are told apart by.
+        learn: whether they are meta-parameters.
         value: the rates ``[1 or S, 1 or layers or P]``, a parameter where they are learned.
         index: int64 ``[P]``, the layer of each element, where there is a rate for each layer; else ``None``.
     """
@@ -74,6 +77,7 @@ class Rates(nn.Module):
 
     def __init__(self, rate: Rate, parameters: Sequence[Parameter], steps: int, like: Tensor) -> None:
         super().__init__()
+        self.axes, self.learn = frozenset(rate.axes), rate.learn
         layers = [p.name.rpartition(".")[0] for p in parameters]
         names = list(dict.fromkeys(layers))
         index = None
@@ -86,12 +90,32 @@ class Rates(nn.Module):
         elif "parameter" in rate.axes:
             width = sum(p.size for p in parameters)
         self.register_buffer("index", index, persistent=False)
-        shape = (steps if "step" in rate.axes else 1, width)
-        value = torch.empty(shape, dtype=like.dtype).uniform_(*rate.span).to(like.device)
+        shape = (steps if self.by_step else 1, width)
+        value = _drawn(rate, shape, like)
         if rate.learn:
             self.value = nn.Parameter(value)
         else:
             self.register_buffer("value", value)
+
+    @torch.no_grad()
+    def start_from(self, rate: Rate) -> None:
+        """Writes the values of ``rate`` into the rates that are there, so that an optimiser still holds them.
+
+        Raises:
+            ValueError: ``rate`` is told apart by something else, or is to be learned where these are not.
+        """
+        if rate.axes != self.axes or rate.learn != self.learn:
+            raise ValueError(
+                f"lr={rate}: the rates of this learner are told apart by {sorted(self.axes) or 'nothing'} and are "
+                f"{'' if self.learn else 'not '}learned, and optimisers and checkpoints hold them; make a new learner, "
+                "or set lr to a number, which goes into all of them"
+            )
+        self.value.copy_(_drawn(rate, tuple(self.value.shape), self.value))
+
+    @property
+    def by_step(self) -> bool:
+        """Says whether there is a rate for each inner step."""
+        return "step" in self.axes
 
     @property
     def fixed(self) -> Tensor | None:
@@ -101,6 +125,15 @@ class Rates(nn.Module):
         """
         return self.value if self.index is None else None
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *further: Any) -> None:
+        saved = state_dict.get(prefix + "value")
+        if isinstance(saved, Tensor) and saved.shape != self.value.shape:
+            further[-1].append(
+                f"the saved inner rates are {list(saved.shape)} and those of this learner {list(self.value.shape)}: [1 "
+                "or S, 1 or layers or P]. They belong to another number of steps, another per=, or another model"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *further)
+
     def forward(self) -> Tensor:
         """Returns the rates ``[1 or S, 1 or P]``."""
         if self.index is None:
@@ -109,3 +142,8 @@ class Rates(nn.Module):
             return self.value[:, self.index]
         # On a CPU the adjoint of indexing adds up in an order that threads decide, and that of gather in a fixed one.
         return self.value.gather(1, self.index.expand(self.value.shape[0], -1))
+
+
+def _drawn(rate: Rate, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Draws the initial values of rates; where ``rate`` has one value, each is that."""
+    return torch.empty(shape, dtype=like.dtype).uniform_(*rate.span).to(like.device)

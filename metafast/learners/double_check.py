@@ -26,7 +26,7 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
     """
     for x in [tasks.support_x] if not program.by_samples else [tasks.support_x, tasks.query_x]:
         task = _another_task(x)
-        truth = run_module(captures.model, captures.modes(), task, captures.settings().output)
+        truth = run_module(captures.model, captures.modes(), task, captures.settings.output)
         difference = check(program.at(x.shape[1]), theta, truth)
         if difference is not None and not _agrees_in_double(captures, x, task):
             where = _first(captures, program.at(x.shape[1]), theta, truth, x)
@@ -65,7 +65,7 @@ def _agrees_in_double(captures: Captures, x: Any, task: Any) -> bool:
         program = twin.of_samples(wide)
         named = dict(twin.model.named_parameters())
         theta = torch.cat([named[p.name].detach().flatten() for p in program.parameters])
-        return check(program, theta, run_module(twin.model, twin.modes(), task, captures.settings().output)) is None
+        return check(program, theta, run_module(twin.model, twin.modes(), task, captures.settings.output)) is None
     except Exception:  # a model that is no model of float64 cannot tell
         return False
 
@@ -76,7 +76,7 @@ def _in_double(leaf: Tensor) -> Tensor:
 
 def _first(captures: Captures, program: Program, theta: Tensor, truth: Truth, x: Any) -> str:
     """Names the first operation that differs."""
-    recording, settings = captures.recording(x), captures.settings()
+    recording, settings = captures.recording(x), captures.settings
     shapes = {name: tuple(p.shape) for name, p in captures.model.named_parameters()}
     layout = Layout(tuple(p.name for p in program.parameters), shapes, settings.adapt, settings.steps)
     return first_difference(program, theta, truth, recording, node_values(recording, layout, captures.modes()))

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
-from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
+from metafast.executors import Choice, Executor, choose, name_of
 from metafast.inner.rates import Rate, Rates
-from metafast.learners.adapted_parameters import resolve_names
-from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
-from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
+from metafast.learners.adapted import Adapted
+from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
+from metafast.learners.batch_norm import BatchNormMode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task
 from metafast.learners.checks import check_batch, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.settings import SettledLearner, check_whole
 from metafast.program import Parameter, Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.program.losses import LossLike, as_loss
+from metafast.program.losses import LossLike
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _KINDS = 64
 """How many kinds of batches are remembered."""
+_MADE_AGAIN = ("_known", "_latest", "_snapshot", "_model_snapshot", "_fixed_rate")
+"""What a copy of a learner does not take over."""
+_UNSEEN = "no batch has been seen yet, or none since a setting has changed"
 _STATISTICS = {
     "task": "task: the statistics of each pass over a task's own support or query samples, in training and test",
     "per_step": "per_step: the statistics of each pass over a task's own support or query samples, in training and "
@@ -36,50 +39,6 @@ _STATISTICS = {
     "frozen": "frozen: the model's running statistics, which stay as they were",
     "running": "running: the model's running statistics, which training moves",
 }
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """Holds T adapted models: their ``parameters [T, P]``, and the shape of a ``sample``."""
-
-    captures: Captures
-    program: Program
-    choice: Choice
-    parameters: Tensor
-    step: int
-    sample: tuple[int, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
-
-        Raises:
-            ValueError: another number of tasks, or samples of another shape.
-            TypeError: ``x`` is of another dtype, or on another device.
-        """
-        theta = self.parameters
-        if x.dim() < 2 or x.shape[0] != theta.shape[0] or x.shape[2:] != self.sample:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
-                f"T = {theta.shape[0]} and samples of shape {self.sample}"
-            )
-        if x.dtype != theta.dtype or x.device != theta.device:
-            raise TypeError(
-                f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
-                f"x.to({str(theta.device)!r}, {theta.dtype})"
-            )
-        program = self.captures.extended(self.program, x)
-        return self.choice.executor.predict(program, self.parameters, x.contiguous(), self.step)
-
-    def state_dict(self, task: int) -> dict[str, Tensor]:
-        """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.
-
-        Raises:
-            IndexError: there is no such task.
-        """
-        if not 0 <= task < self.parameters.shape[0]:
-            raise IndexError(f"task={task}: the adapted models are numbered 0..{self.parameters.shape[0] - 1}")
-        tensors = self.program.unflatten(self.parameters[task])
-        return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
 
 
 class KnownBatch(NamedTuple):
@@ -99,11 +58,12 @@ class KnownBatch(NamedTuple):
     checks_targets: bool
 
 
-class GradientLearner(Learner):
+class GradientLearner(SettledLearner):
     """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
-    learned; torch optimisers do the outer step.
+    learned; torch optimisers do the outer step. Every argument but ``model`` is an attribute too, which may be set at
+    any time: it takes effect with the next batch, or says why it cannot.
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
@@ -142,22 +102,16 @@ class GradientLearner(Learner):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
-        check_mode(model, bn)
-        check_backend(backend)
-        check_precision(precision)
-        self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
-        self.loss, self.bn, self.output = as_loss(loss), bn, output
-        self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
-        self.captures = Captures(model, self._capture_settings)
-        self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
+        self.model = model
+        self.steps, self.backend, self.precision = steps, backend, precision
+        self.loss, self.bn, self.output = loss, bn, output
+        self._move(adapt)
         self.rows = self._rows_per_step()
-        self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self._layout(), steps, next(model.parameters()))
-        self._parameter_count = len(list(model.parameters()))
-        self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
-        self._latest: KnownBatch | None = None
-        self._look()
+        layout = self._layout()
+        self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), layout, steps, next(model.parameters()))
+        self._rated = [(p.name, p.shape) for p in layout]
+        self.captures = self._new_captures({name: norm.training for name, norm in norms_of(model).items()})
+        self._start()
 
     @classmethod
     def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> GradientLearner:
@@ -214,32 +168,24 @@ class GradientLearner(Learner):
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
         choice = self._choice_for(tasks)
         steps = self.steps if steps is None else steps
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
+        check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps)
-        return Adapted(self.captures, self.program, choice, theta, steps, tuple(support_x.shape[2:]))
-
-    @property
-    def adapted_names(self) -> frozenset[str]:
-        """The names of the parameters that the inner loop moves."""
-        if self._adapt is not None:
-            return self._adapt
-        return frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
+        return Adapted(self.captures, self.program, choice.executor, theta, steps, tuple(support_x.shape[2:]))
 
     @property
     def program(self) -> Program:
         """The Program of the latest batch.
 
         Raises:
-            RuntimeError: no batch has been seen yet.
+            RuntimeError: no batch has been seen yet, or none since a setting has changed.
         """
         return self._now.program
 
     @property
     def _now(self) -> KnownBatch:
         if self._latest is None:
-            raise RuntimeError("no batch has been seen yet; a model is captured with its first one")
+            raise RuntimeError(f"{_UNSEEN}; a model is captured with the next one")
         return self._latest
 
     @property
@@ -251,21 +197,22 @@ class GradientLearner(Learner):
         """Says which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
             self._follow_changes()
-            choice = self._choose(self.captures.of_samples(x), TaskShapes.of_samples(x))
+            program = self.captures.of_samples(x)
+            choice = self._choose(program, TaskShapes.of_samples(x))
         elif self._latest is not None:
-            choice = self._latest.choice
+            program, choice = self._latest.program, self._latest.choice
         else:
-            return "no batch has been seen yet; call explain(support_x)"
+            return f"{_UNSEEN}; call explain(support_x)"
         hows, memory = choice.plan.layers(), choice.plan.memory()
-        width = max(len(n.name) for n in self.program.nodes)
-        sizes = [sum(self.program.parameters[k].size for k in n.params) for n in self.program.nodes]
+        width = max(len(n.name) for n in program.nodes)
+        sizes = [sum(program.parameters[k].size for k in n.params) for n in program.nodes]
         lines = [f"executor: {choice.executor.name} (backend={name_of(self.backend)!r})"]
         lines += [f"  passed over {name}: {reason}" for name, reason in choice.passed_over]
-        for node, size, how in zip(self.program.nodes, sizes, hows, strict=True):
+        for node, size, how in zip(program.nodes, sizes, hows, strict=True):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
-        moved = sum(p.size for p in self.program.parameters if p.adapted)
-        lines.append(f"  loss: {self.program.loss.kind}; {moved:,} of {self.program.size:,} parameters are adapted")
+        moved = sum(p.size for p in program.parameters if p.adapted)
+        lines.append(f"  loss: {program.loss.kind}; {moved:,} of {program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
@@ -283,34 +230,77 @@ class GradientLearner(Learner):
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self._rates(), support)
         return trajectory[-1]
 
-    def _capture_settings(self) -> CaptureSettings:
-        return CaptureSettings(self.loss, self.adapted_names, self.bn, self.steps, self.output)
+    def _new_captures(self, trained: dict[str, bool]) -> Captures:
+        settings = CaptureSettings(self.loss, self.adapted_names, self.bn, self.steps, self.output)
+        return Captures(self.model, settings, trained)
+
+    def _start(self) -> None:
+        """Makes what a learner remembers of batches, of which it has seen none."""
+        self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
+        self._latest: KnownBatch | None = None
+        self._look()
+
+    def _plan_again(self) -> None:
+        if self._sealed:
+            self._start()
+
+    def _capture_again(self) -> None:
+        if self._sealed:
+            trained = self.captures.trained
+            if self.training:
+                trained = {name: norm.training for name, norm in norms_of(self.model).items()}
+            self.__dict__["captures"] = self._new_captures(trained)
+            self._start()
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
         if not self._snapshot.changed() and not self.captures.stale():
             return
-        if self.training:
-            self.captures.trained = {name: norm.training for name, norm in norms_of(self.model).items()}
-        self.captures.forget()
-        self._known.clear()
-        self._look()
+        same = self.captures.model is self.model and not self._model_snapshot.changed() and not self.captures.stale()
+        if same:  # rates or rows are others
+            self._start()
+        else:
+            self._capture_again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is made again: a copy has seen no batch."""
+        return {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
 
     def _look(self) -> None:
         """Takes note of how the module is now."""
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
+        self._model_snapshot = ModuleSnapshot(self.model, ignored=assigned)
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
     def _rates(self) -> Tensor:
-        """Returns the inner rates, ``[1 or S, 1 or P]``."""
-        rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-        return rates if rates.shape[1] == 1 or len(self._sources) == self._parameter_count else self._columns(rates)
+        """Returns the inner rates, ``[1 or S, 1 or P]``, tied to the learned ones whether or not autograd is on."""
+        rates = self._fixed_rate
+        if rates is not None and (rates.shape[1] == 1 or len(self._sources) == len(self._rated)):
+            return rates
+        with torch.enable_grad():
+            rates = self.rate()
+            every = rates.shape[1] == 1 or len(self._sources) == len(self._rated)
+            return rates if every else self._columns(rates)
 
     def _columns(self, rates: Tensor) -> Tensor:
         """Picks from rates for all parameters of the model those of the parameters that the model uses."""
         used = {p.name for p in self.program.parameters}
         parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
         return torch.cat(parts, 1)
+
+    def _check_layout(self) -> None:
+        """Raises ValueError where there are rates for each layer or parameter, and the model has others by now."""
+        now = [(p.name, p.shape) for p in self._layout()]
+        if now != self._rated and self.rate.axes - {"step"}:
+            others = sorted(str(name) for name, _ in {*now} ^ {*self._rated})
+            raise ValueError(
+                f"the model's parameters {others} are not those that there are inner rates for, per="
+                f"{sorted(self.rate.axes)}; make a new learner of the model as it is now"
+            )
 
     def _parameters_in_order(self, program: Program) -> list[Tensor]:
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
@@ -364,6 +354,7 @@ class GradientLearner(Learner):
     def _examine(self, tasks: TaskBatch) -> KnownBatch:
         """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
+        self._check_layout()
         program = self.captures.of(tasks)
         parameters = self._parameters_in_order(program)
         theta = _flatten_dense_tensors(parameters).detach()
