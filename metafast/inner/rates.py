@@ -68,6 +68,7 @@ class Rates(nn.Module):
     Attributes:
         axes: what the rates are told apart by.
         learn: whether they are meta-parameters.
+        places: the parameters that there are rates for, by name.
         value: the rates ``[1 or S, 1 or layers or P]``, a parameter where they are learned.
         index: int64 ``[P]``, the layer of each element, where there is a rate for each layer; else ``None``.
     """
@@ -78,6 +79,7 @@ class Rates(nn.Module):
     def __init__(self, rate: Rate, parameters: Sequence[Parameter], steps: int, like: Tensor) -> None:
         super().__init__()
         self.axes, self.learn = frozenset(rate.axes), rate.learn
+        self.places = {p.name: p for p in parameters}
         layers = [p.name.rpartition(".")[0] for p in parameters]
         names = list(dict.fromkeys(layers))
         index = None
@@ -96,6 +98,23 @@ class Rates(nn.Module):
             self.value = nn.Parameter(value)
         else:
             self.register_buffer("value", value)
+
+    def of(self, parameters: Sequence[Parameter]) -> Tensor:
+        """Returns the rates ``[1 or S, 1 or P]`` of some of the parameters, one after another."""
+        rates: Tensor = self()
+        if rates.shape[1] == 1 or len(parameters) == len(self.places):
+            return rates
+        places = [self.places[p.name] for p in parameters]
+        return torch.cat([rates[:, p.offset : p.offset + p.size] for p in places], 1)
+
+    def check(self, parameters: Sequence[Parameter]) -> None:
+        """Raises ValueError where there is a rate for each layer or parameter, and the model has others by now."""
+        now, then = ({(p.name, p.shape) for p in found} for found in (parameters, self.places.values()))
+        if now != then and self.axes - {"step"}:
+            raise ValueError(
+                f"the model's parameters {sorted(name for name, _ in now ^ then)} are not those that there are inner "
+                f"rates for, per={sorted(self.axes)}; make a new learner of the model as it is now"
+            )
 
     @torch.no_grad()
     def start_from(self, rate: Rate) -> None:

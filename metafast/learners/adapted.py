@@ -9,11 +9,12 @@ from torch import Tensor
 from metafast.executors import Executor
 from metafast.learners.captures import Captures
 from metafast.program import Program
+from metafast.tasks import as_samples, parts_of
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """Holds T adapted models: their ``parameters [T, P]``, and the shape of a ``sample``.
+    """Holds T adapted models: their ``parameters [T, P]``, and the shape of each tensor of a ``sample``.
 
     They stay what they were made, whatever becomes of the learner; a copy of them, and one that was saved, says the
     same as they.
@@ -24,7 +25,7 @@ class Adapted:
     executor: Executor
     parameters: Tensor
     step: int
-    sample: tuple[int, ...]
+    sample: tuple[tuple[int, ...], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
@@ -33,13 +34,17 @@ class Adapted:
             ValueError: another number of tasks, or samples of another shape.
             TypeError: ``x`` is of another dtype, or on another device.
         """
-        theta = self.parameters
-        if x.dim() < 2 or x.shape[0] != theta.shape[0] or x.shape[2:] != self.sample:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
-                f"T = {theta.shape[0]} and samples of shape {self.sample}"
+        theta, x = self.parameters, as_samples(x)
+        sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
+        if x.dim() < 2 or x.shape[0] != theta.shape[0] or sample != self.sample:
+            given, wanted = (
+                ", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample)
             )
-        if x.dtype != theta.dtype or x.device != theta.device:
+            raise ValueError(
+                f"x has shape {given}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
+                f"T = {theta.shape[0]} and samples of shape {wanted}"
+            )
+        if (x.is_floating_point() and x.dtype != theta.dtype) or x.device != theta.device:
             raise TypeError(
                 f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
                 f"x.to({str(theta.device)!r}, {theta.dtype})"

@@ -53,6 +53,7 @@ class Captures:
         settings: how it is captured.
         trained: whether each batch norm was in training when the learner last was, by name: a learner in evaluation
             keeps to that.
+        second_look: whether each Program is compared with the module; what compares more does without.
         recordings: what has been recorded of this module, by the kind of samples.
         programs: the Programs made of them.
     """
@@ -60,6 +61,7 @@ class Captures:
     model: nn.Module
     settings: CaptureSettings
     trained: dict[str, bool] = field(default_factory=dict)
+    second_look: bool = True
     recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
     programs: dict[Any, Program] = field(default_factory=dict)
 

@@ -18,14 +18,15 @@ from metafast.learners.batch_norm import BatchNormMode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task
 from metafast.learners.checks import check_batch, check_like, check_padding
 from metafast.learners.double_check import double_check
+from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.settings import SettledLearner, check_whole
-from metafast.program import Parameter, Program
+from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
-from metafast.tasks import Batch, TaskBatch, TaskShapes
+from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered."""
@@ -106,10 +107,9 @@ class GradientLearner(SettledLearner):
         self.steps, self.backend, self.precision = steps, backend, precision
         self.loss, self.bn, self.output = loss, bn, output
         self._move(adapt)
-        self.rows = self._rows_per_step()
-        layout = self._layout()
-        self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), layout, steps, next(model.parameters()))
-        self._rated = [(p.name, p.shape) for p in layout]
+        self.rows = rows_per_step(model, bn, steps)
+        rate = lr if isinstance(lr, Rate) else Rate(lr)
+        self.rate = Rates(rate, layout_of(model, self.rows), steps, next(model.parameters()))
         self.captures = self._new_captures({name: norm.training for name, norm in norms_of(model).items()})
         self._start()
 
@@ -171,7 +171,8 @@ class GradientLearner(SettledLearner):
         check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps)
-        return Adapted(self.captures, self.program, choice.executor, theta, steps, tuple(support_x.shape[2:]))
+        sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x))
+        return Adapted(self.captures, self.program, choice.executor, theta, steps, sample)
 
     @property
     def program(self) -> Program:
@@ -216,6 +217,15 @@ class GradientLearner(SettledLearner):
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
+    def prepare(self, tasks: TaskBatch) -> None:
+        """Captures and checks the model for batches like ``tasks``, which otherwise the first of them waits for.
+
+        Raises:
+            CaptureError: the model's forward pass cannot become a Program.
+            TypeError, ValueError: the batch does not fit the model.
+        """
+        self._choice_for(tasks)
+
     @property
     def loop(self) -> InnerLoop:
         """The inner loop as the executors read it, by the settings of now."""
@@ -227,7 +237,7 @@ class GradientLearner(SettledLearner):
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         loop = InnerLoop.judged_last(steps)
-        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self._rates(), support)
+        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
     def _new_captures(self, trained: dict[str, bool]) -> Captures:
@@ -276,55 +286,21 @@ class GradientLearner(SettledLearner):
         self._model_snapshot = ModuleSnapshot(self.model, ignored=assigned)
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
-    def _rates(self) -> Tensor:
-        """Returns the inner rates, ``[1 or S, 1 or P]``, tied to the learned ones whether or not autograd is on."""
+    def inner_rates(self, program: Program | None = None) -> Tensor:
+        """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``.
+
+        Learned ones are tied to the result whether or not autograd is on.
+        """
         rates = self._fixed_rate
-        if rates is not None and (rates.shape[1] == 1 or len(self._sources) == len(self._rated)):
+        if rates is not None and rates.shape[1] == 1:
             return rates
         with torch.enable_grad():
-            rates = self.rate()
-            every = rates.shape[1] == 1 or len(self._sources) == len(self._rated)
-            return rates if every else self._columns(rates)
+            return self.rate.of((program or self.program).parameters)
 
-    def _columns(self, rates: Tensor) -> Tensor:
-        """Picks from rates for all parameters of the model those of the parameters that the model uses."""
-        used = {p.name for p in self.program.parameters}
-        parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
-        return torch.cat(parts, 1)
-
-    def _check_layout(self) -> None:
-        """Raises ValueError where there are rates for each layer or parameter, and the model has others by now."""
-        now = [(p.name, p.shape) for p in self._layout()]
-        if now != self._rated and self.rate.axes - {"step"}:
-            others = sorted(str(name) for name, _ in {*now} ^ {*self._rated})
-            raise ValueError(
-                f"the model's parameters {others} are not those that there are inner rates for, per="
-                f"{sorted(self.rate.axes)}; make a new learner of the model as it is now"
-            )
-
-    def _parameters_in_order(self, program: Program) -> list[Tensor]:
+    def parameters_of(self, program: Program) -> list[Tensor]:
+        """Lists the meta-parameters of the model in the order of ``program``."""
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
         return [named[p.name] for p in program.parameters]
-
-    def _rows_per_step(self) -> nn.ParameterDict:
-        """Makes gamma and beta of ``per_step`` batch norm, with a row for each inner step, started from the model's."""
-        rows = nn.ParameterDict()
-        modes = modes_of(self.model, self.bn, {})
-        for name, norm in norms_of(self.model).items():
-            for own, parameter in norm.named_parameters(prefix=name, recurse=False):
-                if modes[name] == "per_step":
-                    shape = (self.steps + 1, *parameter.shape)
-                    rows[own.replace(".", "/")] = nn.Parameter(parameter.detach().expand(shape).clone())
-        return rows
-
-    def _layout(self) -> list[Parameter]:
-        """Lists all parameters of the model as a Program that used each of them would have them."""
-        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
-        found: list[Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            offset = found[-1].offset + found[-1].size if found else 0
-            found.append(Parameter(name, tuple(rows.get(name, parameter).shape), offset, name in self.adapted_names))
-        return found
 
     def _choice_for(self, tasks: TaskBatch) -> Choice:
         """Checks a batch against the model and chooses the executor, once for each kind of batch."""
@@ -354,15 +330,15 @@ class GradientLearner(SettledLearner):
     def _examine(self, tasks: TaskBatch) -> KnownBatch:
         """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
-        self._check_layout()
+        self.rate.check(layout_of(self.model, self.rows))
         program = self.captures.of(tasks)
-        parameters = self._parameters_in_order(program)
+        parameters = self.parameters_of(program)
         theta = _flatten_dense_tensors(parameters).detach()
         if tasks.shapes.ragged:
             check_padding(program, theta, tasks)
         output = self._output_shape(tasks.support_x)
         self._output_shape(tasks.query_x)
-        if not self.rows:
+        if self.captures.second_look and not self.rows:
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
@@ -376,9 +352,10 @@ class GradientLearner(SettledLearner):
         """Returns the shape of a sample's output."""
         shape = self.captures.recording(x).output_shape
         if shape[:1] != x.shape[1:2]:
+            given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
             raise ValueError(
-                f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(shape)}; its first axis must "
-                "stay the sample axis n"
+                f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
+                "axis n"
             )
         return tuple(shape[1:])
 

@@ -101,7 +101,7 @@ class MAML(GradientLearner):
         choice = self._choice_for(tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
-        theta, rate, program = self.flat_parameters(), self._rates(), self._held_program()
+        theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
         if create_graph:
             if self.first_order:
                 raise ValueError("create_graph=True records the exact gradient; it has no first-order form")
@@ -124,7 +124,7 @@ class MAML(GradientLearner):
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._choice_for(tasks)
         self._track_statistics(tasks)
-        rate = self._rates()
+        rate = self.inner_rates()
         loop = self._loop(learns_rates=rate.requires_grad)
         found = choice.executor.meta_gradient(self.program, loop, self._sources, rate, tasks)
         self._add_gradients(found.grads)

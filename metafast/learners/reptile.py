@@ -127,7 +127,7 @@ class Reptile(GradientLearner):
         if self.optimizer == "sgd" and self.batch_size is None:
             return super()._adapted(choice, support, steps)
         theta = self.flat_parameters().expand(support.x.shape[0], -1)
-        second_moment, lr = torch.zeros_like(theta), self._rates()
+        second_moment, lr = torch.zeros_like(theta), self.inner_rates()
         moved = self.program.adapted.to(theta.device)
         for step in range(steps):
             _, g, _ = choice.executor.loss_and_grad(self.program, theta, self._minibatch(support, step), step)

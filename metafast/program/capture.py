@@ -8,13 +8,14 @@ a buffer may change between calls.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from metafast.kernels.contract.layer import Layer, Loss
 from metafast.kernels.derived import Derived
+from metafast.kernels.input_part import InputPart
 from metafast.program import Node, Parameter, Program
 from metafast.program.derive import Cone, Slot, Step, as_step
 from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
@@ -89,9 +90,7 @@ def needed(recording: Recording) -> list[int]:
     return sorted(found)
 
 
-def program_of(
-    model: nn.Module, recording: Recording, loss: Loss, layout: Layout, modes: Mapping[str, str]
-) -> Program:
+def program_of(model: nn.Module, recording: Recording, loss: Loss, layout: Layout, modes: Mapping[str, str]) -> Program:
     """Groups the operations of ``recording`` into the nodes of a Program; ``modes`` has that of each batch norm.
 
     Raises:
@@ -107,14 +106,6 @@ def node_values(recording: Recording, layout: Layout, modes: Mapping[str, str]) 
     builder = _Builder(recording, layout, modes)
     builder.run()
     return [ref for ref in builder.value if isinstance(ref, Made)]
-
-
-@dataclass
-class _Group:
-    """Collects the operations of one ``Derived`` layer, of which ``root`` is the value that others read."""
-
-    root: Made
-    operations: set[int] = field(default_factory=set)
 
 
 class _Builder:
@@ -154,6 +145,8 @@ class _Builder:
             self._examine(number)
         self._group()
         names = _Names()
+        if self.recording.several:
+            self._add_inputs()
         for number in self.needed:
             if number in self.matches:
                 self._add_match(number, names)
@@ -191,12 +184,10 @@ class _Builder:
         operation, reads = self.operations[number], self.reads[number]
         made = [ref for ref in reads if isinstance(ref, Made)]
         self.data[number] = any(isinstance(r, Input) for r in reads) or any(self.data[r.operation] for r in made)
-        self.varying[number] = (
-            self.data[number] or any(isinstance(r, Weight) for r in reads) or any(self.varying[r.operation] for r in made)
-        )
-        self.moving[number] = any(isinstance(r, Weight) and r.name in self.layout.adapted for r in reads) or any(
-            self.moving[r.operation] for r in made
-        )
+        weights = [r for r in reads if isinstance(r, Weight)]
+        self.varying[number] = self.data[number] or bool(weights) or any(self.varying[r.operation] for r in made)
+        adapted = any(r.name in self.layout.adapted for r in weights)
+        self.moving[number] = adapted or any(self.moving[r.operation] for r in made)
         found = match(operation, self._shape, self._is_value, self.modes.get(operation.path) or self._mode(operation))
         if found is not None:
             self.matches[number] = found
@@ -249,6 +240,14 @@ class _Builder:
         self.roots |= roots
         self.cone[number] = next(iter(roots)) if real and len(roots) == 1 else None
 
+    def _add_inputs(self) -> None:
+        """Makes a node of each part of the samples that somebody reads."""
+        used = {ref for reads in self.reads.values() for ref in reads if isinstance(ref, Input)}
+        del self.value[Input(0)]
+        for ref in sorted(used, key=lambda ref: ref.number):
+            self.nodes.append((f"input_{ref.number}", InputPart(ref.number), (0,), (), (), ""))
+            self.value[ref] = len(self.nodes)
+
     def _add_match(self, number: int, names: _Names) -> None:
         """Makes the node of a layer with rules."""
         found, operation = self.matches[number], self.operations[number]
@@ -265,7 +264,7 @@ class _Builder:
         self._collect(root.operation, root, order)
         slots: dict[Ref, Slot] = {Made(n, part): Slot("made", i, part) for i, n in enumerate(order)
                                   for part in range(self.operations[n].results)}  # fmt: skip
-        outside = {"input": [], "parameter": [], "constant": []}  # type: dict[str, list[Any]]
+        outside: dict[str, list[Any]] = {"input": [], "parameter": [], "constant": []}
         for ref in dict.fromkeys(ref for n in order for ref in self.reads[n] if ref not in slots):
             kind = {Weight: "parameter", Constant: "constant"}.get(type(ref), "input")
             slots[ref] = Slot(kind, len(outside[kind]))

@@ -93,7 +93,7 @@ class Cone:
                 known[Slot("made", number, part)] = tensor
         result = known[self.result]
         # A tensor that lies in one of the arguments must not be taken for a new one.
-        return result.clone() if any(result is t for t in (*params, *inputs, *constants)) else result  # type: ignore[no-any-return]
+        return result.clone() if any(result is t for t in (*params, *inputs, *constants)) else result
 
     def __hash__(self) -> int:
         return hash(tuple(str(step.target) for step in self.steps[:4]))
@@ -124,10 +124,10 @@ def as_step(operation: Operation, slots: dict[Ref, Slot]) -> Step:
 
 def _statistics_taken_anew(operation: Operation, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
     """Returns the arguments of a norm in training without its running statistics, which it would write to."""
-    if arguments.get("training") is True or arguments.get("use_input_stats") is True:
-        if "running_mean" in arguments:
-            return tuple(None if n in ("running_mean", "running_var") else v for n, v in arguments.items())
-    return None
+    anew = arguments.get("training") is True or arguments.get("use_input_stats") is True
+    if not anew or "running_mean" not in arguments:
+        return None
+    return tuple(None if name in ("running_mean", "running_var") else value for name, value in arguments.items())
 
 
 def _frozen(value: Any, slots: dict[Ref, Slot]) -> Any:

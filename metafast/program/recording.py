@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metafast.program.aliases import Aliases
 from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
-from metafast.program.user_lines import user_line
-
-Tree = Any
-"""A tensor, or a tuple, list or dict of such."""
+from metafast.program.user_lines import error_line, user_line
+from metafast.tasks import Samples
 
 
 @dataclass
@@ -40,6 +38,7 @@ class Recording:
         output: the value that the module returned.
         inputs: the shape of each tensor that the module was given.
         dtypes: the dtype of each.
+        several: whether these are the parts of ``Samples``.
         values: shape and dtype of each value that an operation made.
         guards: buffers and constants whose numbers Python has read, with the version that it has read.
         changes_module: whether the run left buffers or attributes of the module other than it found them.
@@ -48,9 +47,10 @@ class Recording:
     """
 
     operations: list[Operation] = field(default_factory=list)
-    output: Ref = Input(0)
+    output: Ref = field(default_factory=lambda: Input(0))
     inputs: list[torch.Size] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
+    several: bool = False
     values: dict[Made, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
     guards: list[tuple[Tensor, int]] = field(default_factory=list)
     changes_module: bool = False
@@ -68,14 +68,12 @@ class Recording:
         return any(tensor._version != version for tensor, version in self.guards)
 
 
-def record(
-    model: nn.Module, x: Tree, part: str | int | None = None, ignored: Collection[Tensor] = ()
-) -> Recording:
+def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Collection[Tensor] = ()) -> Recording:
     """Runs ``model(x)`` once and returns what it did.
 
     Args:
         model: the module; its buffers, attributes and gradients are as before when the call returns.
-        x: one task's samples, ``[n, ...]``, or a tuple or dict of tensors that the module takes as its arguments.
+        x: one task's samples: a tensor ``[n, ...]``, or ``Samples`` of such.
         part: the name or number of the part that counts of what the module returns; ``None``: all of it.
         ignored: buffers that may change without being counted as a change of the module.
 
@@ -83,21 +81,22 @@ def record(
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers, or changes what it may not change. The text names the line and the remedy.
     """
-    leaves, shape = tree_flatten(x)
+    leaves, structure = tree_flatten(x)
     recorder = Recorder(model, [leaf.detach().clone() for leaf in leaves])
+    recorder.recording.several = isinstance(x, Samples)
     with recorder.watching(), unchanged(model, ignored) as state:
-        returned = call(model, torch.utils._pytree.tree_unflatten(recorder.inputs, shape))
+        returned = call(model, tree_unflatten(recorder.inputs, structure))
         recorder.finish(picked(returned, part, model))
         recorder.recording.changes_module = state.changed()
         recorder.recording.assigned = state.assigned()
     return recorder.recording
 
 
-def call(model: nn.Module, x: Tree) -> Any:
-    """Calls the model: a tuple gives its arguments in their order, a dict by name."""
-    if isinstance(x, Mapping):
-        return model(**x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
+def call(model: nn.Module, x: Any) -> Any:
+    """Calls the model; samples of several tensors are its arguments."""
+    if not isinstance(x, Samples):
+        return model(x)
+    return model(*x.parts) if x.names is None else model(**x.by_name)
 
 
 class Recorder(SchemaCheckMode):
@@ -149,7 +148,7 @@ class Recorder(SchemaCheckMode):
             stack.enter_context(_functions_kept_whole(self))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch._C._EnablePythonDispatcher())
-            stack.enter_context(torch._C._EnablePreDispatch())  # type: ignore[attr-defined]
+            stack.enter_context(torch._C._EnablePreDispatch())
             stack.enter_context(self)
             stack.enter_context(_ValueReads(self))
             try:
@@ -157,7 +156,7 @@ class Recorder(SchemaCheckMode):
             except CaptureError:
                 raise
             except Exception as error:
-                raise _failed(self.model, self.where(), error) from error
+                raise _failed(self.model, error_line(error) or self.where(), error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
 
@@ -204,7 +203,17 @@ class Recorder(SchemaCheckMode):
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
-            Operation(target, tuple(args), dict(kwargs), grad, _autocast(), user_line(), self.path(), self.leaf(), len(results))
+            Operation(
+                target,
+                tuple(args),
+                dict(kwargs),
+                grad,
+                _autocast(),
+                user_line(),
+                self.path(),
+                self.leaf(),
+                len(results),
+            )
         )
         sources = refs_in((args, kwargs))
         data = any(self.is_data(ref) for ref in sources)
@@ -332,8 +341,8 @@ class Recorder(SchemaCheckMode):
         if self.is_data(ref):
             raise self.refuse(
                 f"reads a value of the data by {how}",
-                "It may not branch or loop on values of the data, nor turn them into numbers: each task has its own. Use "
-                "torch.where, or decide by what is known before the data comes",
+                "It may not branch or loop on values of the data, nor turn them into numbers: each task has its own. "
+                "Use torch.where, or decide by what is known before the data comes",
             )
         self.recording.guards += [(tensor, tensor._version) for tensor in self.constants_of(ref)]
 
@@ -405,7 +414,7 @@ def _functions_kept_whole(recorder: Recorder) -> Iterator[None]:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
-class unchanged:  # noqa: N801  (it is used as a context)
+class unchanged:
     """Puts buffers, attributes and modes of a module back to where they were when the ``with`` block is left."""
 
     def __init__(self, model: nn.Module, ignored: Collection[Tensor] = ()) -> None:
@@ -472,8 +481,8 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
         what = f"a {type(returned).__name__}" if returned is not None else "None"
         parts = f" of {sorted(map(str, returned))}" if isinstance(returned, Mapping) else ""
         raise CaptureError(
-            f"{name}.forward returns {what}{parts}; it must return one tensor: say which part counts by output=, a name "
-            "or a number"
+            f"{name}.forward returns {what}{parts}; it must return one tensor: say which part counts by output=, a "
+            "name or a number"
         )
     return returned
 

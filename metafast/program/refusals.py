@@ -11,7 +11,10 @@ aten = torch.ops.aten
 READS_VALUES = (aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default,
                 aten.allclose.default)  # fmt: skip
 """Operations that tell Python a value of a tensor."""
-_READERS = {"item": "a number (.item(), float(), int() or a loop)", "is_nonzero": "a branch (if, while, and, or, bool())"}
+_READERS = {
+    "item": "a number (.item(), float(), int() or a loop)",
+    "is_nonzero": "a branch (if, while, and, or, bool())",
+}
 DROPOUT = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.native_dropout,
             aten.dropout_, aten.feature_dropout_, aten.alpha_dropout_, aten.feature_alpha_dropout_}  # fmt: skip
 PASSING_ON = {aten.contiguous, aten.to, aten.alias, aten.lift_fresh, aten.expand, aten.expand_as, aten.view,
@@ -37,7 +40,8 @@ def refuse_random(func: Any, args: Any, kwargs: Any, refuse: Callable[[str, str]
     if drawing:
         raise refuse(
             "draws random numbers",
-            "Dropout in training mode and other noise have no exact meta-gradient; call model.eval() on it or take it out",
+            "Dropout in training mode and other noise have no exact meta-gradient; call model.eval() on it, or take it "
+            "out",
         )
 
 

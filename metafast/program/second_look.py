@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from metafast.program import Program
-from metafast.program.derive import Slot, as_step
 from metafast.program.interpreter import Pass
-from metafast.program.capture import needed
-from metafast.program.operation import Constant, Input, Made, Operation, Ref, Weight, refs_in
+from metafast.program.operation import Made, Ref
 from metafast.program.recording import Recording
-from metafast.tasks import Batch
+from metafast.program.replay import reads, replay
+from metafast.tasks import Batch, each_part
 
 _ALLOWED = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3)}
 """The largest difference of outputs and of gradients, relative to the largest number among them."""
@@ -88,11 +87,12 @@ def first_difference(
     """
     allowed = 10 * _ALLOWED[theta.dtype][0]
     named = dict(zip((p.name for p in program.parameters), program.unflatten(theta), strict=True))
-    values = _replayed(recording, named, truth.x)
+    with torch.enable_grad():
+        values = replay(recording, {name: t.detach().requires_grad_() for name, t in named.items()}, truth.x)
     _, _, run = _run(program, theta, truth, step)
     number: dict[Made, int] = {}
     for ref in made:
-        like = [i for i, v in run.values.items() if v.shape[1:] == values[ref].shape and _close(v[0], values[ref], allowed)]
+        like = [i for i, v in run.values.items() if _is_like(v, values[ref], allowed)]
         if not like:
             return _name(recording, ref)
         number[ref] = like[-1]
@@ -109,7 +109,7 @@ def first_difference(
 
 def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
     """Runs the Program on the truth's task; returns outputs, gradients by name, and the pass."""
-    x = truth.x[None] if isinstance(truth.x, Tensor) else truth.x
+    x = each_part(lambda part: part[None], truth.x)
     run = Pass(program, theta[None], Batch(x, x), step, (True,) * len(program.parameters))
     with torch.no_grad():
         outputs = run.forward()[0]
@@ -133,56 +133,17 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
     return adjoints
 
 
-def _replayed(recording: Recording, named: dict[str, Tensor], x: Any) -> dict[Ref, Tensor]:
-    """Repeats the recorded operations one by one, with a graph from the parameters."""
-    known: dict[Ref, Tensor] = {}
-    leaves = [x] if isinstance(x, Tensor) else list(x.values() if isinstance(x, dict) else x)
-    slots: dict[Ref, Slot] = {}
-    filled: dict[Slot, Any] = {}
-
-    def enter(ref: Ref, tensor: Any) -> None:
-        slots[ref] = Slot("made", len(slots))
-        filled[slots[ref]] = tensor
-        known[ref] = tensor
-
-    parameters = {name: t.detach().requires_grad_() for name, t in named.items()}
-    with torch.enable_grad():
-        for number in needed(recording):
-            operation = recording.operations[number]
-            for ref in _read(operation):
-                if ref not in slots:
-                    enter(ref, _outside(ref, leaves, parameters))
-            found = as_step(operation, slots).run(filled)
-            for part, tensor in enumerate(found if isinstance(found, tuple | list) else (found,)):
-                enter(Made(number, part), tensor)
-    return known
-
-
-def _read(operation: Operation) -> list[Ref]:
-    return refs_in((operation.args, operation.kwargs))
-
-
-def _outside(ref: Ref, leaves: Sequence[Tensor], parameters: dict[str, Tensor]) -> Tensor:
-    """Returns a tensor that no operation made."""
-    if isinstance(ref, Input):
-        return leaves[ref.number]
-    if isinstance(ref, Weight):
-        return parameters[ref.name]
-    assert isinstance(ref, Constant)
-    return ref.tensor
-
-
 def _sources(recording: Recording, ref: Made, made: Sequence[Made]) -> set[Ref]:
     """Returns the values of other nodes that the node of ``ref`` reads."""
     known = set(made)
     found: set[Ref] = set()
-    waiting: list[Ref] = _read(recording.operations[ref.operation])
+    waiting: list[Ref] = reads(recording.operations[ref.operation])
     while waiting:
         source = waiting.pop()
         if source in known:
             found.add(source)
         elif isinstance(source, Made):
-            waiting += _read(recording.operations[source.operation])
+            waiting += reads(recording.operations[source.operation])
     return found
 
 
@@ -191,6 +152,11 @@ def _name(recording: Recording, ref: Made) -> str:
     operation = recording.operations[ref.operation]
     where = f" at {operation.line}" if operation.line else f" in module {operation.path!r}" if operation.path else ""
     return f"{operation.name}{where}"
+
+
+def _is_like(value: Any, wanted: Tensor, allowed: float) -> bool:
+    """Says whether a value ``[1, ...]`` of a pass holds what is wanted."""
+    return isinstance(value, Tensor) and value.shape[1:] == wanted.shape and _close(value[0], wanted, allowed)
 
 
 def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:

@@ -6,9 +6,9 @@ computes the activations of each step again, so that memory does not grow with t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
-from metafast.tasks import Batch, TaskShapes
+from metafast.tasks import Batch, TaskShapes, each_part, parts_of
 
 _BUDGET = 2 << 30  # bytes
 _COPIES = 12
@@ -53,7 +53,7 @@ class ReferenceExecutor(Executor):
         return ReferenceExecutor(self.budget, self.max_tasks, wrap)
 
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
-        if shapes.dtype not in (torch.float32, torch.float64):
+        if shapes.dtype.is_floating_point and shapes.dtype not in (torch.float32, torch.float64):
             return f"dtype {shapes.dtype}: it runs float32 and float64"
         layers = tuple(
             "rules derived by torch.func" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
@@ -62,15 +62,15 @@ class ReferenceExecutor(Executor):
         return ExecutionPlan(self, lambda: layers, f"executor {self.name!r} may wait for the host", lambda: None)
 
     @torch.no_grad()
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+    def predict(self, program: Program, params: Tensor, x: Any, step: int = 0) -> Tensor:
         program = self.wrap(program)
         theta = _by_task(params, x)
         nothing = (False,) * len(program.parameters)
 
         def chunk(tasks: slice) -> Tensor:
-            return Pass(program, theta[tasks], Batch(x[tasks], x[tasks]), step, nothing).forward()
+            return Pass(program, theta[tasks], Batch(x[tasks], theta[tasks]), step, nothing).forward()
 
-        return torch.cat(self._in_chunks(program, x, chunk))
+        return torch.cat(self._in_chunks(program, theta, x, chunk))
 
     @torch.no_grad()
     def loss_and_grad(
@@ -82,7 +82,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> tuple[Tensor, Tensor, Tensor]:
             return inner_loop.loss_and_grad(program, theta[tasks], batch.tasks(tasks), step)
 
-        parts = self._in_chunks(program, batch.x, chunk)
+        parts = self._in_chunks(program, theta, batch.x, chunk)
         losses, grads, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
         return losses, grads, outputs
 
@@ -95,7 +95,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> Tensor:
             return torch.stack(InnerLoopRun(program, loop, rates, support.tasks(tasks)).adapt(theta[tasks]))
 
-        return torch.cat(self._in_chunks(program, support.x, chunk), 1)
+        return torch.cat(self._in_chunks(program, theta, support.x, chunk), 1)
 
     @torch.no_grad()
     def adapt_vjp(
@@ -115,7 +115,7 @@ class ReferenceExecutor(Executor):
                 rates_grad.add_(run.rates_grad)
             return grad
 
-        return torch.cat(self._in_chunks(program, support.x, chunk)), rates_grad
+        return torch.cat(self._in_chunks(program, trajectory, support.x, chunk)), rates_grad
 
     @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
@@ -126,31 +126,37 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> Tensor:
             return inner_loop.hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
 
-        return torch.cat(self._in_chunks(program, batch.x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
 
-    def _in_chunks(self, program: Program, x: Tensor, compute: Callable[[slice], Found]) -> list[Found]:
+    def _in_chunks(self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]) -> list[Found]:
         """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
-        return [compute(tasks) for tasks in self._chunks(program, x)]
+        return [compute(tasks) for tasks in self._chunks(program, params, x)]
 
-    def _chunks(self, program: Program, x: Tensor) -> Iterator[slice]:
+    def _chunks(self, program: Program, params: Tensor, x: Any) -> Iterator[slice]:
         """Yields ranges of tasks that fit into the budget."""
         tasks = x.shape[0]
-        elements = _COPIES * _elements(program, tuple(x.shape[1:]), x.dtype, x.device) + 4 * program.size
-        size = min(max(1, self.budget // (x.element_size() * elements)), self.max_tasks or tasks)
+        elements = _COPIES * _elements(program, params, x) + 4 * program.size
+        size = min(max(1, self.budget // (params.element_size() * elements)), self.max_tasks or tasks)
         for start in range(0, tasks, size):
             yield slice(start, min(tasks, start + size))
 
 
-@functools.lru_cache(maxsize=64)
-def _elements(program: Program, sample: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Counts the elements of all values of a pass on one task's samples ``[n, ...]``, by running one."""
-    x = torch.zeros(1, *sample, dtype=dtype, device=device)
-    theta = torch.zeros(1, program.size, dtype=dtype, device=device)
-    run = Pass(program, theta, Batch(x, x), 0, (False,) * len(program.parameters))
-    run.forward()
-    return sum(value.numel() for value in run.values.values())
+_COUNTS: WeakKeyDictionary[Program, dict[tuple[object, ...], int]] = WeakKeyDictionary()
 
 
-def _by_task(params: Tensor, x: Tensor) -> Tensor:
+def _elements(program: Program, params: Tensor, x: Any) -> int:
+    """Counts the elements of all values of a pass on one task's samples like ``x [T, n, ...]``, by running one."""
+    known = _COUNTS.setdefault(program, {})
+    key = (params.dtype, params.device, *((part.shape[1:], part.dtype) for part in parts_of(x)))
+    if key not in known:
+        one = each_part(lambda part: torch.zeros_like(part[:1]), x)
+        theta = params.new_zeros(1, program.size)
+        run = Pass(program, theta, Batch(one, theta), 0, (False,) * len(program.parameters))
+        run.forward()
+        known[key] = sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
+    return known[key]
+
+
+def _by_task(params: Tensor, x: Any) -> Tensor:
     """Returns ``params [P]`` or ``[T, P]`` as ``[T, P]``, for the T tasks of ``x``."""
     return params.expand(x.shape[0], -1) if params.dim() == 1 else params
