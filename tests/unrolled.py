@@ -21,8 +21,8 @@ def unrolled(
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """The mean query loss, its gradients by name, and those in further ``leaves``.
 
-    ``rates`` are one number, or by name a tensor ``[S, *shape]`` or what broadcasts to it. Every parameter that requires
-    a gradient moves.
+    ``rates`` are one number, or by name a tensor ``[S, *shape]`` or what broadcasts to it. Every parameter that
+    requires a gradient moves.
     """
     named = dict(model.named_parameters())
     moved = [name for name, p in named.items() if p.requires_grad]
