@@ -33,14 +33,20 @@ _TASK_BY_TASK: WeakSet[Function] = WeakSet()
 class Derived(Layer):
     """``y = function(params, inputs, constants)`` for one task. ``label`` names it to people.
 
-    ``forward_mode`` says that tangents may be found by torch's forward mode; a ``torch.autograd.Function`` has its
-    derivative in reverse mode alone.
+    ``reverse_only`` says that its second derivatives are to be had from the graph of its gradient alone: that of a
+    ``torch.autograd.Function`` is what its author says, and need not be symmetric, and that of a norm is finite at zero
+    where forward mode is not.
     """
 
     kind = "derived"
     function: Function
     label: str
-    forward_mode: bool = True
+    reverse_only: bool = False
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of the operations that it consists of, as far as they are known."""
+        return tuple(str(step.target) for step in getattr(self.function, "steps", ()))
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.p, ctx.x, ctx.c = tuple(params), tuple(inputs), tuple(constants)
@@ -55,7 +61,7 @@ class Derived(Layer):
         ctx.d = [
             None if d is None else d.expand_as(t) for d, t in zip((*d_params, *d_inputs), (*ctx.p, *ctx.x), strict=True)
         ]
-        if self.forward_mode and not torch.is_grad_enabled():
+        if not self.reverse_only and not torch.is_grad_enabled():
             try:
                 return self._pushed(ctx)
             except (RuntimeError, NotImplementedError):  # an operation without forward mode

@@ -29,6 +29,7 @@ class CaptureSettings:
 
     Attributes:
         loss: the loss of the Programs.
+        query_loss: that of the query sets, where it is another one.
         adapt: the names of the parameters that the inner loop moves.
         bn: the modes of batch norm.
         steps: the number S of inner steps.
@@ -36,6 +37,7 @@ class CaptureSettings:
     """
 
     loss: Loss
+    query_loss: Loss | None
     adapt: Collection[str]
     bn: BatchNormMode
     steps: int
@@ -139,6 +141,7 @@ class Captures:
             shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
             layout = Layout(names, shapes, settings.adapt, settings.steps)
             made = program_of(self.model, recording, settings.loss, layout, self.modes())
+            made = made.with_loss(settings.loss, settings.query_loss)
             same = [p for p in self.programs.values() if p.computes_as(made)]
             self.programs[key] = same[0] if same else made
             if len(self.programs) > 4 * _KINDS:

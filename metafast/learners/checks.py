@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from metafast.program import Program
 from metafast.program.interpreter import Pass
@@ -20,6 +21,17 @@ def check_batch(tasks: TaskBatch) -> None:
             f"a learner takes a TaskBatch, not a {type(tasks).__name__}: "
             "mf.TaskBatch(support_x, support_y, query_x, query_y)"
         )
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raises ValueError where a lazy module has not been run yet, so that its parameters have no shape."""
+    for name, module in model.named_modules():
+        lazy = [n for n, p in module.named_parameters(recurse=False) if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise ValueError(
+                f"{type(module).__name__} {name!r} has not been run, so that {lazy[0]!r} has no shape yet; run the "
+                "model once on samples of one task before: model(x)"
+            )
 
 
 def check_like(tasks: TaskBatch, learner: nn.Module) -> None:

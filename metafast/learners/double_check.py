@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from metafast.learners.batch_norm import in_modes
@@ -26,7 +26,7 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
     """
     for x in [tasks.support_x] if not program.by_samples else [tasks.support_x, tasks.query_x]:
         task = _another_task(x)
-        truth = run_module(captures.model, captures.modes(), task, captures.settings.output)
+        truth = run_module(captures, task, captures.recording(x).is_coarse)
         difference = check(program.at(x.shape[1]), theta, truth)
         if difference is not None and not _agrees_in_double(captures, x, task):
             where = _first(captures, program.at(x.shape[1]), theta, truth, x)
@@ -37,11 +37,12 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
             )
 
 
-def run_module(model: nn.Module, modes: dict[str, str], x: Any, output: str | int | None) -> Truth:
+def run_module(captures: Captures, x: Any, coarse: bool = False) -> Truth:
     """Runs the model itself on one task's samples, and differentiates its outputs."""
-    with in_modes(model, modes), unchanged(model), torch.enable_grad():
-        outputs = picked(call(model, tree_map(Tensor.clone, x)), output, model)
-        return truth_of(outputs, dict(model.named_parameters()), x)
+    model = captures.model
+    with in_modes(model, captures.modes()), unchanged(model), torch.enable_grad():
+        outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings.output, model)
+        return truth_of(outputs, dict(model.named_parameters()), x, coarse)
 
 
 def _another_task(x: Any) -> Any:
@@ -65,7 +66,7 @@ def _agrees_in_double(captures: Captures, x: Any, task: Any) -> bool:
         program = twin.of_samples(wide)
         named = dict(twin.model.named_parameters())
         theta = torch.cat([named[p.name].detach().flatten() for p in program.parameters])
-        return check(program, theta, run_module(twin.model, twin.modes(), task, captures.settings.output)) is None
+        return check(program, theta, run_module(twin, task)) is None
     except Exception:  # a model that is no model of float64 cannot tell
         return False
 

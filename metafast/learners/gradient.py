@@ -16,7 +16,7 @@ from metafast.learners.adapted import Adapted
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task
-from metafast.learners.checks import check_batch, check_like, check_padding
+from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot
@@ -68,7 +68,9 @@ class GradientLearner(SettledLearner):
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
-        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
+        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task, which sees the
+            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised.
+        query_loss: the loss that judges the query sets, likewise; ``None``: the same as ``loss``.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
@@ -93,6 +95,7 @@ class GradientLearner(SettledLearner):
         *,
         loss: LossLike,
         lr: float | Rate,
+        query_loss: LossLike | None = None,
         steps: int = 1,
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
         bn: BatchNormMode = None,
@@ -103,9 +106,10 @@ class GradientLearner(SettledLearner):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
+        check_initialised(model)
         self.model = model
         self.steps, self.backend, self.precision = steps, backend, precision
-        self.loss, self.bn, self.output = loss, bn, output
+        self.loss, self.query_loss, self.bn, self.output = loss, query_loss, bn, output
         self._move(adapt)
         self.rows = rows_per_step(model, bn, steps)
         rate = lr if isinstance(lr, Rate) else Rate(lr)
@@ -166,7 +170,7 @@ class GradientLearner(SettledLearner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._choice_for(tasks)
+        choice = self._choice_for(tasks, judged=False)
         steps = self.steps if steps is None else steps
         check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
         with torch.no_grad():
@@ -213,7 +217,9 @@ class GradientLearner(SettledLearner):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
         moved = sum(p.size for p in program.parameters if p.adapted)
-        lines.append(f"  loss: {program.loss.kind}; {moved:,} of {program.size:,} parameters are adapted")
+        loss, of_query = program.loss.label, program.query.loss.label
+        loss += "" if self.query_loss is None else f", {of_query} on query sets"
+        lines.append(f"  loss: {loss}; {moved:,} of {program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
 
@@ -241,7 +247,8 @@ class GradientLearner(SettledLearner):
         return trajectory[-1]
 
     def _new_captures(self, trained: dict[str, bool]) -> Captures:
-        settings = CaptureSettings(self.loss, self.adapted_names, self.bn, self.steps, self.output)
+        losses = self.loss, self.query_loss
+        settings = CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
         return Captures(self.model, settings, trained)
 
     def _start(self) -> None:
@@ -302,20 +309,23 @@ class GradientLearner(SettledLearner):
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
         return [named[p.name] for p in program.parameters]
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
-        """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
+        """Checks a batch against the model and chooses the executor, once for each kind of batch.
+
+        The query sets are looked at where the batch is ``judged``.
+        """
         check_batch(tasks)
         self._follow_changes()
-        key = self._kind(tasks)
+        key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
             known = self._latest = self._examine(tasks)
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
             self._known[key] = known
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
         elif known.checks_targets:
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
         self.__dict__["_latest"] = known  # nn.Module's own way to set an attribute takes longer than all the rest
         return known.choice
 
@@ -342,7 +352,8 @@ class GradientLearner(SettledLearner):
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        looks = program.loss.reads_targets and tasks.support_x.device.type == "cpu"
+        reads = program.loss.reads_targets or program.query.loss.reads_targets
+        looks = reads and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
         self._look()
@@ -359,9 +370,10 @@ class GradientLearner(SettledLearner):
             )
         return tuple(shape[1:])
 
-    def _check_targets(self, known: KnownBatch, tasks: TaskBatch) -> None:
+    def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         known.program.loss.check(known.output, tasks.support_y, "support_y")
-        known.program.loss.check(known.output, tasks.query_y, "query_y")
+        if judged:
+            known.program.query.loss.check(known.output, tasks.query_y, "query_y")
 
     def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Adds the gradient of each meta-parameter of the model to its ``.grad``."""
@@ -376,7 +388,8 @@ class GradientLearner(SettledLearner):
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+            predict = self._now.choice.executor.predict
+            track(self.program, predict, self.flat_parameters().detach(), tasks.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""

@@ -29,7 +29,7 @@ class MAML(GradientLearner):
     Args:
         first_order: drop the Hessian terms (FOMAML).
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step.
-        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
 
@@ -114,7 +114,7 @@ class MAML(GradientLearner):
             steps = Adapt.apply(theta, rate, choice.executor, program, loop, tasks.support)
             losses = theta.new_zeros(len(tasks))
             for step, weight in loop.judged_steps:
-                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, program, tasks.query, step)
+                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, program.query, tasks.query, step)
                 losses = losses + weight * loss
         if torch.is_grad_enabled():
             self._leave_traces(tasks)

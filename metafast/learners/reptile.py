@@ -27,7 +27,7 @@ class Reptile(GradientLearner):
             ``m <- 0.999 m + 0.001 g^2``, ``theta <- theta - lr g / (sqrt(m / (1 - 0.999^k)) + 1e-8)``, fresh by task.
         batch_size: samples of the support set that each inner step sees, in a fixed shuffled order that starts again
             where it ends; ``None``: all.
-        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, which only judges, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`.
 
     Raises:
@@ -120,7 +120,7 @@ class Reptile(GradientLearner):
         return self._on_queries(choice, adapted, tasks)
 
     def _on_queries(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:
-        losses, _, outputs = choice.executor.loss_and_grad(self.program, adapted, tasks.query, self.steps)
+        losses, _, outputs = choice.executor.loss_and_grad(self.program.query, adapted, tasks.query, self.steps)
         return LearnerOutput(losses, outputs)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:

@@ -84,12 +84,22 @@ class SettledLearner(Learner, metaclass=_Sealing):
 
     @property
     def loss(self) -> Loss:
-        """The loss of support and query sets, with its rules."""
+        """The loss of the support sets, and where ``query_loss`` is ``None`` of the query sets."""
         return self._loss
 
     @loss.setter
     def loss(self, loss: LossLike) -> None:
         self._loss = as_loss(loss)
+        self._capture_again()
+
+    @property
+    def query_loss(self) -> Loss | None:
+        """The loss that judges the query sets; ``None``: the same as ``loss``."""
+        return self._query_loss
+
+    @query_loss.setter
+    def query_loss(self, loss: LossLike | None) -> None:
+        self._query_loss = None if loss is None else as_loss(loss)
         self._capture_again()
 
     @property

@@ -272,7 +272,7 @@ class _Builder:
         steps: tuple[Step, ...] = tuple(as_step(self.operations[n], slots) for n in order)
         cone = Cone(steps, slots[root])
         operations = [self.operations[n] for n in order]
-        layer = Derived(cone, _label(operations), not cone.calls_functions)
+        layer = Derived(cone, _label(operations), cone.reverse_only)
         inputs = tuple(self.value[ref] for ref in outside["input"])
         params = tuple(ref.name for ref in outside["parameter"])
         constants = tuple(ref.tensor for ref in outside["constant"])

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.program.operation import Operation, Ref
+from metafast.program.operation import FunctionCall, Operation, Ref
 
+aten = torch.ops.aten
+_KINKED = {aten.linalg_vector_norm, aten.norm, aten.linalg_norm, aten.cosine_similarity, aten.cdist, aten.dist,
+           aten.pairwise_distance, aten.frobenius_norm, aten.renorm, aten.std, aten.std_mean}  # fmt: skip
+"""Functions that are not smooth at zero: there forward mode gives no number where reverse mode gives zero."""
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -115,9 +119,10 @@ class Cone:
         return hash(tuple(str(step.target) for step in self.steps[:4]))
 
     @property
-    def calls_functions(self) -> bool:
-        """Says whether one of the steps is a ``torch.autograd.Function``, whose derivative is what its author says."""
-        return any(not isinstance(step.target, torch._ops.OpOverload) for step in self.steps)
+    def reverse_only(self) -> bool:
+        """Says whether second derivatives are to be had from the graph of its gradient alone."""
+        targets = [step.target for step in self.steps]
+        return any(isinstance(t, FunctionCall) or getattr(t, "overloadpacket", None) in _KINKED for t in targets)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:

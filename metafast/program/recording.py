@@ -8,6 +8,7 @@ become new values (:mod:`metafast.program.aliases`).
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metafast.program.aliases import Aliases
-from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
+from metafast.program.operation import (
+    CaptureError,
+    Constant,
+    FunctionCall,
+    Input,
+    Made,
+    Operation,
+    Ref,
+    Weight,
+    refs_in,
+)
 from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
 from metafast.program.user_lines import error_line, user_line
 from metafast.tasks import Samples
@@ -62,6 +73,12 @@ class Recording:
         if isinstance(self.output, Made):
             return self.values[self.output][0]
         return self.inputs[self.output.number] if isinstance(self.output, Input) else torch.Size()
+
+    @property
+    def is_coarse(self) -> bool:
+        """Says whether some operation computes in less than float32, as under autocast."""
+        halves = (torch.bfloat16, torch.float16)
+        return any(o.autocast for o in self.operations) or any(dtype in halves for _, dtype in self.values.values())
 
     def stale(self) -> bool:
         """Says whether a number that Python has read has changed since."""
@@ -139,10 +156,12 @@ class Recorder(SchemaCheckMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before = torch.get_rng_state()
+        before, others = torch.get_rng_state(), _other_random_states()
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
+            stack.enter_context(torch.jit.optimized_execution(False))
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_functions_kept_whole(self))
@@ -159,6 +178,11 @@ class Recorder(SchemaCheckMode):
                 raise _failed(self.model, error_line(error) or self.where(), error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
+        if others != _other_random_states():
+            raise CaptureError(
+                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
+                "each pass would have to draw the same. Draw by torch, or in __init__"
+            )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` and notes it."""
@@ -327,6 +351,8 @@ class Recorder(SchemaCheckMode):
 
     def _selects(self, func: Any, args: Any) -> bool:
         """Says whether the shape that ``func`` makes follows from values of the data."""
+        if func.overloadpacket is torch.ops.aten.one_hot:
+            return len(args) < 2 or args[1] < 0
         if func.overloadpacket is torch.ops.aten.index:
             chosen = [ref for ref in args[1] if isinstance(ref, Ref)]
             return any(self.is_data(r) and self._dtype(r) in (torch.bool, torch.uint8) for r in chosen)
@@ -361,20 +387,6 @@ class Recorder(SchemaCheckMode):
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         self.stack.pop()
-
-
-@dataclass(frozen=True)
-class FunctionCall:
-    """Calls a ``torch.autograd.Function`` as an operation."""
-
-    function: type
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 class _ValueReads(TorchFunctionMode):
@@ -434,7 +446,7 @@ class unchanged:
         """Says whether the module is not as it was."""
         return (
             any(_written(*then) and id(then[0]) not in self.ignored for then in self.buffers)
-            or any(now.items() != then.items() for now, then in zip(self.registries, self.registered, strict=True))
+            or any(_differ(now, then) for now, then in zip(self.registries, self.registered, strict=True))
             or any(_differ(now, then) for now, then in zip(self.homes, self.attributes, strict=True))
         )
 
@@ -495,6 +507,12 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
 def _tensors(tree: Any) -> list[Tensor]:
     """Lists the tensors among arguments."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _other_random_states() -> tuple[Any, ...]:
+    """Returns the states of the random numbers of Python and, where it is loaded, of NumPy."""
+    numpy = sys.modules.get("numpy.random")
+    return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:

@@ -137,6 +137,7 @@ def verify(
     *,
     loss: LossLike,
     lr: float | Rate,
+    query_loss: LossLike | None = None,
     steps: int = 1,
     adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
     bn: BatchNormMode = None,
@@ -152,15 +153,17 @@ def verify(
     float64, which tells a wrong formula from rounding.
 
     Args:
-        model: the model, which stays untouched. It and ``loss``, ``lr``, ``steps``, ``adapt``, ``bn``, ``output`` and
-            ``backend`` are as in :class:`MAML`.
+        model: the model, which stays untouched. It and ``loss``, ``lr``, ``query_loss``, ``steps``, ``adapt``,
+            ``bn``, ``output`` and ``backend`` are as in :class:`MAML`.
         tasks: a few tasks of the shapes that you use.
 
     Raises:
         ValueError, TypeError, CaptureError: as :class:`MAML` raises them for the model and its first batch.
         RuntimeError: ``backend`` cannot run this model.
     """
-    options: dict[str, Any] = {"loss": loss, "lr": lr, "steps": steps, "bn": bn, "output": output, "backend": backend}
+    options: dict[str, Any] = {
+        "loss": loss, "lr": lr, "query_loss": query_loss, "steps": steps, "bn": bn, "output": output, "backend": backend,
+    }  # fmt: skip
     options["adapt"] = None if adapt is None else _named(model, adapt)
     learner = MAML(deepcopy(model), **options)
     learner.captures.second_look = False
@@ -182,7 +185,8 @@ def verify(
         checks += _model_checks(truth, run, batch)
         layers += LayerChecks(truth, plan, program, batch.support, theta, TOLERANCES[dtype]).run()
     settings = {
-        "loss": learner.loss.kind, "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
+        "loss": learner.loss.label, "query_loss": learner.program.query.loss.label,
+        "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
         "steps": steps, "bn": dict(bn) if isinstance(bn, Mapping) else bn,
         "adapted": [p.name for p in learner.program.parameters if p.adapted],
         "tasks": len(tasks), "support_x": list(tasks.support_x.shape), "query_x": list(tasks.query_x.shape),

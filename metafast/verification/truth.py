@@ -3,14 +3,14 @@ take part."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from metafast.kernels.input_part import InputPart
@@ -22,8 +22,8 @@ from metafast.program.recording import Recording, picked, record
 from metafast.program.replay import replay
 from metafast.tasks import Batch, Samples, TaskBatch, each_part, moved, parts_of
 
-# The losses and the inner loop are written here once more, so that the truth shares no code with what it judges.
-_LOSSES: dict[str, Any] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+# The inner loop is written here once more, so that the truth shares no code with what it judges.
+Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Truth:
         self.model = deepcopy(learner.model).cpu().double()
         self.theta = learner.flat_parameters().detach().cpu().double()
         self.rates = learner.inner_rates().detach().cpu().double()
-        self.loss: Callable[[Tensor, Tensor], Tensor]
-        self.loss = getattr(learner.loss, "function", None) or _LOSSES[learner.loss.kind]
+        self.loss = in_double(learner.loss.function)
+        self.query_loss = self.loss if learner.query_loss is None else in_double(learner.query_loss.function)
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.by_step = [p.shape != shapes[p.name] for p in self.program.parameters]
         self.recordings: dict[Any, tuple[Recording, list[Made]]] = {}
@@ -138,7 +138,17 @@ class Truth:
             loss = self.loss(self.outputs(theta, support[0], step), support[1])
             rate = self.rates[min(step, self.rates.shape[0] - 1)]
             theta = theta - rate * adapted * _gradient(loss, theta, create_graph=recorded)
-        return self.loss(self.outputs(theta, query[0], self.steps), query[1])
+        return self.query_loss(self.outputs(theta, query[0], self.steps), query[1])
+
+
+def in_double(loss: Function) -> Function:
+    """Returns the user's own loss on the CPU, with the tensors of a module or of a partial in float64."""
+    if isinstance(loss, nn.Module):
+        return deepcopy(loss).cpu().double()
+    if isinstance(loss, functools.partial):
+        options = {k: v.detach().cpu().double() if isinstance(v, Tensor) else v for k, v in loss.keywords.items()}
+        return functools.partial(loss.func, *loss.args, **options)
+    return loss
 
 
 def _gradient(value: Tensor, theta: Tensor, create_graph: bool = False) -> Tensor:
