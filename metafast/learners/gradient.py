@@ -89,6 +89,8 @@ class GradientLearner(SettledLearner):
     inner_optimizers: ClassVar[tuple[str, ...]] = ("sgd",)
     """The inner optimisers that a recipe may ask for."""
 
+    _fixed_rate: Tensor | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -290,8 +292,9 @@ class GradientLearner(SettledLearner):
     def _look(self) -> None:
         """Takes note of how the module is now."""
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
+        self.__dict__["_fixed_rate"] = self.rate.fixed  # else nn.Module would take it for a parameter of its own
         self._model_snapshot = ModuleSnapshot(self.model, ignored=assigned)
-        self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
+        self._snapshot = ModuleSnapshot(self, owner=self, ignored=assigned)
 
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``.

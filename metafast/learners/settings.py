@@ -64,13 +64,14 @@ class SettledLearner(Learner, metaclass=_Sealing):
     @steps.setter
     def steps(self, steps: int) -> None:
         check_whole("steps", steps, 1, "the inner loop takes a whole number of steps")
-        if self._sealed and steps != self._steps:
-            for what, remedy in self._made_for_steps():
-                raise ValueError(f"steps={steps}: {what}, {self._steps} of them; {remedy}")
+        if self._sealed and steps == self._steps:
+            return
+        for what, remedy in self._made_for_steps() if self._sealed else ():
+            raise ValueError(f"steps={steps}: {what}, {self._steps} of them; {remedy}")
         self._steps = steps
         if self._sealed:
             self._follow_steps()
-        self._plan_again()
+        self._capture_again()
 
     @property
     def lr(self) -> float | Tensor:
