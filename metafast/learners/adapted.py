@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metafast.executors import Executor
+from metafast.inner.autocast import in_own_dtype
 from metafast.learners.captures import Captures
 from metafast.program import Program
 from metafast.tasks import as_samples, parts_of
@@ -27,6 +28,7 @@ class Adapted:
     step: int
     sample: tuple[tuple[int, ...], ...]
 
+    @in_own_dtype
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
 

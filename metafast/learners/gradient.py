@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Choice, Executor, choose, name_of
+from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate, Rates
+from metafast.inner.recorded import recorded_adapt
+from metafast.inner.transforms import plain
 from metafast.learners.adapted import Adapted
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
-from metafast.learners.batch_norm import BatchNormMode, modes_of, norms_of
-from metafast.learners.captures import Captures, CaptureSettings, first_task
+from metafast.learners.batch_norm import STATISTICS, BatchNormMode, modes_of, norms_of
+from metafast.learners.captures import Captures, CaptureSettings, first_task, has_own_derivatives
 from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
+from metafast.learners.explanation import explained
+from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.outside_gradients import Outside
 from metafast.learners.settings import SettledLearner, check_whole
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
@@ -33,30 +39,6 @@ _KINDS = 64
 _MADE_AGAIN = ("_known", "_latest", "_snapshot", "_model_snapshot", "_fixed_rate")
 """What a copy of a learner does not take over."""
 _UNSEEN = "no batch has been seen yet, or none since a setting has changed"
-_STATISTICS = {
-    "task": "task: the statistics of each pass over a task's own support or query samples, in training and test",
-    "per_step": "per_step: the statistics of each pass over a task's own support or query samples, in training and "
-    "test, with a scale and a shift for each inner step",
-    "frozen": "frozen: the model's running statistics, which stay as they were",
-    "running": "running: the model's running statistics, which training moves",
-}
-
-
-class KnownBatch(NamedTuple):
-    """Holds what is known of one kind of batch since the first of it was seen.
-
-    ``parameters`` are those of the model in the order of ``program``. ``output`` is the shape of a sample's output;
-    ``checks_targets`` says whether the values of the targets are looked at in every batch, ``leaves_traces`` whether a
-    call of the model changes its buffers or attributes, ``tracks_statistics`` whether there is a ``"running"`` norm.
-    """
-
-    program: Program
-    parameters: list[Tensor]
-    leaves_traces: bool
-    tracks_statistics: bool
-    choice: Choice
-    output: tuple[int, ...]
-    checks_targets: bool
 
 
 class GradientLearner(SettledLearner):
@@ -112,6 +94,7 @@ class GradientLearner(SettledLearner):
         self.model = model
         self.steps, self.backend, self.precision = steps, backend, precision
         self.loss, self.query_loss, self.bn, self.output = loss, query_loss, bn, output
+        self._set_losses(self.loss, self.query_loss)
         self._move(adapt)
         self.rows = rows_per_step(model, bn, steps)
         rate = lr if isinstance(lr, Rate) else Rate(lr)
@@ -149,7 +132,7 @@ class GradientLearner(SettledLearner):
         if super().batch_norm() is None:
             return None
         modes = dict.fromkeys(modes_of(self.model, self.bn, self.captures.trained).values())
-        return "; ".join(_STATISTICS[mode] for mode in modes)
+        return "; ".join(STATISTICS[mode] for mode in modes)
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
         """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
@@ -164,6 +147,7 @@ class GradientLearner(SettledLearner):
         else:
             super().zero_grad(set_to_none)
 
+    @in_own_dtype
     def adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
     ) -> Adapted:
@@ -176,7 +160,7 @@ class GradientLearner(SettledLearner):
         steps = self.steps if steps is None else steps
         check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
         with torch.no_grad():
-            theta = self._adapted(choice, tasks.support, steps)
+            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x))
         return Adapted(self.captures, self.program, choice.executor, theta, steps, sample)
 
@@ -210,20 +194,7 @@ class GradientLearner(SettledLearner):
             program, choice = self._latest.program, self._latest.choice
         else:
             return f"{_UNSEEN}; call explain(support_x)"
-        hows, memory = choice.plan.layers(), choice.plan.memory()
-        width = max(len(n.name) for n in program.nodes)
-        sizes = [sum(program.parameters[k].size for k in n.params) for n in program.nodes]
-        lines = [f"executor: {choice.executor.name} (backend={name_of(self.backend)!r})"]
-        lines += [f"  passed over {name}: {reason}" for name, reason in choice.passed_over]
-        for node, size, how in zip(program.nodes, sizes, hows, strict=True):
-            label = getattr(node.layer, "label", node.layer.kind)
-            lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
-        moved = sum(p.size for p in program.parameters if p.adapted)
-        loss, of_query = program.loss.label, program.query.loss.label
-        loss += "" if self.query_loss is None else f", {of_query} on query sets"
-        lines.append(f"  loss: {loss}; {moved:,} of {program.size:,} parameters are adapted")
-        lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
-        return "\n".join(lines)
+        return explained(program, choice, name_of(self.backend))
 
     def prepare(self, tasks: TaskBatch) -> None:
         """Captures and checks the model for batches like ``tasks``, which otherwise the first of them waits for.
@@ -243,20 +214,25 @@ class GradientLearner(SettledLearner):
         """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
         loop = InnerLoop.judged_last(steps)
+        if outside.own:
+            with torch.enable_grad():
+                theta, rates = self.flat_parameters(), self.inner_rates()
+                return recorded_adapt(self.program, loop, theta, rates, support, outside.own)[-1].detach()
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
-    def _new_captures(self, trained: dict[str, bool]) -> Captures:
+    def _new_captures(self, trained: dict[str, bool], second_look: bool = True) -> Captures:
         losses = self.loss, self.query_loss
         settings = CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
-        return Captures(self.model, settings, trained)
+        return Captures(self.model, settings, trained, second_look)
 
     def _start(self) -> None:
         """Makes what a learner remembers of batches, of which it has seen none."""
         self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
         self._latest: KnownBatch | None = None
+        self._swapped = False
         self._look()
 
     def _plan_again(self) -> None:
@@ -268,12 +244,17 @@ class GradientLearner(SettledLearner):
             trained = self.captures.trained
             if self.training:
                 trained = {name: norm.training for name, norm in norms_of(self.model).items()}
-            self.__dict__["captures"] = self._new_captures(trained)
+            self.__dict__["captures"] = self._new_captures(trained, self.captures.second_look)
             self._start()
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
         if not self._snapshot.changed() and not self.captures.stale():
+            if self._swapped:
+                self._refresh_sources(swapped=False)
+            return
+        if self._snapshot.only_values_changed() and not self.captures.stale():
+            self._refresh_sources(swapped=True)
             return
         same = self.captures.model is self.model and not self._model_snapshot.changed() and not self.captures.stale()
         if same:  # rates or rows are others
@@ -295,6 +276,12 @@ class GradientLearner(SettledLearner):
         self.__dict__["_fixed_rate"] = self.rate.fixed  # else nn.Module would take it for a parameter of its own
         self._model_snapshot = ModuleSnapshot(self.model, ignored=assigned)
         self._snapshot = ModuleSnapshot(self, owner=self, ignored=assigned)
+
+    def _refresh_sources(self, swapped: bool) -> None:
+        """Looks up the parameters again: where they are ``swapped``, others stand in their places for a while."""
+        self._swapped, self.__dict__["_fixed_rate"] = swapped, self.rate.fixed
+        for known in self._known.values():
+            known.parameters[:] = self.parameters_of(known.program)
 
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``.
@@ -319,10 +306,13 @@ class GradientLearner(SettledLearner):
         """
         check_batch(tasks)
         self._follow_changes()
+        self._refuse_mapped(tasks)
         key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
-            known = self._latest = self._examine(tasks)
+            with self._as_it_was(tasks) as batch:
+                known = self._latest = self._examine(batch)
+            known.parameters[:] = self.parameters_of(known.program)
             self._check_targets(known, tasks, judged)
             self._known[key] = known
             if len(self._known) > _KINDS:
@@ -359,8 +349,10 @@ class GradientLearner(SettledLearner):
         looks = reads and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
-        self._look()
-        return KnownBatch(program, parameters, leaves_traces, tracks, choice, output, looks)
+        if not self._swapped:
+            self._look()
+        recorded = has_own_derivatives(program)
+        return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         """Returns the shape of a sample's output."""
@@ -392,10 +384,12 @@ class GradientLearner(SettledLearner):
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
             predict = self._now.choice.executor.predict
-            track(self.program, predict, self.flat_parameters().detach(), tasks.support)
+            with self._plainly(tasks) as batch:
+                theta = _flatten_dense_tensors([plain(p) for p in self._sources])
+                track(self.program, predict, theta.detach(), batch.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with torch.no_grad(), self.captures.statistics_kept():
-                call(self.model, first_task(tasks.support_x))
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
+                call(self.model, first_task(batch.support_x))

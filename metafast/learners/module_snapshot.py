@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.Size)
@@ -59,6 +60,7 @@ class ModuleSnapshot:
         self._homes: list[dict[Any, Any]] = [registry for registry in self._registries for _ in registry]
         self._names = [name for registry in self._registries for name in registry]
         self._items = [item for registry in self._registries for item in registry.values()]
+        self._of_parameters = {id(m._parameters) for m in modules}
         others = [m for m in modules if m is not owner]
         self._others, self._types = others, [type(m) for m in others]
         self._attributes = [*(m.__dict__ for m in others), *_classes(self._types)]
@@ -83,6 +85,46 @@ class ModuleSnapshot:
             and [*map(type, self._others)] == self._types
         ):
             return True
+        return self._attributes_changed()
+
+    def only_values_changed(self) -> bool:
+        """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
+
+        That is what ``torch.func.functional_call`` does to a module for the time of a call.
+        """
+        swapped = False
+        for home, name, item in zip(self._homes, self._names, self._items, strict=True):
+            other = home.get(name)
+            if other is item:
+                continue
+            if id(home) not in self._of_parameters or not isinstance(other, Tensor) or not isinstance(item, Tensor):
+                return False
+            if isinstance(other, nn.Parameter):  # which is there to stay
+                return False
+            if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
+                return False
+            swapped = True
+        sizes = [len(registry) for registry in self._registries]
+        same = sizes == self._sizes and [*map(type, self._others)] == self._types
+        return swapped and same and not self._attributes_changed()
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Puts the parameters back that others stand in for, for as long as the context lasts."""
+        swapped = [
+            (home, name, home[name], item)
+            for home, name, item in zip(self._homes, self._names, self._items, strict=True)
+            if home[name] is not item
+        ]
+        for home, name, _, item in swapped:
+            home[name] = item
+        try:
+            yield
+        finally:
+            for home, name, other, _ in swapped:
+                home[name] = other
+
+    def _attributes_changed(self) -> bool:
         try:
             return (
                 self._values != [*map(_values, self._attributes, self._left_out)]

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from metafast.executors import Executor, check_backend, check_precision
-from metafast.inner.rates import Rate, Rates
+from metafast.inner.rates import Rate
 from metafast.kernels.contract.layer import Loss
 from metafast.learners.adapted_parameters import resolve_names
-from metafast.learners.base import Learner
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of
+from metafast.learners.within_torch import WithinTorch
 from metafast.program.losses import LossLike, as_loss
 
 _PARTS = {
@@ -23,6 +23,7 @@ _PARTS = {
     "by learner.model.load_state_dict(other.state_dict())",
     "rate": "optimisers and checkpoints hold it; set learner.lr, or write into learner.rate.value",
     "rows": "optimisers and checkpoints hold its parameters; write into them",
+    "loss_modules": "they follow from the losses; set learner.loss or learner.query_loss",
     "captures": "the learner itself keeps it; learner.program is what was captured",
 }
 """The parts of a learner that nobody can replace, and what to do instead."""
@@ -43,16 +44,13 @@ class _Sealing(ABCMeta):
         return learner
 
 
-class SettledLearner(Learner, metaclass=_Sealing):
+class SettledLearner(WithinTorch, metaclass=_Sealing):
     """Holds the settings of the learners that take gradient steps, each of which is checked wherever it is set.
 
     A class below adds a setting by a property with a setter. Its own attributes are those that its constructor sets or
     that it declares; any other public name is refused when it is set, since it is most likely a slip.
     """
 
-    model: nn.Module
-    rate: Rates
-    rows: nn.ParameterDict
     _sealed = False
     _steps: int
 
@@ -91,7 +89,7 @@ class SettledLearner(Learner, metaclass=_Sealing):
     @loss.setter
     def loss(self, loss: LossLike) -> None:
         self._loss = as_loss(loss)
-        self._capture_again()
+        self._follow_losses()
 
     @property
     def query_loss(self) -> Loss | None:
@@ -101,7 +99,7 @@ class SettledLearner(Learner, metaclass=_Sealing):
     @query_loss.setter
     def query_loss(self, loss: LossLike | None) -> None:
         self._query_loss = None if loss is None else as_loss(loss)
-        self._capture_again()
+        self._follow_losses()
 
     @property
     def bn(self) -> BatchNormMode:
@@ -180,6 +178,12 @@ class SettledLearner(Learner, metaclass=_Sealing):
         if len(self.rows):
             found.append(("per_step batch norm has a scale and a shift for each step", remedy))
         return found
+
+    def _follow_losses(self) -> None:
+        """Takes the parameters of other losses for those of the learner."""
+        if self._sealed:
+            self._set_losses(self._loss, self._query_loss)
+        self._capture_again()
 
     def _follow_steps(self) -> None:
         """Changes what goes with the number of inner steps, which is another one now."""
