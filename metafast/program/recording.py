@@ -468,7 +468,7 @@ class unchanged:
     def changed(self) -> bool:
         """Says whether the module is not as it was."""
         return (
-            any(buffer._version != version and id(buffer) not in self.ignored for buffer, version, _ in self.buffers)
+            any(_written(*then) and id(then[0]) not in self.ignored for then in self.buffers)
             or any(_differ(now, then) for now, then in zip(self.registries, self.registered, strict=True))
             or any(_differ(now, then) for now, then in zip(self.homes, self.attributes, strict=True))
         )
@@ -486,7 +486,7 @@ class unchanged:
     def __exit__(self, *error: object) -> None:
         with torch.no_grad():
             for buffer, version, value in self.buffers:
-                if buffer._version != version:
+                if _written(buffer, version, value):
                     buffer.copy_(value)
         for live, kept in [*zip(self.registries, self.registered, strict=True),
                            *zip(self.homes, self.attributes, strict=True)]:  # fmt: skip
@@ -496,6 +496,11 @@ class unchanged:
 
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def _written(buffer: Tensor, version: int, value: Tensor) -> bool:
+    """Says whether a buffer has been written to; torch's batch norm writes without counting a version."""
+    return buffer._version != version or not torch.equal(buffer, value)
 
 
 def _differ(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
