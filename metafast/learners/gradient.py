@@ -28,6 +28,7 @@ from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import Outside
 from metafast.learners.settings import SettledLearner, check_whole
 from metafast.program import Program
+from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.program.recording import call
@@ -63,7 +64,7 @@ class GradientLearner(SettledLearner):
             or ``"bf16"``, which put a meta-gradient of several steps off by several per cent and more.
 
     Raises:
-        CaptureError: the model's forward pass cannot become a Program.
+        CaptureError: the model has no parameters.
         ValueError: an option out of its range; the text names it.
     """
 
@@ -91,6 +92,8 @@ class GradientLearner(SettledLearner):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         check_initialised(model)
+        if next(model.parameters(), None) is None:
+            raise CaptureError(f"{type(model).__name__} has no parameters; there is nothing to meta-learn")
         self.model = model
         self.steps, self.backend, self.precision = steps, backend, precision
         self.loss, self.query_loss, self.bn, self.output = loss, query_loss, bn, output
@@ -137,6 +140,7 @@ class GradientLearner(SettledLearner):
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
         """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
         self._follow_changes()
+        self.captures.settings = self._capture_settings()
         return self._choose(self.captures.of(tasks), tasks.shapes).plan.graph_obstacle
 
     def zero_grad(self, set_to_none: bool = True) -> None:
