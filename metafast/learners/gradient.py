@@ -140,7 +140,6 @@ class GradientLearner(SettledLearner):
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
         """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
         self._follow_changes()
-        self.captures.settings = self._capture_settings()
         return self._choose(self.captures.of(tasks), tasks.shapes).plan.graph_obstacle
 
     def zero_grad(self, set_to_none: bool = True) -> None:
