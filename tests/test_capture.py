@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 
 import models
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,8 @@ SPELLINGS = [
     ("padding by name", IMAGE, lambda: Call(lambda m, x: m.c(x), c=nn.Conv2d(2, 4, 3, padding="same")),
      ["linear", "derived"]),
     ("padding by reflection", IMAGE,
-     lambda: Call(lambda m, x: m.c(x), c=nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")), ["linear", "derived", "conv2d"]),
+     lambda: Call(lambda m, x: m.c(x), c=nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")),
+     ["linear", "derived", "conv2d"]),
     ("Conv1d", SEQUENCE, lambda: Call(lambda m, x: m.c(x), c=nn.Conv1d(3, 2, 2)), ["linear", "derived"]),
     ("MaxPool2d", IMAGE, lambda: Call(lambda m, x: m.p(x), p=nn.MaxPool2d((3, 2), padding=(1, 0), ceil_mode=True)),
      ["linear", "max_pool2d"]),
@@ -240,7 +241,8 @@ def test_flat_vector_holds_each_parameter_at_its_place():
 
 def test_unused_parameters_are_left_out_and_tied_ones_come_once():
     assert not any(p.name.startswith("spare") for p in program_of(models.Unused(), (3,)).parameters)
-    assert [p.name for p in program_of(models.Tied(), (3,)).parameters] == ["a.weight", "a.bias", "head.weight", "head.bias"]
+    tied = program_of(models.Tied(), (3,)).parameters
+    assert [p.name for p in tied] == ["a.weight", "a.bias", "head.weight", "head.bias"]
 
 
 def test_what_does_not_change_from_step_to_step_is_known():
@@ -310,8 +312,8 @@ def _closure(m, x):
         Twice.other = None
 
 
-def _drawn_by_numpy(m, x):
-    return x * float(np.random.rand())
+def _drawn_by_python(m, x):
+    return x * random.random()
 
 
 def _differentiates(m, x):
@@ -337,7 +339,7 @@ REFUSALS = [
      lambda: Call(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2, 0.1)),
      ["random numbers", "Dropout in training mode"]),
     ("numbers drawn aside", lambda: Call(lambda m, x: x + torch.randn(4)), ["random numbers", "torch.randn(4)"]),
-    ("numbers drawn by NumPy", lambda: Call(_drawn_by_numpy), ["NumPy", "__init__"]),
+    ("numbers drawn by Python", lambda: Call(_drawn_by_python), ["Python's random", "test_capture.py"]),
     ("x.normal_", lambda: Call(lambda m, x: x + torch.empty_like(x).normal_()), ["random numbers"]),
     ("a gradient in forward", lambda: Call(_differentiates), ["differentiates", "grad(x.sum()"]),
     ("torch.func in forward", lambda: Call(lambda m, x: torch.vmap(torch.sin)(x)), ["torch.func", "Write out"]),

@@ -88,6 +88,7 @@ class Derived(Layer):
     def _over_tasks(self, ctx: RuleContext, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
         """``y [T, ...]``."""
         if self.function not in _TASK_BY_TASK:
+            torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # a loop in torch is no news to the user
             try:
                 return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(params, inputs)
             except Exception:  # whatever is wrong with the function itself shows again below

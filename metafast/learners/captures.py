@@ -48,9 +48,11 @@ class CaptureSettings:
 class Captures:
     """Captures ``model`` for each kind of samples.
 
+    Under other settings, or when the module has changed, there are new ``Captures``. A copy has captured nothing yet.
+
     Attributes:
         model: the module.
-        settings: says how it is captured.
+        settings: how it is captured.
         trained: whether each batch norm was in training when the learner last was, by name: a learner in evaluation
             keeps to that.
         second_look: whether each Program is compared with the module; what compares more does without.
@@ -107,10 +109,9 @@ class Captures:
         key = _kind(x)
         found = self.recordings.get(key)
         if found is None:
-            settings = self.settings
-            ignored = statistics_of(self.model) if settings.bn is not None else []
+            ignored = statistics_of(self.model) if self.settings.bn is not None else []
             with in_modes(self.model, self.modes()):
-                found = record(self.model, tree_map(lambda leaf: leaf[0], x), settings.output, ignored)
+                found = record(self.model, first_task(x), self.settings.output, ignored)
             self.recordings[key] = found
             while len(self.recordings) > _KINDS:
                 self.recordings.popitem(last=False)
@@ -124,10 +125,8 @@ class Captures:
         """Says whether a number has changed that some recording has read of a buffer."""
         return any(recording.guards and recording.stale() for recording in self.recordings.values())
 
-    def forget(self) -> None:
-        """Drops everything captured, because the module has changed."""
-        self.recordings.clear()
-        self.programs.clear()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recordings": OrderedDict(), "programs": {}}
 
     def _names(self, *recordings: Recording) -> tuple[str, ...]:
         """Lists the parameters that any of the recordings uses, in the model's order."""

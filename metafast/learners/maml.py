@@ -30,8 +30,8 @@ class MAML(GradientLearner):
     Its recipes move no parameter of a batch norm, as the MAML papers do.
 
     Args:
-        first_order: drop the Hessian terms (FOMAML). May be changed at any time.
-        step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
+        first_order: drop the Hessian terms (FOMAML).
+        step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step.
         **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
@@ -60,13 +60,33 @@ class MAML(GradientLearner):
         return {"adapt": without_batch_norm(model)}
 
     @property
+    def first_order(self) -> bool:
+        """Whether the Hessian terms are dropped."""
+        return self._first_order
+
+    @first_order.setter
+    def first_order(self, first_order: bool) -> None:
+        if not isinstance(first_order, bool):
+            raise TypeError(f"first_order={first_order!r}: give True, which drops the Hessian terms, or False")
+        self._first_order = first_order
+
+    @property
     def step_weights(self) -> list[float]:
         """They are the weights of the query losses after steps ``0..S``; assign ``w_1 .. w_S`` to change them."""
         return list(self._weights)
 
     @step_weights.setter
     def step_weights(self, weights: Iterable[float] | None) -> None:
-        self._weights = tuple(finite_weights(weights, self.steps))
+        self._weights, self._judged_last = tuple(finite_weights(weights, self.steps)), weights is None
+
+    def _made_for_steps(self) -> list[tuple[str, str]]:
+        found = super()._made_for_steps()
+        if not self._judged_last:
+            found.append(("there are step_weights", "set learner.step_weights = None first"))
+        return found
+
+    def _follow_steps(self) -> None:
+        self.step_weights = None
 
     def schedule(self, iteration: int, iterations: int) -> tuple[object, ...]:
         """Changes nothing; a recording holds the weights of the query losses and the order of differentiation."""
@@ -151,6 +171,8 @@ def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
         values = [float(w) for w in weights]
     except (TypeError, ValueError):
         values = []
+    if len(values) == steps + 1 and values[0] == 0:
+        del values[0]  # as a learner tells them
     if len(values) != steps or not all(math.isfinite(w) for w in values) or not any(values):
         raise ValueError(
             f"step_weights={weights!r}: give {steps} finite numbers, not all zero, one for the query loss after each "

@@ -19,6 +19,8 @@ from metafast.kernels.contract.layer import Loss, RuleContext
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
+_KINDS = 64
+"""How many kinds of batches are remembered."""
 _INPUTS = ("support_x", "support_y", "query_x", "query_y")
 _UNSEEN = (
     "the loss reads a tensor that requires a gradient and that torch.compile cannot see (a value that the function "
@@ -79,6 +81,9 @@ class LossProbe:
         self.needed = bool(self._losses)
         self.modules = nn.ModuleList(m for m in map(_module_of, losses.values()) if m is not None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_outputs": {}}
+
     def look(self, where: Surroundings, tasks: TaskBatch, judged: bool = True) -> Outside:
         """Finds all that requires a gradient beside the parameters. The query loss counts where the batch is judged."""
         names = [name for name in _INPUTS if getattr(tasks, name).requires_grad]
@@ -131,6 +136,8 @@ class LossProbe:
                 x = getattr(plain_batch(tasks), part).x[:1].detach()
                 outputs = where.choice.executor.predict(where.program, theta, x)[0]
             self._outputs[part, tasks.shapes] = where.program, outputs
+            if len(self._outputs) > _KINDS:
+                del self._outputs[next(iter(self._outputs))]
         return outputs
 
 

@@ -19,9 +19,10 @@ from metafast.inner.transforms import outside_transforms, plain, plain_batch, tr
 from metafast.kernels.contract.layer import Loss
 from metafast.learners.base import Learner, LearnerOutput
 from metafast.learners.captures import has_own_derivatives
+from metafast.learners.layout import layout_of
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, Surroundings, batch_requires_grad
-from metafast.program import Parameter, Program
+from metafast.program import Program
 from metafast.program.recording import picked
 from metafast.tasks import TaskBatch
 
@@ -53,6 +54,7 @@ class WithinTorch(Learner):
     """
 
     model: nn.Module
+    loss_modules: nn.ModuleList
     rows: nn.ParameterDict
     rate: Rates
     output: str | int | None
@@ -68,9 +70,9 @@ class WithinTorch(Learner):
     def _sources(self) -> list[Tensor]: ...
 
     def _set_losses(self, loss: Loss, query_loss: Loss | None = None) -> None:
-        """Takes note of the losses; the learner calls it once in its constructor."""
+        """Takes note of the losses."""
         self._loss_probe = LossProbe(loss, query_loss)
-        self.loss_modules = self._loss_probe.modules
+        self._modules["loss_modules"] = self._loss_probe.modules
         self.number = register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,9 +87,6 @@ class WithinTorch(Learner):
         raise NotImplementedError
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
-        raise NotImplementedError
-
-    def _layout(self) -> list[Parameter]:
         raise NotImplementedError
 
     def _outside(self, choice: Choice, tasks: TaskBatch, judged: bool = True) -> Outside:
@@ -150,7 +149,7 @@ class WithinTorch(Learner):
             self._leave_traces(tasks)
         used = {p.name for p in self.program.parameters}
         columns = None
-        if len(used) < len(layout := self._layout()):
+        if len(used) < len(layout := layout_of(self.model, self.rows)):
             columns = torch.cat([torch.arange(p.offset, p.offset + p.size) for p in layout if p.name in used])
             columns = columns.to(tasks.support_y.device)
         return Operand(choice.executor, self.program, columns)
@@ -159,7 +158,7 @@ class WithinTorch(Learner):
         """Returns the shape of the outputs for one task's samples ``x``; neither needs to hold data."""
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         buffers = {name: x.new_empty(b.shape, dtype=b.dtype) for name, b in self.model.named_buffers()}
-        named = {p.name: theta[p.offset : p.offset + p.size].reshape(p.shape) for p in self._layout()}
+        named = {p.name: theta[p.offset : p.offset + p.size].reshape(p.shape) for p in layout_of(self.model, self.rows)}
         parameters = {name: t if t.shape == shapes[name] else t[0] for name, t in named.items()}
         with torch.no_grad():
             return tuple(

@@ -99,6 +99,15 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers, or changes what it may not change. The text names the line and the remedy.
     """
+    try:
+        return _record(model, x, part, ignored)
+    except RandomState:
+        # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
+        return _record(model, x, part, ignored)
+
+
+def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collection[Tensor]) -> Recording:
+    """Runs the module once."""
     leaves, structure = tree_flatten(x)
     recorder = Recorder(model, [leaf.detach().clone() for leaf in leaves])
     recorder.recording.several = isinstance(x, Samples)
@@ -115,6 +124,10 @@ def call(model: nn.Module, x: Any) -> Any:
     if not isinstance(x, Samples):
         return model(x)
     return model(*x.parts) if x.names is None else model(**x.by_name)
+
+
+class RandomState(CaptureError):
+    """Is raised where a run has drawn random numbers of Python or NumPy."""
 
 
 class Recorder(SchemaCheckMode):
@@ -159,7 +172,8 @@ class Recorder(SchemaCheckMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before, others = torch.get_rng_state(), _other_random_states()
+        before = torch.get_rng_state()
+        self.tossed, self.random = "", _other_random_states()
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -183,10 +197,11 @@ class Recorder(SchemaCheckMode):
             raise self.refusal
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-        if others != _other_random_states():
-            raise CaptureError(
-                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
-                "each pass would have to draw the same. Draw by torch, or in __init__"
+        self.look_at_coins()
+        if self.tossed:
+            raise RandomState(
+                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy at or before "
+                f"{self.tossed}; each pass would have to draw the same. Draw by torch, or in __init__"
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -231,6 +246,7 @@ class Recorder(SchemaCheckMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, results: Sequence[Any]) -> list[Made]:
         """Adds an operation that makes ``results`` and returns their values."""
+        self.look_at_coins()
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
@@ -255,6 +271,13 @@ class Recorder(SchemaCheckMode):
                 self.recording.values[ref] = result.shape, result.dtype
                 self.traits[ref] = data, carries and result.is_floating_point()
         return made
+
+    def look_at_coins(self) -> None:
+        """Takes note of the line behind which Python or NumPy have drawn a random number."""
+        state = _other_random_states()
+        if state != self.random:
+            self.random = state
+            self.tossed = self.tossed or self.where()
 
     def refs(self, tree: Any) -> Any:
         """Replaces the tensors among arguments by the values that they are."""
@@ -466,7 +489,7 @@ class unchanged:
     def changed(self) -> bool:
         """Says whether the module is not as it was."""
         return (
-            any(_written(*kept) for kept in self.buffers if id(kept[0]) not in self.ignored)
+            any(_written(*then) and id(then[0]) not in self.ignored for then in self.buffers)
             or any(_differ(now, then) for now, then in zip(self.registries, self.registered, strict=True))
             or any(_differ(now, then) for now, then in zip(self.homes, self.attributes, strict=True))
         )
@@ -497,7 +520,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _written(buffer: Tensor, version: int, value: Tensor) -> bool:
-    """Says whether a buffer has been written to; the norms of torch write to their statistics without counting it."""
+    """Says whether a buffer has been written to; torch's batch norm writes without counting a version."""
     return buffer._version != version or not torch.equal(buffer, value)
 
 
@@ -531,9 +554,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _other_random_states() -> tuple[Any, ...]:
-    """Returns the states of the random numbers of Python and, where it is loaded, of NumPy."""
+    """Returns what tells whether Python and, where it is loaded, NumPy have drawn a random number."""
     numpy = sys.modules.get("numpy.random")
-    return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
+    return random.getstate(), numpy and (*numpy.get_state()[2:4], int(numpy.get_state()[1][0]))
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:
