@@ -184,9 +184,9 @@ def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
     """Returns the largest difference over ``scale``, or over the largest number that is wanted."""
     if not wanted.numel():
         return 0.0
+    found, wanted = found.detach(), wanted.detach()
     if scale is None:
         scale = float(wanted.abs().max())
-    found, wanted = found.detach(), wanted.detach()
     both = torch.isnan(found) & torch.isnan(wanted) | (found == wanted)
     difference = (found - wanted).masked_fill(both, 0.0)
     return float(difference.abs().max()) / max(scale, 1e-30)
