@@ -1,0 +1,186 @@
+"""What has no right answer is refused, by an error that names the line."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from front_door.case import CLASSES, Net, Table, vectors
+from torch import nn
+
+import metafast as mf
+
+CASES = Table()
+
+
+def the_last_differs():
+    """All tasks have a positive sum but the last one, whose inputs are small and negative."""
+    batch = vectors()
+    x, qx = batch.support_x.abs(), batch.query_x.abs()
+    x[-1], qx[-1] = -0.3 * x[-1], -0.3 * qx[-1]
+    return mf.TaskBatch(x, batch.support_y, qx, batch.query_y)
+
+
+def refused(line, tasks=the_last_differs, **settings):
+    """The case of a forward pass that is refused by an error with this line."""
+    return CASES.forward(tasks, refused=("refusals.py", line), **settings)
+
+
+@refused("if x.sum() > 0:")
+def a_branch_on_the_data(net, x):
+    if x.sum() > 0:
+        return net.head(net.body(x))
+    return net.head(net.second(x))
+
+
+@refused("return net.head(net.body(x) if x.mean().item() > 0 else net.second(x))")
+def a_branch_on_an_item(net, x):
+    return net.head(net.body(x) if x.mean().item() > 0 else net.second(x))
+
+
+@refused("level = float(x.max())")
+def a_float_of_the_data(net, x):
+    level = float(x.max())
+    return net.head(torch.tanh(net.body(x) / level))
+
+
+@refused("first = x.detach().numpy()")
+def numpy_of_the_data(net, x):
+    first = x.detach().numpy()
+    return net.head(torch.tanh(net.body(x) * np.sign(first.sum())))
+
+
+@refused("scale = np.asarray(x.detach()).max()")
+def an_array_of_the_data(net, x):
+    scale = np.asarray(x.detach()).max()
+    return net.head(torch.tanh(net.body(x)) / float(scale))
+
+
+@refused("row = x.mean(0).tolist()")
+def a_list_of_the_data(net, x):
+    row = x.mean(0).tolist()
+    return net.head(torch.tanh(net.body(x)) * row[0])
+
+
+@refused("places = (x[:, 0] > 0).nonzero()[:, 0]")
+def nonzero_of_the_data(net, x):
+    places = (x[:, 0] > 0).nonzero()[:, 0]
+    return net.head(torch.tanh(net.body(x))) + net.head(x[places]).sum(0)
+
+
+@refused("chosen = x[x[:, 0] > 0.1]")
+def samples_chosen_by_a_mask(net, x):
+    chosen = x[x[:, 0] > 0.1]
+    return net.head(torch.tanh(net.body(x))) + net.second(chosen).sum(0)[:CLASSES]
+
+
+@refused("for row in torch.unique(x.round()[:, 0]):")
+def a_loop_over_unique_values(net, x):
+    h = net.body(x)
+    for row in torch.unique(x.round()[:, 0]):
+        h = h + row
+    return net.head(h)
+
+
+@refused("while h.norm() > 3:")
+def a_loop_until_a_value(net, x):
+    h = net.body(x)
+    while h.norm() > 3:
+        h = 0.5 * h
+    return net.head(h)
+
+
+@refused("if torch.isnan(h).any():")
+def a_check_that_raises(net, x):
+    h = net.body(x)
+    if torch.isnan(h).any():
+        raise RuntimeError("not a number")
+    return net.head(torch.tanh(h))
+
+
+@refused("if torch.equal(x, x.abs()):")
+def a_branch_on_equality(net, x):
+    if torch.equal(x, x.abs()):
+        return net.head(net.body(x))
+    return net.head(net.second(x))
+
+
+@refused("k = int((x.sum() > 0).long()) + 1")
+def an_integer_of_the_data(net, x):
+    k = int((x.sum() > 0).long()) + 1
+    return net.head(torch.tanh(net.body(x)).topk(8, dim=1).values * k)
+
+
+@refused("noise = np.random.rand(8)")
+def random_numbers_of_numpy(net, x):
+    noise = np.random.rand(8)  # noqa: NPY002  (as people write it)
+    return net.head(torch.tanh(net.body(x) + torch.from_numpy(noise)))
+
+
+@refused("if random.random() < 0.5:")
+def a_coin_of_python(net, x):
+    if random.random() < 0.5:
+        return net.head(torch.tanh(net.body(x)))
+    return net.head(net.body(x))
+
+
+@refused("noise = torch.randn_like(x)")
+def random_numbers_of_torch(net, x):
+    noise = torch.randn_like(x)
+    return net.head(torch.tanh(net.body(x + noise)))
+
+
+@refused("h = F.dropout(net.body(x), 0.3)")
+def dropout_in_training(net, x):
+    h = F.dropout(net.body(x), 0.3)
+    return net.head(h)
+
+
+@refused("x.mul_(2)")
+def a_write_to_the_input(net, x):
+    x.mul_(2)
+    return net.head(torch.tanh(net.body(x)))
+
+
+@refused('raise ValueError("this network takes 9 features")')
+def an_error_of_the_module(net, x):
+    if x.shape[1] != 9:
+        raise ValueError("this network takes 9 features")
+    return net.head(x)
+
+
+@refused("return net.head(net.body(x)[:, :5])")
+def shapes_that_do_not_fit(net, x):
+    return net.head(net.body(x)[:, :5])
+
+
+@refused("net.body.weight.mul_(0.99)")
+def a_parameter_written_in_forward(net, x):
+    with torch.no_grad():
+        net.body.weight.mul_(0.99)
+    return net.head(torch.tanh(net.body(x)))
+
+
+@CASES.module(refused=("nothing", "gradient"))
+def a_module_whose_parameters_the_loss_does_not_reach():
+    class Detached(Net):
+        def forward(self, x):
+            return self.head(self.body(x)).detach()
+
+    return Detached()
+
+
+@CASES.module(refused=("Dropout", "eval()"))
+def a_dropout_layer_in_training():
+    return nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES))
+
+
+@CASES.module(refused=("first axis",))
+def a_module_that_merges_its_samples():
+    class Merged(Net):
+        def forward(self, x):
+            return self.head(x).flatten()
+
+    return Merged()

@@ -1,0 +1,164 @@
+"""What a module computes is what metafast computes, or it says so."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from front_door import calls, changes, contexts, layers, modules, parameters, refusals, shapes, values
+from front_door.truth import Unrolled
+from torch import Tensor
+
+import metafast as mf
+
+FILES = (contexts, modules, parameters, shapes, values, layers, changes, calls, refusals)
+CASES = [case for file in FILES for case in file.CASES]
+# Cases that are right and that metafast does not serve yet, with what they wait for.
+LATER = {
+    "token ids with a padding mask": "batches of whole numbers",
+    "an EmbeddingBag": "batches of whole numbers",
+    "token ids one-hot": "batches of whole numbers",
+    "a tuple of outputs": "the option output",
+    "a dictionary of outputs": "the option output",
+    "a NamedTuple of outputs": "the option output",
+    "a dataclass of outputs": "the option output",
+    "two inputs": "batches of several inputs",
+    "inputs by name": "batches of several inputs",
+    "an inner loop with momentum": "inner rules",
+    "a loss with a parameter of its own": "gradients of the loss's own parameters",
+    "inputs that require a gradient": "gradients of inputs",
+    "targets that require a gradient": "gradients of targets",
+    "soft labels": "cross entropy of soft labels",
+    "labels of -100 are left out": "labels that are left out",
+}
+# What machinery says that no user has asked for, and what Python says when nobody has looked.
+INTERNAL = (
+    r"\bvmap\b|functorch|\bfx\b|\bexport(ed)?\b|Proxy|aten::|Could not guard|Batching rule|setup_context|NoneType|"
+    r"has no attribute|FakeTensor|__torch_dispatch__"
+)
+RAW = (KeyError, AttributeError, NameError, IndexError, AssertionError, RecursionError)
+
+
+def test_every_case_has_a_name_of_its_own():
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names)) > 190
+    assert set(LATER) <= set(names)
+
+
+def made(case):
+    """The module of a case with its parameters and buffers in its dtype, its batch and its learner."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = case.make().to(case.dtype)
+    tasks = case.tasks()
+    tasks = tasks if case.dtype == torch.float64 else tasks.to(case.dtype)
+    return model, tasks, case.make_learner(model)
+
+
+def gradients(model, leaves) -> dict[str, Tensor]:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad} | leaves
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
+
+
+def forget(model, leaves):
+    for tensor in [*model.parameters(), *leaves.values()]:
+        tensor.grad = None
+
+
+def difference(loss, found, truth) -> tuple[str, float]:
+    """What differs most, where it is more than a tolerance allows; relative to the largest gradient."""
+    largest = max(float(g.abs().max()) for g in truth.grads.values())
+    assert largest > 1e-6, "a gradient of nearly zero tests nothing"
+    off = {n: float((found[n] - g).abs().max()) / largest for n, g in truth.grads.items()}
+    off["the loss"] = abs(float(loss) - float(truth.loss)) / abs(float(truth.loss))
+    worst = max(off, key=lambda name: off[name] if off[name] == off[name] else float("inf"))
+    return worst, off[worst]
+
+
+def check_words(error) -> None:
+    """An error is metafast's own, and speaks of what the user wrote."""
+    assert not isinstance(error, RAW), repr(error)
+    assert not re.search(INTERNAL, str(error)), repr(error)
+
+
+def learn(case) -> None:
+    _, tasks, learner = made(case)
+    learner.backward(tasks)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch warns, the module is the cause
+@pytest.mark.parametrize("case", [case for case in CASES if case.refused is None], ids=str)
+def test_the_gradient_is_that_of_the_module(case, request):
+    if case.name in LATER:
+        request.applymarker(pytest.mark.xfail(reason=LATER[case.name], strict=True))
+    try:
+        model, tasks, learner = made(case)
+        if case.change is not None:
+            learner.backward(tasks)
+            case.change(model, learner, tasks)
+        truth = truth_of(case, model, tasks)
+        leaves = case.leaves(model, tasks)
+        for one_call in (False, True):
+            forget(model, leaves)
+            # What lies outside of the parameters gets its gradient by autograd.
+            out = learner.backward(tasks) if one_call and not leaves else learner(tasks)
+            if out.loss.requires_grad:
+                out.loss.backward()
+            worst, off = difference(out.loss.detach(), gradients(model, leaves), truth)
+            assert off <= case.tolerance, f"{worst} is off by {off:.1e} of the largest gradient"
+    except mf.CaptureError as error:
+        if not case.may_be_refused:
+            raise
+        check_words(error)
+
+
+def truth_of(case, model, tasks):
+    """The truth at the settings of the case; the module is left as it is."""
+    settings = {"loss": case.loss, "lr": case.lr, "steps": case.steps, **case.truth}
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    plain = model if case.plain is None else case.plain(model)
+    truth = Unrolled(plain, **settings).gradient(tasks, **case.leaves(model, tasks))
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    assert all(bool(g.isfinite().all()) for g in truth.grads.values())
+    return truth
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [case for case in CASES if case.refused is not None], ids=str)
+def test_what_has_no_right_answer_is_refused_in_words(case):
+    with pytest.raises((mf.CaptureError, ValueError, TypeError, RuntimeError)) as caught:
+        learn(case)
+    said = str(caught.value)
+    check_words(caught.value)
+    for part in case.refused:
+        assert part in said, said
+
+
+WRITES = ("a running mean updated in forward", "a buffer assigned in forward", "a call counter in a buffer",
+          "spectral norm that iterates in forward")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in WRITES], ids=str)
+def test_a_learner_leaves_the_buffers_that_forward_writes(case):
+    """As it leaves the running statistics of a batch norm: tasks run side by side, and none of them is the last."""
+    model, tasks, learner = made(case)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    learner.backward(tasks)
+    learner(tasks).loss.backward()
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[n], b) for n, b in before.items())
+
+
+def test_a_wrong_gradient_would_be_found():
+    """Against the truth of another module, of first order, and of another rate."""
+    case = next(case for case in CASES if case.name == "regression")
+    model, tasks, _ = made(case)
+    right = truth_of(case, model, tasks)
+    settings = {"model": model, "loss": case.loss, "lr": case.lr, "steps": case.steps}
+    for wrong in ({"first_order": True}, {"lr": 1.0001 * case.lr}, {"steps": 3}, {"moved": ["0.weight"]}):
+        other = Unrolled(**{**settings, **wrong}).gradient(tasks)
+        assert difference(other.loss, other.grads, right)[1] > 100 * case.tolerance
