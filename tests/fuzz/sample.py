@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import metafast as mf
 
+_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 NAMES = {"nn": nn, "torch": torch, "F": F, "mf": mf, **{k: v for k, v in vars(parts).items() if k[0] != "_"}}
 """What the source of a model, of a loss and of a rate may speak of."""
 
@@ -74,15 +75,18 @@ class Sample:
         )
 
     def make_model(self) -> nn.Module:
-        """Builds the module; statistics and scales of a batch norm are not those it starts with."""
+        """Builds the module; statistics, scales and shifts of norms are not those that they start with."""
         torch.manual_seed(self.seed)
         model: nn.Module = eval(self.model, dict(NAMES))
         for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            if isinstance(module, _BatchNorm):
                 module.running_mean.uniform_(-0.5, 0.5)
                 module.running_var.uniform_(0.5, 2)
-                if module.affine:
+            if isinstance(module, _NORMS):
+                if module.weight is not None:
                     nn.init.uniform_(module.weight, 0.5, 1.5)
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias, -0.5, 0.5)
         model = model.to(getattr(torch, self.dtype))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
