@@ -18,11 +18,6 @@ FILES = (contexts, modules, parameters, shapes, values, layers, changes, calls, 
 CASES = [case for file in FILES for case in file.CASES]
 # Cases that are right and that metafast does not serve yet, with what they wait for.
 LATER = {
-    "token ids with a padding mask": "batches of whole numbers",
-    "an EmbeddingBag": "batches of whole numbers",
-    "token ids one-hot": "batches of whole numbers",
-    "two inputs": "batches of several inputs",
-    "inputs by name": "batches of several inputs",
     "an inner loop with momentum": "inner rules",
     "a loss with a parameter of its own": "gradients of the loss's own parameters",
     "inputs that require a gradient": "gradients of inputs",

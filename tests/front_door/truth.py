@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 Named = dict[str, Tensor]
@@ -81,12 +80,13 @@ class Unrolled:
         return self._loss(theta, tasks.query_x, tasks.query_y, tasks.query_mask, t)
 
     def _loss(self, theta: Named, x: Any, y: Tensor, mask: Tensor | None, t: int) -> Tensor:
-        inputs = tree_map(lambda part: part[t] if mask is None else part[t][mask[t]], x)
+        # Samples of several tensors keep them in parts, which may have names.
+        inputs = [part[t] if mask is None else part[t][mask[t]] for part in getattr(x, "parts", (x,))]
+        names = getattr(x, "names", None)
         targets = y[t] if mask is None else y[t][mask[t]]
         # Each call finds the buffers as the user left them: what one call writes, the next does not see.
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
-        positional = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-        named = inputs if isinstance(inputs, dict) else {}
-        returned = functional_call(self.model, {**theta, **buffers}, positional, named)
+        positional, named = (inputs, {}) if names is None else ((), dict(zip(names, inputs, strict=True)))
+        returned = functional_call(self.model, {**theta, **buffers}, tuple(positional), named)
         loss = LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
         return loss(self.answer(returned), targets)
