@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from front_door.case import CLASSES, SAMPLES, TASKS, Net, Table, images, labels, samples, sequences, small, vectors
+from front_door.case import CLASSES, QUERIES, SAMPLES, TASKS, Net, Table, images, labels, sequences, small, vectors
 from torch import nn
 
 import metafast as mf
@@ -113,17 +113,20 @@ class Keyed(Net):
 
 
 def pairs():
-    one, two = samples(8)(), samples(8)()
-    return mf.TaskBatch((one.support_x, 2 * two.query_x), one.support_y, (one.query_x, 2 * two.support_x), one.query_y)
+    batch = vectors()
+    x, qx = batch.support_x, batch.query_x
+    return mf.TaskBatch((x, x.cos()), batch.support_y, (qx, qx.cos()), batch.query_y)
 
 
 def masked_sequences():
     batch = sequences()
-    mask = torch.arange(4) < torch.arange(1, SAMPLES + 1).clamp(max=4)[:, None]
-    mask = mask.double().expand(TASKS, -1, -1)
-    return mf.TaskBatch(
-        {"ids": batch.support_x, "mask": mask}, batch.support_y, {"ids": batch.query_x, "mask": mask}, batch.query_y
-    )
+
+    def part(x):
+        lengths = torch.arange(1, x.shape[1] + 1).clamp(max=4)
+        mask = (torch.arange(4) < lengths[:, None]).double()
+        return {"ids": x, "mask": mask.expand(TASKS, -1, -1)}
+
+    return mf.TaskBatch(part(batch.support_x), batch.support_y, part(batch.query_x), batch.query_y)
 
 
 CASES.one("two inputs", Pair, pairs)
@@ -187,35 +190,34 @@ CASES.one(
 
 
 # targets
-def soft_labels():
-    batch = vectors()
-    y = torch.softmax(batch.query_x[..., :CLASSES], -1)
-    return mf.TaskBatch(batch.support_x, y, batch.query_x, y)
+def with_targets(make, targets):
+    """A batch whose targets are made of the inputs of each part."""
+
+    def made():
+        batch = make()
+        return mf.TaskBatch(batch.support_x, targets(batch.support_x), batch.query_x, targets(batch.query_x))
+
+    return made
 
 
-def ignored_labels():
-    batch = vectors()
-    y = labels()
+def ignored(x):
+    y = labels(x.shape[1])
     y[:, 0] = -100
-    return mf.TaskBatch(batch.support_x, y, batch.query_x, y)
+    return y
 
 
-def segmented():
-    batch = images()
-    y = torch.arange(36).reshape(6, 6).remainder(CLASSES).expand(TASKS, SAMPLES, 6, 6).contiguous()
-    return mf.TaskBatch(batch.support_x, y, batch.query_x, y)
-
-
-def regression():
-    batch = vectors()
-    return mf.TaskBatch(batch.support_x, batch.support_x[..., :3].sin(), batch.query_x, batch.query_x[..., :3].sin())
+soft_labels = with_targets(vectors, lambda x: torch.softmax(x[..., :CLASSES], -1))
+ignored_labels = with_targets(vectors, ignored)
+regression = with_targets(vectors, lambda x: x[..., :3].sin())
+segmented = with_targets(images, lambda x: (x.sum(2) * 3).long().abs() % CLASSES)
 
 
 def rows_left_out():
     batch = vectors()
-    mask = torch.ones(TASKS, SAMPLES, dtype=torch.bool)
-    mask[0, 4:], mask[2, 0] = False, False
-    return mf.TaskBatch(batch.support_x, batch.support_y, batch.query_x, batch.query_y, mask, mask)
+    masks = [torch.ones(TASKS, n, dtype=torch.bool) for n in (SAMPLES, QUERIES)]
+    for mask in masks:
+        mask[0, 4:], mask[2, 0] = False, False
+    return mf.TaskBatch(batch.support_x, batch.support_y, batch.query_x, batch.query_y, *masks)
 
 
 CASES.one("soft labels", small, soft_labels)

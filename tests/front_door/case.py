@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import metafast as mf
 
-TASKS, SAMPLES, CLASSES = 3, 6, 3
+TASKS, SAMPLES, QUERIES, CLASSES = 3, 6, 9, 3
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _said(thing: Any) -> str:
     return thing.__name__.strip("_").replace("_", " ")
 
 
-def labels() -> Tensor:
-    return torch.arange(CLASSES).repeat(TASKS, SAMPLES // CLASSES)
+def labels(n: int = SAMPLES) -> Tensor:
+    return torch.arange(CLASSES).repeat(TASKS, n // CLASSES)
 
 
 def samples(*shape: int) -> Callable[[], mf.TaskBatch]:
@@ -118,8 +118,8 @@ def samples(*shape: int) -> Callable[[], mf.TaskBatch]:
 
     def make() -> mf.TaskBatch:
         generator = torch.Generator().manual_seed(5)
-        x, qx = (torch.randn(TASKS, SAMPLES, *shape, generator=generator, dtype=torch.float64) for _ in range(2))
-        return mf.TaskBatch(x, labels(), qx, labels())
+        x, qx = (torch.randn(TASKS, n, *shape, generator=generator, dtype=torch.float64) for n in (SAMPLES, QUERIES))
+        return mf.TaskBatch(x, labels(), qx, labels(QUERIES))
 
     return make
 
@@ -129,8 +129,8 @@ def tokens(count: int = 20, length: int = 7) -> Callable[[], mf.TaskBatch]:
 
     def make() -> mf.TaskBatch:
         generator = torch.Generator().manual_seed(5)
-        x, qx = (torch.randint(0, count, (TASKS, SAMPLES, length), generator=generator) for _ in range(2))
-        return mf.TaskBatch(x, labels(), qx, labels())
+        x, qx = (torch.randint(0, count, (TASKS, n, length), generator=generator) for n in (SAMPLES, QUERIES))
+        return mf.TaskBatch(x, labels(), qx, labels(QUERIES))
 
     return make
 

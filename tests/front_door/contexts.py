@@ -8,6 +8,7 @@ from front_door.case import CLASSES, Net, Table, small
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 CASES = Table()
@@ -325,3 +326,43 @@ def a_float32_island_in_a_float64_model(net, x):
 
 
 CASES.one("a network of a learner that is used plainly", small)
+
+
+@CASES.forward()
+def a_branch_on_requires_grad(net, x):
+    h = net.body(x)
+    if h.requires_grad and torch.is_grad_enabled():
+        h = torch.tanh(h)
+    return net.head(h)
+
+
+@CASES.forward()
+def detached_and_made_a_leaf_again(net, x):
+    h = torch.tanh(net.body(x)).detach()
+    h.requires_grad_()
+    return net.head(h * net.second(x))
+
+
+@CASES.forward(refused=("contexts.py", "torch.autograd.grad("))
+def a_gradient_inside_of_forward(net, x):
+    h = torch.tanh(net.body(x))
+    (g,) = torch.autograd.grad(h.square().sum(), h, create_graph=True)
+    return net.head(h - 0.1 * g)
+
+
+@CASES.forward(may_be_refused=True)
+def vmap_inside_of_forward(net, x):
+    return net.head(torch.vmap(lambda row: torch.tanh(net.body(row)))(x))
+
+
+@CASES.forward(may_be_refused=True)
+def functional_call_inside_of_forward(net, x):
+    weight = net.body.weight * 0.5
+    return net.head(torch.tanh(functional_call(net.body, {"weight": weight}, (x,))))
+
+
+@CASES.forward(may_be_refused=True)
+def a_value_that_is_logged(net, x):
+    h = torch.tanh(net.body(x))
+    net.seen = h.detach().mean().item()
+    return net.head(h)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from front_door.case import CLASSES, Table, images, samples, sequences
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 CASES = Table()
 volumes, signals = samples(2, 4, 4, 4), samples(2, 9)
@@ -302,3 +303,33 @@ for suffix, settings in [("first", FIRST_ORDER), ("second", {"refused": ("ardsig
         lambda: nn.Sequential(nn.Linear(8, 8), nn.Hardsigmoid(), nn.Linear(8, CLASSES)),
         **settings,
     )
+
+
+class Packed(nn.Module):
+    """Sequences of known lengths, packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = nn.GRU(8, 5, batch_first=True), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        lengths = torch.arange(len(x)).remainder(3) + 2
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.net(packed)[1][-1])
+
+
+class Transformed(nn.Module):
+    """A spatial transformer; torch has no second derivative of its sampling."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.conv, self.head = nn.Linear(72, 6), nn.Conv2d(2, 2, 3), nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        theta = 0.1 * self.place(x.flatten(1)).view(-1, 2, 3) + torch.eye(2, 3, dtype=x.dtype)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        return self.head(torch.tanh(self.conv(F.grid_sample(x, grid, align_corners=False))).flatten(1))
+
+
+CASES.one("a packed GRU", Packed, sequences, may_be_refused=True)
+CASES.one("a spatial transformer at first order", Transformed, images, **FIRST_ORDER)

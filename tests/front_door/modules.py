@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from front_door.case import CLASSES, Net, Table, images, sequences, small
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 
 CASES = Table()
 
@@ -331,3 +332,25 @@ CASES.one(
     ).eval(),
     sequences,
 )
+
+
+CASES.one("DataParallel on a CPU", lambda: nn.DataParallel(small()))
+CASES.one("an average of models", lambda: AveragedModel(small()))
+
+
+class CachedWeights(Net):
+    def __init__(self):
+        super().__init__()
+        self.shared = parametrizations.weight_norm(nn.Linear(8, 8))
+
+    def forward(self, x):
+        with parametrize.cached():
+            return self.head(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+
+
+CASES.one("a parametrization that is cached", CachedWeights)
+
+
+@CASES.forward()
+def a_sliced_sequential_and_a_module_made_in_forward(net, x):
+    return net.head(nn.Softplus()(net.blocks[:-1](x)) + nn.Sequential(*list(net.blocks)[1:])(x))

@@ -209,3 +209,24 @@ class Implicit(nn.Module):
 
 
 CASES.one("a bias used twice, a parameter never, an attribute that is None", Implicit)
+
+
+@CASES.forward()
+def a_graph_convolution_over_the_features(net, x):
+    adjacency = torch.softmax(net.second.weight, dim=-1)
+    return net.head(torch.tanh((net.body(x).unsqueeze(-1) * adjacency).sum(1)))
+
+
+@CASES.forward()
+def ridge_regression_in_closed_form(net, x):
+    h = torch.tanh(net.body(x))
+    gram = h.T @ h + net.scalar.exp() * torch.eye(8, dtype=x.dtype)
+    return h @ torch.linalg.solve(gram, h.T @ net.second(x)[:, :CLASSES])
+
+
+@CASES.forward()
+def less_usual_products(net, x):
+    h = torch.addmm(net.body.bias, x, net.body.weight.t(), beta=0.5, alpha=2)
+    h = torch.addcmul(h, x, net.vector, value=0.3) + torch.outer(x[:, 0], net.vector)
+    h = torch.tensordot(torch.tanh(h), net.second.weight, dims=([1], [0]))
+    return net.head(torch.baddbmm(h[:, None], h[:, None], net.second.weight.expand(len(h), -1, -1))[:, 0])

@@ -175,3 +175,27 @@ def a_module_that_merges_its_samples():
             return self.head(x).flatten()
 
     return Merged()
+
+
+@refused("return F.gumbel_softmax(net.head(net.body(x)), tau=0.5)")
+def gumbel_softmax(net, x):
+    return F.gumbel_softmax(net.head(net.body(x)), tau=0.5)
+
+
+@refused("order = torch.randperm(len(x))")
+def a_random_order(net, x):
+    order = torch.randperm(len(x))
+    return net.head(torch.tanh(net.body(x[order])))
+
+
+@refused("x[:, 0] = 0")
+def a_write_into_a_slice_of_the_input(net, x):
+    x[:, 0] = 0
+    return net.head(torch.tanh(net.body(x)))
+
+
+@refused("if (net.body.weight > 0).any():")
+def a_branch_on_a_parameter(net, x):
+    if (net.body.weight > 0).any():
+        return net.head(net.body(x))
+    return net.head(net.second(x))

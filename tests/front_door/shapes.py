@@ -167,3 +167,21 @@ CASES.one("a shape in an attribute", Reshapes)
 def the_last_samples_by_negative_indices(net, x):
     h = net.body(x)
     return net.head(torch.tanh(h)) + net.head(h[-1:]) - net.head(h[[0, -1]]).mean(0)
+
+
+@CASES.forward()
+def whitened_by_the_samples(net, x):
+    h = net.body(x)
+    return net.head(torch.tanh((h - h.mean(0)) / (h.std(0) + 1e-3)) + h.var(0, unbiased=False))
+
+
+@CASES.forward()
+def numbers_made_of_a_shape_tensor(net, x):
+    count = torch.tensor(x.shape).prod().item()
+    return net.head(torch.tanh(net.body(x)) * (10 / count) + torch.arange(len(x), dtype=x.dtype)[:, None])
+
+
+@CASES.forward()
+def moved_to_where_the_weights_are(net, x):
+    x = x.to(net.body.weight.device, net.body.weight.dtype).contiguous().clone()
+    return net.head(torch.tanh(net.body(x.cpu())).type_as(x))

@@ -254,3 +254,10 @@ def a_tensor_made_of_numbers(net, x):
     scale = torch.tensor([1.0, 2.0, 0.5] * 2 + [1.0, 3.0], dtype=x.dtype)
     weights = torch.as_tensor([[i / 8 for i in range(8)]], dtype=x.dtype)
     return net.head(torch.tanh(net.body(x)) * scale + weights)
+
+
+@CASES.forward()
+def one_expert_for_each_sample(net, x):
+    choice = F.linear(x, net.matrix).argmax(-1)
+    answers = torch.stack([torch.tanh(net.body(x)), torch.relu(net.second(x)), net.blocks(x)])
+    return net.head(answers[choice, torch.arange(len(x))])
