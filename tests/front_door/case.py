@@ -14,6 +14,11 @@ import metafast as mf
 TASKS, SAMPLES, QUERIES, CLASSES = 3, 6, 9, 3
 
 
+def no_leaves(model: nn.Module, tasks: mf.TaskBatch) -> dict[str, Tensor]:
+    """Says that no gradient counts but those of the parameters."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Case:
     """A module, its tasks, and the settings of a learner and of the truth.
@@ -47,7 +52,7 @@ class Case:
     learner: Callable[[nn.Module], mf.MAML] | None = None
     change: Callable[[nn.Module, mf.MAML, mf.TaskBatch], object] | None = None
     truth: dict[str, Any] = field(default_factory=dict)
-    leaves: Callable[[nn.Module, mf.TaskBatch], dict[str, Tensor]] = lambda model, tasks: {}
+    leaves: Callable[[nn.Module, mf.TaskBatch], dict[str, Tensor]] = no_leaves
     plain: Callable[[nn.Module], nn.Module] | None = None
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-8

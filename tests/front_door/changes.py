@@ -124,7 +124,7 @@ class Tabled(Net):
 
     def __init__(self):
         super().__init__()
-        self.shift = torch.linspace(-1, 1, 8, dtype=torch.float64)
+        self.shift = torch.linspace(-1, 1, 8)
 
     def forward(self, x):
         return self.head(torch.tanh(self.body(x) + self.shift))

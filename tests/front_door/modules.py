@@ -334,7 +334,6 @@ CASES.one(
 )
 
 
-CASES.one("DataParallel on a CPU", lambda: nn.DataParallel(small()))
 CASES.one("an average of models", lambda: AveragedModel(small()))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from front_door import calls, changes, contexts, layers, modules, parameters, refusals, shapes, values
+from front_door.case import no_leaves
 from front_door.truth import Unrolled
 from torch import Tensor
 
@@ -128,6 +130,39 @@ def test_what_has_no_right_answer_is_refused_in_words(case):
     check_words(caught.value)
     for part in case.refused:
         assert part in said, said
+
+
+IN_FLOAT32 = [
+    case for case in CASES
+    if case.refused is None and case.dtype == torch.float64 and case.leaves is no_leaves and
+    case.name not in LATER
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", IN_FLOAT32, ids=str)
+def test_float32_is_served_too(case):
+    """The second look does not take rounding for a difference. Modules draw their parameters in float32, so that the
+    truth of float64 is that of the same model; a value on the edge of a jump would be off by far more than rounding."""
+    model, tasks, learner = made(case)
+    if case.change is not None:
+        learner.backward(tasks)
+        case.change(model, learner, tasks)
+    truth = truth_of(case, model, tasks)
+    model, tasks, learner = made(replace(case, dtype=torch.float32))
+    try:
+        if case.change is not None:
+            learner.backward(tasks)
+            case.change(model, learner, tasks)
+            forget(model, {})
+        loss = learner.backward(tasks).loss
+    except REFUSALS as error:
+        if not case.may_be_refused:
+            raise
+        check_words(error)
+        return
+    worst, off = difference(loss.double(), {n: g.double() for n, g in gradients(model, {}).items()}, truth)
+    assert off <= 2e-3, f"{worst} is off by {off:.1e} of the largest gradient"
 
 
 WRITES = ("a running mean updated in forward", "a buffer assigned in forward", "a call counter in a buffer",
