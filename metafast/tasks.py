@@ -1,24 +1,136 @@
-"""Defines the batch of tasks, which is all that passes from the episodes to the learners."""
+"""Defines the batch of tasks, which is all that passes from the episodes to the learners, and its samples."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Holds the samples of T tasks as several tensors ``[T, n, ...]``, and behaves as one tensor ``[T, n]`` of them.
+
+    Attributes:
+        parts: the tensors, in the order in which the model takes them.
+        names: the arguments of the model that they are; ``None``: they are given in their order.
+    """
+
+    parts: tuple[Tensor, ...]
+    names: tuple[str, ...] | None = None
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """Returns them by the names of the arguments; it is empty where they are given in their order."""
+        return dict(zip(self.names or (), self.parts, strict=bool(self.names)))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Returns ``[T, n]``."""
+        return self.parts[0].shape[:2]
+
+    @property
+    def device(self) -> torch.device:
+        """Returns the device of the first tensor."""
+        return self.parts[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of the first tensor that has real numbers, or else that of the first."""
+        real = [part for part in self.parts if part.is_floating_point()]
+        return (real or self.parts)[0].dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        """Says whether any of them requires a gradient."""
+        return any(part.requires_grad for part in self.parts)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Says whether they are on a GPU."""
+        return self.parts[0].is_cuda
+
+    @property
+    def nbytes(self) -> int:
+        """Counts the bytes of all of them."""
+        return sum(part.nbytes for part in self.parts)
+
+    def dim(self) -> int:
+        """Returns 2: the axes of tasks and samples."""
+        return 2
+
+    def element_size(self) -> int:
+        """Returns the bytes of one number."""
+        return self.parts[0].element_size()
+
+    def is_floating_point(self) -> bool:
+        """Says whether any of them has real numbers."""
+        return self.dtype.is_floating_point
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Samples:
+        """Returns what ``function`` makes of each of them."""
+        return Samples(tuple(map(function, self.parts)), self.names)
+
+    def to(self, *args: Any, **kwargs: Any) -> Samples:
+        """Moves each of them as ``Tensor.to`` does; integers stay integers."""
+        return self.each(lambda part: moved(part, *args, **kwargs))
+
+    def detach(self) -> Samples:
+        """Detaches each of them."""
+        return self.each(Tensor.detach)
+
+    def contiguous(self) -> Samples:
+        """Puts each of them into contiguous memory."""
+        return self.each(Tensor.contiguous)
+
+    def __getitem__(self, chosen: Any) -> Any:
+        """Returns the argument of that name, or a range of the tasks."""
+        if isinstance(chosen, str):
+            return self.by_name[chosen]
+        return self.each(lambda part: part[chosen])
+
+
+register_pytree_node(Samples, lambda s: (list(s.parts), s.names), lambda parts, names: Samples(tuple(parts), names))
+
+
+def as_samples(x: Any) -> Any:
+    """Returns a tuple, list or dict of tensors as ``Samples``, and everything else as it is."""
+    if isinstance(x, Mapping):
+        return Samples(tuple(x.values()), tuple(map(str, x)))
+    return Samples(tuple(x)) if isinstance(x, tuple | list) and not isinstance(x, Samples) else x
+
+
+def parts_of(x: Any) -> list[Tensor]:
+    """Lists the tensors that samples consist of."""
+    return list(x.parts) if isinstance(x, Samples) else [x]
+
+
+def each_part(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Returns what ``function`` makes of samples, or of each tensor that they consist of."""
+    return x.each(function) if isinstance(x, Samples) else function(x)
+
+
+def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Moves a tensor as ``Tensor.to`` does, but for integers, which stay integers."""
+    target = tensor.to(*args, **kwargs)
+    keeps_dtype = not tensor.is_floating_point() and target.is_floating_point()
+    return tensor.to(target.device) if keeps_dtype else target
 
 
 class Batch(NamedTuple):
     """Holds n samples of each of T tasks.
 
     Attributes:
-        x: the inputs ``[T, n, ...]``.
+        x: the inputs ``[T, n, ...]``: a tensor, or ``Samples``.
         y: the targets: class indices ``[T, n]`` or values ``[T, n, ...]``.
         mask: bool ``[T, n]``, true where a sample counts and false where it is padding; ``None`` where all count.
     """
 
-    x: Tensor
+    x: Any
     y: Tensor
     mask: Tensor | None = None
 
@@ -38,6 +150,7 @@ class TaskShapes(NamedTuple):
         dtypes: the dtypes of these four tensors, in this order.
         devices: the devices of the support sets and of the query sets.
         ragged: whether there are masks, so that some samples are padding.
+        parts: shape and dtype of each tensor of samples that consist of several; empty where they are one tensor.
     """
 
     support_x: torch.Size
@@ -47,6 +160,7 @@ class TaskShapes(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
     devices: tuple[torch.device, torch.device]
     ragged: bool
+    parts: tuple[tuple[torch.Size, torch.dtype], ...] = ()
 
     @classmethod
     def of_samples(cls, x: Tensor) -> TaskShapes:
@@ -88,38 +202,42 @@ class TaskBatch:
     """Holds T tasks, each with a support set to adapt on and a query set that judges the result.
 
     Args:
-        support_x: the inputs ``[T, n, ...]``, floating point.
+        support_x: the inputs ``[T, n, ...]``: a tensor of real numbers or of integers, such as token ids; or several,
+            as the model takes them: a tuple, in their order, or a dict, by the names of the arguments.
         support_y: class indices ``[T, n]`` (int64), or regression targets ``[T, n, ...]``.
-        query_x: the inputs ``[T, m, ...]``, floating point.
+        query_x: the inputs ``[T, m, ...]``, likewise.
         query_y: class indices ``[T, m]`` (int64), or regression targets ``[T, m, ...]``.
         support_mask: bool ``[T, n]``, false where a sample of a ragged task is padding; ``None`` where all count.
         query_mask: bool ``[T, m]``, likewise for the query sets.
 
     Raises:
-        TypeError: something is no tensor, or inputs are not floating point.
+        TypeError: something is no tensor, or inputs are pictures of bytes.
         ValueError: an axis is empty or does not match, tensors are on different devices, or a mask is not bool
             ``[T, n]``; the text names the tensor and both shapes.
     """
 
-    support_x: Tensor
+    support_x: Any
     support_y: Tensor
-    query_x: Tensor
+    query_x: Any
     query_y: Tensor
     support_mask: Tensor | None = None
     query_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         for part in ("support", "query"):
-            _check_part(part, getattr(self, f"{part}_x"), getattr(self, f"{part}_y"), getattr(self, f"{part}_mask"))
+            x = as_samples(getattr(self, f"{part}_x"))
+            object.__setattr__(self, f"{part}_x", x)
+            _check_part(part, x, getattr(self, f"{part}_y"), getattr(self, f"{part}_mask"))
         if self.support_x.shape[0] != self.query_x.shape[0]:
             raise ValueError(
                 f"support_x has {self.support_x.shape[0]} tasks and query_x has {self.query_x.shape[0]}; "
                 "the leading axis is the task axis T and must be the same on every tensor"
             )
-        if self.support_x.shape[2:] != self.query_x.shape[2:]:
+        support, query = ([tuple(p.shape[2:]) for p in parts_of(x)] for x in (self.support_x, self.query_x))
+        if support != query or getattr(self.support_x, "names", None) != getattr(self.query_x, "names", None):
             raise ValueError(
-                f"a support sample has shape {tuple(self.support_x.shape[2:])} and a query sample "
-                f"{tuple(self.query_x.shape[2:])}; both go through the same model, so they must match"
+                f"a support sample has shape {', '.join(map(str, support))} and a query sample "
+                f"{', '.join(map(str, query))}; both go through the same model, so they must match"
             )
 
     def __len__(self) -> int:
@@ -145,19 +263,23 @@ class TaskBatch:
         ragged = self.support_mask is not None or self.query_mask is not None
         dtypes = (support_x.dtype, support_y.dtype, query_x.dtype, query_y.dtype)
         devices = (support_x.device, query_x.device)
-        return TaskShapes(support_x.shape, support_y.shape, query_x.shape, query_y.shape, dtypes, devices, ragged)
+        parts: tuple[tuple[torch.Size, torch.dtype], ...] = ()
+        if isinstance(support_x, Samples):
+            parts = tuple((part.shape, part.dtype) for x in (support_x, query_x) for part in parts_of(x))
+        return TaskShapes(
+            support_x.shape, support_y.shape, query_x.shape, query_y.shape, dtypes, devices, ragged, parts
+        )
 
     def to(self, *args: object, **kwargs: object) -> TaskBatch:
         """Moves every tensor to a device, or the floating-point ones to a dtype, as ``Tensor.to`` does."""
-        moved = {}
+        found: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None:
-                continue
-            target = value.to(*args, **kwargs)
-            keeps_dtype = not value.is_floating_point() and target.is_floating_point()
-            moved[f.name] = value.to(target.device) if keeps_dtype else target
-        return TaskBatch(**moved)
+            if value is not None:
+                found[f.name] = (
+                    value.to(*args, **kwargs) if isinstance(value, Samples) else moved(value, *args, **kwargs)
+                )
+        return TaskBatch(**found)
 
     def tasks(self, chosen: slice) -> TaskBatch:
         """Returns a range of the tasks."""
@@ -165,9 +287,11 @@ class TaskBatch:
         return TaskBatch(**{name: value[chosen] for name, value in parts.items() if value is not None})
 
 
-def _check_part(part: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+def _check_part(part: str, x: Any, y: Tensor, mask: Tensor | None) -> None:
     """Checks the tensors of the support sets or of the query sets (``part``) against one another."""
-    for name, value in ((f"{part}_x", x), (f"{part}_y", y)):
+    several = isinstance(x, Samples)
+    names = [f"{part}_x[{name!r}]" for name in (x.names or range(len(x.parts)))] if several else [f"{part}_x"]
+    for name, value in (*zip(names, parts_of(x), strict=True), (f"{part}_y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor (torch.as_tensor makes one)")
         if value.dim() < 2:
@@ -179,8 +303,17 @@ def _check_part(part: str, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}: an empty batch; every task needs at least one sample"
             )
-    if not x.is_floating_point():
-        raise TypeError(f"{part}_x has dtype {x.dtype}; the model's input must be floating point (use x.float() / 255)")
+    for name, value in zip(names, parts_of(x), strict=True):
+        if value.dtype == torch.uint8:
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; pictures must be floating point (use x.float() / 255), and token ids "
+                "int64 (x.long())"
+            )
+        if value.shape[:2] != x.shape[:2] or value.device != x.device:
+            raise ValueError(
+                f"{names[0]} is [T, n] = {list(x.shape[:2])} on {x.device} and {name} {list(value.shape[:2])} on "
+                f"{value.device}; all tensors of the samples must agree"
+            )
     if x.shape[:2] != y.shape[:2]:
         raise ValueError(
             f"{part}_x has [T, n] = {list(x.shape[:2])} and {part}_y has {list(y.shape[:2])}; they must agree"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
-from ..contract.pattern import Pattern
+from ..contract.pattern import Pattern, pair
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,8 @@ class AdaptiveAvgPool2d(LinearMap):
         return g_x.reshape(x.shape)
 
 
-def _read(input: Any, output_size: Any) -> AdaptiveAvgPool2d | None:
-    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    return AdaptiveAvgPool2d(size) if all(isinstance(extent, int) for extent in size) else None
+def _read(input_shape: tuple[int, ...], output_size: Any) -> AdaptiveAvgPool2d | None:
+    return AdaptiveAvgPool2d(pair(output_size)) if len(input_shape) == 4 else None
 
 
-PATTERNS = (
-    Pattern(_read, modules=(nn.AdaptiveAvgPool2d,), functions=(nn.functional.adaptive_avg_pool2d,)),
-)
+PATTERNS = (Pattern(_read, ("adaptive_avg_pool2d.default",)),)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
@@ -47,12 +45,8 @@ class Add(Layer):
         return [None if v is None else v.reshape(full) for v, full in zip(values, ctx.full, strict=True)]
 
 
-def _read(input: Any, other: Any, *, alpha: Any = 1) -> Add | None:
+def _read(alpha: Any) -> Add | None:
     return Add() if alpha == 1 else None
 
 
-PATTERNS = (
-    Pattern(
-        _read, functions=(operator.add, operator.iadd, torch.add), methods=("add", "add_"), inputs=("input", "other")
-    ),
-)
+PATTERNS = (Pattern(_read, ("add.Tensor",), inputs=("input", "other")),)

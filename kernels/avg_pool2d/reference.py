@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
@@ -48,11 +48,13 @@ class AvgPool2d(LinearMap):
 
 
 def _read(
-    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor_override: int | None = None,
-) -> AvgPool2d:  # fmt: skip
+    input_shape: tuple[int, ...], kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool,
+    divisor_override: int | None,
+) -> AvgPool2d | None:  # fmt: skip
+    if len(input_shape) != 4:
+        return None
     window = pair(kernel_size), pair(stride or kernel_size), pair(padding)
     return AvgPool2d(*window, ceil_mode, count_include_pad, divisor_override)
 
 
-PATTERNS = (Pattern(_read, modules=(nn.AvgPool2d,), functions=(nn.functional.avg_pool2d,)),)
+PATTERNS = (Pattern(_read, ("avg_pool2d.default",)),)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext, Tensors
 from ..contract.normalise import Normalise
@@ -93,18 +93,11 @@ class BatchNorm(Normalise):
 
 
 def _read(
-    input: Any, *, eps: float, momentum: float | None, weight: Any, bias: Any, running_mean: Any, running_var: Any,
-    bn: str, name: str,
-) -> BatchNorm:  # fmt: skip
-    layer = BatchNorm(bn, eps, weight is not None, bias is not None, momentum or 0.0)
-    if layer.fixed_statistics and running_mean is None:
-        raise ValueError(
-            f"bn={bn!r} needs running statistics, but {name!r} keeps none (track_running_stats=False); use "
-            'bn="task"'
-        )
-    if momentum is None and bn == "running":
-        raise ValueError(f"{name!r} has momentum=None; bn='running' needs a number, such as momentum=0.1")
-    return layer
+    input_shape: tuple[int, ...], eps: float, momentum: float, weight: Any, bias: Any, running_mean: Any, bn: str
+) -> BatchNorm | None:
+    if len(input_shape) < 2 or (bn in ("frozen", "running") and running_mean is None):
+        return None
+    return BatchNorm(bn, eps, weight is not None, bias is not None, momentum)
 
 
-PATTERNS = (Pattern(_read, modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),)
+PATTERNS = (Pattern(_read, ("batch_norm.default",), unread=("running_mean", "running_var")),)

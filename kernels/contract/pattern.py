@@ -1,6 +1,7 @@
-"""Which modules and calls of a user's model mean a layer. Each ``reference.py`` declares its own as ``PATTERNS``.
+"""Which operations of a user's model mean a layer. Each ``reference.py`` declares its own as ``PATTERNS``.
 
-A declaration speaks of arguments by the names that torch gives them, and knows nothing of how a model is captured.
+A declaration speaks of arguments by the names that torch's operators give them, and knows nothing of how a model is
+captured.
 """
 
 from __future__ import annotations
@@ -11,32 +12,29 @@ from typing import Any
 
 from .layer import Layer
 
-SAMPLES = object()
-"""Stands among sizes for the number of samples of the input: ``x.size(0)``."""
-
 
 @dataclass(frozen=True)
 class Pattern:
-    """Modules and calls that mean one layer.
+    """Operations that mean one layer.
 
     Args:
-        read: makes the layer of the arguments, or ``None`` where its rules do not cover them. Its own parameters are
-            the arguments of a call, in their order and with their defaults; a module has them as attributes of the same
-            names. ``bn``, the learner's mode of batch norm, and ``name``, the module's name in the model, are there
-            for those who ask.
-        modules: classes of modules.
-        functions: functions of torch, operators of Python.
-        methods: names of methods of a tensor.
+        read: makes the layer of the arguments, or ``None`` where its rules do not cover them. It takes those arguments
+            that it asks for by the names in the operator's schema (``input`` is the first one). ``input_shape``,
+            ``[n, ...]``, and ``bn``, the mode of batch norm that holds for the module, are there for those who
+            ask.
+        operators: names of torch's operators with their overloads, such as ``"linear.default"``.
         inputs: the arguments that are values of the batch, in the order in which the rules take them.
+        unread: arguments that may be tensors although the layer has no use for them.
     """
 
     read: Callable[..., Layer | None]
-    modules: tuple[type, ...] = ()
-    functions: tuple[Any, ...] = ()
-    methods: tuple[str, ...] = ()
+    operators: tuple[str, ...]
     inputs: tuple[str, ...] = ("input",)
+    unread: tuple[str, ...] = ()
 
 
 def pair(value: Any) -> tuple[int, int]:
     """Both numbers of an option of two axes, which is one number where they are equal."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    if isinstance(value, int):
+        return value, value
+    return (int(value[0]), int(value[0])) if len(value) == 1 else (int(value[0]), int(value[1]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 from ..contract.optional_sums import add_optional, sum_present
@@ -109,12 +109,13 @@ def _unfold(x: Tensor, tasks: int) -> Tensor:
 
 
 def _read(
-    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-    *, padding_mode: str = "zeros",
-) -> Conv2d | None:  # fmt: skip
-    if isinstance(padding, str) or padding_mode != "zeros":
+    input_shape: tuple[int, ...], bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Conv2d | None:
+    if padding == "valid":
+        padding = 0
+    if isinstance(padding, str) or len(input_shape) != 4:
         return None
     return Conv2d(pair(stride), pair(padding), pair(dilation), groups, bias is not None)
 
 
-PATTERNS = (Pattern(_read, modules=(nn.Conv2d,), functions=(nn.functional.conv2d, torch.conv2d)),)
+PATTERNS = (Pattern(_read, ("conv2d.default", "conv2d.padding")),)

@@ -1,71 +1,180 @@
-"""Any function of tensors as a layer: its four rules from torch.func, in reverse mode alone.
+"""Any function of tensors as a layer: its four rules by torch.autograd, for all tasks at once.
 
-    backward          (g_p, g_x) = vjp_f(p, x, g_y) = vjp f (p, x) (g_y)
-    tangent_forward   yd = vjp [ g -> vjp_f(p, x, g) ] (pd, xd)
-    tangent_backward  (gd_p, gd_x) = vjp [ (p, x) -> vjp_f(p, x, g_y) ] (pd, xd) + vjp_f(p, x, gd_y)
+With ``J`` the Jacobian of ``f`` at ``(p, x)``, and ``d = (pd, xd)``,
 
-The second holds because ``vjp_f`` is linear in ``g``, the third because its Jacobian in ``(p, x)`` is the Hessian of
-``<f, g_y>``, which is symmetric. Forward mode would cost less, but torch's gradient functions often lack it.
+    backward          (g_p, g_x) = J' g_y
+    tangent_forward   yd = J d
+    tangent_backward  (gd_p, gd_x) = d/d(p, x) <J' g_y, d> + J' gd_y
+
+The third holds because the Jacobian of ``J' g_y`` is the Hessian of ``<f, g_y>``, which is symmetric. ``f`` is mapped
+over the task axis by torch.vmap, and where that cannot, computed task by task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.autograd import forward_ad
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 
-Function = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
+Function = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
+
+_TASK_BY_TASK: WeakSet[Function] = WeakSet()
+"""The functions that vmap cannot map."""
 
 
 @dataclass(frozen=True)
 class Derived(Layer):
-    """``y = function(params, inputs)`` for one task, mapped over the task axis. ``label`` names it to people."""
+    """``y = function(params, inputs, constants)`` for one task. ``label`` names it to people.
+
+    ``reverse_only`` says that its second derivatives are to be had from the graph of its gradient alone: that of a
+    ``torch.autograd.Function`` is what its author says, and need not be symmetric, and that of a norm is finite at zero
+    where forward mode is not.
+    """
 
     kind = "derived"
     function: Function
     label: str
+    reverse_only: bool = False
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of the operations that it consists of, as far as they are known."""
+        return tuple(str(step.target) for step in getattr(self.function, "steps", ()))
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
-        ctx.p, ctx.x = tuple(params), tuple(inputs)
-        return self._over_tasks(ctx.p, ctx.x)
+        ctx.p, ctx.x, ctx.c = tuple(params), tuple(inputs), tuple(constants)
+        return self._over_tasks(ctx, ctx.p, ctx.x)
 
     def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
         ctx.g = g_y
-        g_p, g_x = self._vjp(ctx.p, ctx.x, g_y)
-        return self._wanted(ctx, g_p, g_x)
+        leaves, y = self._traced(ctx)
+        return self._wanted(ctx, _vjp(y, leaves, g_y, create_graph=torch.is_grad_enabled()))
 
     def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
-        ctx.d = _zeros_for_none(ctx.p, d_params), _zeros_for_none(ctx.x, d_inputs)
-        return vjp(lambda g: self._vjp(ctx.p, ctx.x, g), ctx.g)[1](ctx.d)[0]  # type: ignore[no-any-return]
+        ctx.d = [
+            None if d is None else d.expand_as(t) for d, t in zip((*d_params, *d_inputs), (*ctx.p, *ctx.x), strict=True)
+        ]
+        if not self.reverse_only and not torch.is_grad_enabled():
+            try:
+                return self._pushed(ctx)
+            except (RuntimeError, NotImplementedError):  # an operation without forward mode
+                pass
+        return self._pulled_twice(ctx)
 
     def tangent_backward(
         self, ctx: RuleContext, params: Tensors, d_params: Tangents, gd_y: Tensor
     ) -> tuple[Tangents, Tangents]:
-        curved = vjp(lambda p, x: self._vjp(p, x, ctx.g), ctx.p, ctx.x)[1](ctx.d)
-        plain = self._vjp(ctx.p, ctx.x, gd_y)
-        gd_p, gd_x = (tuple(a + b for a, b in zip(*pair, strict=True)) for pair in zip(curved, plain, strict=True))
-        return self._wanted(ctx, gd_p, gd_x)
+        recording = torch.is_grad_enabled()
+        leaves, y = self._traced(ctx)
+        plain = _vjp(y, leaves, gd_y, create_graph=recording)
+        with torch.enable_grad():
+            pulled = _vjp(y, leaves, ctx.g, create_graph=True)
+            pairs = _along(pulled, ctx.d)
+        if pairs:
+            outputs, along = zip(*pairs, strict=True)
+            curved = torch.autograd.grad(
+                outputs, _floating(leaves), along, retain_graph=recording, create_graph=recording, allow_unused=True
+            )
+            plain = _sums(plain, _spread(leaves, curved))
+        return self._wanted(ctx, plain)
 
-    def _over_tasks(self, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
-        return vmap(self.function)(params, inputs)
+    def _over_tasks(self, ctx: RuleContext, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
+        """``y [T, ...]``."""
+        if self.function not in _TASK_BY_TASK:
+            try:
+                return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(params, inputs)
+            except Exception:  # whatever is wrong with the function itself shows again below
+                pass
+        by_task = range((*params, *inputs)[0].shape[0])
+        results = [
+            self.function(tuple(p[t] for p in params), tuple(x[t] for x in inputs), ctx.c) for t in by_task
+        ]  # fmt: skip
+        _TASK_BY_TASK.add(self.function)
+        return torch.stack(results)
 
-    def _vjp(
-        self, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...], g: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return vjp(self._over_tasks, params, inputs)[1](g)  # type: ignore[no-any-return]
+    def _traced(self, ctx: RuleContext) -> tuple[list[Tensor], Tensor]:
+        """Parameters and inputs as leaves, one after another, and ``y`` with its graph from them."""
+        with torch.enable_grad():
+            leaves = [_leaf(t) for t in (*ctx.p, *ctx.x)]
+            return leaves, self._over_tasks(ctx, tuple(leaves[: len(ctx.p)]), tuple(leaves[len(ctx.p) :]))
+
+    def _pushed(self, ctx: RuleContext) -> Tensor:
+        """``J d`` by forward mode."""
+        with forward_ad.dual_level():
+            duals = [
+                t if d is None else forward_ad.make_dual(t, d) for t, d in zip((*ctx.p, *ctx.x), ctx.d, strict=True)
+            ]
+            y = self._over_tasks(ctx, tuple(duals[: len(ctx.p)]), tuple(duals[len(ctx.p) :]))
+            primal, tangent = forward_ad.unpack_dual(y)
+            return torch.zeros_like(primal) if tangent is None else tangent.clone()
+
+    def _pulled_twice(self, ctx: RuleContext) -> Tensor:
+        """``J d`` by reverse mode twice: ``J' g`` is linear in ``g``, and its own adjoint map is ``J``."""
+        recording = torch.is_grad_enabled()
+        leaves, y = self._traced(ctx)
+        with torch.enable_grad():
+            g = _leaf(ctx.g)
+            pulled = _vjp(y, leaves, g, create_graph=True)
+            pairs = [
+                (p, d)
+                for p, d in zip(pulled, ctx.d, strict=True)
+                if p is not None and d is not None and p.requires_grad
+            ]
+        if not pairs:
+            return torch.zeros_like(ctx.g)
+        found = torch.autograd.grad(
+            [p for p, _ in pairs], g, [d for _, d in pairs], create_graph=recording, allow_unused=True
+        )[0]
+        return torch.zeros_like(ctx.g) if found is None else found
 
     @staticmethod
-    def _wanted(ctx: RuleContext, g_p: Tensors, g_x: Tensors) -> tuple[Tangents, Tangents]:
+    def _wanted(ctx: RuleContext, found: Tangents) -> tuple[Tangents, Tangents]:
+        count = len(ctx.p)
         return (
-            tuple(g if needed else None for g, needed in zip(g_x, ctx.needs_inputs, strict=True)),
-            tuple(g if needed else None for g, needed in zip(g_p, ctx.needs_params, strict=True)),
+            tuple(g if needed else None for g, needed in zip(found[count:], ctx.needs_inputs, strict=True)),
+            tuple(g if needed else None for g, needed in zip(found[:count], ctx.needs_params, strict=True)),
         )
 
 
-def _zeros_for_none(primals: Tensors, tangents: Tangents) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(p) if t is None else t.expand_as(p) for p, t in zip(primals, tangents, strict=True))
+def _leaf(t: Tensor) -> Tensor:
+    """A tensor with the values of ``t`` to differentiate with respect to; it belongs to the graph of ``t``, if any."""
+    if not t.is_floating_point():
+        return t
+    return t.view_as(t) if torch.is_grad_enabled() and t.requires_grad else t.detach().requires_grad_()
+
+
+def _floating(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf for leaf in leaves if leaf.requires_grad]
+
+
+def _vjp(y: Tensor, leaves: Sequence[Tensor], g: Tensor, create_graph: bool) -> list[Tensor | None]:
+    """``J' g`` for each of ``leaves``; ``None`` where ``y`` does not depend on it."""
+    if not y.requires_grad:
+        return [None] * len(leaves)
+    found = torch.autograd.grad(
+        y, _floating(leaves), g, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return _spread(leaves, found)
+
+
+def _spread(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``found``, which has an entry for each leaf of real numbers, with ``None`` for the others."""
+    rest = iter(found)
+    return [next(rest) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _sums(a: Tangents, b: Tangents) -> list[Any]:
+    return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def _along(pulled: Tangents, d: Tangents) -> list[tuple[Tensor, Tensor]]:
+    """The adjoints that depend on something, each with its direction, where there is one."""
+    pairs = [(p, u) for p, u in zip(pulled, d, strict=True) if p is not None and u is not None]
+    return [(p, u) for p, u in pairs if p.requires_grad]

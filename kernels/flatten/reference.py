@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
-from ..contract.pattern import SAMPLES, Pattern
+from ..contract.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,23 @@ class Flatten(LinearMap):
         return g.reshape(ctx.x.shape)
 
 
-def _read(input: Any, start_dim: int = 0, end_dim: int = -1) -> Flatten | None:
-    return Flatten(start_dim, end_dim) if start_dim >= 1 and (end_dim == -1 or end_dim >= start_dim) else None
+def _read(input_shape: tuple[int, ...], start_dim: int, end_dim: int) -> Flatten | None:
+    start, end = (axis % len(input_shape) for axis in (start_dim, end_dim))
+    if not 1 <= start < end:
+        return None
+    return Flatten(start, -1 if end == len(input_shape) - 1 else end)
 
 
-def _read_view(input: Any, *shape: Any) -> Flatten | None:
-    """``x.view(x.size(0), -1)``, with the sizes side by side or as one tuple."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-    return Flatten() if len(sizes) == 2 and sizes[0] is SAMPLES and sizes[1] == -1 else None
+def _read_view(input_shape: tuple[int, ...], size: Any) -> Flatten | None:
+    """``x.view(x.size(0), -1)``, or with the number of features written out."""
+    features = math.prod(input_shape[1:])
+    if len(size) != 2 or len(input_shape) < 3:
+        return None
+    return Flatten() if size[0] in (input_shape[0], -1) and size[1] in (features, -1) else None
 
 
 PATTERNS = (
-    Pattern(_read, modules=(nn.Flatten,), functions=(torch.flatten,), methods=("flatten",)),
-    Pattern(_read_view, functions=(torch.reshape,), methods=("view", "reshape")),
+    Pattern(_read, ("flatten.using_ints",)),
+    Pattern(_read_view, ("view.default",)),
+    Pattern(lambda input_shape, shape: _read_view(input_shape, shape), ("reshape.default",)),
 )

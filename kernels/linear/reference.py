@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 from ..contract.optional_sums import add_optional, sum_present
@@ -82,8 +82,8 @@ class Linear(Layer):
         return g_w, torch.sum(g, 1) if needs[1] else None
 
 
-def _read(input: Any, weight: Any, bias: Any = None) -> Linear:
-    return Linear(bias is not None)
+def _read(input_shape: tuple[int, ...], bias: Any) -> Linear | None:
+    return Linear(bias is not None) if len(input_shape) >= 2 else None
 
 
-PATTERNS = (Pattern(_read, modules=(nn.Linear,), functions=(nn.functional.linear,)),)
+PATTERNS = (Pattern(_read, ("linear.default",)),)

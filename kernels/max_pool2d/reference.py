@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext, Tensors
 from ..contract.linear_map import LinearMap
@@ -36,9 +36,24 @@ class MaxPool2d(LinearMap):
         y, winners = torch.nn.functional.max_pool2d(
             x.flatten(0, 1), self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode, True
         )
+        self._check_windows(x.shape[3:], y.shape[2:])
         ctx.shape, ctx.y_shape = x.shape, (*x.shape[:2], *y.shape[1:])
         ctx.winners = winners.reshape(*x.shape[:3], -1)
         return y.unflatten(0, x.shape[:2])
+
+    def _check_windows(self, pixels: Sequence[int], windows: Sequence[int]) -> None:
+        """Raises ValueError where a window holds padding alone: torch makes -inf of it and forgets where it came from."""
+        for size, count, kernel, stride, padding, dilation in zip(
+            pixels, windows, self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
+            if padding == 0 or dilation == 1:
+                continue
+            for start in range(-padding, count * stride - padding, stride):
+                if not any(0 <= start + tap * dilation < size for tap in range(kernel)):
+                    raise ValueError(
+                        f"a window of {kernel} pixels, {dilation} apart (dilation), lies on the padding alone where the "
+                        f"image has {size}, so its largest pixel is -inf; use a smaller dilation or no padding"
+                    )
 
     def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
         return x.flatten(3).gather(3, ctx.winners).reshape(ctx.y_shape)
@@ -49,14 +64,11 @@ class MaxPool2d(LinearMap):
 
 
 def _read(
-    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> MaxPool2d | None:  # fmt: skip
-    if return_indices:
+    input_shape: tuple[int, ...], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> MaxPool2d | None:
+    if len(input_shape) != 4:
         return None
     return MaxPool2d(pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation), ceil_mode)
 
 
-PATTERNS = (
-    Pattern(_read, modules=(nn.MaxPool2d,), functions=(nn.functional.max_pool2d, torch.max_pool2d)),
-)
+PATTERNS = (Pattern(_read, ("max_pool2d.default",)),)

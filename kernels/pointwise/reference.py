@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext
 from ..contract.pattern import Pattern
@@ -99,18 +99,9 @@ class GELU(Pointwise):
 
 
 PATTERNS = (
-    Pattern(
-        lambda input, inplace=False: ReLU(),
-        modules=(nn.ReLU,), functions=(F.relu, torch.relu, torch.relu_), methods=("relu", "relu_"),
-    ),
-    Pattern(
-        lambda input, negative_slope=0.01, inplace=False: LeakyReLU(negative_slope),
-        modules=(nn.LeakyReLU,), functions=(F.leaky_relu,),
-    ),
-    Pattern(lambda input: Tanh(), modules=(nn.Tanh,), functions=(torch.tanh, F.tanh), methods=("tanh",)),
-    Pattern(lambda input: Sigmoid(), modules=(nn.Sigmoid,), functions=(torch.sigmoid, F.sigmoid), methods=("sigmoid",)),
-    Pattern(
-        lambda input, approximate="none": GELU() if approximate == "none" else None,
-        modules=(nn.GELU,), functions=(F.gelu,),
-    ),
-)  # fmt: skip
+    Pattern(ReLU, ("relu.default",)),
+    Pattern(lambda negative_slope: LeakyReLU(negative_slope), ("leaky_relu.default",)),
+    Pattern(Tanh, ("tanh.default",)),
+    Pattern(Sigmoid, ("sigmoid.default",)),
+    Pattern(lambda approximate: GELU() if approximate == "none" else None, ("gelu.default",)),
+)

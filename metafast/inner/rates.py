@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from metafast.program import Program
+from metafast.program import Parameter
 
 _AXES = ("step", "layer", "parameter")
 
@@ -60,7 +60,7 @@ class Rates(nn.Module):
 
     Args:
         rate: the rates that the user asks for.
-        program: the model whose parameters they are for.
+        parameters: the parameters that they are for.
         steps: the number S of inner steps.
         like: a tensor whose dtype and device the rates get.
 
@@ -72,19 +72,19 @@ class Rates(nn.Module):
     value: Tensor
     index: Tensor | None
 
-    def __init__(self, rate: Rate, program: Program, steps: int, like: Tensor) -> None:
+    def __init__(self, rate: Rate, parameters: Sequence[Parameter], steps: int, like: Tensor) -> None:
         super().__init__()
-        layers = [p.name.rpartition(".")[0] for p in program.parameters]
+        layers = [p.name.rpartition(".")[0] for p in parameters]
         names = list(dict.fromkeys(layers))
         index = None
         width = 1
         if "layer" in rate.axes:
-            sizes = torch.tensor([p.size for p in program.parameters])
+            sizes = torch.tensor([p.size for p in parameters])
             index = torch.tensor([names.index(name) for name in layers]).repeat_interleave(sizes)
             width = len(names)
             index = index.to(like.device)
         elif "parameter" in rate.axes:
-            width = program.size
+            width = sum(p.size for p in parameters)
         self.register_buffer("index", index, persistent=False)
         shape = (steps if "step" in rate.axes else 1, width)
         value = torch.empty(shape, dtype=like.dtype).uniform_(*rate.span).to(like.device)
@@ -105,7 +105,9 @@ class Rates(nn.Module):
         """Returns the rates ``[1 or S, 1 or P]``."""
         if self.index is None:
             return self.value
-        if self.index.is_cuda:
+        if self.index.device.type != "cpu":
             return self.value[:, self.index]
-        # On a CPU the adjoint of indexing adds up in an order that threads decide, and that of gather in a fixed one.
-        return self.value.gather(1, self.index.expand(self.value.shape[0], -1))
+        # On a CPU the adjoint of indexing adds up in an order that threads decide, and that of gather one element after
+        # another; a million of them need more than float32.
+        each = self.value.double().gather(1, self.index.expand(self.value.shape[0], -1))
+        return each.to(self.value.dtype)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from metafast.program import Program
 from metafast.program.interpreter import Pass
-from metafast.tasks import Batch, TaskBatch
+from metafast.tasks import Batch, TaskBatch, each_part, parts_of
 
 
 def check_batch(tasks: TaskBatch) -> None:
@@ -19,29 +23,45 @@ def check_batch(tasks: TaskBatch) -> None:
         )
 
 
+def check_initialised(model: nn.Module) -> None:
+    """Raises ValueError where a lazy module has not been run yet, so that its parameters have no shape."""
+    for name, module in model.named_modules():
+        lazy = [n for n, p in module.named_parameters(recurse=False) if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise ValueError(
+                f"{type(module).__name__} {name!r} has not been run, so that {lazy[0]!r} has no shape yet; run the "
+                "model once on samples of one task before: model(x)"
+            )
+
+
 def check_like(tasks: TaskBatch, learner: nn.Module) -> None:
     """Raises where a tensor of the batch does not live where the learner lives, or in another dtype."""
     tensors = {name: t for name, t in learner.state_dict().items() if t.is_floating_point()}
     for name in ("support_x", "query_x", "support_y", "query_y"):
-        x: Tensor = getattr(tasks, name)
-        for known, tensor in tensors.items():
-            if x.device != tensor.device:
-                raise ValueError(
-                    f"{name} is on {x.device} and {known} on {tensor.device}; use tasks.to(device) and "
-                    "learner.to(device) with one device"
-                )
-            if x.dtype not in (torch.float32, torch.float64) and name.endswith("x"):
-                raise TypeError(
-                    f"{name} has dtype {x.dtype}; metafast computes in float32 and float64: use "
-                    "tasks.to(torch.float32) and learner.float()"
-                )
-            if not x.is_floating_point():
-                continue  # labels
-            if x.dtype != tensor.dtype:
-                raise TypeError(
-                    f"{name} has dtype {x.dtype} and {known} {tensor.dtype}; use tasks.to({tensor.dtype}) or "
-                    f"learner.to({x.dtype})"
-                )
+        for x in parts_of(getattr(tasks, name)):
+            _check_like(name, x, tensors)
+
+
+def _check_like(name: str, x: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Checks one tensor of a batch against all ``tensors`` of a learner."""
+    for known, tensor in tensors.items():
+        if x.device != tensor.device:
+            raise ValueError(
+                f"{name} is on {x.device} and {known} on {tensor.device}; use tasks.to(device) and "
+                "learner.to(device) with one device"
+            )
+        if x.is_floating_point() and x.dtype not in (torch.float32, torch.float64) and name.endswith("x"):
+            raise TypeError(
+                f"{name} has dtype {x.dtype}; metafast computes in float32 and float64: use "
+                "tasks.to(torch.float32) and learner.float()"
+            )
+        if not x.is_floating_point():
+            continue  # labels
+        if x.dtype != tensor.dtype:
+            raise TypeError(
+                f"{name} has dtype {x.dtype} and {known} {tensor.dtype}; use tasks.to({tensor.dtype}) or "
+                f"learner.to({x.dtype})"
+            )
 
 
 @torch.no_grad()
@@ -52,8 +72,8 @@ def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
         if batch.mask is None or all(node.layer.kind != "derived" for node in program.nodes):
             continue
         outputs = []
-        for padding in (0.0, 1.0):
-            x = torch.where(batch.mask.reshape(*batch.mask.shape, *(1,) * (batch.x.dim() - 2)), batch.x, padding)
+        for padding in (0, 1):
+            x = each_part(partial(_padded, mask=batch.mask, value=padding), batch.x)
             theta, nothing = params.expand(len(tasks), -1), (False,) * len(program.parameters)
             run = Pass(program, theta, Batch(x, batch.y, batch.mask), 0, nothing)
             outputs.append(run.forward()[batch.mask])
@@ -63,3 +83,9 @@ def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
                 f"the padding of {name}_x changes the outputs of the samples that {name}_mask keeps: one of {derived} "
                 "mixes the samples of a task and does not see the mask. Use tasks of one size with this model"
             )
+
+
+def _padded(x: Tensor, mask: Tensor, value: int) -> Tensor:
+    """Returns ``x [T, n, ...]`` with ``value`` in the place of the samples that ``mask [T, n]`` leaves out."""
+    kept = mask.reshape(*mask.shape, *(1,) * (x.dim() - 2))
+    return torch.where(kept, x, torch.full_like(x, value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -11,20 +12,23 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
-from metafast.executors.reference.executor import ReferenceExecutor
 from metafast.inner.rates import Rate, Rates
-from metafast.kernels.batch_norm import MODES
 from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
-from metafast.learners.checks import check_batch, check_like, check_padding
+from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
+from metafast.learners.captures import Captures, CaptureSettings, first_task
+from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
+from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
-from metafast.program import Program
-from metafast.program.capture import capture
+from metafast.program import Parameter, Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike, as_loss
+from metafast.program.recording import call
 from metafast.program.running_statistics import track
-from metafast.tasks import Batch, TaskBatch, TaskShapes
+from metafast.tasks import Batch, TaskBatch, TaskShapes, as_samples, parts_of
 
+_KINDS = 64
+"""How many kinds of batches are remembered."""
 _STATISTICS = {
     "task": "task: the statistics of each pass over a task's own support or query samples, in training and test",
     "per_step": "per_step: the statistics of each pass over a task's own support or query samples, in training and "
@@ -36,13 +40,14 @@ _STATISTICS = {
 
 @dataclass(frozen=True)
 class Adapted:
-    """Holds T adapted models: their ``parameters [T, P]``, and the shape of a ``sample``."""
+    """Holds T adapted models: their ``parameters [T, P]``, and the shape of each tensor of a ``sample``."""
 
+    captures: Captures
     program: Program
     choice: Choice
     parameters: Tensor
     step: int
-    sample: tuple[int, ...]
+    sample: tuple[tuple[int, ...], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
@@ -51,18 +56,23 @@ class Adapted:
             ValueError: another number of tasks, or samples of another shape.
             TypeError: ``x`` is of another dtype, or on another device.
         """
-        theta = self.parameters
-        if x.dim() < 2 or x.shape[0] != theta.shape[0] or x.shape[2:] != self.sample:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
-                f"T = {theta.shape[0]} and samples of shape {self.sample}"
+        theta, x = self.parameters, as_samples(x)
+        sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
+        if x.dim() < 2 or x.shape[0] != theta.shape[0] or sample != self.sample:
+            given, wanted = (
+                ", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample)
             )
-        if x.dtype != theta.dtype or x.device != theta.device:
+            raise ValueError(
+                f"x has shape {given}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
+                f"T = {theta.shape[0]} and samples of shape {wanted}"
+            )
+        if (x.is_floating_point() and x.dtype != theta.dtype) or x.device != theta.device:
             raise TypeError(
                 f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
                 f"x.to({str(theta.device)!r}, {theta.dtype})"
             )
-        return self.choice.executor.predict(self.program, self.parameters, x.contiguous(), self.step)
+        program = self.captures.extended(self.program, x)
+        return self.choice.executor.predict(program, self.parameters, x.contiguous(), self.step)
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
         """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.
@@ -79,10 +89,15 @@ class Adapted:
 class KnownBatch(NamedTuple):
     """Holds what is known of one kind of batch since the first of it was seen.
 
-    ``output`` is the shape of a sample's output; ``checks_targets`` says whether the values of the targets are looked
-    at in every batch.
+    ``parameters`` are those of the model in the order of ``program``. ``output`` is the shape of a sample's output;
+    ``checks_targets`` says whether the values of the targets are looked at in every batch, ``leaves_traces`` whether a
+    call of the model changes its buffers or attributes, ``tracks_statistics`` whether there is a ``"running"`` norm.
     """
 
+    program: Program
+    parameters: list[Tensor]
+    leaves_traces: bool
+    tracks_statistics: bool
     choice: Choice
     output: tuple[int, ...]
     checks_targets: bool
@@ -96,7 +111,9 @@ class GradientLearner(Learner):
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
-        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
+        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task, which sees the
+            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised.
+        query_loss: the loss that judges the query sets, likewise; ``None``: the same as ``loss``.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
@@ -121,9 +138,11 @@ class GradientLearner(Learner):
         *,
         loss: LossLike,
         lr: float | Rate,
+        query_loss: LossLike | None = None,
         steps: int = 1,
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
-        bn: str = "task",
+        bn: BatchNormMode = None,
+        output: str | int | None = None,
         backend: str | Executor = "auto",
         precision: str = "float32",
     ) -> None:
@@ -132,22 +151,22 @@ class GradientLearner(Learner):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
-        if bn not in MODES:
-            raise ValueError(f"bn={bn!r} is unknown; choose from {MODES}")
+        check_initialised(model)
+        check_mode(model, bn)
         check_backend(backend)
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
-        self.loss, self.bn = as_loss(loss), bn
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        self.adapted_names = trained if adapt is None else resolve_names(model, adapt)
-        self.program = self._capture()
-        first = next(model.parameters())
+        self.loss, self.bn, self.output = as_loss(loss), bn, output
+        self.query_loss = None if query_loss is None else as_loss(query_loss)
+        self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
+        self.captures = Captures(model, self._capture_settings)
+        self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
         self.rows = self._rows_per_step()
-        self._sources, self._model_snapshot = self._parameters_in_order(), ModuleSnapshot(model)
-        self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self.program, steps, first)
-        self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
-        self.tracks_statistics = any(getattr(n.layer, "mode", None) == "running" for n in self.program.nodes)
-        self._known: dict[tuple[object, ...], KnownBatch] = {}
+        self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self._layout(), steps, next(model.parameters()))
+        self._parameter_count = len(list(model.parameters()))
+        self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
+        self._latest: KnownBatch | None = None
+        self._look()
 
     @classmethod
     def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> GradientLearner:
@@ -176,11 +195,15 @@ class GradientLearner(Learner):
 
     def batch_norm(self) -> str | None:
         """Says what ``bn`` means, where the model has a batch norm."""
-        return None if super().batch_norm() is None else _STATISTICS[self.bn]
+        if super().batch_norm() is None:
+            return None
+        modes = dict.fromkeys(modes_of(self.model, self.bn, self.captures.trained).values())
+        return "; ".join(_STATISTICS[mode] for mode in modes)
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
         """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
-        return self._choose(tasks.shapes).plan.graph_obstacle
+        self._follow_changes()
+        return self._choose(self.captures.of(tasks), tasks.shapes).plan.graph_obstacle
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does what any module's does, without its walk through all modules where none has changed."""
@@ -198,20 +221,55 @@ class GradientLearner(Learner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._choice_for(tasks)
+        choice = self._choice_for(tasks, judged=False)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps)
-        return Adapted(self.program, choice, theta, steps, tuple(support_x.shape[2:]))
+        return Adapted(
+            self.captures,
+            self.program,
+            choice,
+            theta,
+            steps,
+            tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x)),
+        )
+
+    @property
+    def adapted_names(self) -> frozenset[str]:
+        """The names of the parameters that the inner loop moves."""
+        if self._adapt is not None:
+            return self._adapt
+        return frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
+
+    @property
+    def program(self) -> Program:
+        """The Program of the latest batch.
+
+        Raises:
+            RuntimeError: no batch has been seen yet.
+        """
+        return self._now.program
+
+    @property
+    def _now(self) -> KnownBatch:
+        if self._latest is None:
+            raise RuntimeError("no batch has been seen yet; a model is captured with its first one")
+        return self._latest
+
+    @property
+    def _sources(self) -> list[Tensor]:
+        """The parameters of the model in the order of ``program``."""
+        return self._now.parameters
 
     def explain(self, x: Tensor | None = None) -> str:
         """Says which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
-            choice = self._choose(TaskShapes.of_samples(x))
-        elif self._known:
-            choice = next(reversed(self._known.values())).choice
+            self._follow_changes()
+            choice = self._choose(self.captures.of_samples(x), TaskShapes.of_samples(x))
+        elif self._latest is not None:
+            choice = self._latest.choice
         else:
             return "no batch has been seen yet; call explain(support_x)"
         hows, memory = choice.plan.layers(), choice.plan.memory()
@@ -223,9 +281,20 @@ class GradientLearner(Learner):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
         moved = sum(p.size for p in self.program.parameters if p.adapted)
-        lines.append(f"  loss: {self.program.loss.kind}; {moved:,} of {self.program.size:,} parameters are adapted")
+        loss, of_query = self.program.loss.label, self.program.query.loss.label
+        loss += "" if self.query_loss is None else f", {of_query} on query sets"
+        lines.append(f"  loss: {loss}; {moved:,} of {self.program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
+
+    def prepare(self, tasks: TaskBatch) -> None:
+        """Captures and checks the model for batches like ``tasks``, which otherwise the first of them waits for.
+
+        Raises:
+            CaptureError: the model's forward pass cannot become a Program.
+            TypeError, ValueError: the batch does not fit the model.
+        """
+        self._choice_for(tasks)
 
     @property
     def loop(self) -> InnerLoop:
@@ -238,86 +307,131 @@ class GradientLearner(Learner):
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         loop = InnerLoop.judged_last(steps)
-        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.rate(), support)
+        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
-    def _capture(self) -> Program:
-        return capture(self.model, self.loss, bn=self.bn, adapt=self.adapted_names, steps=self.steps)
-
-    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Finds the shape of a sample's output by a run of one task."""
-        y = ReferenceExecutor().predict(self.program, self.flat_parameters().detach(), x[:1])
-        if y.shape[:2] != (1, x.shape[1]):
-            raise ValueError(
-                f"for samples [n, ...] = {list(x.shape[1:])} the model gives {list(y.shape[1:])}; its first axis must "
-                "stay the sample axis n"
-            )
-        return tuple(y.shape[2:])
+    def _capture_settings(self) -> CaptureSettings:
+        losses = self.loss, self.query_loss
+        return CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
 
     def _follow_changes(self) -> None:
-        """Captures the module again where it was moved (its buffers are other tensors then) or has changed its mode."""
-        if not self._snapshot.changed():
+        """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
+        if not self._snapshot.changed() and not self.captures.stale():
             return
-        if self._model_snapshot.changed():
-            self.program = self._capture()
-            self._sources, self._model_snapshot = self._parameters_in_order(), ModuleSnapshot(self.model)
-            self._known.clear()
-        self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self)
+        if self.training:
+            self.captures.trained = {name: norm.training for name, norm in norms_of(self.model).items()}
+        self.captures.forget()
+        self._known.clear()
+        self._look()
 
-    def _rates(self) -> Tensor:
-        """Returns the inner rates, ``[1 or S, 1 or P]``."""
-        return self.rate() if self._fixed_rate is None else self._fixed_rate
+    def _look(self) -> None:
+        """Takes note of how the module is now."""
+        assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
+        self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
-    def _parameters_in_order(self) -> list[Tensor]:
+    def inner_rates(self, program: Program | None = None) -> Tensor:
+        """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
+        rates = self.rate() if self._fixed_rate is None else self._fixed_rate
+        if rates.shape[1] == 1:
+            return rates
+        program = program or self.program
+        return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
+
+    def _columns(self, rates: Tensor, program: Program) -> Tensor:
+        """Picks from rates for all parameters of the model those of the parameters that ``program`` uses."""
+        used = {p.name for p in program.parameters}
+        parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
+        return torch.cat(parts, 1)
+
+    def parameters_of(self, program: Program) -> list[Tensor]:
+        """Lists the meta-parameters of the model in the order of ``program``."""
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
-        return [named[p.name] for p in self.program.parameters]
+        return [named[p.name] for p in program.parameters]
 
     def _rows_per_step(self) -> nn.ParameterDict:
         """Makes gamma and beta of ``per_step`` batch norm, with a row for each inner step, started from the model's."""
-        named = dict(self.model.named_parameters())
         rows = nn.ParameterDict()
-        for p in self.program.parameters:
-            if p.shape != named[p.name].shape:
-                rows[p.name.replace(".", "/")] = nn.Parameter(named[p.name].detach().expand(p.shape).clone())
+        modes = modes_of(self.model, self.bn, {})
+        for name, norm in norms_of(self.model).items():
+            for own, parameter in norm.named_parameters(prefix=name, recurse=False):
+                if modes[name] == "per_step":
+                    shape = (self.steps + 1, *parameter.shape)
+                    rows[own.replace(".", "/")] = nn.Parameter(parameter.detach().expand(shape).clone())
         return rows
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
-        """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+    def _layout(self) -> list[Parameter]:
+        """Lists all parameters of the model as a Program that used each of them would have them."""
+        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
+        found: list[Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            offset = found[-1].offset + found[-1].size if found else 0
+            found.append(Parameter(name, tuple(rows.get(name, parameter).shape), offset, name in self.adapted_names))
+        return found
+
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
+        """Checks a batch against the model and chooses the executor, once for each kind of batch.
+
+        The query sets are looked at where the batch is ``judged``.
+        """
         check_batch(tasks)
         self._follow_changes()
-        key = self._kind(tasks)
+        key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
-            known = self._examine(tasks)
-            self._check_targets(known, tasks)
+            known = self._latest = self._examine(tasks)
+            self._check_targets(known, tasks, judged)
             self._known[key] = known
+            if len(self._known) > _KINDS:
+                self._known.popitem(last=False)
         elif known.checks_targets:
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
+        self.__dict__["_latest"] = known  # nn.Module's own way to set an attribute takes longer than all the rest
         return known.choice
 
     def _kind(self, tasks: TaskBatch) -> tuple[object, ...]:
         """Returns all that decides whether a batch fits and what runs it, but for the values of its labels."""
-        own = self._sources[0]
+        own = self._snapshot.parameters[0]
         return tasks.shapes, own.dtype, own.device
 
-    def _choose(self, shapes: TaskShapes) -> Choice:
-        return choose(self.program, self.loop, shapes, self.backend, self.precision)
+    def _choose(self, program: Program, shapes: TaskShapes) -> Choice:
+        return choose(program, self.loop, shapes, self.backend, self.precision)
 
     def _examine(self, tasks: TaskBatch) -> KnownBatch:
-        """Checks the first batch of a kind."""
+        """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
+        program = self.captures.of(tasks)
+        parameters = self.parameters_of(program)
+        theta = _flatten_dense_tensors(parameters).detach()
         if tasks.shapes.ragged:
-            check_padding(self.program, self.flat_parameters().detach(), tasks)
+            check_padding(program, theta, tasks)
         output = self._output_shape(tasks.support_x)
         self._output_shape(tasks.query_x)
-        choice = self._choose(tasks.shapes)
+        if self.captures.second_look and not self.rows:
+            double_check(self.captures, program, theta, tasks)
+        choice = self._choose(program, tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        looks = self.program.loss.reads_targets and tasks.support_x.device.type == "cpu"
-        return KnownBatch(choice, output, looks)
+        reads = program.loss.reads_targets or program.query.loss.reads_targets
+        looks = reads and tasks.support_x.device.type == "cpu"
+        leaves_traces = self.captures.recording(tasks.support_x).changes_module
+        tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
+        self._look()
+        return KnownBatch(program, parameters, leaves_traces, tracks, choice, output, looks)
 
-    def _check_targets(self, known: KnownBatch, tasks: TaskBatch) -> None:
-        self.program.loss.check(known.output, tasks.support_y, "support_y")
-        self.program.loss.check(known.output, tasks.query_y, "query_y")
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Returns the shape of a sample's output."""
+        shape = self.captures.recording(x).output_shape
+        if shape[:1] != x.shape[1:2]:
+            given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
+            raise ValueError(
+                f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
+                "axis n"
+            )
+        return tuple(shape[1:])
+
+    def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
+        known.program.loss.check(known.output, tasks.support_y, "support_y")
+        if judged:
+            known.program.query.loss.check(known.output, tasks.query_y, "query_y")
 
     def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Adds the gradient of each meta-parameter of the model to its ``.grad``."""
@@ -325,7 +439,18 @@ class GradientLearner(Learner):
             if parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.detach() + gradient
 
+    def _held_program(self) -> Program:
+        """Returns the Program, with copies of its constants where the model itself is about to change them."""
+        return self.program.holding_constants() if self._now.leaves_traces else self.program
+
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
-        if self.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+        if self._now.tracks_statistics:
+            predict = self._now.choice.executor.predict
+            track(self.program, predict, self.flat_parameters().detach(), tasks.support)
+
+    def _leave_traces(self, tasks: TaskBatch) -> None:
+        """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
+        if self._now.leaves_traces and self.training:
+            with torch.no_grad(), self.captures.statistics_kept():
+                call(self.model, first_task(tasks.support_x))

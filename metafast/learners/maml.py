@@ -29,7 +29,7 @@ class MAML(GradientLearner):
     Args:
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
-        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
 
@@ -81,33 +81,36 @@ class MAML(GradientLearner):
         choice = self._choice_for(tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
-        theta, rate = self.flat_parameters(), self.rate()
+        theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
         if create_graph:
             if self.first_order:
                 raise ValueError("create_graph=True records the exact gradient; it has no first-order form")
-            losses, outputs = recorded(self.program, self.loop, theta, rate, tasks)
+            losses, outputs = recorded(program, self.loop, theta, rate, tasks)
         else:
             recording = torch.is_grad_enabled() and (theta.requires_grad or rate.requires_grad)
             if not recording:
                 theta, rate = theta.detach(), rate.detach()
             loop = self.loop
-            steps = Adapt.apply(theta, rate, choice.executor, self.program, loop, tasks.support)
+            steps = Adapt.apply(theta, rate, choice.executor, program, loop, tasks.support)
             losses = theta.new_zeros(len(tasks))
             for step, weight in loop.judged_steps:
-                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, self.program, tasks.query, step)
+                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, program.query, tasks.query, step)
                 losses = losses + weight * loss
+        if torch.is_grad_enabled():
+            self._leave_traces(tasks)
         return LearnerOutput(losses, outputs)
 
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._choice_for(tasks)
         self._track_statistics(tasks)
-        rate = self._rates()
+        rate = self.inner_rates()
         loop = self._loop(learns_rates=rate.requires_grad)
         found = choice.executor.meta_gradient(self.program, loop, self._sources, rate, tasks)
         self._add_gradients(found.grads)
         if rate.requires_grad:
             rate.backward(found.rates_grad)
+        self._leave_traces(tasks)
         return LearnerOutput(found.losses, found.outputs)
 
     @property

@@ -1,336 +1,319 @@
-"""Captures a user's nn.Module as a Program, by torch.fx. The module itself is not changed.
+"""Captures a user's nn.Module as a Program: it records one run and groups the operations into layers.
 
-Modules and functions for which there are rules become the layers that have them; every other operation that makes a
-tensor becomes a ``Derived`` layer. Sizes, shapes and tuples are no values of a Program: the layer that uses them
-computes them again.
+Operations for which there are rules become the layers that have them. The others become ``Derived`` layers, each of
+which computes one value that somebody else reads. What is made of constants alone is computed where it is read, so that
+a buffer may change between calls.
 """
 
 from __future__ import annotations
 
-import operator
-import os
-import re
-import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from metafast.kernels.contract.layer import Layer, Loss
 from metafast.kernels.derived import Derived
+from metafast.kernels.input_part import InputPart
 from metafast.program import Node, Parameter, Program
-from metafast.program.derive import Folded, in_place
-from metafast.program.patterns import Match, Recogniser
+from metafast.program.derive import Cone, Slot, Step, as_step
+from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
+from metafast.program.patterns import Match, match
+from metafast.program.recording import Recording, record
 
-_SIZE_METHODS = {"size", "dim", "numel", "ndimension", "__len__"}
-_SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
-_TUPLE_MAKERS = {"chunk", "split", "unbind", "tensor_split", "topk", "sort", "unsafe_chunk", "max", "min", "median",
-                 "kthvalue", "mode", "cummax", "cummin", "aminmax", "var_mean", "std_mean"}  # fmt: skip
-_VIEWS = {"view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "expand", "t", "narrow",
-          torch.flatten, torch.reshape, torch.transpose, torch.permute, operator.getitem}  # fmt: skip
-_RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rand_like",
-           "randn_like", "bernoulli", "multinomial", "rand", "randn", "normal", "randint", "randperm", "uniform",
-           "random", "exponential"}  # fmt: skip
-_REMEDIES = {
-    "'len' is not supported": "use x.size(0) in the place of len(x)",
-    "item assignment": "an in-place write has no place in a Program; build the tensor with torch.where or torch.cat",
-}
-_NO_BRANCHES = "It may not branch or loop on tensor values; use torch.where, or move the choice to __init__"
-
-
-class CaptureError(TypeError):
-    """Is raised where the model cannot become a Program; it names the line in the user's model and the remedy."""
-
-
-class _Tracer(fx.Tracer):
-    """Traces modules without children as one node each, and knows the user's line behind every node."""
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Makes a node that remembers the lines of ``forward`` it comes from.
-
-        torch.fx can record them too, but imports modules of 160 MB to do so.
-        """
-        node = super().create_node(*args, **kwargs)
-        frames = traceback.extract_stack()
-        first = next((i for i, frame in enumerate(frames) if frame.name == "forward"), len(frames))
-        node.stack_trace = "".join(traceback.format_list(frames[first:]))
-        return node
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return not list(module.children()) or super().is_leaf_module(module, qualified_name)
-
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
-        """Fixes the options of ``forward`` that have default values at those values."""
-        function, proxies = super().create_args_for_root(*args, **kwargs)
-        return function, [p.node.args[0] if isinstance(p, fx.Proxy) and p.node.args else p for p in proxies]
+__all__ = ["CaptureError", "capture", "program_of"]
 
 
 def capture(
-    model: nn.Module, loss: Loss, *, bn: str = "task", adapt: Iterable[str] | None = None, steps: int = 1
+    model: nn.Module, loss: Loss, x: Tensor, *, bn: str = "task", adapt: Iterable[str] | None = None, steps: int = 1
 ) -> Program:
-    """Returns the Program of ``model`` under ``loss``.
+    """Returns the Program of ``model`` under ``loss``, for one task's samples like ``x [n, ...]``.
 
     Args:
-        model: takes one batch ``[n, ...]`` and returns one tensor; its ``forward`` may branch only on what is known
-            before the data comes.
+        model: takes one batch ``[n, ...]`` and returns one tensor. It runs once, and is as before when this returns.
         loss: a loss with rules, as ``metafast.program.losses.as_loss`` makes it.
+        x: samples of one task.
         bn: the mode of every batch norm (see ``metafast.kernels.batch_norm``); ``per_step`` gives its parameters a
             leading axis of ``steps + 1`` rows.
         adapt: the names of the parameters that the inner loop moves; ``None`` means all of them.
         steps: the number S of inner steps; only ``per_step`` batch norm depends on it.
 
     Raises:
-        CaptureError: the forward pass depends on the data, changes its input in place, or draws random numbers.
+        CaptureError: the forward pass depends on values of the data, changes its input in place, or draws random
+            numbers.
     """
-    graph, root = trace(model)
-    builder = _Builder(model, root, bn)
-    for node in graph.nodes:
-        builder.visit(node)
-    return builder.finish(loss, adapt, steps)
+    recording = record(model, x)
+    names = used_parameters(recording, model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    modes = dict.fromkeys((name for name, _ in model.named_modules()), bn)
+    adapted = set(names) if adapt is None else set(adapt)
+    return program_of(model, recording, loss, Layout(names, shapes, adapted, steps), modes)
 
 
-def trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
-    """Returns the graph of the forward pass, and the module in which the names of its nodes are looked up.
+@dataclass(frozen=True)
+class Layout:
+    """Says which parameters a Program has.
+
+    Attributes:
+        names: their names, in the order of the flat vector.
+        shapes: the shape of each in the module, by name.
+        adapted: the names of those that the inner loop moves.
+        steps: the number S of inner steps: those of ``per_step`` batch norm have ``S + 1`` rows.
+    """
+
+    names: Sequence[str]
+    shapes: Mapping[str, tuple[int, ...]]
+    adapted: Collection[str]
+    steps: int
+
+
+def used_parameters(recording: Recording, model: nn.Module) -> list[str]:
+    """Lists the names of the parameters that the output depends on, in the model's order."""
+    used: set[str] = set()
+    for number in needed(recording):
+        operation = recording.operations[number]
+        used |= {ref.name for ref in refs_in((operation.args, operation.kwargs)) if isinstance(ref, Weight)}
+    return [name for name, _ in model.named_parameters() if name in used]
+
+
+def needed(recording: Recording) -> list[int]:
+    """Lists the numbers of the operations that the output depends on, in their order."""
+    found: set[int] = set()
+    waiting = [recording.output]
+    while waiting:
+        ref = waiting.pop()
+        if isinstance(ref, Made) and ref.operation not in found:
+            found.add(ref.operation)
+            operation = recording.operations[ref.operation]
+            waiting += refs_in((operation.args, operation.kwargs))
+    return sorted(found)
+
+
+def program_of(model: nn.Module, recording: Recording, loss: Loss, layout: Layout, modes: Mapping[str, str]) -> Program:
+    """Groups the operations of ``recording`` into the nodes of a Program; ``modes`` has that of each batch norm.
 
     Raises:
-        CaptureError: the forward pass cannot be captured.
+        CaptureError: the output depends on no parameter, or on none that the inner loop moves.
     """
-    tracer = _Tracer()
-    random_state = torch.get_rng_state()
-    try:
-        graph = tracer.trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, IndexError) as error:
-        remedy = next((r for symptom, r in _REMEDIES.items() if symptom in str(error)), _NO_BRANCHES)
-        raise CaptureError(
-            f"the forward pass of {type(model).__name__} cannot be captured at {_user_line(error)}: {error}. {remedy}"
-        ) from error
-    if not torch.equal(random_state, torch.get_rng_state()):
-        raise CaptureError(
-            f"the forward pass of {type(model).__name__} draws random numbers; they have no exact meta-gradient: draw "
-            "them in __init__ or take them out"
-        )
-    return graph, tracer.root
+    builder = _Builder(recording, layout, modes)
+    builder.run()
+    return builder.finish(type(model).__name__, loss)
 
 
-def _user_line(error: BaseException) -> str:
-    """Returns the last line of the user's code that ``error`` went through, as ``file:number (text)``."""
-    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    return _last_user_line(frames) or "an unknown line"
-
-
-def _node_line(node: fx.Node) -> str:
-    """Returns the line of the user's code that made ``node``, as ``file:number (text)``."""
-    frames = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.stack_trace or "")
-    return _last_user_line(frames) or f"node {node.name}"
-
-
-def _last_user_line(frames: Iterable[tuple[Any, ...]]) -> str:
-    library = os.path.dirname(torch.__file__)
-    own = [f"{name}:{number} ({line})" for name, number, line in frames if not name.startswith((library, __file__))]
-    return own[-1] if own else ""
+def node_values(recording: Recording, layout: Layout, modes: Mapping[str, str]) -> list[Made]:
+    """Lists the recorded value that each node of ``program_of`` makes, in the order of the nodes."""
+    builder = _Builder(recording, layout, modes)
+    builder.run()
+    return [ref for ref in builder.value if isinstance(ref, Made)]
 
 
 class _Builder:
-    """Visits the nodes of the graph in order and collects the Program's nodes and parameters.
+    """Turns a recording into the nodes of a Program.
 
     Attributes:
-        names: the name of each parameter of the model, by its ``id``.
-        shapes: the shape of each parameter that a layer uses, by name.
-        per_step: the names of the parameters that get a row for each inner step.
-        value: the number of the Program's value that a graph node makes.
-        attribute: the parameter, buffer or constant that a graph node fetches.
-        sizes: the graph nodes that make sizes, shapes, dtypes or devices.
-        inlined: the graph nodes that make no tensor, ``sizes`` among them; the layers that use them compute them.
-        nodes: name, layer, inputs, names of the parameters, and constants of each node of the Program.
-        output: the number of the value that the model returns.
+        needed: the numbers of the operations that the output depends on.
+        traits: for each of them, whether it depends on the samples, and whether on an adapted parameter.
+        matches: the layer that an operation becomes, for those that a pattern covers.
+        roots: the values that nodes of the Program make, besides the matched ones.
+        cone: for each operation without a pattern, the root of the one cone that it belongs to; ``None`` where each
+            cone that reads it computes it again.
+        value: the number of the Program's value, by reference.
+        nodes: name, layer, inputs, names of the parameters, and constants of each node.
     """
 
-    def __init__(self, model: nn.Module, root: nn.Module, bn: str) -> None:
-        self.model = model
-        self.root = root
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+    def __init__(self, recording: Recording, layout: Layout, modes: Mapping[str, str]) -> None:
+        self.recording = recording
+        self.operations = recording.operations
+        self.layout = layout
+        self.modes = modes
+        self.needed = needed(recording)
+        self.reads = {n: refs_in((self.operations[n].args, self.operations[n].kwargs)) for n in self.needed}
+        self.data: dict[int, bool] = {}
+        self.varying: dict[int, bool] = {}
+        self.moving: dict[int, bool] = {}
+        self.matches: dict[int, Match] = {}
+        self.roots: set[Made] = set()
+        self.cone: dict[int, Made | None] = {}
+        self.value: dict[Ref, int] = {Input(0): 0}
         self.per_step: set[str] = set()
-        self.value: dict[fx.Node, int] = {}
-        self.attribute: dict[fx.Node, Any] = {}
-        self.recogniser = Recogniser(self.attribute, self.value, bn)
-        self.sizes: set[fx.Node] = set()
-        self.inlined: set[fx.Node] = set()
-        self.nodes: list[tuple[str, Layer, tuple[int, ...], tuple[str, ...], tuple[Tensor, ...]]] = []
-        self.output = 0
+        self.nodes: list[tuple[str, Layer, tuple[int, ...], tuple[str, ...], tuple[Tensor, ...], str]] = []
 
-    def visit(self, node: fx.Node) -> None:
-        """Takes up the next node of the graph."""
-        self._refuse_random(node)
-        if node.op == "placeholder":
-            self._placeholder(node)
-        elif node.op == "get_attr":
-            self.attribute[node] = _fetch(self.root, str(node.target))
-        elif node.op == "output":
-            if node.args[0] not in self.value:
-                raise CaptureError(
-                    f"{type(self.model).__name__}.forward returns {node.args[0]}; it must return one tensor that "
-                    "depends on its input"
-                )
-            self.output = self.value[node.args[0]]  # type: ignore[index]
-        elif self._makes_no_tensor(node):
-            self.inlined.add(node)
-        else:
-            self._layer(node)
+    def run(self) -> None:
+        """Finds layers, groups the rest, and makes the nodes."""
+        for number in self.needed:
+            self._examine(number)
+        self._group()
+        names = _Names()
+        if self.recording.several:
+            self._add_inputs()
+        for number in self.needed:
+            if number in self.matches:
+                self._add_match(number, names)
+                continue
+            for part in range(self.operations[number].results):
+                if Made(number, part) in self.roots:
+                    self._add_cone(Made(number, part), names)
 
-    def finish(self, loss: Loss, adapt: Iterable[str] | None, steps: int) -> Program:
-        """Makes the Program after the last node; parameters lie in the flat vector in the model's own order."""
-        adapted = None if adapt is None else set(adapt)
-        used = [name for name, _ in self.model.named_parameters() if name in self.shapes]
+    def finish(self, model: str, loss: Loss) -> Program:
+        """Makes the Program; parameters lie in the flat vector in the order of the layout."""
         offset = 0
         parameters = []
-        for name in used:
-            shape = self.shapes[name]
+        for name in self.layout.names:
+            shape = self.layout.shapes[name]
             if name in self.per_step:
-                shape = (steps + 1, *shape)
-            parameter = Parameter(name, shape, offset, adapted is None or name in adapted)
-            parameters.append(parameter)
-            offset += parameter.size
+                shape = (self.layout.steps + 1, *shape)
+            parameters.append(Parameter(name, shape, offset, name in self.layout.adapted))
+            offset += parameters[-1].size
         if not parameters:
-            raise CaptureError(f"{type(self.model).__name__} uses no parameters; there is nothing to meta-learn")
+            raise CaptureError(f"{model} uses no parameters; there is nothing to meta-learn")
         if not any(p.adapted for p in parameters):
             raise CaptureError(
-                f"the forward pass of {type(self.model).__name__} uses none of the parameters to adapt, "
-                f"{sorted(adapted or ())}; it uses {used}"
+                f"the forward pass of {model} uses none of the parameters to adapt, {sorted(self.layout.adapted)}; it "
+                f"uses {list(self.layout.names)}"
             )
         index = {p.name: i for i, p in enumerate(parameters)}
         nodes = tuple(
-            Node(name, layer, inputs, tuple(index[p] for p in params), constants)
-            for name, layer, inputs, params, constants in self.nodes
+            Node(name, layer, inputs, tuple(index[p] for p in params), constants, line)
+            for name, layer, inputs, params, constants, line in self.nodes
         )
-        return Program(nodes, tuple(parameters), self.output, loss)
+        return Program(nodes, tuple(parameters), self.value[self.recording.output], loss)
 
-    def _placeholder(self, node: fx.Node) -> None:
-        """Takes up an argument of ``forward``: the first is value 0, the others are constants."""
-        if not self.value:
-            self.value[node] = 0
-        elif node.args:
-            self.attribute[node] = node.args[0]
-        else:
-            raise CaptureError(
-                f"{type(self.model).__name__}.forward takes {node.target!r} besides its first argument; a model takes "
-                "one batch: give the others default values or fix them in __init__"
-            )
+    def _examine(self, number: int) -> None:
+        """Notes what an operation depends on, and the layer that it becomes, if any."""
+        operation, reads = self.operations[number], self.reads[number]
+        made = [ref for ref in reads if isinstance(ref, Made)]
+        self.data[number] = any(isinstance(r, Input) for r in reads) or any(self.data[r.operation] for r in made)
+        weights = [r for r in reads if isinstance(r, Weight)]
+        self.varying[number] = self.data[number] or bool(weights) or any(self.varying[r.operation] for r in made)
+        adapted = any(r.name in self.layout.adapted for r in weights)
+        self.moving[number] = adapted or any(self.moving[r.operation] for r in made)
+        found = match(operation, self._shape, self._is_value, self.modes.get(operation.path) or self._mode(operation))
+        if found is not None:
+            self.matches[number] = found
 
-    def _makes_no_tensor(self, node: fx.Node) -> bool:
-        """Says whether ``node`` makes a size, or a tuple that is only taken apart; the layers that use it compute it.
+    @staticmethod
+    def _mode(operation: Operation) -> str:
+        """Returns the mode of a batch norm that no module of that class makes, by its own argument."""
+        return "task" if operation.arguments().get("training", True) else "frozen"
 
-        Sizes are also remembered: whatever is made of sizes alone is one too.
+    def _shape(self, ref: Ref) -> tuple[int, ...]:
+        if isinstance(ref, Made):
+            return tuple(self.recording.values[ref][0])
+        return tuple(self.recording.inputs[ref.number]) if isinstance(ref, Input) else ()
+
+    def _is_value(self, ref: Ref) -> bool:
+        """Says whether ``ref`` is a value of the batch that has real numbers."""
+        if isinstance(ref, Input):
+            return self.recording.dtypes[ref.number].is_floating_point
+        return isinstance(ref, Made) and self.data[ref.operation] and self._is_real(ref)
+
+    def _is_real(self, ref: Made) -> bool:
+        return self.recording.values[ref][1].is_floating_point
+
+    def _group(self) -> None:
+        """Decides, from the last operation to the first, which ones belong to one cone."""
+        readers: dict[int, list[tuple[Made, int | None]]] = {n: [] for n in self.needed}
+        for number in self.needed:
+            for ref in self.reads[number]:
+                if isinstance(ref, Made):
+                    readers[ref.operation].append((ref, number))
+        if isinstance(self.recording.output, Made):
+            readers[self.recording.output.operation].append((self.recording.output, None))
+        for number in reversed(self.needed):
+            if number not in self.matches and self.varying[number]:
+                self._place(number, readers[number])
+
+    def _place(self, number: int, readers: list[tuple[Made, int | None]]) -> None:
+        """Puts an operation into the cone of its readers, or makes its results roots of cones of their own.
+
+        An operation whose results are no real numbers, such as indices, is computed again in each cone that reads it.
+        A cone does not mix what the inner loop changes with what it leaves: that is computed once.
         """
-        sources = [n for n in node.all_input_nodes if n not in self.attribute]
-        if sources and all(n in self.sizes for n in sources):
-            self.sizes.add(node)
-            return True
-        if _reads_size(node):
-            self.sizes.add(node)
-            return True
-        taken_apart = bool(node.users) and all(
-            user.target is getattr or (user.target is operator.getitem and isinstance(user.args[1], int))
-            for user in node.users
-        )
-        return taken_apart and (_makes_tuple(node) or node.op == "call_module")
-
-    def _layer(self, node: fx.Node) -> None:
-        """Makes a node of the Program: the layer that a pattern recognises, or else a derived one."""
-        self._refuse_in_place(node)
-        match = self.recogniser.match(node, self._module(node))
-        if match is None:
-            match = self._derive(node)
-        if match.layer is None:
-            self.value[node] = self.value[match.inputs[0]]
+        cones = {None if r is None or r in self.matches else self.cone[r] for _, r in readers}
+        only = next(iter(cones)) if len(cones) == 1 else None
+        if only is not None and self.moving[number] == self.moving[only.operation]:
+            self.cone[number] = only
             return
-        params = tuple(self._parameter(p, node) for p in match.params)
-        if match.layer.varies:
-            self.per_step.update(params)
-        name = str(node.target) if node.op == "call_module" else node.name
-        inputs = tuple(self.value[i] for i in match.inputs)
-        self.nodes.append((name, match.layer, inputs, params, tuple(match.constants)))
-        self.value[node] = len(self.nodes)
+        real = all(self._is_real(ref) for ref, _ in readers)
+        roots = {ref for ref, r in readers if real or (self._is_real(ref) and (r is None or r in self.matches))}
+        self.roots |= roots
+        self.cone[number] = next(iter(roots)) if real and len(roots) == 1 else None
 
-    def _parameter(self, parameter: Tensor, node: fx.Node) -> str:
-        """Returns the name of a parameter that ``node`` uses, and notes its shape."""
-        name = self.names.get(id(parameter))
-        if name is None:
-            raise CaptureError(f"a parameter used at {_node_line(node)} is not registered in the model")
-        self.shapes[name] = tuple(parameter.shape)
-        return name
+    def _add_inputs(self) -> None:
+        """Makes a node of each part of the samples that somebody reads."""
+        used = {ref for reads in self.reads.values() for ref in reads if isinstance(ref, Input)}
+        del self.value[Input(0)]
+        for ref in sorted(used, key=lambda ref: ref.number):
+            self.nodes.append((f"input_{ref.number}", InputPart(ref.number), (0,), (), (), ""))
+            self.value[ref] = len(self.nodes)
 
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    def _add_match(self, number: int, names: _Names) -> None:
+        """Makes the node of a layer with rules."""
+        found, operation = self.matches[number], self.operations[number]
+        if found.layer.varies:
+            self.per_step.update(found.params)
+        inputs = tuple(self.value[ref] for ref in found.inputs)
+        name = names.of(operation, [operation])
+        self.nodes.append((name, found.layer, inputs, tuple(found.params), tuple(found.constants), operation.line))
+        self.value[Made(number)] = len(self.nodes)
 
-    def _refuse_random(self, node: fx.Node) -> None:
-        """Raises CaptureError where ``node`` draws random numbers."""
-        module = self._module(node)
-        drawing = module is not None and any(_draws(m) for m in module.modules())
-        if node.op != "call_module" and getattr(node.target, "__name__", str(node.target)).rstrip("_") in _RANDOM:
-            drawing = _is_drawing(node)
-        if drawing:
-            raise CaptureError(
-                f"random numbers at {_node_line(node)}: dropout in training mode has no exact meta-gradient; call "
-                "model.eval() on it or take it out"
-            )
+    def _add_cone(self, root: Made, names: _Names) -> None:
+        """Makes the node of a derived layer, which computes ``root``."""
+        order: list[int] = []
+        self._collect(root.operation, root, order)
+        slots: dict[Ref, Slot] = {Made(n, part): Slot("made", i, part) for i, n in enumerate(order)
+                                  for part in range(self.operations[n].results)}  # fmt: skip
+        outside: dict[str, list[Any]] = {"input": [], "parameter": [], "constant": []}
+        for ref in dict.fromkeys(ref for n in order for ref in self.reads[n] if ref not in slots):
+            kind = {Weight: "parameter", Constant: "constant"}.get(type(ref), "input")
+            slots[ref] = Slot(kind, len(outside[kind]))
+            outside[kind].append(ref)
+        steps: tuple[Step, ...] = tuple(as_step(self.operations[n], slots) for n in order)
+        cone = Cone(steps, slots[root])
+        operations = [self.operations[n] for n in order]
+        layer = Derived(cone, _label(operations), cone.reverse_only)
+        inputs = tuple(self.value[ref] for ref in outside["input"])
+        params = tuple(ref.name for ref in outside["parameter"])
+        constants = tuple(ref.tensor for ref in outside["constant"])
+        name = names.of(operations[-1], operations)
+        self.nodes.append((name, layer, inputs, params, constants, operations[-1].line))
+        self.value[root] = len(self.nodes)
 
-    def _refuse_in_place(self, node: fx.Node) -> None:
-        """Raises CaptureError where ``node`` changes a tensor in place that something else may read."""
-        if not in_place(node, self._module(node)):
+    def _collect(self, number: int, root: Made, order: list[int]) -> None:
+        """Adds an operation to a cone, behind those that it reads and that belong to the cone."""
+        if number in order:
             return
-        changed = node.all_input_nodes[0]
-        shared = len(changed.users) > 1 or changed.target in _VIEWS
-        if self.value.get(changed) == 0 or node.target is operator.setitem or shared:
-            raise CaptureError(
-                f"an in-place change at {_node_line(node)} of a tensor that is the model's input, a view, or used "
-                "elsewhere; use the out-of-place form (inplace=False, x = x + y)"
-            )
+        for ref in self.reads[number]:
+            if isinstance(ref, Made) and self._belongs(ref, root):
+                self._collect(ref.operation, root, order)
+        order.append(number)
 
-    def _derive(self, node: fx.Node) -> Match:
-        """Makes a layer whose rules torch.func derives."""
-        folded = Folded(node, self.root, self.inlined, self.attribute)
-        if not folded.inputs:
-            raise CaptureError(
-                f"{_node_line(node)} makes a tensor that does not depend on the model's input; build it in __init__"
-            )
-        return Match(Derived(folded, folded.label), folded.inputs, folded.params)
+    def _belongs(self, ref: Made, root: Made) -> bool:
+        """Says whether the cone of ``root`` computes ``ref`` itself, rather than to be given it."""
+        if not self.varying[ref.operation]:
+            return True
+        return ref.operation not in self.matches and ref not in self.roots
 
 
-def _fetch(root: nn.Module, path: str) -> Any:
-    """Returns the attribute of ``root`` at a dotted path."""
-    found: Any = root
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+class _Names:
+    """Gives each node a name of its own: that of its module, or that of its operation."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}
+
+    def of(self, operation: Operation, operations: Sequence[Operation]) -> str:
+        """Returns a name for the node of ``operations``, of which ``operation`` is the last."""
+        inside = bool(operation.path) and all(o.path == operation.path for o in operations)
+        name = operation.path if inside and operation.leaf else operation.name
+        count = self.taken.get(name, 0)
+        self.taken[name] = count + 1
+        return name if count == 0 else f"{name}_{count}"
 
 
-def _reads_size(node: fx.Node) -> bool:
-    """Says whether ``node`` is a call such as ``x.size(0)`` or an attribute such as ``x.shape``."""
-    if node.op == "call_method":
-        return node.target in _SIZE_METHODS
-    if node.op != "call_function":
-        return False
-    return node.target is getattr and node.args[1] in _SIZE_ATTRIBUTES
-
-
-def _makes_tuple(node: fx.Node) -> bool:
-    """Says whether ``node`` is a call that returns a tuple of tensors."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in _TUPLE_MAKERS and node.op in ("call_method", "call_function")
-
-
-def _draws(module: nn.Module) -> bool:
-    """Says whether the module draws random numbers: it is in training mode and drops something, or is an RReLU."""
-    dropped = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0)
-    return module.training and (isinstance(module, nn.RReLU) or (isinstance(dropped, float | int) and dropped > 0))
-
-
-def _is_drawing(node: fx.Node) -> bool:
-    """Says whether a call from ``_RANDOM`` draws: every one does but dropout outside of training or with ``p=0``."""
-    if "dropout" not in getattr(node.target, "__name__", str(node.target)):
-        return True
-    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-    p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-    return bool(training) and bool(p)
+def _label(operations: Sequence[Operation]) -> str:
+    """Returns words for the operations of one node: the class of their module, or their own names."""
+    if operations[0].leaf and len({operation.path for operation in operations}) == 1:
+        return operations[0].leaf
+    names = list(dict.fromkeys(operation.name for operation in operations))
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} .. {names[-1]}, {len(operations)} operations"

@@ -1,111 +1,153 @@
-"""Turns a graph node that has no rules of its own into a pure function of tensors, for a ``Derived`` layer.
-
-The function also computes the sizes and tuples that the node reads. In-place operations are replaced by their
-out-of-place forms, and every parameter that is used on the way becomes an argument.
-"""
+"""Turns operations that have no rules of their own into one pure function of tensors, for a ``Derived`` layer."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Container, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-_OUT_OF_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.imatmul: operator.matmul,
-    operator.ipow: operator.pow,
-}
+from metafast.program.operation import FunctionCall, Operation, Ref
 
-
-def in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Says whether the node changes one of its inputs."""
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    return node.target in _OUT_OF_PLACE or node.target is operator.setitem or bool(node.kwargs.get("inplace"))
+aten = torch.ops.aten
+_KINKED = {aten.linalg_vector_norm, aten.norm, aten.linalg_norm, aten.cosine_similarity, aten.cdist, aten.dist,
+           aten.pairwise_distance, aten.frobenius_norm, aten.renorm, aten.std, aten.std_mean}  # fmt: skip
+"""Functions that are not smooth at zero: there forward mode gives no number where reverse mode gives zero."""
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-class Folded:
-    """Computes one graph node for one task: ``folded(params, inputs) -> tensor``.
-
-    Args:
-        node: the node to compute.
-        root: the module in which the names of the graph are looked up.
-        folded: the nodes that make no tensor; those that ``node`` reads are computed on the way to it.
-        attributes: the value of each node that fetches a parameter, a buffer or a constant.
+@dataclass(frozen=True)
+class Slot(Ref):
+    """Stands for a tensor that a ``Cone`` is given or makes.
 
     Attributes:
-        inputs: the graph nodes whose values a call takes, in its order.
-        params: the parameters whose values a call takes, in its order.
-        order: the nodes that a call computes, one after another; ``node`` is the last.
-        leaves: the index in ``params`` of each parameter that a node of the graph fetches.
-        weights: the indices in ``params`` of each called module's own parameters, by name.
+        kind: ``"parameter"``, ``"input"`` or ``"constant"``, or ``"made"`` for a result of one of its steps.
+        number: which of them.
+        part: which result of the step.
     """
 
-    def __init__(
-        self, node: fx.Node, root: nn.Module, folded: Container[fx.Node], attributes: Mapping[fx.Node, Any]
-    ) -> None:
-        self.node = node
-        self.attributes = attributes
-        self.order = _evaluation_order(node, folded)
-        sources = list(dict.fromkeys(s for n in self.order for s in n.all_input_nodes))
-        self.inputs = [s for s in sources if s not in attributes and s not in self.order]
-        self.params: list[Tensor] = []
-        self.leaves = {s: self._argument(attributes[s]) for s in sources if isinstance(attributes.get(s), nn.Parameter)}
-        self.modules = {n: root.get_submodule(str(n.target)) for n in self.order if n.op == "call_module"}
-        self.weights = {
-            n: {name: self._argument(p) for name, p in module.named_parameters()} for n, module in self.modules.items()
-        }
+    kind: str
+    number: int
+    part: int = 0
+
+
+class Items(tuple[Any, ...]):
+    """Stands for a list among the arguments of a ``Step``."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Describes one call of a ``Cone``; it holds no lists, so that nobody can change it.
+
+    Attributes:
+        target: what is called.
+        args: its arguments, with a ``Slot`` in the place of each tensor.
+        kwargs: likewise, as pairs of name and value.
+        grad: whether gradients go through it.
+        autocast: device and dtype of the autocast that it runs under.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    grad: bool
+    autocast: tuple[str, torch.dtype] | None
+
+    def run(self, known: dict[Slot, Any]) -> Any:
+        """Calls ``target`` on what is ``known``."""
+        args = _filled(self.args, known)
+        kwargs = {name: _filled(value, known) for name, value in self.kwargs}
+        if self.grad and self.autocast is None:
+            return self.target(*args, **kwargs)
+        with ExitStack() as stack:
+            if not self.grad:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(False))
+            if self.autocast is not None:
+                device, dtype = self.autocast
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            return self.target(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Cone:
+    """Computes one value of a module for one task: ``cone(params, inputs, constants) -> tensor``.
+
+    Two cones are equal where they compute the same.
+
+    Attributes:
+        steps: the calls in their order.
+        result: the value that it returns.
+    """
+
+    steps: tuple[Step, ...]
+    result: Slot
+
+    def __call__(
+        self, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        known: dict[Slot, Any] = {}
+        for kind, tensors in (("parameter", params), ("input", inputs), ("constant", constants)):
+            known.update((Slot(kind, i), tensor) for i, tensor in enumerate(tensors))
+        for number, step in enumerate(self.steps):
+            found = step.run(known)
+            for part, tensor in enumerate(found if isinstance(found, tuple | list) else (found,)):
+                known[Slot("made", number, part)] = tensor
+        result = known[self.result]
+        # A tensor that lies in one of the arguments must not be taken for a new one.
+        return result.clone() if any(result is t for t in (*params, *inputs, *constants)) else result
+
+    def __hash__(self) -> int:
+        return hash(tuple(str(step.target) for step in self.steps[:4]))
 
     @property
-    def label(self) -> str:
-        """Returns the name by which people know the operation, such as ``GRU`` or ``softmax``."""
-        if self.node in self.modules:
-            return type(self.modules[self.node]).__name__
-        return getattr(self.node.target, "__name__", str(self.node.target))
-
-    def __call__(self, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
-        known: dict[fx.Node, Any] = {**self.attributes, **dict(zip(self.inputs, inputs, strict=True))}
-        known |= {leaf: params[i] for leaf, i in self.leaves.items()}
-        for node in self.order:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            if kwargs.get("inplace"):
-                kwargs = {**kwargs, "inplace": False}
-            known[node] = self._run(node, args, kwargs, params)
-        return known[self.node]
-
-    def _run(self, node: fx.Node, args: Any, kwargs: Any, params: tuple[Tensor, ...]) -> Any:
-        if node in self.modules:
-            weights = {name: params[i] for name, i in self.weights[node].items()}
-            return torch.func.functional_call(self.modules[node], weights, args, kwargs)
-        if node.op == "call_method":
-            name = str(node.target)
-            return getattr(args[0], name.removesuffix("_") if in_place(node, None) else name)(*args[1:], **kwargs)
-        return _OUT_OF_PLACE.get(node.target, node.target)(*args, **kwargs)
-
-    def _argument(self, parameter: Tensor) -> int:
-        """Makes the parameter an argument of the call and returns its index."""
-        self.params.append(parameter)
-        return len(self.params) - 1
+    def reverse_only(self) -> bool:
+        """Says whether second derivatives are to be had from the graph of its gradient alone."""
+        targets = [step.target for step in self.steps]
+        return any(isinstance(t, FunctionCall) or getattr(t, "overloadpacket", None) in _KINKED for t in targets)
 
 
-def _evaluation_order(node: fx.Node, folded: Container[fx.Node]) -> list[fx.Node]:
-    """Returns the folded nodes that ``node`` reads, each behind those that it reads itself, and ``node`` at the end."""
-    order: list[fx.Node] = []
+def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Computes ``softmax(q k' / sqrt d) v`` by operations that can be differentiated twice."""
+    scaled: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(query, key, value, *args, **options)[0]
+    return scaled
 
-    def collect(n: fx.Node) -> None:
-        for source in n.all_input_nodes:
-            if source in folded and source not in order:
-                collect(source)
-        order.append(n)
 
-    collect(node)
-    return order
+def as_step(operation: Operation, slots: dict[Ref, Slot]) -> Step:
+    """Returns the step that repeats an operation, with the slot of each value that it reads."""
+    arguments = operation.arguments()
+    args, kwargs = operation.args, operation.kwargs
+    statistics = _statistics_taken_anew(operation, arguments)
+    if statistics is not None:
+        args, kwargs = statistics, {}
+    target = attention if operation.target is _ATTENTION else operation.target
+    named = tuple((name, _frozen(value, slots)) for name, value in kwargs.items())
+    return Step(target, _frozen(args, slots), named, operation.grad, operation.autocast)
+
+
+def _statistics_taken_anew(operation: Operation, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Returns the arguments of a norm in training without its running statistics, which it would write to."""
+    anew = arguments.get("training") is True or arguments.get("use_input_stats") is True
+    if not anew or "running_mean" not in arguments:
+        return None
+    return tuple(None if name in ("running_mean", "running_var") else value for name, value in arguments.items())
+
+
+def _frozen(value: Any, slots: dict[Ref, Slot]) -> Any:
+    """Replaces references by slots."""
+    if isinstance(value, Ref):
+        return slots[value]
+    if isinstance(value, tuple | list):
+        return (Items if isinstance(value, list) else tuple)(_frozen(v, slots) for v in value)
+    return value
+
+
+def _filled(value: Any, known: dict[Slot, Any]) -> Any:
+    """Replaces slots by what is known."""
+    if isinstance(value, Slot):
+        return known[value]
+    if isinstance(value, tuple):
+        return (list if isinstance(value, Items) else tuple)(_filled(v, known) for v in value)
+    return value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
-from metafast.tasks import Batch
+from metafast.tasks import Batch, parts_of
 
 Adjoints = dict[int, Tensor]
 """The adjoint ``[T, n, ...]`` of the loss in a value, by the value's number."""
@@ -67,6 +67,7 @@ class Pass:
         wanted: tuple[bool, ...],
         prefix: FixedPrefix | None = None,
     ) -> None:
+        program = program.at(batch.x.shape[1])
         self.program = program
         self.batch = batch
         self.step = step
@@ -102,6 +103,10 @@ class Pass:
         """Computes the gradients of each task's loss, after ``loss``; it stops where the prefix begins."""
         adjoints = {self.program.output: self.program.loss.backward(self.loss_context)}
         return self._backward(adjoints, self.prefix.contexts)
+
+    def vjp(self, g: Tensor) -> Gradients:
+        """Computes the gradients of ``<outputs, g>`` for ``g [T, n, ...]``, after ``forward``."""
+        return self._backward({self.program.output: g}, ())
 
     def backward_prefix(self) -> Gradients:
         """Takes the sum in the prefix's ``adjoint`` back through the prefix, to the gradients of its parameters."""
@@ -185,9 +190,10 @@ class Pass:
             self.values[i + 1] = node.layer.forward(ctx, self._params_of(i, self.params), inputs, node.constants)
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(str(list(value.shape[1:])) for value in inputs)
+            samples = ", ".join(str(list(part.shape[2:])) for part in parts_of(self.batch.x))
             raise ValueError(
                 f"layer {node.name!r} ({node.layer.kind}) cannot take an input of shape {shapes} [n, ...]: {error}. "
-                f"The samples have shape {list(self.batch.x.shape[2:])}; check it against the model's first layer"
+                f"The samples have shape {samples}; check it against the model's first layer"
             ) from error
         self.contexts[i] = ctx
 

@@ -8,8 +8,9 @@ so that one Program serves any number of tasks, and an update of all their param
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Node:
         inputs: the numbers of the values that it reads, in the order that its rules take them.
         params: the numbers of the parameters that it uses, in the order that its rules take them.
         constants: buffers of the user's module that it uses and nothing differentiates.
+        line: the line of the user's code that it comes from, as ``file:number (text)``; empty where that is unknown.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Node:
     inputs: tuple[int, ...]
     params: tuple[int, ...] = ()
     constants: tuple[Tensor, ...] = ()
+    line: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +73,36 @@ class Program:
         parameters: the parameters, in the order of the flat vector.
         output: the number of the value that the loss reads.
         loss: the loss.
+        query_loss: the loss of the query sets, where it is another one than that of the support sets.
+        by_samples: where some node depends on the number of samples, the Program for each number that is known.
     """
 
     nodes: tuple[Node, ...]
     parameters: tuple[Parameter, ...]
     output: int
     loss: Loss
+    query_loss: Loss | None = None
+    by_samples: Mapping[int, Program] = field(default_factory=dict)
+
+    def at(self, samples: int) -> Program:
+        """Returns the Program for tasks of that many samples.
+
+        Raises:
+            ValueError: some node depends on the number of samples, and this one has not been captured.
+        """
+        if not self.by_samples:
+            return self
+        if samples not in self.by_samples:
+            raise ValueError(f"this model depends on the number of samples, and was not run on {samples} of them yet")
+        return self.by_samples[samples]
+
+    def computes_as(self, other: Program) -> bool:
+        """Says whether both have the same nodes, and so compute the same for any number of samples."""
+        return self.parameters == other.parameters and self.output == other.output and all(
+            a.layer == b.layer and a.inputs == b.inputs and a.params == b.params
+            and len(a.constants) == len(b.constants) and all(map(is_, a.constants, b.constants))
+            for a, b in zip(self.nodes, other.nodes, strict=False)
+        ) and len(self.nodes) == len(other.nodes)  # fmt: skip
 
     @property
     def size(self) -> int:
@@ -93,6 +120,12 @@ class Program:
         """Splits ``flat [..., P]`` into one tensor ``[..., *shape]`` for each of ``parameters``, in their order."""
         lead = flat.shape[:-1]
         return [flat[..., p.offset : p.offset + p.size].reshape((*lead, *p.shape)) for p in self.parameters]
+
+    @cached_property
+    def derived(self) -> tuple[Node, ...]:
+        """Returns the nodes that have no rules of their own, for any number of samples."""
+        programs = (self, *self.by_samples.values())
+        return tuple(node for program in programs for node in program.nodes if node.layer.kind == "derived")
 
     @cached_property
     def adapted(self) -> Tensor:
@@ -117,6 +150,19 @@ class Program:
             )
         return tuple(moving)
 
-    def with_loss(self, loss: Loss) -> Program:
-        """Returns the same model under another loss."""
-        return replace(self, loss=loss)
+    def holding_constants(self) -> Program:
+        """Returns the Program with copies of its constants; it itself, where it has none."""
+        if not any(node.constants for node in self.nodes):
+            return self
+        nodes = tuple(replace(node, constants=tuple(c.clone() for c in node.constants)) for node in self.nodes)
+        return replace(self, nodes=nodes, by_samples={n: p.holding_constants() for n, p in self.by_samples.items()})
+
+    @cached_property
+    def query(self) -> Program:
+        """Returns the model under the loss of the query sets: this Program, if it has one loss."""
+        return self if self.query_loss is None else self.with_loss(self.query_loss)
+
+    def with_loss(self, loss: Loss, query_loss: Loss | None = None) -> Program:
+        """Returns the same model under another loss, and under ``query_loss`` on query sets where one is given."""
+        others = {n: p.with_loss(loss, query_loss) for n, p in self.by_samples.items()}
+        return replace(self, loss=loss, query_loss=query_loss, by_samples=others)

@@ -6,20 +6,21 @@ computes the activations of each step again, so that memory does not grow with t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from metafast.executors.base import ExecutionPlan, Executor
-from metafast.executors.reference import inner_loop
+from metafast.executors.reference import by_autograd, inner_loop
+from metafast.executors.reference.by_autograd import InnerLoopByAutograd
 from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
-from metafast.tasks import Batch, TaskShapes
+from metafast.tasks import Batch, TaskShapes, each_part, parts_of
 
 _BUDGET = 2 << 30  # bytes
 _COPIES = 12
@@ -34,6 +35,7 @@ class ReferenceExecutor(Executor):
     Args:
         budget: the bytes of activations that may be in use at once.
         max_tasks: the most tasks that are computed at once; ``None`` means as many as the budget allows.
+        autograd: whether layers without rules are differentiated twice by autograd rather than by tangents.
         wrap: returns the Program to run in the place of the one that it is given (see ``Executor.observed``).
     """
 
@@ -43,34 +45,36 @@ class ReferenceExecutor(Executor):
         self,
         budget: int = _BUDGET,
         max_tasks: int | None = None,
+        autograd: bool = True,
         wrap: Callable[[Program], Program] = lambda program: program,
     ) -> None:
         self.budget = budget
         self.max_tasks = max_tasks
+        self.autograd = autograd
         self.wrap = wrap
 
     def observed(self, wrap: Callable[[Program], Program]) -> ReferenceExecutor:
-        return ReferenceExecutor(self.budget, self.max_tasks, wrap)
+        return ReferenceExecutor(self.budget, self.max_tasks, self.autograd, wrap)
 
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
-        if shapes.dtype not in (torch.float32, torch.float64):
+        if shapes.dtype.is_floating_point and shapes.dtype not in (torch.float32, torch.float64):
             return f"dtype {shapes.dtype}: it runs float32 and float64"
         layers = tuple(
-            "rules derived by torch.func" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
+            "differentiated by torch.autograd" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
             for node in program.nodes
         )
         return ExecutionPlan(self, lambda: layers, f"executor {self.name!r} may wait for the host", lambda: None)
 
     @torch.no_grad()
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+    def predict(self, program: Program, params: Tensor, x: Any, step: int = 0) -> Tensor:
         program = self.wrap(program)
         theta = _by_task(params, x)
         nothing = (False,) * len(program.parameters)
 
         def chunk(tasks: slice) -> Tensor:
-            return Pass(program, theta[tasks], Batch(x[tasks], x[tasks]), step, nothing).forward()
+            return Pass(program, theta[tasks], Batch(x[tasks], theta[tasks]), step, nothing).forward()
 
-        return torch.cat(self._in_chunks(program, x, chunk))
+        return torch.cat(self._in_chunks(program, theta, x, chunk))
 
     @torch.no_grad()
     def loss_and_grad(
@@ -82,7 +86,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> tuple[Tensor, Tensor, Tensor]:
             return inner_loop.loss_and_grad(program, theta[tasks], batch.tasks(tasks), step)
 
-        parts = self._in_chunks(program, batch.x, chunk)
+        parts = self._in_chunks(program, theta, batch.x, chunk)
         losses, grads, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
         return losses, grads, outputs
 
@@ -95,7 +99,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> Tensor:
             return torch.stack(InnerLoopRun(program, loop, rates, support.tasks(tasks)).adapt(theta[tasks]))
 
-        return torch.cat(self._in_chunks(program, support.x, chunk), 1)
+        return torch.cat(self._in_chunks(program, theta, support.x, chunk), 1)
 
     @torch.no_grad()
     def adapt_vjp(
@@ -107,50 +111,62 @@ class ReferenceExecutor(Executor):
             return v.sum(0), None
         program = self.wrap(program)
         rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
+        way_back = InnerLoopByAutograd if self._by_autograd(program) else InnerLoopRun
 
         def chunk(tasks: slice) -> Tensor:
-            run = InnerLoopRun(program, loop, rates, support.tasks(tasks))
+            run = way_back(program, loop, rates, support.tasks(tasks))
             grad = run.reverse(trajectory[:, tasks].unbind(0), v[:, tasks].unbind(0))
             if rates_grad is not None and run.rates_grad is not None:
                 rates_grad.add_(run.rates_grad)
             return grad
 
-        return torch.cat(self._in_chunks(program, support.x, chunk)), rates_grad
+        return torch.cat(self._in_chunks(program, trajectory, support.x, chunk)), rates_grad
 
     @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
         program = self.wrap(program)
         theta = _by_task(params, batch.x)
         u = _by_task(u, batch.x)
+        hvp = by_autograd.hvp if self._by_autograd(program) else inner_loop.hvp
 
         def chunk(tasks: slice) -> Tensor:
-            return inner_loop.hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
+            return hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
 
-        return torch.cat(self._in_chunks(program, batch.x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
 
-    def _in_chunks(self, program: Program, x: Tensor, compute: Callable[[slice], Found]) -> list[Found]:
+    def _by_autograd(self, program: Program) -> bool:
+        """Says whether second derivatives come from the graph of the gradient, because some layer has no rules."""
+        return self.autograd and bool(program.derived)
+
+    def _in_chunks(self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]) -> list[Found]:
         """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
-        return [compute(tasks) for tasks in self._chunks(program, x)]
+        return [compute(tasks) for tasks in self._chunks(program, params, x)]
 
-    def _chunks(self, program: Program, x: Tensor) -> Iterator[slice]:
+    def _chunks(self, program: Program, params: Tensor, x: Any) -> Iterator[slice]:
         """Yields ranges of tasks that fit into the budget."""
         tasks = x.shape[0]
-        elements = _COPIES * _elements(program, tuple(x.shape[1:]), x.dtype, x.device) + 4 * program.size
-        size = min(max(1, self.budget // (x.element_size() * elements)), self.max_tasks or tasks)
+        elements = _COPIES * _elements(program, params, x) + 4 * program.size
+        size = min(max(1, self.budget // (params.element_size() * elements)), self.max_tasks or tasks)
         for start in range(0, tasks, size):
             yield slice(start, min(tasks, start + size))
 
 
-@functools.lru_cache(maxsize=64)
-def _elements(program: Program, sample: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Counts the elements of all values of a pass on one task's samples ``[n, ...]``, by running one."""
-    x = torch.zeros(1, *sample, dtype=dtype, device=device)
-    theta = torch.zeros(1, program.size, dtype=dtype, device=device)
-    run = Pass(program, theta, Batch(x, x), 0, (False,) * len(program.parameters))
-    run.forward()
-    return sum(value.numel() for value in run.values.values())
+_COUNTS: WeakKeyDictionary[Program, dict[tuple[object, ...], int]] = WeakKeyDictionary()
 
 
-def _by_task(params: Tensor, x: Tensor) -> Tensor:
+def _elements(program: Program, params: Tensor, x: Any) -> int:
+    """Counts the elements of all values of a pass on one task's samples like ``x [T, n, ...]``, by running one."""
+    known = _COUNTS.setdefault(program, {})
+    key = (params.dtype, params.device, *((part.shape[1:], part.dtype) for part in parts_of(x)))
+    if key not in known:
+        one = each_part(lambda part: torch.zeros_like(part[:1]), x)
+        theta = params.new_zeros(1, program.size)
+        run = Pass(program, theta, Batch(one, theta), 0, (False,) * len(program.parameters))
+        run.forward()
+        known[key] = sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
+    return known[key]
+
+
+def _by_task(params: Tensor, x: Any) -> Tensor:
     """Returns ``params [P]`` or ``[T, P]`` as ``[T, P]``, for the T tasks of ``x``."""
     return params.expand(x.shape[0], -1) if params.dim() == 1 else params

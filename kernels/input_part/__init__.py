@@ -1,0 +1,3 @@
+from .reference import InputPart
+
+__all__ = ["InputPart"]

@@ -1,0 +1,170 @@
+"""Holds the Programs of one module, each captured when the first batch of its kind comes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from metafast.kernels.contract.layer import Loss
+from metafast.learners.batch_norm import BatchNormMode, in_modes, modes_of, norms_of, statistics_of
+from metafast.program import Program
+from metafast.program.capture import Layout, program_of, used_parameters
+from metafast.program.recording import Recording, record
+from metafast.tasks import TaskBatch
+
+_KINDS = 64
+"""How many kinds of batches are remembered; older ones are captured again when they come back."""
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """Says how a module is captured.
+
+    Attributes:
+        loss: the loss of the Programs.
+        query_loss: that of the query sets, where it is another one.
+        adapt: the names of the parameters that the inner loop moves.
+        bn: the modes of batch norm.
+        steps: the number S of inner steps.
+        output: which part counts of what the module returns; ``None``: all of it.
+    """
+
+    loss: Loss
+    query_loss: Loss | None
+    adapt: Collection[str]
+    bn: BatchNormMode
+    steps: int
+    output: str | int | None = None
+
+
+@dataclass
+class Captures:
+    """Captures ``model`` for each kind of samples.
+
+    Attributes:
+        model: the module.
+        settings: returns the settings of now.
+        trained: whether each batch norm was in training when the learner last was, by name: a learner in evaluation
+            keeps to that.
+        second_look: whether each Program is compared with the module; what compares more does without.
+        recordings: what has been recorded of this module, by the kind of samples.
+        programs: the Programs made of them.
+    """
+
+    model: nn.Module
+    settings: Callable[[], CaptureSettings]
+    trained: dict[str, bool] = field(default_factory=dict)
+    second_look: bool = True
+    recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
+    programs: dict[Any, Program] = field(default_factory=dict)
+
+    def of(self, tasks: TaskBatch) -> Program:
+        """Returns the Program for batches like ``tasks``.
+
+        Raises:
+            CaptureError: the module cannot become a Program.
+        """
+        support, query = self.recording(tasks.support_x), self.recording(tasks.query_x)
+        names = self._names(support, query)
+        first = self._program(support, names, tasks.support_x)
+        second = self._program(query, names, tasks.query_x)
+        if first is second:
+            return first
+        return replace(first, by_samples={_samples(tasks.support_x): first, _samples(tasks.query_x): second})
+
+    def of_samples(self, x: Any) -> Program:
+        """Returns the Program for support and query samples that are both like ``x [T, n, ...]``."""
+        found = self.recording(x)
+        return self._program(found, self._names(found), x)
+
+    @contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Keeps a call of the model from moving running statistics, where ``bn`` says what becomes of them."""
+        given = self.settings().bn is not None
+        with in_modes(self.model, dict.fromkeys(norms_of(self.model), "frozen") if given else {}):
+            yield
+
+    def extended(self, program: Program, x: Any) -> Program:
+        """Returns ``program``, or where it depends on the number of samples one that also knows that of ``x``."""
+        samples = _samples(x)
+        if samples in program.by_samples:
+            return program
+        names = tuple(p.name for p in program.parameters)
+        made = self._program(self.recording(x), names, x)
+        if not program.by_samples and made.computes_as(program):
+            return program
+        return replace(made.with_loss(program.loss), by_samples={})
+
+    def recording(self, x: Any) -> Recording:
+        """Returns what the module does with samples like ``x [T, n, ...]``: it runs once on those of the first task."""
+        key = _kind(x)
+        found = self.recordings.get(key)
+        if found is None:
+            settings = self.settings()
+            ignored = statistics_of(self.model) if settings.bn is not None else []
+            with in_modes(self.model, self.modes()):
+                found = record(self.model, tree_map(lambda leaf: leaf[0], x), settings.output, ignored)
+            self.recordings[key] = found
+            while len(self.recordings) > _KINDS:
+                self.recordings.popitem(last=False)
+        return found
+
+    def modes(self) -> dict[str, str]:
+        """Returns the mode of each batch norm by name."""
+        return modes_of(self.model, self.settings().bn, self.trained)
+
+    def stale(self) -> bool:
+        """Says whether a number has changed that some recording has read of a buffer."""
+        return any(recording.guards and recording.stale() for recording in self.recordings.values())
+
+    def forget(self) -> None:
+        """Drops everything captured, because the module has changed."""
+        self.recordings.clear()
+        self.programs.clear()
+
+    def _names(self, *recordings: Recording) -> tuple[str, ...]:
+        """Lists the parameters that any of the recordings uses, in the model's order."""
+        used = {name for recording in recordings for name in used_parameters(recording, self.model)}
+        return tuple(name for name, _ in self.model.named_parameters() if name in used)
+
+    def _program(self, recording: Recording, names: tuple[str, ...], x: Any) -> Program:
+        """Returns the Program of a recording; where another one computes the same, that one."""
+        key = (_kind(x), names)
+        if key not in self.programs:
+            settings = self.settings()
+            shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+            layout = Layout(names, shapes, settings.adapt, settings.steps)
+            made = program_of(self.model, recording, settings.loss, layout, self.modes())
+            made = made.with_loss(settings.loss, settings.query_loss)
+            same = [p for p in self.programs.values() if p.computes_as(made)]
+            self.programs[key] = same[0] if same else made
+            if len(self.programs) > 4 * _KINDS:
+                self.programs.pop(next(iter(self.programs)))
+        return self.programs[key]
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    """Returns all that a recording depends on besides the module: the shapes of one task's samples, and dtypes."""
+    leaves, structure = tree_flatten(x)
+    return (
+        str(structure),
+        *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
+        torch.is_autocast_enabled(),
+    )
+
+
+def first_task(x: Any) -> Any:
+    """Returns the samples of the first task."""
+    return tree_map(lambda leaf: leaf[0], x)
+
+
+def _samples(x: Any) -> int:
+    """Returns how many samples each task has."""
+    return int(tree_flatten(x)[0][0].shape[1])

@@ -1,0 +1,130 @@
+"""Defines what a recording is made of: operations, and the values that they read and make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CaptureError(TypeError):
+    """Is raised where the model cannot become a Program; it names the line in the user's model and the remedy."""
+
+
+class Ref:
+    """Stands for a tensor among the arguments of an operation."""
+
+
+@dataclass(frozen=True)
+class Input(Ref):
+    """Stands for the input of that number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Weight(Ref):
+    """Stands for the parameter of that name."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Ref):
+    """Stands for a buffer, or for a tensor that the module holds or makes; it is equal to itself alone.
+
+    Attributes:
+        tensor: the live tensor, which may be written to between calls.
+    """
+
+    tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
+@dataclass(frozen=True)
+class Made(Ref):
+    """Stands for result number ``part`` of an operation."""
+
+    operation: int
+    part: int = 0
+
+
+def refs_in(tree: Any) -> list[Ref]:
+    """Lists the references among nested arguments, each once."""
+    if isinstance(tree, Ref):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, tuple | list):
+        return list(dict.fromkeys(ref for part in tree for ref in refs_in(part)))
+    return []
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Describes one call.
+
+    Attributes:
+        target: what was called.
+        args: its arguments, in which a ``Ref`` stands for each tensor.
+        kwargs: likewise, by name.
+        grad: whether gradients go through it; they do not under ``torch.no_grad()``.
+        autocast: device and dtype of the autocast that it ran under.
+        line: the user's line, as ``file:number (text)``; empty where the call was torch's own.
+        path: the name of the innermost module that made the call.
+        leaf: the class of that module, where it has no modules of its own; else empty.
+        results: how many tensors it returned.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grad: bool
+    autocast: tuple[str, torch.dtype] | None
+    line: str
+    path: str
+    leaf: str
+    results: int
+
+    @property
+    def name(self) -> str:
+        """Returns the name by which people know the call, such as ``softmax``."""
+        packet = getattr(self.target, "overloadpacket", self.target)
+        return str(getattr(packet, "__name__", packet)).split(".")[-1]
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments by the names of the operator's schema, the defaults among them.
+
+        The first one, which torch calls ``self``, is ``input``.
+        """
+        schema = getattr(self.target, "_schema", None)
+        if schema is None:
+            return {}
+        found = {}
+        for position, argument in enumerate(schema.arguments):
+            value = self.args[position] if position < len(self.args) else self.kwargs.get(
+                argument.name, argument.default_value if argument.has_default_value() else None
+            )  # fmt: skip
+            found["input" if argument.name == "self" else argument.name] = value
+        return found
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """Calls a ``torch.autograd.Function`` as an operation."""
+
+    function: type
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)  # type: ignore[attr-defined]

@@ -1,0 +1,527 @@
+"""Records what a module computes: it runs once on the samples of one task, and each operation is noted on its way.
+
+It is the module itself that runs, on real tensors: hooks, subclasses, parametrizations, scripted and compiled parts and
+Python on shapes all do what they do. Operations are seen at torch's PreDispatch key, above autograd and autocast, where
+``linear``, ``conv2d`` and ``batch_norm`` are still whole; this is where torch.export records as well. Changes in place
+become new values (:mod:`metafast.program.aliases`).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from metafast.program.aliases import Aliases
+from metafast.program.operation import (
+    CaptureError,
+    Constant,
+    FunctionCall,
+    Input,
+    Made,
+    Operation,
+    Ref,
+    Weight,
+    refs_in,
+)
+from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
+from metafast.program.user_lines import error_line, user_line
+from metafast.tasks import Samples
+
+
+@dataclass
+class Recording:
+    """Holds what one run of a module did.
+
+    Attributes:
+        operations: the operations in their order; none of them changes a tensor.
+        output: the value that the module returned.
+        inputs: the shape of each tensor that the module was given.
+        dtypes: the dtype of each.
+        several: whether these are the parts of ``Samples``.
+        values: shape and dtype of each value that an operation made.
+        guards: buffers and constants whose numbers Python has read, with the version that it has read.
+        changes_module: whether the run left buffers or attributes of the module other than it found them.
+        assigned: the attributes that the run set to something else than a plain value, such as a tensor to be looked at
+            later: the ``id`` of the module's dictionary, and the name.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    output: Ref = field(default_factory=lambda: Input(0))
+    inputs: list[torch.Size] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    several: bool = False
+    values: dict[Made, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    guards: list[tuple[Tensor, int]] = field(default_factory=list)
+    changes_module: bool = False
+    assigned: frozenset[tuple[int, str]] = frozenset()
+
+    @property
+    def output_shape(self) -> torch.Size:
+        """Returns the shape of the output ``[n, ...]``."""
+        if isinstance(self.output, Made):
+            return self.values[self.output][0]
+        return self.inputs[self.output.number] if isinstance(self.output, Input) else torch.Size()
+
+    @property
+    def is_coarse(self) -> bool:
+        """Says whether some operation computes in less than float32, as under autocast."""
+        halves = (torch.bfloat16, torch.float16)
+        return any(o.autocast for o in self.operations) or any(dtype in halves for _, dtype in self.values.values())
+
+    def stale(self) -> bool:
+        """Says whether a number that Python has read has changed since."""
+        return any(tensor._version != version for tensor, version in self.guards)
+
+
+def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Collection[Tensor] = ()) -> Recording:
+    """Runs ``model(x)`` once and returns what it did.
+
+    Args:
+        model: the module; its buffers, attributes and gradients are as before when the call returns.
+        x: one task's samples: a tensor ``[n, ...]``, or ``Samples`` of such.
+        part: the name or number of the part that counts of what the module returns; ``None``: all of it.
+        ignored: buffers that may change without being counted as a change of the module.
+
+    Raises:
+        CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
+            numbers, or changes what it may not change. The text names the line and the remedy.
+    """
+    leaves, structure = tree_flatten(x)
+    recorder = Recorder(model, [leaf.detach().clone() for leaf in leaves])
+    recorder.recording.several = isinstance(x, Samples)
+    with recorder.watching(), unchanged(model, ignored) as state:
+        returned = call(model, tree_unflatten(recorder.inputs, structure))
+        recorder.finish(picked(returned, part, model))
+        recorder.recording.changes_module = state.changed()
+        recorder.recording.assigned = state.assigned()
+    return recorder.recording
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """Calls the model; samples of several tensors are its arguments."""
+    if not isinstance(x, Samples):
+        return model(x)
+    return model(*x.parts) if x.names is None else model(**x.by_name)
+
+
+class Recorder(SchemaCheckMode):
+    """Notes each operation of a run (see ``record``).
+
+    torch lets three classes of modes in at the PreDispatch key; this one takes the place of ``SchemaCheckMode``.
+
+    Attributes:
+        recording: what has been noted.
+        inputs: the tensors that the module is given.
+    """
+
+    def __init__(self, model: nn.Module, inputs: list[Tensor]) -> None:
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        self.model = model
+        self.inputs = inputs
+        self.recording = Recording(inputs=[t.shape for t in inputs], dtypes=[t.dtype for t in inputs])
+        self.aliases = Aliases(self.emit, self.refuse)
+        for i, tensor in enumerate(inputs):
+            self.aliases.enter(tensor, Input(i))
+        for name, parameter in model.named_parameters():
+            self.aliases.enter(parameter, Weight(name))
+        for buffer in model.buffers():
+            self.aliases.enter(buffer, Constant(buffer))
+        self.paths = {module: name for name, module in model.named_modules()}
+        self.stack: list[nn.Module] = []
+        self.traits: dict[Made, tuple[bool, bool]] = {}
+        self.inside: type | None = None
+        self.silent = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler to leave this class out of it
+
+    # What a run may do is decided in __torch_dispatch__; SchemaCheckMode's own entry would clear its lists.
+    def __enter__(self) -> Recorder:
+        TorchDispatchMode.__enter__(self)
+        return self
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Records all that is done in the ``with`` block."""
+        before, others = torch.get_rng_state(), _other_random_states()
+        with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
+            stack.enter_context(torch.jit.optimized_execution(False))
+            stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
+            stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
+            stack.enter_context(_functions_kept_whole(self))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch._C._EnablePythonDispatcher())
+            stack.enter_context(torch._C._EnablePreDispatch())
+            stack.enter_context(self)
+            stack.enter_context(_ValueReads(self))
+            try:
+                yield
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise _failed(self.model, error_line(error) or self.where(), error) from error
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+        if others != _other_random_states():
+            raise CaptureError(
+                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
+                "each pass would have to draw the same. Draw by torch, or in __init__"
+            )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs ``func`` and notes it."""
+        kwargs = kwargs or {}
+        if self.silent:
+            return func(*args, **kwargs)
+        if self.inside is not None:
+            self._check_closure(args, kwargs)
+            return func(*args, **kwargs)
+        refs, named = self.refs(args), self.refs(kwargs)
+        self._refuse_values(func, refs, named)
+        refuse_random(func, args, kwargs, self.refuse)
+        out = func(*args, **kwargs)
+        if func._schema.is_mutable and self.aliases.changed(func, args, kwargs, refs, named):
+            return out
+        self.note(func, refs, named, out)
+        return out
+
+    def note(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Notes a call that changed nothing, with what it returned."""
+        tensors = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple | list) else []
+        # What comes back as it went in, as from ``contiguous`` or from dropout in evaluation, is no operation.
+        if isinstance(out, Tensor) and not self.aliases.knows(out) and self._passes_on(target, args, out):
+            self.aliases.enter(out, args[0])
+            return
+        fresh = [t for t in tensors if isinstance(t, Tensor) and not self.aliases.knows(t)]
+        if fresh:
+            made = self.emit(target, args, kwargs, tensors)
+            for tensor, ref in zip(tensors, made, strict=True):
+                if isinstance(tensor, Tensor) and not self.aliases.knows(tensor):
+                    self.aliases.enter(tensor, ref)
+
+    def _passes_on(self, target: Any, args: Any, out: Tensor) -> bool:
+        """Says whether ``out`` is the first argument itself: the same memory, and the same gradient."""
+        if not torch.is_grad_enabled() or target in _DETACHING or not args or not isinstance(args[0], Ref):
+            return False
+        packet = getattr(target, "overloadpacket", None)
+        return packet in DROPOUT or (packet in PASSING_ON and self.aliases.is_same(args[0], out))
+
+    def emit(self, target: Any, args: Any, kwargs: Any, results: Sequence[Any]) -> list[Made]:
+        """Adds an operation that makes ``results`` and returns their values."""
+        number = len(self.recording.operations)
+        grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        self.recording.operations.append(
+            Operation(
+                target,
+                tuple(args),
+                dict(kwargs),
+                grad,
+                _autocast(),
+                user_line(),
+                self.path(),
+                self.leaf(),
+                len(results),
+            )
+        )
+        sources = refs_in((args, kwargs))
+        data = any(self.is_data(ref) for ref in sources)
+        carries = grad and target not in _DETACHING and any(self.carries(ref) for ref in sources)
+        made = [Made(number, part) for part in range(len(results))]
+        for ref, result in zip(made, results, strict=True):
+            if isinstance(result, Tensor):
+                self.recording.values[ref] = result.shape, result.dtype
+                self.traits[ref] = data, carries and result.is_floating_point()
+        return made
+
+    def refs(self, tree: Any) -> Any:
+        """Replaces the tensors among arguments by the values that they are."""
+        return tree_map_only(Tensor, self._ref, tree)
+
+    def is_data(self, ref: Ref) -> bool:
+        """Says whether a value depends on the samples or on a parameter, and so differs from task to task."""
+        return self.traits[ref][0] if isinstance(ref, Made) else isinstance(ref, Input | Weight)
+
+    def carries(self, ref: Ref) -> bool:
+        """Says whether a gradient may go back through a value."""
+        return self.traits[ref][1] if isinstance(ref, Made) else isinstance(ref, Input | Weight)
+
+    def constants_of(self, ref: Ref) -> list[Tensor]:
+        """Lists the buffers and constants that a value is made of."""
+        if isinstance(ref, Constant):
+            return [ref.tensor]
+        if not isinstance(ref, Made):
+            return []
+        operation = self.recording.operations[ref.operation]
+        return [c for source in refs_in((operation.args, operation.kwargs)) for c in self.constants_of(source)]
+
+    def read(self, tensor: Tensor, how: str) -> None:
+        """Takes note that Python reads the numbers of ``tensor``: it may where they are the same for every task."""
+        self._read_value(self._ref(tensor), how)
+
+    def where(self) -> str:
+        """Names the user's line that is being run, or else the module."""
+        line = user_line()
+        if line or not self.stack:
+            return line or type(self.model).__name__
+        return f"module {self.path()!r} ({type(self.stack[-1]).__name__})"
+
+    def path(self) -> str:
+        """Returns the name of the innermost module that is being run."""
+        return next((self.paths[m] for m in reversed(self.stack) if m in self.paths), "")
+
+    def leaf(self) -> str:
+        """Returns the class of the innermost module, where it has no modules of its own."""
+        inner = self.stack[-1] if self.stack else None
+        return "" if inner is None or inner._modules else type(inner).__name__
+
+    def refuse(self, what: str, remedy: str) -> CaptureError:
+        """Makes the error that says why the run cannot become a Program."""
+        return CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+
+    def function(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a ``torch.autograd.Function`` and notes it as one operation, which has the Function's own derivative."""
+        if cls.__module__ == "torch.utils.checkpoint":
+            run, _, *rest = args
+            return run(*rest)
+        refs, named = self.refs(args), self.refs(kwargs)
+        given = _tensors((args, kwargs))
+        versions = [tensor._version for tensor in given]
+        self.inside, self.allowed = cls, {id(tensor) for tensor in given}
+        try:
+            out = apply(*args, **kwargs)
+        finally:
+            self.inside = None
+        if versions != [tensor._version for tensor in given]:
+            raise self.refuse(f"calls {cls.__name__}, which changes its input in place,", "Return a new tensor instead")
+        self.note(FunctionCall(cls), refs, named, out)
+        return out
+
+    def finish(self, output: Tensor) -> None:
+        """Takes note of what the module returned."""
+        ref = self._ref(output)
+        if not self.is_data(ref) or not output.is_floating_point():
+            raise CaptureError(
+                f"{type(self.model).__name__}.forward returns a tensor of {output.dtype} that "
+                f"{'holds no real numbers' if self.is_data(ref) else 'does not depend on its input'}; the loss needs "
+                "real numbers that do"
+            )
+        self.recording.output = ref
+
+    def _ref(self, tensor: Tensor) -> Ref:
+        """Returns the value that ``tensor`` holds now."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise self.refuse("uses torch.func", "Write out what it computes, or use torch.autograd.Function")
+        if not self.aliases.knows(tensor) and tensor.requires_grad and not self.aliases.shares(tensor):
+            raise self.refuse(
+                "uses a tensor that requires a gradient and is not registered in it",
+                "Make it an nn.Parameter of the model, or detach it",
+            )
+        self.silent = True
+        try:
+            return self.aliases.ref(tensor)
+        finally:
+            self.silent = False
+
+    def _refuse_values(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuses operations whose result tells values of the data to Python, or takes its shape from them."""
+        if torch.Tag.data_dependent_output in func.tags or func in READS_VALUES:
+            for ref in refs_in((args, kwargs)):
+                self._read_value(ref, value_reader(func))
+        elif torch.Tag.dynamic_output_shape in func.tags and self._selects(func, args):
+            raise self.refuse(
+                "makes a tensor whose shape depends on values of the data",
+                "Tasks are computed together: keep the shape and use torch.where, or a product with a mask",
+            )
+
+    def _selects(self, func: Any, args: Any) -> bool:
+        """Says whether the shape that ``func`` makes follows from values of the data."""
+        if func.overloadpacket is torch.ops.aten.one_hot:
+            return len(args) < 2 or args[1] < 0
+        if func.overloadpacket is torch.ops.aten.index:
+            chosen = [ref for ref in args[1] if isinstance(ref, Ref)]
+            return any(self.is_data(r) and self._dtype(r) in (torch.bool, torch.uint8) for r in chosen)
+        return any(self.is_data(ref) for ref in refs_in(args))
+
+    def _dtype(self, ref: Ref) -> torch.dtype:
+        if isinstance(ref, Made):
+            return self.recording.values[ref][1]
+        return self.inputs[ref.number].dtype if isinstance(ref, Input) else torch.float32
+
+    def _read_value(self, ref: Ref, how: str) -> None:
+        if self.is_data(ref):
+            raise self.refuse(
+                f"reads a value of the data by {how}",
+                "It may not branch or loop on values of the data, nor turn them into numbers: each task has its own. "
+                "Use torch.where, or decide by what is known before the data comes",
+            )
+        self.recording.guards += [(tensor, tensor._version) for tensor in self.constants_of(ref)]
+
+    def _check_closure(self, args: Any, kwargs: Any) -> None:
+        """Refuses a Function that reads values which are not among its arguments: they would be lost on the way."""
+        for tensor in _tensors((args, kwargs)):
+            if id(tensor) not in self.allowed and self.aliases.knows(tensor) and self.is_data(self.aliases.ref(tensor)):
+                raise self.refuse(
+                    f"calls {getattr(self.inside, '__name__', '')}, whose forward reads a tensor that is not among its "
+                    "arguments,",
+                    "Pass it to apply",
+                )
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self.stack.append(module)
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.stack.pop()
+
+
+class _ValueReads(TorchFunctionMode):
+    """Tells the recorder where Python reads the numbers of a tensor without an operation."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__) and self.recorder.inside is None:
+            self.recorder.read(args[0], f".{name}()")
+        elif func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            raise self.recorder.refuse(
+                f"differentiates by {name}", "A gradient inside of forward has no place in a Program"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_DETACHING = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
+
+
+@contextmanager
+def _functions_kept_whole(recorder: Recorder) -> Iterator[None]:
+    """Sends the calls of all ``torch.autograd.Function``s to the recorder."""
+    original = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        run = original.__get__(None, cls)
+        return run(*args, **kwargs) if recorder.inside else recorder.function(cls, run, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+class unchanged:
+    """Puts buffers, attributes and modes of a module back to where they were when the ``with`` block is left."""
+
+    def __init__(self, model: nn.Module, ignored: Collection[Tensor] = ()) -> None:
+        self.model = model
+        self.ignored = {id(buffer) for buffer in ignored}
+        self.buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self.homes = [m.__dict__ for m in modules]
+        self.attributes = [dict(home) for home in self.homes]
+        self.registries = [m._buffers for m in modules]
+        self.registered = [dict(registry) for registry in self.registries]
+
+    def __enter__(self) -> unchanged:
+        return self
+
+    def changed(self) -> bool:
+        """Says whether the module is not as it was."""
+        return (
+            any(buffer._version != version and id(buffer) not in self.ignored for buffer, version, _ in self.buffers)
+            or any(_differ(now, then) for now, then in zip(self.registries, self.registered, strict=True))
+            or any(_differ(now, then) for now, then in zip(self.homes, self.attributes, strict=True))
+        )
+
+    def assigned(self) -> frozenset[tuple[int, str]]:
+        """Returns the attributes that have been set to something that is no plain value."""
+        pairs = zip(self.homes, self.attributes, strict=True)
+        return frozenset(
+            (id(now), name)
+            for now, then in pairs
+            for name, value in now.items()
+            if then.get(name, pairs) is not value and not isinstance(value, _PLAIN)
+        )
+
+    def __exit__(self, *error: object) -> None:
+        with torch.no_grad():
+            for buffer, version, value in self.buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+        for live, kept in [*zip(self.registries, self.registered, strict=True),
+                           *zip(self.homes, self.attributes, strict=True)]:  # fmt: skip
+            if _differ(live, kept):
+                live.clear()
+                live.update(kept)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _differ(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Says whether any attribute is another object than it was."""
+    return len(now) != len(then) or any(now.get(name, now) is not value for name, value in then.items())
+
+
+def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
+    """Returns the one tensor that counts of what the module returned."""
+    name = type(model).__name__
+    if part is not None:
+        try:
+            returned = getattr(returned, part) if isinstance(part, str) and hasattr(returned, part) else returned[part]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            known = sorted(returned) if isinstance(returned, Mapping) else type(returned).__name__
+            raise CaptureError(f"output={part!r}: {name}.forward returns {known}, which has no such part") from None
+    if not isinstance(returned, Tensor):
+        what = f"a {type(returned).__name__}" if returned is not None else "None"
+        parts = f" of {sorted(map(str, returned))}" if isinstance(returned, Mapping) else ""
+        raise CaptureError(
+            f"{name}.forward returns {what}{parts}; it must return one tensor: say which part counts by output=, a "
+            "name or a number"
+        )
+    return returned
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Lists the tensors among arguments."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _other_random_states() -> tuple[Any, ...]:
+    """Returns the states of the random numbers of Python and, where it is loaded, of NumPy."""
+    numpy = sys.modules.get("numpy.random")
+    return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
+
+
+def _autocast() -> tuple[str, torch.dtype] | None:
+    """Returns device and dtype of the autocast that is on, if one is."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            return device, torch.get_autocast_dtype(device)
+    return None
+
+
+def _failed(model: nn.Module, where: str, error: Exception) -> CaptureError:
+    """Says that the module itself failed on its samples, or did what cannot be recorded."""
+    text = str(error).strip().split("\n")[0]
+    if "not registered" in text and "mode" in text:
+        text = "a control-flow operator of torch. Write it with torch.where, or choose before the data comes"
+        return CaptureError(f"{type(model).__name__} uses at {where} {text}")
+    return CaptureError(f"{type(model).__name__} failed at {where} on the samples of one task: {text}")
