@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 CASES = Table()
+over_samples = torch.vmap
 
 
 @CASES.forward()
@@ -322,7 +323,7 @@ def autocast_around_a_layer(net, x):
 @CASES.forward(tolerance=1e-5)
 def a_float32_island_in_a_float64_model(net, x):
     h = net.body(x).float()
-    return net.head(torch.softmax(h, dim=-1).double())
+    return net.head(torch.softmax(h, dim=-1).to(x.dtype))
 
 
 CASES.one("a network of a learner that is used plainly", small)
@@ -352,7 +353,7 @@ def a_gradient_inside_of_forward(net, x):
 
 @CASES.forward(may_be_refused=True)
 def vmap_inside_of_forward(net, x):
-    return net.head(torch.vmap(lambda row: torch.tanh(net.body(row)))(x))
+    return net.head(over_samples(lambda row: torch.tanh(net.body(row)))(x))
 
 
 @CASES.forward(may_be_refused=True)

@@ -24,8 +24,6 @@ LATER = {
     "a loss with a parameter of its own": "gradients of the loss's own parameters",
     "inputs that require a gradient": "gradients of inputs",
     "targets that require a gradient": "gradients of targets",
-    "soft labels": "cross entropy of soft labels",
-    "labels of -100 are left out": "labels that are left out",
 }
 # What machinery says that no user has asked for, and what Python says when nobody has looked.
 INTERNAL = (
@@ -135,7 +133,7 @@ def test_what_has_no_right_answer_is_refused_in_words(case):
 IN_FLOAT32 = [
     case for case in CASES
     if case.refused is None and case.dtype == torch.float64 and case.leaves is no_leaves and
-    case.name not in LATER
+    case.name not in LATER and "autocast" not in case.name
 ]  # fmt: skip
 
 
