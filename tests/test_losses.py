@@ -125,9 +125,7 @@ def check(learner, tasks, truth, tolerance=1e-9):
             out.loss.backward()
         close(out.losses, truth.losses, tolerance)
         for t, expected in enumerate(truth.outputs):
-            close(
-                out.outputs[t] if tasks.query_mask is None else out.outputs[t][tasks.query_mask[t]], expected, tolerance
-            )
+            close(out.outputs[t] if tasks.query_mask is None else out.outputs[t][tasks.query_mask[t]], expected, tolerance)
         assert_gradients({n: p.grad for n, p in learner.model.named_parameters()}, truth.grads, tolerance)
 
 
@@ -202,10 +200,7 @@ def test_losses_without_options_keep_their_rules_in_cpp(monkeypatch):
 
 def test_what_is_recognised():
     weighted = nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=2, label_smoothing=0.1, reduction="sum")
-    for loss in (
-        weighted,
-        partial(F.cross_entropy, weight=WEIGHT, ignore_index=2, label_smoothing=0.1, reduction="sum"),
-    ):
+    for loss in (weighted, partial(F.cross_entropy, weight=WEIGHT, ignore_index=2, label_smoothing=0.1, reduction="sum")):
         found = as_loss(loss)
         assert isinstance(found, CrossEntropy)
         assert found.options == {"weight": WEIGHT, "ignore_index": 2, "label_smoothing": 0.1, "reduction": "sum"}
@@ -248,9 +243,7 @@ QUERY = [
 
 
 @every_backend
-@pytest.mark.parametrize(
-    ("loss", "kind", "query_loss", "query_kind"), [c[1:] for c in QUERY], ids=[c[0] for c in QUERY]
-)
+@pytest.mark.parametrize(("loss", "kind", "query_loss", "query_kind"), [c[1:] for c in QUERY], ids=[c[0] for c in QUERY])
 @pytest.mark.parametrize("ragged", [False, True], ids=["", "ragged"])
 @pytest.mark.parametrize("first_order", [False, True], ids=["", "first order"])
 def test_query_loss(loss, kind, query_loss, query_kind, ragged, first_order, backend):

@@ -167,7 +167,7 @@ class Growing:
                 y = eval(source, dict(NAMES))(self.x)
         except (RuntimeError, ValueError, IndexError):
             return
-        if y.shape[0] == len(self.x) and 0 < y[0].numel() <= 400 and bool(y.isfinite().all()):
+        if y.dim() > 1 and y.shape[0] == len(self.x) and 0 < y[0].numel() <= 400 and bool(y.isfinite().all()):
             self.x = y
             self.layers.append(source)
 
