@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from front_door.case import CLASSES, Net, Table, small, vectors
 from torch import nn
+from torch.nn.utils import prune
 
 CASES = Table()
 
@@ -264,3 +265,45 @@ def other_samples(model, learner, tasks):
 @CASES.forward(vectors, change=other_samples)
 def another_number_of_tasks_in_between(net, x):
     return net.head(torch.tanh(net.body(x) - x.mean(0)))
+
+
+class Banks(Net):
+    """Tensors in a list and in a dictionary, and an attribute of the class."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.masks, self.banks = [torch.linspace(0, 1, 8)], {"shift": torch.linspace(-1, 1, 8)}
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x) * self.masks[0] + self.banks["shift"]) * self.factor)
+
+
+def of_a_class_of_its_own():
+    return type("Banks", (Banks,), {"factor": 1.0})()
+
+
+CASES.one("a tensor in a list that is replaced", Banks, change=lambda m, l, t: m.masks.__setitem__(0, 1 - m.masks[0]))
+CASES.one("a tensor in a dictionary that is replaced", Banks, change=lambda m, l, t: m.banks.update(shift=m.masks[0]))
+CASES.one("an attribute of the class", of_a_class_of_its_own, change=lambda m, l, t: setattr(type(m), "factor", 3.0))
+CASES.one("a forward that is replaced", small, change=lambda m, l, t: setattr(m[1], "forward", torch.sin))
+CASES.one("a layer that is appended", small, change=lambda m, l, t: m.append(nn.Softplus()))
+CASES.one(
+    "eps of a norm",
+    lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, CLASSES)),
+    change=lambda m, l, t: setattr(m[1], "eps", 0.5),
+)
+CASES.one("pruning that comes later", small, change=lambda m, l, t: prune.l1_unstructured(m[0], "weight", amount=0.5))
+CASES.one(
+    "weights that are tied later",
+    lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, CLASSES)),
+    change=lambda m, l, t: setattr(m[2], "weight", m[0].weight),
+)
+# Dropout starts to draw.
+CASES.one(
+    "dropout that is raised",
+    lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.Linear(8, CLASSES)),
+    change=lambda m, l, t: setattr(m[1], "p", 0.5),
+    refused=("ropout",),
+)

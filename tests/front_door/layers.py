@@ -333,3 +333,29 @@ class Transformed(nn.Module):
 
 CASES.one("a packed GRU", Packed, sequences, may_be_refused=True)
 CASES.one("a spatial transformer at first order", Transformed, images, **FIRST_ORDER)
+
+
+def normed(norm):
+    net = nn.Sequential(nn.Linear(8, 8), norm, nn.Tanh(), nn.Linear(8, CLASSES))
+    for part in (norm.running_mean, norm.running_var):
+        if part is not None:
+            part.uniform_(0.5, 1.5)
+    return net
+
+
+class FunctionalNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale, self.head = nn.Linear(8, 8), nn.Parameter(torch.rand(8) + 0.5), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        h = F.batch_norm(self.body(x), None, None, self.scale, training=True)
+        h = F.layer_norm(h, (8,), self.scale) + F.group_norm(h, 2)
+        return self.head(torch.tanh(h))
+
+
+CASES.one("BatchNorm in training", lambda: normed(nn.BatchNorm1d(8)))
+CASES.one("BatchNorm in evaluation", lambda: normed(nn.BatchNorm1d(8)).eval())
+CASES.one("BatchNorm without statistics", lambda: normed(nn.BatchNorm1d(8, track_running_stats=False)))
+CASES.one("BatchNorm with a cumulative average", lambda: normed(nn.BatchNorm1d(8, momentum=None)))
+CASES.one("norms as functions", FunctionalNorms)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 
 import numpy as np
 import torch
@@ -199,3 +201,79 @@ def a_branch_on_a_parameter(net, x):
     if (net.body.weight > 0).any():
         return net.head(net.body(x))
     return net.head(net.second(x))
+
+
+@refused("h = torch.full_like(x, x.mean())")
+def a_tensor_filled_with_a_value(net, x):
+    h = torch.full_like(x, x.mean())
+    return net.head(torch.tanh(net.body(x)) + net.body(h))
+
+
+@refused("return net.head(torch.cat([h[:, :k], h[:, k:]], dim=1))")
+def a_slice_up_to_a_value(net, x):
+    k = (x.sum() > 0).long() + 2
+    h = net.body(x)
+    return net.head(torch.cat([h[:, :k], h[:, k:]], dim=1))
+
+
+@refused("return net.head(net.body(x)) * math.sqrt(x.var())")
+def math_of_a_value(net, x):
+    return net.head(net.body(x)) * math.sqrt(x.var())
+
+
+@refused("best = max(x[:, 0])")
+def the_maximum_by_python(net, x):
+    best = max(x[:, 0])
+    return net.head(torch.tanh(net.body(x)) * best)
+
+
+@CASES.forward(the_last_differs, may_be_refused=True)
+def repeats_by_values(net, x):
+    h = net.body(x)
+    counts = (x.mean(0) > 0).long() + 1
+    h = h.repeat_interleave(counts, dim=1)[:, :8]
+    return net.head(torch.tanh(h))
+
+
+@refused("kept = torch.masked_select(h, h > 0)")
+def masked_select(net, x):
+    h = net.body(x)
+    kept = torch.masked_select(h, h > 0)
+    return net.head(h) + kept.mean()
+
+
+@refused("hard = F.one_hot((x[:, 0].abs() * 3).long())")
+def one_hot_of_unknown_width(net, x):
+    hard = F.one_hot((x[:, 0].abs() * 3).long())
+    return net.head(torch.tanh(net.body(x))) + hard.sum(1, keepdim=True)
+
+
+@refused('text = f"{x.mean():.3f}"')
+def a_number_in_a_text(net, x):
+    text = f"{x.mean():.3f}"
+    return net.head(torch.tanh(net.body(x)) * float(text))
+
+
+@refused("torch.randn(x.shape")
+def a_seed_that_forward_sets(net, x):
+    torch.manual_seed(0)
+    return net.head(torch.tanh(net.body(x + 0.1 * torch.randn(x.shape, dtype=x.dtype))))
+
+
+@CASES.forward(the_last_differs, refused=("refusals.py",))
+def a_clock(net, x):
+    return net.head(torch.tanh(net.body(x))) * (time.perf_counter() % 1)
+
+
+class Renormalised(nn.Module):
+    """An embedding that clips its own weight, in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 6, max_norm=0.5), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.table((x.abs() * 5).long().clamp(max=19)).mean(1)))
+
+
+CASES.one("an embedding with max_norm", Renormalised, refused=("refusals.py", "self.table("))

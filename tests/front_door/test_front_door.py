@@ -78,8 +78,11 @@ def check_words(error) -> None:
 
 
 def learn(case) -> None:
-    _, tasks, learner = made(case)
+    model, tasks, learner = made(case)
     learner.backward(tasks)
+    if case.change is not None:
+        case.change(model, learner, tasks)
+        learner.backward(tasks)
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch warns, the module is the cause
@@ -164,7 +167,8 @@ def test_float32_is_served_too(case):
 
 
 WRITES = ("a running mean updated in forward", "a buffer assigned in forward", "a call counter in a buffer",
-          "spectral norm that iterates in forward")  # fmt: skip
+          "spectral norm that iterates in forward", "BatchNorm in training", "BatchNorm in evaluation",
+          "BatchNorm with a cumulative average")  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")

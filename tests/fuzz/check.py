@@ -103,7 +103,7 @@ def _truth(sample: Sample, learner: mf.MAML, tasks: mf.TaskBatch) -> Truth:
     adapted = [n for n, p in model.named_parameters() if p.requires_grad] if sample.adapt is None else sample.adapt
     oracle = Oracle(
         model, sample.make_loss(), sample.steps, adapted=adapted, first_order=sample.first_order,
-        weights=sample.step_weights, bn=sample.bn,
+        weights=sample.step_weights, bn=sample.bn or "task",
     )  # fmt: skip
     for key, row in learner.rows.items():
         oracle.parameters[key.replace("/", ".")] = row.detach().double().requires_grad_()

@@ -30,7 +30,7 @@ def draw(seed: int) -> Sample:
         steps=steps,
         first_order=d.random() < 0.2,
         step_weights=_step_weights(d, steps) if d.random() < 0.25 else None,
-        bn=d.choice(["task", "task", "per_step", "frozen", "running"]) if normed else "task",
+        bn=d.choice([None, "task", "per_step", "frozen", "running"]) if normed else None,
         tasks=_tasks(d, steps),
         # A variance of two or three numbers makes any gradient chaotic.
         support=d.randint(6, 9) if normed else d.randint(1, 8),

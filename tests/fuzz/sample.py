@@ -57,7 +57,7 @@ class Sample:
     frozen: tuple[str, ...] = ()
     first_order: bool = False
     step_weights: tuple[float, ...] | None = None
-    bn: str = "task"
+    bn: str | None = None
     tasks: int = 2
     support: int = 5
     query: int = 4
