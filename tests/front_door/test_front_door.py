@@ -21,9 +21,6 @@ CASES = [case for file in FILES for case in file.CASES]
 # Cases that are right and that metafast does not serve yet, with what they wait for.
 LATER = {
     "an inner loop with momentum": "inner rules",
-    "a loss with a parameter of its own": "gradients of the loss's own parameters",
-    "inputs that require a gradient": "gradients of inputs",
-    "targets that require a gradient": "gradients of targets",
 }
 # What machinery says that no user has asked for, and what Python says when nobody has looked.
 INTERNAL = (
