@@ -141,7 +141,8 @@ def make_tasks(setup, tasks=3, query=4):
     return mf.TaskBatch(*part(setup.support), *part(query), *masks)
 
 
-def make_learner(setup, dtype=torch.float64, backend="reference"):
+def make_learner(setup, dtype=torch.float64, backend="reference", tasks=None, device="cpu"):
+    """A learner that is prepared for batches like ``tasks``, or like those of ``make_tasks``."""
     model = setup.model().to(dtype)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -160,6 +161,9 @@ def make_learner(setup, dtype=torch.float64, backend="reference"):
     with torch.no_grad():  # rows of a per-step batch norm that differ
         for row in learner.rows.parameters():
             row.add_(0.1 * torch.randn_like(row))
+    with torch.random.fork_rng():
+        first = tasks or make_tasks(setup).to(dtype)
+    learner.to(device).prepare(first.to(device))
     return learner
 
 
@@ -170,7 +174,8 @@ def make_oracle(learner):
     oracle = Oracle(
         learner.model, getattr(program.loss, "function", program.loss.kind), learner.steps,
         adapted=[p.name for p in program.parameters if p.adapted], first_order=learner.first_order,
-        weights=learner.step_weights[1:], query_loss=getattr(learner.query_loss, "function", None), bn=modes[0] if modes else "task",
+        weights=learner.step_weights[1:], query_loss=getattr(learner.query_loss, "function", None),
+        bn=modes[0] if modes else "task",
     )  # fmt: skip
     for key, row in learner.rows.items():
         oracle.parameters[key.replace("/", ".")] = row.detach().double().requires_grad_()

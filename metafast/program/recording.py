@@ -95,9 +95,19 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
         ignored: buffers that may change without being counted as a change of the module.
 
     Raises:
+        ValueError: the module fails on these samples.
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers, or changes what it may not change. The text names the line and the remedy.
     """
+    try:
+        return _record(model, x, part, ignored)
+    except RandomState:
+        # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
+        return _record(model, x, part, ignored)
+
+
+def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collection[Tensor]) -> Recording:
+    """Runs the module once."""
     leaves, structure = tree_flatten(x)
     recorder = Recorder(model, [leaf.detach().clone() for leaf in leaves])
     recorder.recording.several = isinstance(x, Samples)
@@ -114,6 +124,10 @@ def call(model: nn.Module, x: Any) -> Any:
     if not isinstance(x, Samples):
         return model(x)
     return model(*x.parts) if x.names is None else model(**x.by_name)
+
+
+class RandomState(CaptureError):
+    """Is raised where a run has drawn random numbers of Python or NumPy."""
 
 
 class Recorder(SchemaCheckMode):
@@ -141,6 +155,7 @@ class Recorder(SchemaCheckMode):
         self.paths = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
+        self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
 
@@ -156,7 +171,8 @@ class Recorder(SchemaCheckMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before, others = torch.get_rng_state(), _other_random_states()
+        before = torch.get_rng_state()
+        self.tossed, self.random = "", _other_random_states()
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -175,13 +191,14 @@ class Recorder(SchemaCheckMode):
             except CaptureError:
                 raise
             except Exception as error:
-                raise _failed(self.model, error_line(error) or self.where(), error) from error
+                raise _failed(self.model, self._place_of(error), self.inputs, error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-        if others != _other_random_states():
-            raise CaptureError(
-                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
-                "each pass would have to draw the same. Draw by torch, or in __init__"
+        self.look_at_coins()
+        if self.tossed:
+            raise RandomState(
+                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy at or before "
+                f"{self.tossed}; each pass would have to draw the same. Draw by torch, or in __init__"
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -224,6 +241,7 @@ class Recorder(SchemaCheckMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, results: Sequence[Any]) -> list[Made]:
         """Adds an operation that makes ``results`` and returns their values."""
+        self.look_at_coins()
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
@@ -248,6 +266,13 @@ class Recorder(SchemaCheckMode):
                 self.recording.values[ref] = result.shape, result.dtype
                 self.traits[ref] = data, carries and result.is_floating_point()
         return made
+
+    def look_at_coins(self) -> None:
+        """Takes note of the line behind which Python or NumPy have drawn a random number."""
+        state = _other_random_states()
+        if state != self.random:
+            self.random = state
+            self.tossed = self.tossed or self.where()
 
     def refs(self, tree: Any) -> Any:
         """Replaces the tensors among arguments by the values that they are."""
@@ -276,10 +301,18 @@ class Recorder(SchemaCheckMode):
 
     def where(self) -> str:
         """Names the user's line that is being run, or else the module."""
-        line = user_line()
-        if line or not self.stack:
-            return line or type(self.model).__name__
+        return user_line() or self._module()
+
+    def _module(self) -> str:
+        """Names the innermost module that is being run."""
+        if not self.stack:
+            return type(self.model).__name__
         return f"module {self.path()!r} ({type(self.stack[-1]).__name__})"
+
+    def _place_of(self, error: Exception) -> str:
+        """Names the user's line that raised ``error``, or else the module."""
+        raised, module = self.failure
+        return error_line(error) or (module if raised is error else type(self.model).__name__)
 
     def path(self) -> str:
         """Returns the name of the innermost module that is being run."""
@@ -386,6 +419,9 @@ class Recorder(SchemaCheckMode):
         self.stack.append(module)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and error is not self.failure[0]:
+            self.failure = error, self._module()
         self.stack.pop()
 
 
@@ -445,7 +481,7 @@ class unchanged:
     def changed(self) -> bool:
         """Says whether the module is not as it was."""
         return (
-            any(buffer._version != version and id(buffer) not in self.ignored for buffer, version, _ in self.buffers)
+            any(_written(*then) and id(then[0]) not in self.ignored for then in self.buffers)
             or any(_differ(now, then) for now, then in zip(self.registries, self.registered, strict=True))
             or any(_differ(now, then) for now, then in zip(self.homes, self.attributes, strict=True))
         )
@@ -463,7 +499,7 @@ class unchanged:
     def __exit__(self, *error: object) -> None:
         with torch.no_grad():
             for buffer, version, value in self.buffers:
-                if buffer._version != version:
+                if _written(buffer, version, value):
                     buffer.copy_(value)
         for live, kept in [*zip(self.registries, self.registered, strict=True),
                            *zip(self.homes, self.attributes, strict=True)]:  # fmt: skip
@@ -473,6 +509,11 @@ class unchanged:
 
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def _written(buffer: Tensor, version: int, value: Tensor) -> bool:
+    """Says whether a buffer has been written to; torch's batch norm writes without counting a version."""
+    return buffer._version != version or not torch.equal(buffer, value)
 
 
 def _differ(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
@@ -505,9 +546,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _other_random_states() -> tuple[Any, ...]:
-    """Returns the states of the random numbers of Python and, where it is loaded, of NumPy."""
+    """Returns what tells whether Python and, where it is loaded, NumPy have drawn a random number."""
     numpy = sys.modules.get("numpy.random")
-    return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
+    return random.getstate(), numpy and (*numpy.get_state()[2:4], int(numpy.get_state()[1][0]))
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:
@@ -518,10 +559,16 @@ def _autocast() -> tuple[str, torch.dtype] | None:
     return None
 
 
-def _failed(model: nn.Module, where: str, error: Exception) -> CaptureError:
+def _failed(model: nn.Module, where: str, inputs: Sequence[Tensor], error: Exception) -> Exception:
     """Says that the module itself failed on its samples, or did what cannot be recorded."""
-    text = str(error).strip().split("\n")[0]
+    name, text = type(model).__name__, str(error).strip().split("\n")[0]
     if "not registered" in text and "mode" in text:
         text = "a control-flow operator of torch. Write it with torch.where, or choose before the data comes"
-        return CaptureError(f"{type(model).__name__} uses at {where} {text}")
-    return CaptureError(f"{type(model).__name__} failed at {where} on the samples of one task: {text}")
+        return CaptureError(f"{name} uses at {where} {text}")
+    if "more than 1 value per channel" in text:
+        text += "; bn='frozen' takes the running statistics in its place"
+    shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in inputs)
+    return ValueError(
+        f"{name} fails at {where}: {text or type(error).__name__}. It was called on the {len(inputs[0])} samples of "
+        f"one task, which have shape {shapes}; check it against the model's layers"
+    )
