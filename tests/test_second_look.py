@@ -242,7 +242,6 @@ def test_a_learner_raises_what_the_second_look_finds(monkeypatch):
     learner, _, tasks = made(Vectors)
     captures = learner.captures
     right = captures.of(tasks)
-    captures.forget()
     learner._known.clear()
     monkeypatch.setattr(type(captures), "of", lambda self, tasks: PLANTED[0].plant(right))
     for _ in range(2):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from metafast.program.operation import (
     refs_in,
 )
 from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
-from metafast.program.user_lines import error_line, user_line
+from metafast.program.user_lines import error_line, line_behind, user_line
 from metafast.tasks import Samples
 
 
@@ -99,11 +100,12 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers, or changes what it may not change. The text names the line and the remedy.
     """
+    run = partial(_record, model, x, part, ignored)
     try:
-        return _record(model, x, part, ignored)
+        return run()
     except RandomState:
         # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
-        return _record(model, x, part, ignored)
+        return line_behind(run, _other_random_states, _random_state)
 
 
 def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collection[Tensor]) -> Recording:
@@ -172,12 +174,13 @@ class Recorder(SchemaCheckMode):
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
         before = torch.get_rng_state()
-        self.tossed, self.random = "", _other_random_states()
+        states = _other_random_states()
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
             stack.enter_context(torch.jit.optimized_execution(False))
+            _forget_optimised_scripts(self.model)
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_functions_kept_whole(self))
@@ -194,12 +197,8 @@ class Recorder(SchemaCheckMode):
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-        self.look_at_coins()
-        if self.tossed:
-            raise RandomState(
-                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy at or before "
-                f"{self.tossed}; each pass would have to draw the same. Draw by torch, or in __init__"
-            )
+        if states != _other_random_states():
+            raise RandomState(type(self.model).__name__)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` and notes it."""
@@ -241,7 +240,6 @@ class Recorder(SchemaCheckMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, results: Sequence[Any]) -> list[Made]:
         """Adds an operation that makes ``results`` and returns their values."""
-        self.look_at_coins()
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
@@ -266,13 +264,6 @@ class Recorder(SchemaCheckMode):
                 self.recording.values[ref] = result.shape, result.dtype
                 self.traits[ref] = data, carries and result.is_floating_point()
         return made
-
-    def look_at_coins(self) -> None:
-        """Takes note of the line behind which Python or NumPy have drawn a random number."""
-        state = _other_random_states()
-        if state != self.random:
-            self.random = state
-            self.tossed = self.tossed or self.where()
 
     def refs(self, tree: Any) -> Any:
         """Replaces the tensors among arguments by the values that they are."""
@@ -543,6 +534,24 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
 def _tensors(tree: Any) -> list[Tensor]:
     """Lists the tensors among arguments."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _random_state(error: Exception, line: str) -> CaptureError:
+    """Makes the error that says where random numbers of Python or NumPy are drawn."""
+    return CaptureError(
+        f"{error} draws random numbers by Python's random or by NumPy at {line or 'an unknown line'}; each pass would "
+        "have to draw the same. Draw by torch, or in __init__"
+    )
+
+
+def _forget_optimised_scripts(model: nn.Module) -> None:
+    """Makes TorchScript interpret its graphs again, where it has run them so often that it optimised them."""
+    for function in torch.jit._state._python_cu.get_functions():
+        function._debug_flush_compilation_cache()
+    for module in model.modules():
+        forward = getattr(module, "forward", None) if isinstance(module, torch.jit.ScriptModule) else None
+        if hasattr(forward, "_debug_flush_compilation_cache"):
+            forward._debug_flush_compilation_cache()
 
 
 def _other_random_states() -> tuple[Any, ...]:

@@ -123,9 +123,10 @@ def _worst_parameter(program: Program, theta: Tensor, truth: Truth, step: int) -
 
 
 def _last_reader(recording: Recording, ref: Ref, made: Sequence[Made]) -> Made | None:
-    """Returns the last node's value that is made of ``ref``."""
+    """Returns the last node's value that is made of ``ref``, of those first that no gradient should go through."""
     readers = [r for r in made if ref in _sources(recording, r, made)]
-    return readers[-1] if readers else None
+    without = [r for r in readers if not recording.operations[r.operation].grad]
+    return (without or readers or [None])[-1]
 
 
 def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
