@@ -76,9 +76,11 @@ class ModuleSnapshot:
             (home, name, value)
             for home, out in pairs
             for name, value in home.items()
-            if isinstance(value, int | float) and name not in {*out, *_OF_ANY_MODULE}
+            if isinstance(home, dict) and isinstance(value, int | float) and name not in {*out, *_OF_ANY_MODULE}
         ]
-        self._numbers = [(home, name, type(value)) for home, name, value in numbers]
+        self._number_homes = [home for home, _, _ in numbers]
+        self._number_names = [name for _, name, _ in numbers]
+        self._number_kinds = [type(value) for _, _, value in numbers]
         self._views = [home.values() for home in self._attributes]
         inside = {id(v): v for home, out in pairs for name, v in home.items() if name not in {*out, *_OF_ANY_MODULE}}
         inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
@@ -142,7 +144,7 @@ class ModuleSnapshot:
 
     def _kinds_changed(self) -> bool:
         """Says whether some number is of another kind: ``True`` equals ``1.0``, but it is not the same to ``is``."""
-        return any(type(home.get(name)) is not kind for home, name, kind in self._numbers)
+        return [*map(type, map(dict.get, self._number_homes, self._number_names))] != self._number_kinds
 
     def _attributes_changed(self) -> bool:
         try:

@@ -546,12 +546,14 @@ def _random_state(error: Exception, line: str) -> CaptureError:
 
 def _forget_optimised_scripts(model: nn.Module) -> None:
     """Makes TorchScript interpret its graphs again, where it has run them so often that it optimised them."""
-    for function in torch.jit._state._python_cu.get_functions():
+    functions: Any = torch.jit._state._python_cu.get_functions
+    for function in functions():
         function._debug_flush_compilation_cache()
     for module in model.modules():
-        forward = getattr(module, "forward", None) if isinstance(module, torch.jit.ScriptModule) else None
-        if hasattr(forward, "_debug_flush_compilation_cache"):
-            forward._debug_flush_compilation_cache()
+        if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "forward"):
+            flush = getattr(module.forward, "_debug_flush_compilation_cache", None)
+            if flush is not None:
+                flush()
 
 
 def _other_random_states() -> tuple[Any, ...]:
