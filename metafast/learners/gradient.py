@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,8 +20,10 @@ from metafast.learners.captures import Captures, CaptureSettings, first_task
 from metafast.learners.checks import check_batch, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.seeds import drawn_seeds
 from metafast.program import Parameter, Program
 from metafast.program.inner_loop import InnerLoop
+from metafast.program.noise import given_numbers
 from metafast.program.losses import LossLike, as_loss
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
@@ -70,7 +72,10 @@ class Adapted:
                 f"x.to({str(theta.device)!r}, {theta.dtype})"
             )
         program = self.captures.extended(self.program, x)
-        return self.choice.executor.predict(program, self.parameters, x.contiguous(), self.step)
+        seeds = drawn_seeds(program, len(theta), theta.device)
+        return self.choice.executor.predict(
+            program, self.parameters, x.contiguous(), self.step, None if seeds is None else seeds[:, 1]
+        )
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
         """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.
@@ -214,7 +219,7 @@ class GradientLearner(Learner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._choice_for(tasks)
+        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
@@ -287,6 +292,12 @@ class GradientLearner(Learner):
 
     def _capture_settings(self) -> CaptureSettings:
         return CaptureSettings(self.loss, self.adapted_names, self.bn, self.steps, self.output)
+
+    def _with_seeds(self, tasks: TaskBatch) -> TaskBatch:
+        """Gives the tasks seeds of their random numbers, where the model draws any and they have none."""
+        if not self.program.draws or tasks.seeds is not None:
+            return tasks
+        return replace(tasks, seeds=drawn_seeds(self.program, len(tasks), tasks.support_x.device))
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
@@ -415,5 +426,6 @@ class GradientLearner(Learner):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with torch.no_grad(), self.captures.statistics_kept():
+            seed = None if tasks.seeds is None else tasks.seeds[:1, 0]
+            with torch.no_grad(), self.captures.statistics_kept(), given_numbers(seed):
                 call(self.model, first_task(tasks.support_x))

@@ -78,7 +78,7 @@ class MAML(GradientLearner):
         Raises:
             TypeError, ValueError: the batch does not fit the model, or ``create_graph`` goes with ``first_order``.
         """
-        choice = self._choice_for(tasks)
+        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
         theta, rate, program = self.flat_parameters(), self._rates(), self._held_program()
@@ -102,7 +102,7 @@ class MAML(GradientLearner):
 
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
-        choice = self._choice_for(tasks)
+        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
         self._track_statistics(tasks)
         rate = self._rates()
         loop = self._loop(learns_rates=rate.requires_grad)

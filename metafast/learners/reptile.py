@@ -88,13 +88,13 @@ class Reptile(GradientLearner):
     @torch.no_grad()
     def forward(self, tasks: TaskBatch) -> LearnerOutput:
         """Judges the adapted models on the query sets. Reptile has no meta-loss: train it with :meth:`backward`."""
-        choice = self._choice_for(tasks)
+        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
         return self._on_queries(choice, self._adapted(choice, tasks.support, self.steps), tasks)
 
     @torch.no_grad()
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
-        choice = self._choice_for(tasks)
+        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
         self._track_statistics(tasks)
         adapted = self._adapted(choice, tasks.support, self.steps)
         self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))
@@ -126,4 +126,4 @@ class Reptile(GradientLearner):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         chosen = order[(torch.arange(self.batch_size) + step * self.batch_size) % n].to(support.x.device)
         mask = None if support.mask is None else support.mask[:, chosen]
-        return Batch(support.x[:, chosen], support.y[:, chosen], mask)
+        return Batch(support.x[:, chosen], support.y[:, chosen], mask, support.seeds)

@@ -131,8 +131,10 @@ class TimedExecutor(Executor):
         plan = self.inner.plan_own(program, loop, shapes)
         return plan if isinstance(plan, str) else replace(plan, executor=self)
 
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        return self.inner.predict(program, params, x, step)
+    def predict(
+        self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
+    ) -> Tensor:
+        return self.inner.predict(program, params, x, step, seeds)
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafast.kernels.noise import Noise
 from metafast.program import Program
 from metafast.program.derive import Slot, as_step
 from metafast.program.interpreter import Pass
 from metafast.program.capture import needed
+from metafast.program.noise import Draw
 from metafast.program.operation import Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.recording import Recording
 from metafast.tasks import Batch, each_part, parts_of
@@ -37,15 +39,17 @@ class Truth:
         outputs: what it returned.
         g: a random cotangent of the shape of the outputs.
         grads: the gradients of ``<outputs, g>`` by the names of the parameters.
+        seeds: int64 ``[1]``, from which its random numbers followed; ``None`` where it drew none.
     """
 
     x: Any
     outputs: Tensor
     g: Tensor
     grads: dict[str, Tensor]
+    seeds: Tensor | None = None
 
 
-def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any) -> Truth:
+def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any, seeds: Tensor | None = None) -> Truth:
     """Differentiates what the module returned in those of its ``parameters`` that require a gradient."""
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
@@ -54,7 +58,7 @@ def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any) -> Truth:
     if outputs.requires_grad and live:
         grads = torch.autograd.grad(outputs, list(live.values()), g, allow_unused=True)
     found = {n: torch.zeros_like(p) if d is None else d for (n, p), d in zip(live.items(), grads, strict=True)}
-    return Truth(x, outputs.detach(), g, found)
+    return Truth(x, outputs.detach(), g, found, seeds)
 
 
 def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str | None:
@@ -88,7 +92,7 @@ def first_difference(
     """
     allowed = 10 * _ALLOWED[theta.dtype][0]
     named = dict(zip((p.name for p in program.parameters), program.unflatten(theta), strict=True))
-    values = _replayed(recording, named, truth.x)
+    values = _replayed(recording, named, truth)
     _, _, run = _run(program, theta, truth, step)
     number: dict[Made, int] = {}
     for ref in made:
@@ -110,7 +114,7 @@ def first_difference(
 def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
     """Runs the Program on the truth's task; returns outputs, gradients by name, and the pass."""
     x = each_part(lambda part: part[None], truth.x)
-    run = Pass(program, theta[None], Batch(x, x), step, (True,) * len(program.parameters))
+    run = Pass(program, theta[None], Batch(x, x, None, truth.seeds), step, (True,) * len(program.parameters))
     with torch.no_grad():
         outputs = run.forward()[0]
         grads = run.vjp(truth.g[None]) if outputs.shape == truth.outputs.shape else {}
@@ -133,10 +137,10 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
     return adjoints
 
 
-def _replayed(recording: Recording, named: dict[str, Tensor], x: Any) -> dict[Ref, Tensor]:
+def _replayed(recording: Recording, named: dict[str, Tensor], truth: Truth) -> dict[Ref, Tensor]:
     """Repeats the recorded operations one by one, with a graph from the parameters."""
     known: dict[Ref, Tensor] = {}
-    leaves = parts_of(x)
+    leaves = parts_of(truth.x)
     slots: dict[Ref, Slot] = {}
     filled: dict[Slot, Any] = {}
 
@@ -149,6 +153,9 @@ def _replayed(recording: Recording, named: dict[str, Tensor], x: Any) -> dict[Re
     with torch.enable_grad():
         for number in needed(recording):
             operation = recording.operations[number]
+            if isinstance(operation.target, Draw):
+                enter(Made(number), _drawn(operation.target.noise, truth))
+                continue
             for ref in _read(operation):
                 if ref not in slots:
                     enter(ref, _outside(ref, leaves, parameters))
@@ -156,6 +163,11 @@ def _replayed(recording: Recording, named: dict[str, Tensor], x: Any) -> dict[Re
             for part, tensor in enumerate(found if isinstance(found, tuple | list) else (found,)):
                 enter(Made(number, part), tensor)
     return known
+
+
+def _drawn(noise: Noise, truth: Truth) -> Tensor:
+    assert truth.seeds is not None and noise.shape is not None
+    return noise.values(truth.seeds, 0, noise.shape)[0]
 
 
 def _read(operation: Operation) -> list[Ref]:
