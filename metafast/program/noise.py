@@ -113,13 +113,13 @@ def _rrelu(source: Source, a: Arguments) -> Tensor:
 
 
 def _attention(source: Source, a: Arguments) -> Tensor:
-    query, key, rate = a["query"], a["key"], a["dropout_p"]
-    shape = (*query.shape[:-1], key.shape[-2])
-    kept = source.shaped("kept", shape, query.dtype, query.device, rate=rate) > 0
-    found: Tensor = aten._scaled_dot_product_attention_math.default(
-        query, key, a["value"], a["attn_mask"], rate, a["is_causal"], kept, scale=a["scale"], enable_gqa=a["enable_gqa"]
-    )[0]
-    return found
+    query, key, value, rate = a["query"], a["key"], a["value"], a["dropout_p"]
+    weights = aten._scaled_dot_product_attention_math.default(
+        query, key, value, a["attn_mask"], 0.0, a["is_causal"], scale=a["scale"], enable_gqa=a["enable_gqa"]
+    )[1]
+    if a["enable_gqa"]:
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    return _dropout(source, {"input": weights, "p": rate}) @ value
 
 
 def _recurrent(source: Source, a: Arguments, func: Any) -> tuple[Tensor, ...]:
@@ -162,9 +162,14 @@ def _integers(uniform: Tensor, low: int, high: int, dtype: torch.dtype) -> Tenso
     return ((uniform * (high - low)).floor() + low).to(dtype)
 
 
+def _integer(dtype: Any) -> torch.dtype:
+    """Returns the dtype that was asked for; where none was, the schema has a number in its place."""
+    return dtype if isinstance(dtype, torch.dtype) else torch.int64
+
+
 def _randint(source: Source, a: Arguments) -> Tensor:
     uniform = source.shaped("uniform", a["size"], torch.float64, a["device"])
-    return _integers(uniform, a.get("low", 0), a["high"], a["dtype"] or torch.int64)
+    return _integers(uniform, a.get("low", 0), a["high"], _integer(a["dtype"]))
 
 
 def _randint_like(source: Source, a: Arguments) -> Tensor:
@@ -183,7 +188,7 @@ def _random(source: Source, a: Arguments) -> Tensor:
 
 def _randperm(source: Source, a: Arguments) -> Tensor:
     order = source.shaped("uniform", (a["n"],), torch.float64, a["device"]).argsort()
-    return order.to(a["dtype"] or torch.int64)
+    return order.to(_integer(a["dtype"]))
 
 
 def _normal(source: Source, a: Arguments) -> Tensor:
@@ -337,8 +342,6 @@ def draws(func: Any, args: Any, kwargs: Any) -> bool:
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     named = by_name(func, args, kwargs)
-    if named.get("dropout_mask") is not None:
-        return False
     rates = [named[name] for name in (*_RATES, "p") if isinstance(named.get(name), float) and "generator" not in named]
     training = named.get("train", named.get("training", True)) is not False
     return training and all(rate > 0 for rate in rates)
