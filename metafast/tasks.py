@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
 from torch.utils._pytree import register_pytree_node
 
 
@@ -25,9 +24,9 @@ class Samples:
     names: tuple[str, ...] | None = None
 
     @property
-    def arguments(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """Returns them as the model takes them: in their order, or by name."""
-        return self.parts if self.names is None else dict(zip(self.names, self.parts, strict=True))
+    def by_name(self) -> dict[str, Tensor]:
+        """Returns them by the names of the arguments; it is empty where they are given in their order."""
+        return dict(zip(self.names or (), self.parts, strict=bool(self.names)))
 
     @property
     def shape(self) -> torch.Size:
@@ -91,7 +90,7 @@ class Samples:
     def __getitem__(self, chosen: Any) -> Any:
         """Returns the argument of that name, or a range of the tasks."""
         if isinstance(chosen, str):
-            return dict(zip(self.names or (), self.parts, strict=True))[chosen]
+            return self.by_name[chosen]
         return self.each(lambda part: part[chosen])
 
 
@@ -206,8 +205,8 @@ class TaskBatch:
     """Holds T tasks, each with a support set to adapt on and a query set that judges the result.
 
     Args:
-        support_x: the inputs ``[T, n, ...]``: a tensor of real numbers or of integers, such as token ids; or several, as
-            the model takes them: a tuple, in their order, or a dict, by the names of the arguments.
+        support_x: the inputs ``[T, n, ...]``: a tensor of real numbers or of integers, such as token ids; or several,
+            as the model takes them: a tuple, in their order, or a dict, by the names of the arguments.
         support_y: class indices ``[T, n]`` (int64), or regression targets ``[T, n, ...]``.
         query_x: the inputs ``[T, m, ...]``, likewise.
         query_y: class indices ``[T, m]`` (int64), or regression targets ``[T, m, ...]``.
@@ -276,7 +275,7 @@ class TaskBatch:
         ragged = self.support_mask is not None or self.query_mask is not None
         dtypes = (support_x.dtype, support_y.dtype, query_x.dtype, query_y.dtype)
         devices = (support_x.device, query_x.device)
-        parts = ()
+        parts: tuple[tuple[torch.Size, torch.dtype], ...] = ()
         if isinstance(support_x, Samples):
             parts = tuple((part.shape, part.dtype) for x in (support_x, query_x) for part in parts_of(x))
         return TaskShapes(
@@ -285,11 +284,13 @@ class TaskBatch:
 
     def to(self, *args: object, **kwargs: object) -> TaskBatch:
         """Moves every tensor to a device, or the floating-point ones to a dtype, as ``Tensor.to`` does."""
-        found = {}
+        found: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None:
-                found[f.name] = value.to(*args, **kwargs) if isinstance(value, Samples) else moved(value, *args, **kwargs)
+                found[f.name] = (
+                    value.to(*args, **kwargs) if isinstance(value, Samples) else moved(value, *args, **kwargs)
+                )
         return TaskBatch(**found)
 
     def _seeds(self, part: int) -> Tensor | None:
@@ -320,8 +321,8 @@ def _check_part(part: str, x: Any, y: Tensor, mask: Tensor | None) -> None:
     for name, value in zip(names, parts_of(x), strict=True):
         if value.dtype == torch.uint8:
             raise TypeError(
-                f"{name} has dtype {value.dtype}; pictures must be floating point (use x.float() / 255), and token ids int64 "
-                "(x.long())"
+                f"{name} has dtype {value.dtype}; pictures must be floating point (use x.float() / 255), and token ids "
+                "int64 (x.long())"
             )
         if value.shape[:2] != x.shape[:2] or value.device != x.device:
             raise ValueError(

@@ -111,6 +111,20 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.a(x)))
 
 
+class Repeated(nn.Module):
+    """A layer called three times, behind another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(3, 7), nn.Linear(7, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        for _ in range(3):
+            h = torch.tanh(self.again(h))
+        return self.head(h)
+
+
 class Direct(nn.Module):
     """Parameters without a layer: a vector, a matrix and a scalar."""
 

@@ -42,6 +42,7 @@ class Oracle:
         adapted: names of the parameters that the inner loop moves; ``None``: all.
         first_order: stop the gradient through each inner gradient.
         weights: ``w_1 .. w_S``; ``None``: the last alone.
+        query_loss: the loss of the query sets, likewise; ``None``: the same.
         bn: ``task``, ``per_step`` (a row of the affine map for each of the steps ``0..S``), ``frozen`` or ``running``.
     """
 
@@ -54,10 +55,12 @@ class Oracle:
         adapted: Iterable[str] | None = None,
         first_order: bool = False,
         weights: Sequence[float] | None = None,
+        query_loss: str | Callable[[Tensor, Tensor], Tensor] | None = None,
         bn: str = "task",
     ) -> None:
         self.model = copy.deepcopy(model).double()
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.query_loss = LOSSES[query_loss] if isinstance(query_loss, str) else query_loss or self.loss
         self.steps, self.first_order = steps, first_order
         self.weights = [0.0] * (steps - 1) + [1.0] if weights is None else list(weights)
         self.parameters = {n: p.detach().clone().requires_grad_() for n, p in self.model.named_parameters()}
@@ -110,7 +113,7 @@ class Oracle:
             total = torch.zeros((), dtype=torch.float64)
             for step, weight in enumerate(self.weights, start=1):
                 out = self.predict(trajectory[step], qx, step)
-                total = total + weight * self.loss(out, qy)
+                total = total + weight * self.query_loss(out, qy)
             losses.append(total)
             outputs.append(out.detach())
         return torch.stack(losses), outputs

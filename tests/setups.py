@@ -77,6 +77,9 @@ SETUPS = [
     vectors("multi-step loss, learned rates, none on the last", step_weights=[0.7, 0.3, 0], steps=3, lr=rate("step")),
     vectors("multi-step loss, first order", step_weights=[0.5, 0.2, 0.3], steps=3, first_order=True),
     vectors("custom loss", loss=log_cosh),
+    vectors("custom loss, ragged", loss=log_cosh, ragged=True),
+    vectors("a sum of squares", loss=nn.MSELoss(reduction="sum"), ragged=True),
+    vectors("another loss of query sets", query_loss=nn.L1Loss(), steps=3, step_weights=[0.2, 0.3, 0.5]),
     vectors("ragged regression", ragged=True),
     vectors("only biases adapted", adapt=["0.bias", "4.bias"]),
     vectors("ReLU", lambda: models.mlp(nn.ReLU)),
@@ -105,6 +108,8 @@ SETUPS = [
     images("instance norm, derived", lambda: models.convnet(norm=lambda c: nn.InstanceNorm2d(c, affine=True))),
     images("residual", models.Residual),
     images("residual, custom loss", models.Residual, loss=smoothed),
+    images("class weights and smoothed labels, ragged", models.convnet, ragged=True, loss=nn.CrossEntropyLoss(
+        torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), label_smoothing=0.1)),
     images("residual, Meta-SGD", models.Residual, learner=mf.MetaSGD, lr=(0.02, 0.1)),
     images("functional forms", models.Functional),
     images("ANIL", models.Embedded, learner=mf.ANIL, head="classifier", steps=3),
@@ -165,7 +170,7 @@ def make_oracle(learner):
     oracle = Oracle(
         learner.model, getattr(program.loss, "function", program.loss.kind), learner.steps,
         adapted=[p.name for p in program.parameters if p.adapted], first_order=learner.first_order,
-        weights=learner.step_weights[1:], bn=modes[0] if modes else "task",
+        weights=learner.step_weights[1:], query_loss=getattr(learner.query_loss, "function", None), bn=modes[0] if modes else "task",
     )  # fmt: skip
     for key, row in learner.rows.items():
         oracle.parameters[key.replace("/", ".")] = row.detach().double().requires_grad_()

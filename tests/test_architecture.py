@@ -105,6 +105,7 @@ SAID_OTHERWISE = {
         r"\b(class|struct) (Core|Lanes|Block|Watch|Ledger|Toucher|Turns|Recording)\b": "see csrc/README.md",
         r"\bbend\b|(?<!negative[ _])\bslope\b|\bcurve\b": "hvp, derivative, second_derivative",
         r"PassKind::(plain|taped)\b|LossKind::given": "gradient, gradient_and_tangent, external",
+        r"\bneeds_lr\b|\blr(_\w+)?\b": "learns_rates, rates, rates_grad, rate_rows",
     },
 }
 SAID_OTHERWISE["prose"] = {

@@ -55,7 +55,7 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path):
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path):
     (tmp_path / "other").write_bytes(safetensors.torch.save({"weight": torch.ones(2)}, metadata={"format": "pt"}))
-    with pytest.raises(CheckpointError, match=r"not a checkpoint of metafast .its format is 'pt'"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this metafast .its format is 'pt'"):
         checkpoint.load(tmp_path / "other")
 
 
@@ -114,3 +114,47 @@ def test_differences_name_the_field_and_both_values():
         "new: 1 here, absent in the checkpoint",
         'old: absent here, "x" in the checkpoint',
     ]
+
+
+def refused(path, content):
+    """Writes ``content`` over a checkpoint and returns what is said of it."""
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as found:
+        checkpoint.load(path)
+    text = str(found.value)
+    assert text.startswith(f"{path} ")
+    assert text.endswith("; use another checkpoint or train again")
+    assert len(text.splitlines()) == 1
+    return text
+
+
+def test_every_flipped_bit_is_refused_in_one_line(saved):
+    content = saved.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    damaged = 0
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        text = refused(saved, flipped)
+        checksum = "does not match the checksum" in text
+        damaged += checksum
+        assert checksum or bit // 8 < header, text
+    assert damaged > 8 * (len(content) - header)  # some bits of the header make another header that can be read
+    saved.write_bytes(content)
+    checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda c: c.replace(b'"iteration\\": 3', b'"iteration\\": 4'), "does not match the checksum"),
+        (lambda c: c.replace(b'"sha256"', b'"sha255"'), "does not match the checksum"),
+        (lambda c: c.replace(b"checkpoint-2", b"checkpoint-1"), "its format is 'metafast-checkpoint-1'"),
+        (lambda c: c + b"\0", "truncated or not a safetensors file"),
+        (lambda c: c[:-4] + os.urandom(4), "does not match the checksum"),
+    ],
+)
+def test_other_damage_is_refused_in_one_line(saved, change, text):
+    content = saved.read_bytes()
+    assert change(content) != content
+    assert text in refused(saved, change(content))

@@ -164,6 +164,54 @@ def test_commands_that_take_a_model_of_your_own_share_its_options():
         assert len({(options[name].help, options[name].rich_help_panel) for options in found}) == 1, name
 
 
+def test_resume_stands_alone_or_with_auto_anywhere(tmp_path, capsys):
+    out = ["--out", tmp_path / "run"]
+    for words in (
+        [*TRAIN, "--resume", "auto", *out],
+        [*TRAIN, *out, "--resume"],
+        ["train", "--resume", *TRAIN[1:], *out],
+    ):
+        code, _, err = call(capsys, *words)
+        assert code == 0, err
+    code, _, err = call(capsys, *TRAIN, *out)
+    assert (code, "holds a run already; add --resume" in err) == (2, True)
+
+
+def test_a_second_process_on_one_folder_is_refused_and_kill_dash_nine_frees_it(tmp_path, capsys):
+    arguments = [*TRAIN, "--iterations", "1000000", "--checkpoint-every", "1000000", "--out", str(tmp_path / "run")]
+    program = [sys.executable, "-c", "from metafast.cli.main import main; main()", *arguments]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        next(line for line in process.stderr if line.startswith("iteration"))
+        for resume in ([], ["--resume"], ["--resume", "auto"]):
+            code, out, err = call(capsys, *arguments, *resume)
+            assert (code, out, len(err.splitlines())) == (1, "", 1)
+            assert f"{tmp_path / 'run'} is in use: process {process.pid} trains in it" in err
+    finally:
+        process.kill()
+        process.communicate()
+    code, _, err = call(capsys, *TRAIN, "--out", tmp_path / "run", "--resume")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("command", ["eval", "adapt", "explain", "train"])
+def test_a_damaged_checkpoint_is_one_line_in_every_command(run, tmp_path, capsys, command):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    content = (run / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "points.csv").write_text("x,y\n0,0\n")
+    points = ["--support", tmp_path / "points.csv", "--query", tmp_path / "points.csv"]
+    words = [*TRAIN, "--out", folder, "--resume"] if command == "train" else [command, folder]
+    for bit in (3, 8 * 30, 8 * 200 + 5, 8 * (len(content) // 2), 8 * len(content) - 1):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / "checkpoint.safetensors").write_bytes(flipped)
+        code, out, err = call(capsys, *words, *(points if command == "adapt" else []))
+        assert (code, out, len(err.splitlines())) == (1, "", 1), err
+        assert err.startswith(f"metafast: {folder / 'checkpoint.safetensors'} ")
+        assert "use another checkpoint or train again" in err
+
+
 @pytest.mark.parametrize("arguments", [["trane"], ["train"], ["train", "sinusoid", "--iterations", "many"]])
 def test_bad_usage_exits_with_two(capsys, arguments):
     code, _, err = call(capsys, *arguments)

@@ -41,7 +41,8 @@ TWINS = {
 }
 FOREIGN = {
     "custom loss", "ragged regression", "PReLU, derived", "SiLU, derived", "gates by chunk and slice", "buffers",
-    "direct parameters", "direct parameters, rate for each layer and step",
+    "direct parameters", "direct parameters, rate for each layer and step", "custom loss, ragged", "a sum of squares",
+    "another loss of query sets",
 }  # fmt: skip
 
 

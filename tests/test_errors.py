@@ -58,6 +58,38 @@ def squares(outputs, targets):
     return (outputs - targets) ** 2
 
 
+def fails(outputs, targets):
+    return outputs @ targets
+
+
+def draws(outputs, targets):
+    return (squares(outputs, targets) * torch.rand_like(targets)).mean()
+
+
+class Counts:
+    calls = 0
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        return squares(outputs, targets).mean() / self.calls
+
+
+def once(outputs, targets):
+    return Once.apply(outputs - targets).square().mean()
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
 ERRORS = [
     # batches
     ("list in place of a tensor", lambda: batch(support_x=[1, 2]), TypeError, ["support_x is a list", "as_tensor"]),
@@ -118,7 +150,7 @@ ERRORS = [
     ("labels as numbers", lambda: classifier()(labelled(support_y=labels(T, N).float())), TypeError,
      ["support_y has dtype torch.float32", "support_y.long()"]),
     ("labels as one-hot vectors", lambda: classifier()(labelled(query_y=F.one_hot(labels(T, M), 4))), ValueError,
-     ["query_y has shape (2, 5, 4)", "labels [T, n]"]),
+     ["query_y has shape (2, 5, 4)", "labels [T, n, ...]", "probabilities"]),
     ("classes for a sequence", lambda: learner(model=nn.Linear(4, 3), loss="cross_entropy")(
         mf.TaskBatch(r(T, N, 5, 4), labels(T, N), r(T, N, 5, 4), labels(T, N))), ValueError,
      ["output has shape (5, 3)", "callable"]),
@@ -128,17 +160,36 @@ ERRORS = [
      ["query_y (2, 5, 1)", "Nothing is broadcast"]),
     ("whole numbers as targets", lambda: learner()(batch(support_y=labels(T, N)[..., None].expand(T, N, 2))), TypeError,
      ["support_y has dtype torch.int64", "support_y.float()"]),
+    ("probabilities of other classes", lambda: classifier()(labelled(query_y=r(T, M, 5))), ValueError,
+     ["query_y has shape (2, 5, 5)", "output has shape (4,)", "probabilities of the outputs' shape"]),
+    ("label -1 beside those left out", lambda: classifier()(labelled(support_y=labels(T, N) * 99 - 100)), ValueError,
+     ["support_y contains the label -1", "or be -100"]),
+    ("class weights of another number", lambda: learner(
+        model=nn.Linear(3, 4), loss=nn.CrossEntropyLoss(weight=torch.ones(3)))(labelled()), ValueError,
+     ["weight of the cross entropy has shape (3,)", "4 outputs"]),
+    ("labels too high for the query loss", lambda: classifier(query_loss=nn.CrossEntropyLoss(label_smoothing=0.1))(
+        labelled(query_y=labels(T, M) + 2)), ValueError, ["query_y contains the label 5"]),
     # losses
     ("unknown loss", lambda: learner(loss="crossentropy"), ValueError, ["'crossentropy'", "cross_entropy", "mse"]),
     ("no loss", lambda: learner(loss=None), TypeError, ["NoneType", "cross_entropy"]),
     ("loss of every sample", lambda: learner(loss=squares)(batch()), ValueError, ["shape (4, 2)", "scalar", ".mean()"]),
     ("loss as a Python number", lambda: learner(loss=lambda o, t: squares(o, t).mean().item())(batch()), ValueError,
-     ["outputs of shape (4, 2)", ".item()"]),
-    ("loss that takes other targets", lambda: learner(loss=F.cross_entropy)(batch(support_y=r(T, N, 7))), ValueError,
-     ["targets of shape (4, 7)", "scalar tensor"]),
-    ("class in place of a loss", lambda: learner(loss=nn.MSELoss)(batch()), ValueError, ["loss callable failed"]),
-    ("callable with a mask", lambda: learner(loss=lambda o, t: squares(o, t).mean())(batch(support_mask=ones(T, N))),
-     ValueError, ["mask", "'cross_entropy' or 'mse'"]),
+     ["returned a float", "outputs of shape (4, 2)", ".item()"]),
+    ("loss that leaves autograd", lambda: learner(loss=lambda o, t: squares(o.detach(), t).mean())(batch()),
+     ValueError, ["test_errors.py", ".detach()"]),
+    ("loss that fails", lambda: learner(loss=fails)(batch()), ValueError,
+     ["the loss fails", "test_errors.py", "(return outputs @ targets)", "outputs of shape (4, 2)"]),
+    ("loss that draws", lambda: learner(loss=draws)(batch()), ValueError, ["the loss draws", "random", "several"]),
+    ("loss that counts its calls", lambda: learner(loss=Counts())(batch()), ValueError,
+     ["the loss Counts", "changes with each call"]),
+    ("loss without a second derivative", lambda: learner(loss=once)(batch()).loss.backward(), ValueError,
+     ["cannot be differentiated twice", "first_order=True"]),
+    ("loss that takes other targets", lambda: learner(loss=F.huber_loss)(batch(support_y=r(T, N, 7))), ValueError,
+     ["the loss huber_loss failed", "targets of shape (4, 7)"]),
+    ("class in place of a loss", lambda: learner(loss=nn.MSELoss), TypeError, ["MSELoss is a class", "MSELoss()"]),
+    ("loss that is not reduced", lambda: learner(loss=nn.MSELoss(reduction="none")), ValueError,
+     ["reduction='none'", "'mean' or 'sum'"]),
+    ("unknown loss of query sets", lambda: learner(query_loss="l2"), ValueError, ["'l2'", "mse"]),
     # learners
     ("no module", lambda: learner(model=lambda x: x), TypeError, ["model=<function", "nn.Module"]),
     ("class in place of a module", lambda: mf.MAML(nn.Linear, loss="mse", lr=0.1), TypeError, ["Linear", "instance"]),
@@ -209,6 +260,7 @@ def test_bad_input_is_named_with_its_remedy(act, kind, words):
     assert type(caught.value) is kind
     for word in words:
         assert word in str(caught.value), f"{word!r} is missing in: {caught.value}"
+    assert "vmap" not in str(caught.value)
 
 
 def test_a_refused_batch_leaves_the_learner_as_it_was():

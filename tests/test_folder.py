@@ -29,7 +29,7 @@ def images(tmp_path):
 
 
 def test_classes_counts_and_pixels(images):
-    splits = load_folder(images, size=6, fractions=(0.6, 0.2, 0.2))
+    splits = load_folder(images, size=6, split=(0.6, 0.2, 0.2))
     parts = [splits.train, splits.validation, splits.test]
     assert [len(p) for p in parts] == [6, 2, 2]
     assert {n for p in parts for n in p.class_names} == {f"class{k}" for k in range(10)}
@@ -55,7 +55,7 @@ def test_the_sampler_takes_a_ragged_folder(images):
 def test_equal_classes_need_no_counts(tmp_path):
     for k in range(3):
         fill(tmp_path / "d", f"c{k}", 2)
-    splits = load_folder(tmp_path / "d", size=4, fractions=(0.4, 0.3, 0.3))
+    splits = load_folder(tmp_path / "d", size=4, split=(0.4, 0.3, 0.3))
     assert splits.train.counts is None
 
 
@@ -66,7 +66,7 @@ def test_centre_crop_and_grayscale(tmp_path):
         (tmp_path / "d" / name).mkdir(parents=True)
         for i in range(2):
             Image.fromarray(pixels).save(tmp_path / "d" / name / f"{i}.png")
-    splits = load_folder(tmp_path / "d", size=10, channels=1, fractions=(0.5, 0, 0.5))
+    splits = load_folder(tmp_path / "d", size=10, channels=1, split=(0.5, 0, 0.5))
     assert splits.train.images.shape == (1, 2, 1, 10, 10)
     assert (splits.train.images == 200).all()
 
@@ -80,7 +80,7 @@ def test_photographs_are_turned_upright(tmp_path):
         (tmp_path / "d" / name).mkdir(parents=True)
         for i in range(2):
             Image.fromarray(pixels).save(tmp_path / "d" / name / f"{i}.png", exif=exif)
-    image = load_folder(tmp_path / "d", size=8, channels=1, fractions=(0.5, 0, 0.5)).train.images[0, 0, 0]
+    image = load_folder(tmp_path / "d", size=8, channels=1, split=(0.5, 0, 0.5)).train.images[0, 0, 0]
     assert torch.equal(image, torch.from_numpy(pixels[::-1].copy()))
 
 

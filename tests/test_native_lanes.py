@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import hypothesis.strategies as st
+import models
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,20 +49,6 @@ class Residual(nn.Module):
         return self.head(torch.relu(self.second(h)) + h + h)
 
 
-class Recurrent(nn.Module):
-    """A layer called three times."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.again, self.head = nn.Linear(3, 7), nn.Linear(7, 7), nn.Linear(7, 2)
-
-    def forward(self, x):
-        h = torch.tanh(self.first(x))
-        for _ in range(3):
-            h = torch.tanh(self.again(h))
-        return self.head(h)
-
-
 def sequential(*widths, between=nn.ReLU):
     layers = [part for i, o in pairwise(widths) for part in (nn.Linear(i, o), between())]
     return nn.Sequential(*layers[:-1])
@@ -71,7 +58,7 @@ MODELS = {
     "sinusoid": lambda: sequential(1, 40, 40, 1),
     "odd": lambda: sequential(3, 17, 9, 33, 2, between=nn.GELU),
     "residual": Residual,
-    "recurrent": Recurrent,
+    "repeated": models.Repeated,
     "one layer": lambda: nn.Sequential(nn.Flatten(), nn.Linear(5, 11)),
     "pixels": lambda: nn.Sequential(nn.Conv2d(4, 6, 1), nn.LeakyReLU(0.1), nn.Flatten(), nn.Linear(6, 3)),
 }  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,6 @@ from torch import nn
 from torch.func import functional_call
 
 import metafast as mf
-from metafast.executors import ReferenceExecutor
-from metafast.kernels.noise import Noise
 from metafast.program.noise import given_numbers
 
 ONE = torch.tensor([12345])
@@ -92,7 +88,9 @@ MODELS = {
     "a number that is not used": lambda: Call(lambda m, x: (torch.rand(3), F.dropout(x, 0.3))[1]),
     "x.normal_": lambda: Call(lambda m, x: x + torch.empty_like(x).normal_(0.1, 0.2)),
     "x.uniform_": lambda: Call(lambda m, x: x * torch.empty_like(x).uniform_(0.5, 1.5)),
-    "a part filled": lambda: Call(lambda m, x: x * torch.cat([x.new_ones(len(x), 2), x.new_empty(len(x), 4).uniform_()], 1)),
+    "a part filled": lambda: Call(
+        lambda m, x: x * torch.cat([x.new_ones(len(x), 2), x.new_empty(len(x), 4).uniform_()], 1)
+    ),
     "torch.normal": lambda: Call(lambda m, x: x + torch.normal(x, 0.2)),
     "torch.normal of two": lambda: Call(lambda m, x: x + torch.normal(x, x.detach().abs())),
     "Normal.rsample": lambda: Call(reparametrised, mix=nn.Linear(6, 6)),
@@ -114,7 +112,8 @@ MODELS = {
     "nn.RReLU in place": lambda: Call(lambda m, x: m.act(x * 2), act=nn.RReLU(inplace=True)),
     "attention": lambda: Call(attended),
     "nn.MultiheadAttention": lambda: Call(
-        lambda m, x: m.net(*[x.reshape(len(x), 2, 3)] * 3)[0].flatten(1), net=nn.MultiheadAttention(3, 1, 0.3, batch_first=True)
+        lambda m, x: m.net(*[x.reshape(len(x), 2, 3)] * 3)[0].flatten(1),
+        net=nn.MultiheadAttention(3, 1, 0.3, batch_first=True),
     ),
     "nn.TransformerEncoderLayer": lambda: Call(
         tokens, net=nn.TransformerEncoderLayer(3, 1, 5, dropout=0.3, batch_first=True)

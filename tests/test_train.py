@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import os
@@ -247,7 +248,7 @@ def test_the_test_agrees_with_a_calculation_by_hand(tmp_path):
 
 
 def test_every_run_is_tested_on_the_same_tasks_whatever_its_seed():
-    one, two = (open_episodes(SMALL, None, seed, "cpu") for seed in (0, 1))
+    one, two = (open_episodes(replace(SMALL, eval_every=20), None, seed, "cpu") for seed in (0, 1))
     assert torch.equal(one.test[5].batch(3).query_x, two.test[5].batch(3).query_x)
     assert not torch.equal(one.train.batch(3).query_x, two.train.batch(3).query_x)
     assert not torch.equal(one.test[5].batch(0).query_x, one.validation.batch(0).query_x)
@@ -300,3 +301,59 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     run(SMALL, tmp_path, resume=True)
     assert same(before, parameters(tmp_path))
     assert lines == read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [None, 37])
+def test_resume_auto_starts_where_nothing_is_and_goes_on_where_something_is(tmp_path, stop):
+    run(SMALL, tmp_path / "straight")
+    if stop:
+        with pytest.raises(Interrupted):
+            run(SMALL, tmp_path / "auto", StopAt(stop), resume="auto")
+        assert checkpoint.load(tmp_path / "auto" / LAST)[1]["iteration"] == stop
+    run(SMALL, tmp_path / "auto", resume="auto")
+    assert same(parameters(tmp_path / "straight"), parameters(tmp_path / "auto"))
+    assert record(tmp_path / "straight") == record(tmp_path / "auto")
+
+
+def test_resume_auto_does_not_start_over_a_damaged_checkpoint(tmp_path):
+    run(SMALL, tmp_path)
+    content = bytearray((tmp_path / LAST).read_bytes())
+    content[-10] ^= 4
+    (tmp_path / LAST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: its content does not match the checksum in it; use anot"):
+        run(SMALL, tmp_path, resume="auto")
+    assert (tmp_path / LAST).read_bytes() == content
+
+
+def test_a_word_that_resume_does_not_know_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--resume is 'maybe'; give it alone, or --resume auto"):
+        Training(SMALL, Options(tmp_path, device="cpu", resume="maybe"))
+
+
+def test_a_folder_is_held_from_the_first_look_to_the_end_of_the_run(tmp_path):
+    lock = tmp_path / "run" / ".lock"
+    training = Training(SMALL, Options(tmp_path / "run", device="cpu"))
+    assert lock.exists()
+    training.run(Progress())
+    assert not lock.exists()
+    with pytest.raises(ValueError, match="holds a run already"):
+        Training(SMALL, Options(tmp_path / "run", device="cpu"))
+    gc.collect()
+    assert not lock.exists()
+
+
+def test_nothing_is_made_where_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"there is no checkpoint .*; leave out --resume .*--resume auto, which st"
+    ):
+        Training(SMALL, Options(tmp_path / "none", device="cpu", resume=True))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_record_is_named_with_its_line(tmp_path):
+    run(SMALL, tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([lines[0], lines[1][:20] + "\0" + lines[1][21:], *lines[2:], ""]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is damaged .*; take that line away"):
+        run(SMALL, tmp_path, resume=True)

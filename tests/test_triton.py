@@ -190,6 +190,18 @@ def test_losses_in_small_blocks(case, monkeypatch):
     assert_close([[v.cpu() for v in part] for part in found], expected, case.tolerance, ("loss", "gradient", "tangent"))
 
 
+def test_cross_entropy_counts_the_samples_that_mask_and_label_keep():
+    loss = next(c.loss for c in LOSSES if c.name == "five ways")
+    z, d = (torch.randn(3, 7, 5, device=DEVICE) for _ in range(2))
+    y, mask = torch.randint(0, 5, (3, 7), device=DEVICE), torch.ones(3, 7, dtype=torch.bool, device=DEVICE)
+    y[0, 2:5], y[1], mask[0, 4:], mask[2, 0] = -100, -100, False, False
+    found, expected = (loss_rules(rules, z, y, d, mask) for rules in (triton_loss(loss), loss))
+    assert torch.isnan(found[0][0]).tolist() == torch.isnan(expected[0][0]).tolist() == [False, True, False]
+    for part in (found, expected):
+        part[0][0] = part[0][0].nan_to_num(0.0)
+    assert_close(found, expected, 2e-6, ("loss", "gradient", "tangent"))
+
+
 SPREAD = ["conv2d: 3x3, padded", "linear: odd", "batch_norm: 2d", "layer_norm: two axes", "max_pool2d: 3x3, o",
           "avg_pool2d: padding", "gelu: image"]  # fmt: skip
 
@@ -369,7 +381,8 @@ NETWORKS = [
 ONE_CALL = ["first order, learned rate", "FOMAML", "Meta-SGD", "multi-step loss, learned rates, none on the last",
             "rate for each layer and step", "ragged regression", "tied weights", "unused parameter",
             "only biases adapted", "SiLU, derived", "batch norm per step", "batch norm not adapted", "residual",
-            "functional forms", "ANIL, norm and head", "body adapted, head not"]  # fmt: skip
+            "functional forms", "ANIL, norm and head", "body adapted, head not", "another loss of query sets",
+            "a sum of squares"]  # fmt: skip
 IN_PARTS = ["MAML, 3 steps", "first order, learned rate", "batch norm frozen", "ANIL, norm and head"]
 SUITE = {s.name: s for s in SETUPS}
 

@@ -200,7 +200,9 @@ def test_a_block_that_just_holds_a_task_is_verified() -> None:
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
     x, y = torch.randn(2, 12, 3), torch.randn(2, 12, 2)
     tasks, options = mf.TaskBatch(x, y, x[:, :2], y[:, :2]), {"loss": "mse", "lr": 0.05, "steps": 2}
-    program = mf.MAML(model, **options).program
+    learner = mf.MAML(model, **options)
+    learner.prepare(tasks)
+    program = learner.program
     _, enough = CudaExecutor(BlockLimits(1 << 20, 132, clusters=(1,))).shared_memory(program, tasks.shapes)
     found = mf.verify(model, tasks, backend=CudaExecutor(BlockLimits(enough, 132, clusters=(1,))), **options)
     assert found.passed, found.verdict

@@ -35,16 +35,16 @@ struct Job {
   int64_t n_params;                 // P
   int64_t tasks;                    // T
   int32_t steps;                    // S
-  int32_t lr_rows;                  // rows of learning rates, one a step; later steps use the last one
+  int32_t rate_rows;                // rows of learning rates, one a step; later steps use the last one
   int64_t task_stride;              // from a task to the next of those that run at once in lanes
   int32_t step;                     // of a single pass: the inner step that it belongs to
   bool first_order;                 // the way back leaves the Hessian out
-  bool needs_lr;                    // the gradient of the learning rates is wanted
+  bool learns_rates;                // the gradient of the learning rates is wanted
   bool keeps_tapes;                 // every step has a tape of its own for the way back; else it runs again
   const T* constants;               // running means and variances, as Op::constants points into them
   const T* params;                  // one vector as the Machine loads it, or (params_per_task) the user's [T, P]
   bool params_per_task;
-  const T* alpha;         // inner [lr_rows, size]: rates, zero where a parameter is not adapted
+  const T* alpha;         // inner [rate_rows, size]: rates, zero where a parameter is not adapted
   const double* weights;  // [S + 1]: of the query loss at each theta_s
   Samples<T> support, query;
   T* losses;      // [T]
@@ -53,10 +53,10 @@ struct Job {
   T* trajectory;  // user's [S + 1, T, P]
   const T* v;  // user's: the adjoint [S + 1, T, P] (v_everywhere) or [T, P] of theta_S; of a single pass, the direction
   bool v_everywhere;
-  T* grads;     // user's [T, P]
-  T* products;  // user's [T, P]: Hessians times v
-  T* sums;      // inner, a vector [size] for each chunk of tasks: the sum of its gradients; the run clears them
-  T* lr_sums;   // inner, [lr_rows, size] for each chunk: likewise of the rates
+  T* grads;      // user's [T, P]
+  T* products;   // user's [T, P]: Hessians times v
+  T* sums;       // inner, a vector [size] for each chunk of tasks: the sum of its gradients; the run clears them
+  T* rate_sums;  // inner, [rate_rows, size] for each chunk: likewise of the rates
 };
 
 }  // namespace metafast

@@ -21,6 +21,7 @@
 #include "layers/relu.h"
 #include "layers/sigmoid.h"
 #include "layers/tanh.h"
+#include "layers/vector.h"
 
 // clang-format off
 
@@ -48,9 +49,10 @@
  ROW(avg_pool2d, AvgPool2d,            nothing, own_place, zero,    whole,    Need::maps | Need::windows)             \
  ROW(add,        Add,                  nothing, own_place, zero,    own,      Need::maps)
 
-// Likewise, but no node of a model is one: fusion.cpp makes them of several operations.
+// Likewise, but no node of a model is one: fusion.cpp makes them of several operations, or plan.cpp puts them before one.
 #define METAFAST_FUSED_KINDS(ROW)                                                                                     \
- ROW(norm_relu_pool, NormReluPool,     input,   in_place,  nonzero, whole,    Need::maps | Need::sums | Need::windows)
+ ROW(norm_relu_pool, NormReluPool,     input,   in_place,  nonzero, whole,    Need::maps | Need::sums | Need::windows) \
+ ROW(vector,         Vector,           nothing, own_place, zero,    whole,    Need::maps | Need::windows)
 
 // Nodes that become operations of another kind: theirs, and the class whose `make` does it.
 #define METAFAST_OTHER_NODES(ROW)                                                                                     \

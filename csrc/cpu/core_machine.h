@@ -249,6 +249,8 @@ class CoreMachine : public Simd<T> {
   // Of a vector that all tasks share.
   static Pack load_shared(const T* p, long i) { return Simd<T>::load(p + i); }
   static double of_task(double loss, int) { return loss; }
+  // One rounding, here and in lanes: a compiler that may choose would choose by what is around it.
+  static void add_weighted(double& sum, double weight, double loss) { sum = __builtin_fma(weight, loss, sum); }
 
  protected:
   CoreMachine() = default;  // for who brings contractions of its own

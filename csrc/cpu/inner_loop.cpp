@@ -18,9 +18,9 @@ template <class T>
 void run_chunk(InnerLoopRun<CoreMachine<T>>& task, const Job<T>& job, int64_t chunk, int64_t k) {
   const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks, size = job.program->size;
   T* const sums = job.sums ? job.sums + k * size : nullptr;
-  T* const lr_sums = job.lr_sums ? job.lr_sums + k * job.lr_rows * size : nullptr;
-  task.clear_sums(sums, lr_sums);
-  for (int64_t t = k * chunk; t < end; ++t) task.run(t, sums, lr_sums);
+  T* const rate_sums = job.rate_sums ? job.rate_sums + k * job.rate_rows * size : nullptr;
+  task.clear_sums(sums, rate_sums);
+  for (int64_t t = k * chunk; t < end; ++t) task.run(t, sums, rate_sums);
 }
 
 template <class T>
@@ -48,7 +48,7 @@ bool sums_up(const Job<T>& job) {
 
 template <class T>
 int64_t lanes_memory(const Job<T>& job) {
-  const int64_t sums = (sums_up(job) ? 1 : 0) + (job.lr_sums ? job.lr_rows : 0);
+  const int64_t sums = (sums_up(job) ? 1 : 0) + (job.rate_sums ? job.rate_rows : 0);
   return TaskMemory<LaneMachine<T>>(job, nullptr).size + sums * job.program->size;
 }
 
@@ -71,13 +71,13 @@ void run_lanes(const Job<T>& job, const Groups& groups, T* base, Trace* trace) {
   InnerLoopRun<LaneMachine<T>> task(job, base, nullptr, {}, trace);
   T* const behind = base + TaskMemory<LaneMachine<T>>(job, nullptr).size;
   T* const sums = sums_up(job) ? behind : nullptr;
-  T* const lr_sums = job.lr_sums ? behind + (sums ? size : 0) : nullptr;
+  T* const rate_sums = job.rate_sums ? behind + (sums ? size : 0) : nullptr;
   for (int64_t k = take(groups.next); k < groups.count; k = take(groups.next)) {
-    task.clear_sums(sums, lr_sums);
-    for (int64_t i = 0; i < job.task_stride; ++i) task.run(k * lanes * job.task_stride + i, sums, lr_sums);
+    task.clear_sums(sums, rate_sums);
+    for (int64_t i = 0; i < job.task_stride; ++i) task.run(k * lanes * job.task_stride + i, sums, rate_sums);
     if (job.sums) fold(sums ? sums : task.adjoint(), size, job.sums + k * groups.stride);
-    for (int r = 0; lr_sums && r < job.lr_rows; ++r) {
-      fold(lr_sums + r * size, size, job.lr_sums + (k * job.lr_rows + r) * groups.stride);
+    for (int r = 0; rate_sums && r < job.rate_rows; ++r) {
+      fold(rate_sums + r * size, size, job.rate_sums + (k * job.rate_rows + r) * groups.stride);
     }
   }
 }

@@ -38,7 +38,7 @@ struct TaskMemory {
     query_x = take(elements(p.input, job.query.n));
     query_y = take(job.query.targets ? elements(p.out, job.query.n) : 0);
     theta = take((adapts ? job.steps + 1 : 1) * p.size);
-    g = take((job.goal == Goal::meta_gradient && job.needs_lr ? job.steps : 1) * p.size);
+    g = take((job.goal == Goal::meta_gradient && job.learns_rates ? job.steps : 1) * p.size);
     v = take(p.size);
     u = take(p.size);
     product = take(p.size);
@@ -69,17 +69,17 @@ class InnerLoopRun {
   }
 
   // To be called before the first task of a chunk.
-  void clear_sums(T* sums, T* lr_sums) const {
+  void clear_sums(T* sums, T* rate_sums) const {
     machine.once([&] {
       if (sums) std::memset(sums, 0, program.size * sizeof(T));
-      if (lr_sums) std::memset(lr_sums, 0, job.lr_rows * program.size * sizeof(T));
+      if (rate_sums) std::memset(rate_sums, 0, job.rate_rows * program.size * sizeof(T));
     });
   }
 
   // The adjoint of theta_0, of the task that ran last.
   const T* adjoint() const { return mem.v; }
 
-  void run(int64_t task, T* sums, T* lr_sums) {
+  void run(int64_t task, T* sums, T* rate_sums) {
     t = task;
     if (machine.trace) {
       machine.trace->task = static_cast<int32_t>(t);
@@ -100,9 +100,9 @@ class InnerLoopRun {
       case Goal::adapt:
         return adapt();
       case Goal::adapt_vjp:
-        return adapt_vjp(lr_sums);
+        return adapt_vjp(rate_sums);
       case Goal::meta_gradient:
-        return meta_gradient(sums, lr_sums);
+        return meta_gradient(sums, rate_sums);
       case Goal::jvp:
         return jvp();
       case Goal::hvp:
@@ -153,15 +153,15 @@ class InnerLoopRun {
     for (int s = 0; s <= job.steps; ++s) export_user(theta(s), job.trajectory, s);
   }
 
-  void adapt_vjp(T* lr_sums) {
+  void adapt_vjp(T* rate_sums) {
     import_user(job.v, job.v_everywhere ? job.steps : 0, mem.v);
     for (int s = job.steps - 1; s >= 0; --s) {
       machine.begin(SpanKind::reverse_step, s);
       import_user(job.trajectory, s, mem.theta);
-      if (!job.first_order || job.needs_lr) {
+      if (!job.first_order || job.learns_rates) {
         from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, s, mem.g); });
       }
-      reverse_step(s, mem.tapes, mem.theta, mem.g, lr_sums);
+      reverse_step(s, mem.tapes, mem.theta, mem.g, rate_sums);
       machine.end();
       if (!job.v_everywhere) continue;
       import_user(job.v, s, mem.u);
@@ -170,7 +170,7 @@ class InnerLoopRun {
     export_user(mem.v, job.grads, 0);
   }
 
-  void meta_gradient(T* sums, T* lr_sums) {
+  void meta_gradient(T* sums, T* rate_sums) {
     load_params(job.params, mem.theta);
     adapt_steps();
     const bool whole = job.weights[job.steps] == 1;
@@ -180,7 +180,8 @@ class InnerLoopRun {
       if (whole && s == job.steps) {
         from_zero(mem.v, [&] { loss += query_pass(theta(s), s, mem.v, true); });
       } else if (job.weights[s] != 0 || s == job.steps) {
-        from_zero(mem.product, [&] { loss += job.weights[s] * query_pass(theta(s), s, mem.product, s == job.steps); });
+        from_zero(mem.product,
+                  [&] { M::add_weighted(loss, job.weights[s], query_pass(theta(s), s, mem.product, s == job.steps)); });
         add(mem.v, static_cast<T>(job.weights[s]), mem.product);
       }
       if (s == 0) break;
@@ -188,7 +189,7 @@ class InnerLoopRun {
       machine.begin(SpanKind::reverse_step, step);
       const bool stale = !job.keeps_tapes && s < job.steps;
       if (stale && !job.first_order) support_pass(tape(step), theta(step), step, nullptr);
-      reverse_step(step, tape(step), theta(step), gradient(step), lr_sums);
+      reverse_step(step, tape(step), theta(step), gradient(step), rate_sums);
       machine.end();
     }
     set_loss(loss);
@@ -205,7 +206,7 @@ class InnerLoopRun {
     T *g = gradient(s), *to = theta(s + 1);
     const T *alpha = rate(s), *from = theta(s);
     const auto add_gradient = [&] { support_pass(tape(s), theta(s), s, g); };
-    if (job.needs_lr || !redirected(add_gradient, g, to, from, alpha)) {
+    if (job.learns_rates || !redirected(add_gradient, g, to, from, alpha)) {
       from_zero(g, add_gradient);
       machine.each(program.size,
                    [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
@@ -237,11 +238,11 @@ class InnerLoopRun {
   }
 
   // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
-  void reverse_step(int s, T* tape, const T* at, const T* g, T* lr_sums) {
+  void reverse_step(int s, T* tape, const T* at, const T* g, T* rate_sums) {
     const T* alpha = rate(s);
     T *v = mem.v, *u = mem.u;
-    if (job.needs_lr) {
-      T* out = lr_sums + row(s) * program.size;
+    if (job.learns_rates) {
+      T* out = rate_sums + row(s) * program.size;
       machine.each(program.size,
                    [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
     }
@@ -340,10 +341,12 @@ class InnerLoopRun {
     machine.each(program.size, [=](long i) { M::put(to + i, M::load(x + i) * scale, true); });
   }
 
-  int row(int s) const { return s < job.lr_rows ? s : job.lr_rows - 1; }
+  int row(int s) const { return s < job.rate_rows ? s : job.rate_rows - 1; }
   const T* rate(int s) const { return job.alpha + row(s) * program.size / M::tasks; }
   T* theta(int s) const { return mem.theta + s * program.size; }
-  T* gradient(int s) const { return mem.g + (job.needs_lr && job.goal == Goal::meta_gradient ? s : 0) * program.size; }
+  T* gradient(int s) const {
+    return mem.g + (job.learns_rates && job.goal == Goal::meta_gradient ? s : 0) * program.size;
+  }
   T* tape(int s) const { return mem.tapes + (job.keeps_tapes ? s : 0) * job.support_layouts.tape; }
 
   const Job<T>& job;

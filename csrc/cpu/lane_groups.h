@@ -109,8 +109,8 @@ class LaneGroups {
       job.params = params_.data();
     }
     if (!all.alpha) return;
-    alpha_.assign(all.lr_rows * size, T(0));
-    for (int64_t r = 0; r < all.lr_rows; ++r) move(all.alpha + r * groups_.stride, alpha_.data() + r * size);
+    alpha_.assign(all.rate_rows * size, T(0));
+    for (int64_t r = 0; r < all.rate_rows; ++r) move(all.alpha + r * groups_.stride, alpha_.data() + r * size);
     job.alpha = alpha_.data();
   }
 

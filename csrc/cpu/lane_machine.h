@@ -39,10 +39,6 @@ class LaneMachine : public CoreMachine<T> {
       for (int j = 0; j < lanes; ++j) of[j] += other.of[j];
       return *this;
     }
-    friend Loss operator*(double scale, Loss loss) {
-      for (double& value : loss.of) value *= scale;
-      return loss;
-    }
     friend Loss operator/(Loss loss, int count) {
       for (double& value : loss.of) value /= count;
       return loss;
@@ -149,6 +145,9 @@ class LaneMachine : public CoreMachine<T> {
 
   static Pack load_shared(const T* p, long i) { return S::broadcast(p[i / lanes]); }
   static double of_task(const Loss& loss, int task) { return loss.of[task]; }
+  static void add_weighted(Loss& sum, double weight, const Loss& loss) {
+    for (int j = 0; j < lanes; ++j) CoreMachine<T>::add_weighted(sum.of[j], weight, loss.of[j]);
+  }
 
  private:
   // out[i][j] (+)= sum over terms and k of a[i][k] b[k][j], on top of a bias[j] or of what is there.

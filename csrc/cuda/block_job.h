@@ -55,8 +55,8 @@ template <class T>
 struct BlockJob : Job<T> {
   Precision precision;
   BlockTables tables;  // in place of the pointers of Job
-  const T* lr;         // [lr_rows, lr_width], lr_width either n_params or 1
-  int64_t lr_width;
+  const T* rates;      // [rate_rows, rate_width], rate_width either n_params or 1
+  int64_t rate_width;
   BlockMemory memory;
   T* history;  // [blocks, steps, record]
 };

@@ -27,8 +27,8 @@ class InnerLoopRun {
   // The tasks of this block, in turns: each sums the same ones on every run.
   METAFAST_DEVICE void run(int64_t blocks) {
     if (sums) machine.each(program.size, [&](long i) { sums[i] = 0; });
-    for (int s = 0; job.lr_sums && s < job.lr_rows; ++s) {
-      machine.each(job.lr_width > 1 ? program.size : 1, [&](long i) { rate_sums(s)[i] = 0; });
+    for (int s = 0; job.rate_sums && s < job.rate_rows; ++s) {
+      machine.each(job.rate_width > 1 ? program.size : 1, [&](long i) { rate_sums(s)[i] = 0; });
     }
     for (int64_t task = block / cluster.size(); task < job.tasks; task += blocks / cluster.size()) run_task(task);
   }
@@ -85,7 +85,7 @@ class InnerLoopRun {
   METAFAST_DEVICE bool has_pass(Stage stage, int s, T weight) const {
     const bool vjp = job.goal == Goal::adapt_vjp;
     if (stage == Stage::query) return !vjp && (weight != 0 || s == job.steps);
-    if (stage == Stage::reverse) return vjp && (!job.first_order || job.needs_lr);
+    if (stage == Stage::reverse) return vjp && (!job.first_order || job.learns_rates);
     return true;
   }
 
@@ -101,7 +101,7 @@ class InnerLoopRun {
     const Tape<T> tape{&layout, is_query ? at(m.rest) : tape_of(s), nullptr};
     const int step = job.steps > 0 ? s : job.step;
     const bool predicts = job.goal == Goal::predict;
-    T* grad = is_query ? at(m.u) : stage == Stage::reverse && !job.needs_lr ? nullptr : gradient(s);
+    T* grad = is_query ? at(m.u) : stage == Stage::reverse && !job.learns_rates ? nullptr : gradient(s);
     if (grad && !predicts) machine.ahead([&] { clear(grad); });
     pass.forward(tape, samples, theta(s), step);
     if (is_query && s == job.steps && cluster.rank() == 0) store_outputs(pass.outputs(tape, samples));
@@ -150,7 +150,7 @@ class InnerLoopRun {
   METAFAST_DEVICE void reverse_step(int s) {
     const BlockMemory& m = job.memory;
     T *v = at(m.v), *u = at(m.u);
-    if (job.needs_lr) add_rate_adjoint(s, gradient(s), v);
+    if (job.learns_rates) add_rate_adjoint(s, gradient(s), v);
     if (job.first_order) return;
     machine.each4(program.size, [&](long i) {
       Quad<T> step = rates(s, i);
@@ -164,7 +164,7 @@ class InnerLoopRun {
 
   METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {
     T* out = rate_sums(s);
-    if (job.lr_width > 1) {
+    if (job.rate_width > 1) {
       machine.each(program.size, [&](long i) { out[i] -= M::load(g + i) * M::load(v + i); });
       return;
     }
@@ -261,20 +261,20 @@ class InnerLoopRun {
   // alpha_s, zero where a parameter is not adapted.
   METAFAST_DEVICE Quad<T> rates(int s, long i) const {
     const auto index = *global4(outer + i);
-    const T* lr = job.lr + row(s) * job.lr_width;
+    const T* rates = job.rates + row(s) * job.rate_width;
     Quad<T> alpha;
-    for (int j = 0; j < 4; ++j) alpha.of[j] = index.of[j] < 0 ? T(0) : lr[job.lr_width > 1 ? index.of[j] : 0];
+    for (int j = 0; j < 4; ++j) alpha.of[j] = index.of[j] < 0 ? T(0) : rates[job.rate_width > 1 ? index.of[j] : 0];
     return alpha;
   }
 
-  METAFAST_DEVICE int row(int s) const { return s < job.lr_rows ? s : job.lr_rows - 1; }
+  METAFAST_DEVICE int row(int s) const { return s < job.rate_rows ? s : job.rate_rows - 1; }
 
   // Where the adjoints of the rates of step s are summed: a row of the inner vectors of all blocks of the cluster, or
   // one element for each block.
   METAFAST_DEVICE T* rate_sums(int s) const {
-    if (job.lr_width == 1) return job.lr_sums + block * job.lr_rows + row(s);
-    const int64_t rows_before = block / cluster.size() * job.lr_rows + row(s);
-    return job.lr_sums + (rows_before * cluster.size() + cluster.rank()) * program.size;
+    if (job.rate_width == 1) return job.rate_sums + block * job.rate_rows + row(s);
+    const int64_t rows_before = block / cluster.size() * job.rate_rows + row(s);
+    return job.rate_sums + (rows_before * cluster.size() + cluster.rank()) * program.size;
   }
 
   // Where in this block an element of the user's vector lies; negative: in another one.

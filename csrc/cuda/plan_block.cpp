@@ -100,14 +100,14 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   const int64_t tape = work.support_layout ? round_up(work.support_layout->tape, 16) : 0;
   m.tape_step = all && !work.first_order ? static_cast<int32_t>(tape) : 0;
   m.theta_step = all ? static_cast<int32_t>(p.size) : 0;
-  m.g_step = all && work.needs_lr ? static_cast<int32_t>(p.size) : 0;
+  m.g_step = all && work.learns_rates ? static_cast<int32_t>(p.size) : 0;
   m.tape = take(m.tape_step ? tape * work.steps : tape);
   m.theta = take(m.theta_step ? p.size * (work.steps + 1) : p.size);
   const bool gradient = work.goal != Goal::predict;
   m.u = take(gradient ? p.size : 0);
   m.g = m.g_step ? take(p.size * work.steps) : m.u;
   m.record_at = work.first_order ? m.theta : m.tape;
-  m.record = streams ? (work.needs_lr ? static_cast<int32_t>(size) : m.u) - m.record_at : 0;
+  m.record = streams ? (work.learns_rates ? static_cast<int32_t>(size) : m.u) - m.record_at : 0;
   m.v = take(gradient && work.goal != Goal::adapt ? p.size : 0);
   const int64_t scratch = back && !work.first_order ? work.support_layout->scratch : 0;
   m.rest = take(std::max(scratch, work.query_layout ? work.query_layout->tape : 0));

@@ -20,7 +20,7 @@ struct BlockWork {
   const Program* program;
   const PassLayout *support_layout, *query_layout;
   int64_t steps;
-  bool first_order, needs_lr;
+  bool first_order, learns_rates;
   int cluster;  // blocks that run a task together
 };
 

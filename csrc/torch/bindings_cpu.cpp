@@ -86,13 +86,13 @@ std::tuple<Tensor, Tensor> hvp(Tensor description, int64_t isa, int64_t team_fro
 }
 
 Tensor adapt(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
-             Tensor lr, Tensor x, Tensor y, Tensor sizes, int64_t steps) {
+             Tensor rates, Tensor x, Tensor y, Tensor sizes, int64_t steps) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
     CpuCall<T> call(Goal::adapt, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
-    call.rates(lr, steps);
+    call.rates(rates, steps);
     job.support = call.samples(x, y, sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
@@ -103,55 +103,55 @@ Tensor adapt(Tensor description, int64_t isa, int64_t team_from, int64_t rank, T
 }
 
 std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
-                                     Tensor trajectory, Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v,
-                                     bool first_order, bool needs_lr) {
+                                     Tensor trajectory, Tensor rates, Tensor x, Tensor y, Tensor sizes, Tensor v,
+                                     bool first_order, bool learns_rates) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
     CpuCall<T> call(Goal::adapt_vjp, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     const int64_t steps = trajectory.sizes()[0] - 1;
-    call.rates(lr, steps);
+    call.rates(rates, steps);
     job.support = call.samples(x, y, sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     job.trajectory = data<T>(trajectory);
     job.v = data<T>(v);
     job.v_everywhere = v.dim() == 3;
     job.first_order = first_order;
-    job.needs_lr = needs_lr;
+    job.learns_rates = learns_rates;
     if (trajectory.numel() != (steps + 1) * job.tasks * job.n_params || trajectory.scalar_type() != v.scalar_type() ||
         v.numel() != (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params) {
       fail("trajectory [S+1, T, P] and v [T, P] or [S+1, T, P] do not match the model and the tasks");
     }
     Tensor grads = empty(x, {job.tasks, job.n_params});
     job.grads = data<T>(grads);
-    call.run(false, needs_lr, 0);
-    return std::make_tuple(grads, call.lr_grad(lr, T(1)));
+    call.run(false, learns_rates, 0);
+    return std::make_tuple(grads, call.rates_grad(rates, T(1)));
   });
 }
 
 // The parameters as a module holds them, and their gradients likewise.
 std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
     Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, std::vector<Tensor> params,
-    Tensor lr, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y,
-    Tensor query_sizes, std::vector<double> step_weights, bool first_order, bool needs_lr, int64_t budget) {
+    Tensor rates, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y,
+    Tensor query_sizes, std::vector<double> step_weights, bool first_order, bool learns_rates, int64_t budget) {
   return by_dtype(params.at(0), [&](auto real) {
     using T = decltype(real);
     CpuCall<T> call(Goal::meta_gradient, description, isa, team_from, rank, constants, support_x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
-    call.rates(lr, static_cast<int64_t>(step_weights.size()) - 1);
+    call.rates(rates, static_cast<int64_t>(step_weights.size()) - 1);
     job.weights = step_weights.data();
     job.first_order = first_order;
-    job.needs_lr = needs_lr;
+    job.learns_rates = learns_rates;
     job.support = call.samples(support_x, support_y, support_sizes);
     job.query = call.samples(query_x, query_y, query_sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
     Tensor outputs = call.outputs(query_x, job.query.n), losses = empty(query_x, {job.tasks});
     job.losses = data<T>(losses);
-    call.run(true, needs_lr, budget);
+    call.run(true, learns_rates, budget);
     const T scale = T(1) / job.tasks;
-    return std::make_tuple(losses, outputs, call.grads(params, scale), call.lr_grad(lr, scale));
+    return std::make_tuple(losses, outputs, call.grads(params, scale), call.rates_grad(rates, scale));
   });
 }
 
@@ -204,13 +204,14 @@ STABLE_TORCH_LIBRARY(metafast, m) {
   m.def("cpu_jvp(" METAFAST_MODEL "Tensor params, Tensor u, Tensor x, Tensor sizes, int step) -> (Tensor, Tensor)");
   m.def("cpu_hvp(" METAFAST_MODEL
         "Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
-  m.def("cpu_adapt(" METAFAST_MODEL "Tensor params, Tensor lr, Tensor x, Tensor y, Tensor sizes, int steps) -> Tensor");
+  m.def("cpu_adapt(" METAFAST_MODEL
+        "Tensor params, Tensor rates, Tensor x, Tensor y, Tensor sizes, int steps) -> Tensor");
   m.def("cpu_adapt_vjp(" METAFAST_MODEL
-        "Tensor trajectory, Tensor lr, Tensor x, Tensor y, Tensor sizes, Tensor v, bool first_order, bool needs_lr) "
-        "-> (Tensor, Tensor)");
+        "Tensor trajectory, Tensor rates, Tensor x, Tensor y, Tensor sizes, Tensor v, bool first_order, "
+        "bool learns_rates) -> (Tensor, Tensor)");
   m.def("cpu_meta_gradient(" METAFAST_MODEL
-        "Tensor[] params, Tensor lr, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, "
-        "Tensor query_y, Tensor query_sizes, float[] step_weights, bool first_order, bool needs_lr, int budget) "
+        "Tensor[] params, Tensor rates, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, "
+        "Tensor query_y, Tensor query_sizes, float[] step_weights, bool first_order, bool learns_rates, int budget) "
         "-> (Tensor, Tensor, Tensor[], Tensor)");
   m.def(
       "cpu_memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, "

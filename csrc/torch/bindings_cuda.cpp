@@ -80,8 +80,8 @@ class CudaCall {
     job.tables = *static_cast<const BlockTables*>(head.data_ptr());
     job.n_params = static_cast<int64_t>(plan->inner().size());
     job.tasks = like.sizes()[0];
-    job.lr_rows = 1;
-    job.lr_width = 1;
+    job.rate_rows = 1;
+    job.rate_width = 1;
   }
 
   void params(const Tensor& t) {
@@ -90,14 +90,14 @@ class CudaCall {
     job.params = data<T>(t);
   }
 
-  void rates(const Tensor& lr, int64_t steps, bool needs_lr) {
-    const int64_t rows = lr.sizes()[0], width = lr.sizes()[1];
-    expect_here(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
-    job.lr = data<T>(lr);
-    job.lr_rows = static_cast<int32_t>(rows);
-    job.lr_width = width;
+  void rates(const Tensor& rates, int64_t steps, bool learns_rates) {
+    const int64_t rows = rates.sizes()[0], width = rates.sizes()[1];
+    expect_here(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
+    job.rates = data<T>(rates);
+    job.rate_rows = static_cast<int32_t>(rows);
+    job.rate_width = width;
     job.steps = static_cast<int32_t>(steps);
-    job.needs_lr = needs_lr;
+    job.learns_rates = learns_rates;
   }
 
   Samples<T> samples(const Tensor& x, const Tensor* y) const {
@@ -157,12 +157,12 @@ class CudaCall {
   void run(bool wants_sums) {
     const Program& p = plan->program();
     const PassLayouts layouts(*plan, job.support.n, job.query.n, job.goal == Goal::predict);
-    const BlockWork work{job.goal,        &p,           layouts.support, layouts.query, job.steps,
-                         job.first_order, job.needs_lr, settings.cluster};
+    const BlockWork work{
+        job.goal, &p, layouts.support, layouts.query, job.steps, job.first_order, job.learns_rates, settings.cluster};
     shape = block_shape(work, job.tasks, settings.threads, settings.limits, sizeof(T), job.memory);
     const int64_t blocks = shape.blocks;
     if (wants_sums) job.sums = take(blocks * p.size);
-    if (job.needs_lr) job.lr_sums = take(blocks * job.lr_rows * (job.lr_width > 1 ? p.size : 1));
+    if (job.learns_rates) job.rate_sums = take(blocks * job.rate_rows * (job.rate_width > 1 ? p.size : 1));
     if (job.memory.record) job.history = take(blocks * job.steps * job.memory.record);
     run_anywhere(job, shape, like, settings.stream);
   }
@@ -176,16 +176,16 @@ class CudaCall {
     return out;
   }
 
-  // Likewise, of the shape of lr.
-  Tensor lr_grad(T scale) const {
-    const bool each = job.lr_width > 1;  // parameter has a rate, summed by clusters; else blocks sum one for all
-    const int64_t rows = job.needs_lr ? job.lr_rows : 0, width = each ? plan->program().size * shape.cluster : 1;
+  // Likewise, of the shape of rates.
+  Tensor rates_grad(T scale) const {
+    const bool each = job.rate_width > 1;  // parameter has a rate, summed by clusters; else blocks sum one for all
+    const int64_t rows = job.learns_rates ? job.rate_rows : 0, width = each ? plan->program().size * shape.cluster : 1;
     const int64_t parts = each ? shape.blocks / shape.cluster : shape.blocks;
-    Tensor out = empty(like, {rows, job.lr_width});
+    Tensor out = empty(like, {rows, job.rate_width});
     const int32_t* index = each ? job.tables.inner : nullptr;
     if (rows)
-      sum_anywhere<T>({job.lr_sums, parts, rows * width, rows, width, index, job.lr_width, scale, data<T>(out)}, like,
-                      settings.stream);
+      sum_anywhere<T>({job.rate_sums, parts, rows * width, rows, width, index, job.rate_width, scale, data<T>(out)},
+                      like, settings.stream);
     return out;
   }
 
@@ -229,13 +229,13 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, Tensor head
   });
 }
 
-Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor lr, Tensor x,
+Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor rates, Tensor x,
              Tensor y, int64_t steps) {
   return by_dtype(params, [&](auto real) {
     CudaCall<decltype(real)> call(Goal::adapt, description, head, settings, x);
     auto& job = call.job;
     call.params(params);
-    call.rates(lr, steps, false);
+    call.rates(rates, steps, false);
     job.support = call.samples(x, &y);
     Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
     job.trajectory = data<decltype(real)>(trajectory);
@@ -245,13 +245,13 @@ Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Ten
 }
 
 std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor trajectory,
-                                     Tensor lr, Tensor x, Tensor y, Tensor v, bool first_order, bool needs_lr) {
+                                     Tensor rates, Tensor x, Tensor y, Tensor v, bool first_order, bool learns_rates) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
     CudaCall<T> call(Goal::adapt_vjp, description, head, settings, x);
     auto& job = call.job;
     const int64_t steps = trajectory.sizes()[0] - 1;
-    call.rates(lr, steps, needs_lr);
+    call.rates(rates, steps, learns_rates);
     job.first_order = first_order;
     job.support = call.samples(x, &y);
     job.v_everywhere = v.dim() == 3;
@@ -261,21 +261,21 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vecto
     job.v = data<T>(v);
     Tensor grads = call.grads();
     call.run(false);
-    return std::make_tuple(grads, call.lr_grad(T(1)));
+    return std::make_tuple(grads, call.rates_grad(T(1)));
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Tensor head, std::vector<int64_t> settings,
-                                                         Tensor params, Tensor lr, Tensor support_x, Tensor support_y,
-                                                         Tensor query_x, Tensor query_y, Tensor step_weights,
-                                                         bool first_order, bool needs_lr) {
+                                                         Tensor params, Tensor rates, Tensor support_x,
+                                                         Tensor support_y, Tensor query_x, Tensor query_y,
+                                                         Tensor step_weights, bool first_order, bool learns_rates) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
     CudaCall<T> call(Goal::meta_gradient, description, head, settings, support_x);
     auto& job = call.job;
     if (params.dim() != 1) fail("a meta-gradient is of parameters [P] that all tasks share");
     call.params(params);
-    call.rates(lr, step_weights.numel() - 1, needs_lr);
+    call.rates(rates, step_weights.numel() - 1, learns_rates);
     call.weights(step_weights);
     job.first_order = first_order;
     job.support = call.samples(support_x, &support_y);
@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Ten
     Tensor outputs = call.outputs(), losses = call.losses();
     call.run(true);
     const T scale = T(1) / job.tasks;
-    return std::make_tuple(losses, outputs, call.grad(scale), call.lr_grad(scale));
+    return std::make_tuple(losses, outputs, call.grad(scale), call.rates_grad(scale));
   });
 }
 
@@ -329,13 +329,13 @@ int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query
 // bytes that each keeps of an inner step in global memory; zero: none, all steps stay in shared memory.
 std::tuple<int64_t, int64_t, int64_t, int64_t> launch(Tensor description, bool in_double, std::vector<int64_t> settings,
                                                       int64_t tasks, int64_t support, int64_t query, int64_t steps,
-                                                      bool first_order, bool needs_lr) {
+                                                      bool first_order, bool learns_rates) {
   const LaunchSettings m(settings);
   const auto plan = in_double ? block_plan<double>(description, m.cluster) : block_plan<float>(description, m.cluster);
   const PassLayouts layouts(*plan, support, query, false);
   const int size = in_double ? 8 : 4;
   const BlockWork work{Goal::meta_gradient, &plan->program(), layouts.support, layouts.query, steps,
-                       first_order,         needs_lr,         m.cluster};
+                       first_order,         learns_rates,     m.cluster};
   BlockMemory memory;
   const BlockShape shape = block_shape(work, tasks, m.threads, m.limits, size, memory);
   return {shape.threads, shape.blocks, shape.bytes, int64_t{size} * memory.record};
@@ -352,22 +352,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metafast, m) {
       "step) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "cuda_adapt(Tensor description, Tensor head, int[] settings, Tensor params, Tensor lr, Tensor x, Tensor y, "
+      "cuda_adapt(Tensor description, Tensor head, int[] settings, Tensor params, Tensor rates, Tensor x, Tensor y, "
       "int steps) -> Tensor");
   m.def(
-      "cuda_adapt_vjp(Tensor description, Tensor head, int[] settings, Tensor trajectory, Tensor lr, Tensor x, "
-      "Tensor y, Tensor v, bool first_order, bool needs_lr) -> (Tensor, Tensor)");
+      "cuda_adapt_vjp(Tensor description, Tensor head, int[] settings, Tensor trajectory, Tensor rates, Tensor x, "
+      "Tensor y, Tensor v, bool first_order, bool learns_rates) -> (Tensor, Tensor)");
   m.def(
-      "cuda_meta_gradient(Tensor description, Tensor head, int[] settings, Tensor params, Tensor lr, "
+      "cuda_meta_gradient(Tensor description, Tensor head, int[] settings, Tensor params, Tensor rates, "
       "Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, "
-      "bool needs_lr) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool learns_rates) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cuda_tables(Tensor description, Tensor like, int support, int query, bool predicts, int cluster, int stream) "
       "-> (Tensor, Tensor)");
   m.def("cuda_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster) -> int");
   m.def(
       "cuda_launch(Tensor description, bool in_double, int[] settings, int tasks, int support, int query, int steps, "
-      "bool first_order, bool needs_lr) -> (int, int, int, int)");
+      "bool first_order, bool learns_rates) -> (int, int, int, int)");
   m.def("cuda_built() -> bool");
 }
 

@@ -72,14 +72,14 @@ class CpuCall {
     job.v = data<T>(u);
   }
 
-  void rates(const Tensor& lr, int64_t steps) {
-    const auto sizes = lr.sizes();
+  void rates(const Tensor& rates, int64_t steps) {
+    const auto sizes = rates.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
-    expect<T>(lr, rows * (width == 1 ? 1 : job.n_params), "lr");
+    expect<T>(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
     job.steps = static_cast<int32_t>(steps);
-    job.lr_rows = static_cast<int32_t>(rows);
+    job.rate_rows = static_cast<int32_t>(rows);
     alpha.assign(rows * size, T(0));
-    const T* given = data<T>(lr);
+    const T* given = data<T>(rates);
     for (int64_t r = 0; r < rows; ++r, given += width) {
       T* const row = alpha.data() + r * size;
       if (width == 1) {
@@ -136,14 +136,14 @@ class CpuCall {
 
   // Runs all tasks. Each chunk of them has a sum of its own, and these are added in order, so it does not matter to the
   // sums who ran them.
-  void run(bool sums, bool lr_sums, int64_t budget) {
+  void run(bool sums, bool rate_sums, int64_t budget) {
     const int64_t chunk = chunk_of(job.tasks), chunks = (job.tasks + chunk - 1) / chunk;
     const int64_t size = job.program->size;
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
-    const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = lr_sums ? chunks * job.lr_rows * size : 0;
-    if (sums || lr_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
+    const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = rate_sums ? chunks * job.rate_rows * size : 0;
+    if (sums || rate_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
     if (sums) job.sums = static_cast<T*>(partial->data());
-    if (lr_sums) job.lr_sums = static_cast<T*>(partial->data()) + in_sums;
+    if (rate_sums) job.rate_sums = static_cast<T*>(partial->data()) + in_sums;
     job.keeps_tapes =
         needs_tapes(job) && job.steps * job.support_layouts.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t workspace = chunks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
@@ -158,7 +158,7 @@ class CpuCall {
       }
     }
     total(job.sums, 0, chunks, size, job.sums);
-    total(job.lr_sums, 0, chunks, job.lr_rows * size, job.lr_sums);
+    total(job.rate_sums, 0, chunks, job.rate_rows * size, job.rate_sums);
   }
 
   // Returns gradients of the shapes of the parts that params took.
@@ -176,14 +176,14 @@ class CpuCall {
   }
 
   // Returns the gradient of the rates, of their shape.
-  Tensor lr_grad(const Tensor& lr, T scale) const {
-    const int64_t rows = lr.sizes()[0], width = lr.sizes()[1], size = job.program->size;
-    Tensor out = empty(lr, {job.needs_lr ? rows : 0, width});
+  Tensor rates_grad(const Tensor& rates, T scale) const {
+    const int64_t rows = rates.sizes()[0], width = rates.sizes()[1], size = job.program->size;
+    Tensor out = empty(rates, {job.learns_rates ? rows : 0, width});
     for (int64_t r = 0; r < out.sizes()[0]; ++r) {
       T* to = data<T>(out) + r * width;
       double sum = 0;
       for (int64_t i = 0; i < job.n_params; ++i) {
-        const T value = plan->adapted()[i] ? job.lr_sums[r * size + job.inner[i]] * scale : T(0);
+        const T value = plan->adapted()[i] ? job.rate_sums[r * size + job.inner[i]] * scale : T(0);
         width == 1 ? sum += value : to[i] = value;
       }
       if (width == 1) to[0] = static_cast<T>(sum);
@@ -209,7 +209,7 @@ class CpuCall {
   void run_separately(int64_t threads, int64_t chunk, LaneGroups<T>& groups) {
     const bool some = groups.chunks() > 0;
     groups.job.sums = job.sums;
-    groups.job.lr_sums = job.lr_sums;
+    groups.job.rate_sums = job.rate_sums;
     const int64_t memory = std::max(isa->memory(job), some ? isa->lanes_memory(groups.job) : 0) * sizeof(T);
     int64_t next_group = 0, next = groups.chunks();
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
@@ -230,7 +230,7 @@ class CpuCall {
       sums = sum.data();
     };
     all(job.sums, 1, sums_);
-    all(job.lr_sums, job.lr_rows, lr_sums_);
+    all(job.rate_sums, job.rate_rows, rate_sums_);
   }
 
   // Makes a team for each chunk. A pool may give fewer threads than there are members: then one thread stands for
@@ -297,7 +297,7 @@ class CpuCall {
   }
 
   const std::vector<double> description_;
-  std::vector<T> constants_, inner_params, alpha, sums_, lr_sums_;
+  std::vector<T> constants_, inner_params, alpha, sums_, rate_sums_;
   const int64_t team_from_, rank_;
   std::optional<Arena> partial;  // the sums of each chunk
   std::vector<const PassLayout*> layouts_[2];

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext
 from ..contract.linear_map import LinearMap
-from ..contract.pattern import Pattern
+from ..contract.pattern import Pattern, pair
 
 
 @dataclass(frozen=True)

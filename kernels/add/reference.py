@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors

@@ -51,7 +51,9 @@ class LossCase:
         loss: the rules under test.
         function: ``(outputs, targets) -> scalar`` of one task, from ``torch.nn.functional``.
         outputs: shape ``[n, ...]`` of one task's outputs.
-        classes: targets are class indices below this; ``None``: real numbers of the shape of the outputs.
+        classes: targets are class indices below this, one for each element behind the class axis of the outputs;
+            ``None``: real numbers of the shape of the outputs.
+        prepare: what is made of such targets ``[T, n, ...]``.
         scale: size of the outputs.
         tolerance: largest relative error (of norms) allowed in float32.
         reason: why the tolerance is what it is.
@@ -63,6 +65,7 @@ class LossCase:
     outputs: Shape
     classes: int | None = None
     scale: float = 1.0
+    prepare: Callable[[Tensor], Tensor] = Tensor.clone
     tolerance: float = 2e-6
     reason: str = "a softmax and a sum of up to a hundred terms, rounded to 24 bits"
 

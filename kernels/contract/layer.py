@@ -7,10 +7,11 @@ tangent of that adjoint ``gd_x``. A tangent of ``None`` is zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Tensors = Sequence[Tensor]
 Tangents = Sequence[Tensor | None]
@@ -95,11 +96,42 @@ class Layer:
 
 
 class Loss:
-    """A loss of outputs ``[T, n, ...]`` and targets, one mean value a task."""
+    """A loss of outputs ``[T, n, ...]`` and targets, one value a task, which is a mean if nothing else is said.
+
+    Where autograd is enabled it records what the rules do, so that they can be differentiated to any order.
+    """
 
     kind: ClassVar[str]
     reads_targets: ClassVar[bool] = True
     """Does ``check`` depend on the values of the targets, not on their shape and dtype alone?"""
+
+    @property
+    def function(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What the loss stands for: PyTorch's or the user's function of one task's outputs and targets."""
+        raise NotImplementedError
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The user's module, where ``function`` is one."""
+        return self.function if isinstance(self.function, nn.Module) else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that are not as usual, by name."""
+        return {}
+
+    @property
+    def label(self) -> str:
+        """The kind with the options, for users."""
+        options = (f"{k}={'...' if isinstance(v, Tensor) else repr(v)}" for k, v in self.options.items())
+        return f"{self.kind}({', '.join(options)})" if self.options else self.kind
+
+    def of_kind_alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Is this the loss that code means which knows losses by their kinds alone, such as C++ and kernels?
+
+        ``shape [T, n, ...]`` and ``dtype`` are those of the targets.
+        """
+        return not self.options
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         """Looks at ``targets [T, n, ...]``, which the user knows as ``name``, beside outputs of samples ``output``.
@@ -110,7 +142,7 @@ class Loss:
         """
 
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Losses ``[T]``, each the mean over the samples of its task that ``ctx.mask`` keeps."""
+        """Losses ``[T]``, each of the samples of its task that ``ctx.mask`` keeps."""
         raise NotImplementedError
 
     def backward(self, ctx: RuleContext) -> Tensor:
@@ -120,3 +152,9 @@ class Loss:
     def tangent_backward(self, ctx: RuleContext, d_outputs: Tensor) -> Tensor:
         """``gd``: the Hessian of each task's loss in its outputs, applied to ``d_outputs``."""
         raise NotImplementedError
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises ValueError where a loss is not reduced to a scalar."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: the loss of a task is one number; choose 'mean' or 'sum'")

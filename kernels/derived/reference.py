@@ -33,14 +33,20 @@ _TASK_BY_TASK: WeakSet[Function] = WeakSet()
 class Derived(Layer):
     """``y = function(params, inputs, constants)`` for one task. ``label`` names it to people.
 
-    ``forward_mode`` says that tangents may be found by torch's forward mode; a ``torch.autograd.Function`` has its derivative
-    in reverse mode alone.
+    ``reverse_only`` says that its second derivatives are to be had from the graph of its gradient alone: that of a
+    ``torch.autograd.Function`` is what its author says, and need not be symmetric, and that of a norm is finite at zero
+    where forward mode is not.
     """
 
     kind = "derived"
     function: Function
     label: str
-    forward_mode: bool = True
+    reverse_only: bool = False
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of the operations that it consists of, as far as they are known."""
+        return tuple(str(step.target) for step in getattr(self.function, "steps", ()))
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.p, ctx.x, ctx.c = tuple(params), tuple(inputs), tuple(constants)
@@ -52,8 +58,10 @@ class Derived(Layer):
         return self._wanted(ctx, _vjp(y, leaves, g_y, create_graph=torch.is_grad_enabled()))
 
     def tangent_forward(self, ctx: RuleContext, params: Tensors, d_params: Tangents, d_inputs: Tangents) -> Tensor:
-        ctx.d = [None if d is None else d.expand_as(t) for d, t in zip((*d_params, *d_inputs), (*ctx.p, *ctx.x), strict=True)]
-        if self.forward_mode and not torch.is_grad_enabled():
+        ctx.d = [
+            None if d is None else d.expand_as(t) for d, t in zip((*d_params, *d_inputs), (*ctx.p, *ctx.x), strict=True)
+        ]
+        if not self.reverse_only and not torch.is_grad_enabled():
             try:
                 return self._pushed(ctx)
             except (RuntimeError, NotImplementedError):  # an operation without forward mode
@@ -68,8 +76,7 @@ class Derived(Layer):
         plain = _vjp(y, leaves, gd_y, create_graph=recording)
         with torch.enable_grad():
             pulled = _vjp(y, leaves, ctx.g, create_graph=True)
-            pairs = [(p, d) for p, d in zip(pulled, ctx.d, strict=True) if p is not None and d is not None]
-            pairs = [(p, d) for p, d in pairs if p.requires_grad]
+            pairs = _along(pulled, ctx.d)
         if pairs:
             outputs, along = zip(*pairs, strict=True)
             curved = torch.autograd.grad(
@@ -101,7 +108,9 @@ class Derived(Layer):
     def _pushed(self, ctx: RuleContext) -> Tensor:
         """``J d`` by forward mode."""
         with forward_ad.dual_level():
-            duals = [t if d is None else forward_ad.make_dual(t, d) for t, d in zip((*ctx.p, *ctx.x), ctx.d, strict=True)]
+            duals = [
+                t if d is None else forward_ad.make_dual(t, d) for t, d in zip((*ctx.p, *ctx.x), ctx.d, strict=True)
+            ]
             y = self._over_tasks(ctx, tuple(duals[: len(ctx.p)]), tuple(duals[len(ctx.p) :]))
             primal, tangent = forward_ad.unpack_dual(y)
             return torch.zeros_like(primal) if tangent is None else tangent.clone()
@@ -113,10 +122,16 @@ class Derived(Layer):
         with torch.enable_grad():
             g = _leaf(ctx.g)
             pulled = _vjp(y, leaves, g, create_graph=True)
-            pairs = [(p, d) for p, d in zip(pulled, ctx.d, strict=True) if p is not None and d is not None and p.requires_grad]
+            pairs = [
+                (p, d)
+                for p, d in zip(pulled, ctx.d, strict=True)
+                if p is not None and d is not None and p.requires_grad
+            ]
         if not pairs:
             return torch.zeros_like(ctx.g)
-        found = torch.autograd.grad([p for p, _ in pairs], g, [d for _, d in pairs], create_graph=recording, allow_unused=True)[0]
+        found = torch.autograd.grad(
+            [p for p, _ in pairs], g, [d for _, d in pairs], create_graph=recording, allow_unused=True
+        )[0]
         return torch.zeros_like(ctx.g) if found is None else found
 
     @staticmethod
@@ -143,7 +158,9 @@ def _vjp(y: Tensor, leaves: Sequence[Tensor], g: Tensor, create_graph: bool) -> 
     """``J' g`` for each of ``leaves``; ``None`` where ``y`` does not depend on it."""
     if not y.requires_grad:
         return [None] * len(leaves)
-    found = torch.autograd.grad(y, _floating(leaves), g, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    found = torch.autograd.grad(
+        y, _floating(leaves), g, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
     return _spread(leaves, found)
 
 
@@ -155,3 +172,9 @@ def _spread(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Te
 
 def _sums(a: Tangents, b: Tangents) -> list[Any]:
     return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def _along(pulled: Tangents, d: Tangents) -> list[tuple[Tensor, Tensor]]:
+    """The adjoints that depend on something, each with its direction, where there is one."""
+    pairs = [(p, u) for p, u in zip(pulled, d, strict=True) if p is not None and u is not None]
+    return [(p, u) for p, u in pairs if p.requires_grad]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext
 from ..contract.normalise import Normalise
@@ -42,9 +42,7 @@ class LayerNorm(Normalise):
         return u.flatten(1, u.dim() - 1 - self.axes).sum(1)
 
 
-def _read(
-    input_shape: tuple[int, ...], normalized_shape: Any, weight: Any, bias: Any, eps: float
-) -> LayerNorm | None:
+def _read(input_shape: tuple[int, ...], normalized_shape: Any, weight: Any, bias: Any, eps: float) -> LayerNorm | None:
     if len(input_shape) <= len(normalized_shape):
         return None
     return LayerNorm(len(normalized_shape), eps, weight is not None, bias is not None)

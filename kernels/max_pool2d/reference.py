@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.layer import RuleContext, Tensors
 from ..contract.linear_map import LinearMap
@@ -36,9 +36,24 @@ class MaxPool2d(LinearMap):
         y, winners = torch.nn.functional.max_pool2d(
             x.flatten(0, 1), self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode, True
         )
+        self._check_windows(x.shape[3:], y.shape[2:])
         ctx.shape, ctx.y_shape = x.shape, (*x.shape[:2], *y.shape[1:])
         ctx.winners = winners.reshape(*x.shape[:3], -1)
         return y.unflatten(0, x.shape[:2])
+
+    def _check_windows(self, pixels: Sequence[int], windows: Sequence[int]) -> None:
+        """Raises ValueError where a window holds padding alone: torch makes -inf of it and forgets where it came from."""
+        for size, count, kernel, stride, padding, dilation in zip(
+            pixels, windows, self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
+            if padding == 0 or dilation == 1:
+                continue
+            for start in range(-padding, count * stride - padding, stride):
+                if not any(0 <= start + tap * dilation < size for tap in range(kernel)):
+                    raise ValueError(
+                        f"a window of {kernel} pixels, {dilation} apart (dilation), lies on the padding alone where the "
+                        f"image has {size}, so its largest pixel is -inf; use a smaller dilation or no padding"
+                    )
 
     def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:
         return x.flatten(3).gather(3, ctx.winners).reshape(ctx.y_shape)

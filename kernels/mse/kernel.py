@@ -38,11 +38,11 @@ def metafast_mse(loss, g, z, y, w, share, n, K: tl.constexpr, B: tl.constexpr):
 class TritonMSE(Loss):
     """The rules of ``MSE``."""
 
-    options: MSE
+    reference: MSE
     kind = "mse"
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
-        self.options.check(output, targets, name)
+        self.reference.check(output, targets, name)
 
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         z, ctx.dtype = outputs.float().contiguous(), outputs.dtype
@@ -66,6 +66,6 @@ class TritonMSE(Loss):
         return loss, g
 
 
-def lower(loss: MSE, precision: str) -> TritonMSE:
-    """The rules of ``loss`` in Triton."""
-    return TritonMSE(loss)
+def lower(loss: MSE, precision: str) -> TritonMSE | None:
+    """The rules of ``loss`` in Triton, which has none for its options."""
+    return None if loss.options else TritonMSE(loss)

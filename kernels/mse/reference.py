@@ -1,21 +1,45 @@
-"""Mean squared error, a mean over the samples and elements of each task."""
+"""Mean squared error, a mean or a sum over the samples and elements of each task."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract.layer import Loss, RuleContext
+from ..contract.layer import Loss, RuleContext, check_reduction
 from ..contract.sample_weights import sample_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MSE(Loss):
-    """``L = sum_m w_m (z_m - y_m)^2``, ``w_m = 1/M``: ``g = 2 w (z - y)``, ``gd = 2 w zd``; all ``[T,n,...]``."""
+    """``L = sum_m w_m (z_m - y_m)^2``: ``g = 2 w (z - y)``, ``gd = 2 w zd``; all ``[T,n,...]``.
+
+    ``w_m = 1/M`` for the M elements of a task that count, or 1 where they are summed.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"``.
+        source: the user's own module or function, of which the options were read.
+    """
 
     kind = "mse"
     reads_targets = False
+    reduction: str = "mean"
+    source: Callable[..., Tensor] = F.mse_loss
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduction)
+
+    @property
+    def function(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return self.source
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        return {} if self.reduction == "mean" else {"reduction": self.reduction}
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         if tuple(targets.shape[2:]) != output:
@@ -30,6 +54,8 @@ class MSE(Loss):
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         ctx.e = outputs - targets
         weights = sample_weights(ctx.mask, outputs) / outputs[0, 0].numel()
+        if self.reduction == "sum":
+            weights = (weights != 0).to(outputs.dtype)
         ctx.w = weights.reshape(*weights.shape, *(1,) * (outputs.dim() - 2))
         return (ctx.w * ctx.e * ctx.e).flatten(1).sum(1)
 

@@ -4,8 +4,8 @@ Element ``i`` of a value that draw ``number`` makes in inner step ``s`` for a ta
 
     key  = mix(mix(z + (s + 1) G) + (number + 1) G)        bits = mix(key + (i + 1) G)
 
-with the finaliser of SplitMix64 (Steele, Lea, Flood 2014) as ``mix`` and its ``G``. Every pass over the same step, on any
-device, by any number of threads and with any other tasks beside it, so finds the same bits.
+with the finaliser of SplitMix64 (Steele, Lea, Flood 2014) as ``mix`` and its ``G``. Every pass over the same step, on
+any device, by any number of threads and with any other tasks beside it, so finds the same bits.
 """
 
 from __future__ import annotations

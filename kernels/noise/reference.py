@@ -18,9 +18,9 @@ _SMALL = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 class Noise(Layer):
     """Draw ``number`` of a model: independent numbers for each task, step and element.
 
-    ``distribution`` is ``"uniform"`` in ``[0, 1)``, ``"open"`` in ``(0, 1)``, ``"normal"``, or ``"kept"``: ``scale`` with
-    the probability ``1 - rate``, else 0. The value has the ``shape`` of one task; where that is ``None``, it has the shape
-    of the input, or with ``features`` the first so many of its axes, the others being 1.
+    ``distribution`` is ``"uniform"`` in ``[0, 1)``, ``"open"`` in ``(0, 1)``, ``"normal"``, or ``"kept"``: ``scale``
+    with the probability ``1 - rate``, else 0. The value has the ``shape`` of one task; where that is ``None``, it has
+    the shape of the input, or with ``features`` the first so many of its axes, the others being 1.
     """
 
     kind = "noise"

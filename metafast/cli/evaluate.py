@@ -20,6 +20,7 @@ def evaluate(
     queries: Annotated[int | None, typer.Option(help="Query samples a class.")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Inner steps; may be repeated.")] = None,
     data: options.Data = None,
+    split: Annotated[str | None, typer.Option(help="As in `train`, of other data or where the lists lie now.")] = None,
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     as_json: options.Json = False,
@@ -28,5 +29,5 @@ def evaluate(
     from metafast.training.report import table
     from metafast.training.saved_run import open_run, retest
 
-    result = retest(open_run(run, device, backend), data, tasks, shots, queries, steps)
+    result = retest(open_run(run, device, backend), data, tasks, shots, queries, steps, split)
     show(result, as_json, table(result["tests"], result["metric"]))

@@ -19,9 +19,9 @@ ALGORITHM_HELP = f"One of: {', '.join(learners.names())}."
 _SOURCES = [sources.find(name) for name in dict.fromkeys(recipe.data for recipe in RECIPES.values())]
 _WITH_FOLDER = " and ".join(source.name for source in _SOURCES if source.folder is not None)
 SPLIT_HELP = " ".join(
-    f"{source.name.capitalize()}'s classes: {', or '.join(source.splits.values())}."
+    f"{source.name.capitalize()}'s classes: {source.division or ', or '.join(source.splits.values())}."
     for source in _SOURCES
-    if source.splits
+    if source.splits or source.division
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]

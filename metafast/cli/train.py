@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from metafast.cli import options
 from metafast.cli.output import new_folder, show
@@ -17,11 +18,30 @@ _TRAINING, _TASKS = "What is trained", "Tasks"
 app = typer.Typer()
 
 
+class ResumeAlone(TyperCommand):
+    """Lets ``--resume`` stand alone, also before RECIPE: of all words that may follow, only ``auto`` belongs to it."""
+
+    VALUE = "last"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = iter(enumerate(args))
+        full = []
+        for position, argument in given:
+            if argument == "--resume" and args[position + 1 : position + 2] == ["auto"]:
+                next(given)
+                argument = "--resume=auto"
+            elif argument == "--resume":
+                argument = f"--resume={self.VALUE}"
+            full.append(argument)
+        return super().parse_args(ctx, full)
+
+
 @app.command(
+    cls=ResumeAlone,
     epilog="Examples:\n\n"
     "  metafast train sinusoid --out runs/sine\n\n"
     "  metafast train omniglot-5w1s --data omniglot --iterations 2000 --out runs/omniglot\n\n"
-    "  metafast train omniglot-5w1s --data omniglot --iterations 2000 --out runs/omniglot --resume"
+    "  metafast train omniglot-5w1s --data omniglot --iterations 2000 --out runs/omniglot --resume auto",
 )
 def train(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")],
@@ -57,7 +77,13 @@ def train(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[auto]",
+            help="Go on from the last checkpoint in --out; with auto: start where there is none yet.",
+        ),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
     graph: Annotated[
         bool, typer.Option(help="On a GPU: launch an outer step as one CUDA graph where that is possible.")
@@ -75,13 +101,16 @@ def train(
         shots=shots, queries=queries, split=split, eval_every=eval_every,
     )  # fmt: skip
     if out is None:
-        if resume:
+        if resume is not None:
             raise ValueError("--resume needs --out: the folder of the run to go on with")
         out = new_folder(f"{name}-{chosen.algorithm}")
     progress = terminal()
-    settings = Options(out, data, device, backend, seed, resume, checkpoint_every, tensorboard, graph)
+    resuming: Any = {None: False, ResumeAlone.VALUE: True}.get(resume, resume)
+    settings = Options(out, data, device, backend, seed, resuming, checkpoint_every, tensorboard, graph)
     training = Training(chosen, settings)
     progress.note(f"{chosen.name}, {chosen.algorithm}, on {training.device}, in {out}")
+    if classes := training.episodes.classes:
+        progress.note(f"classes: {', '.join(f'{count} for {part}' for part, count in classes.items())}")
     training.run(progress)
     progress.note(f"testing on {test_tasks} tasks")
     summary = finish(training, test_tasks, time.perf_counter() - began)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from metafast.episodes.counter import Counter
+from metafast.episodes.division import by_fractions
 
 ROTATIONS = (0, 90, 180, 270)
 
@@ -110,14 +110,7 @@ class ImageDataset:
         """
         if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
             raise ValueError(f"fractions is {fractions}; it must be (train, validation, test), summing to 1")
-        order = Counter(seed, "split").permutation(len(self))
-        validation, test = (round(f * len(self)) for f in fractions[1:])
-        train = len(self) - validation - test
-        parts = {
-            "train": order[:train],
-            "validation": order[train : train + validation],
-            "test": order[train + validation :],
-        }
+        parts = by_fractions(len(self), fractions, seed)
         for (name, part), fraction in zip(parts.items(), fractions, strict=True):
             if not part and (fraction > 0 or name != "validation"):
                 raise ValueError(
@@ -125,9 +118,9 @@ class ImageDataset:
                     "use more classes or other fractions"
                 )
         return Splits(
-            self.select(sorted(parts["train"])),
-            self.select(sorted(parts["validation"])) if parts["validation"] else None,
-            self.select(sorted(parts["test"])),
+            self.select(parts["train"]),
+            self.select(parts["validation"]) if parts["validation"] else None,
+            self.select(parts["test"]),
         )
 
     def with_rotations(self) -> ImageDataset:

@@ -48,7 +48,8 @@ def folders_in(root: Path) -> list[Path]:
 
 def images_in(folder: Path) -> list[Path]:
     """Lists the files of the folder that have an image's suffix, by name."""
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    found = (f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    return sorted(f for f in found if not f.is_dir())
 
 
 def read_fitted(file: Path, size: int, channels: int) -> np.ndarray:

@@ -20,11 +20,15 @@ class MakeSampler(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """An opened data set: a part to train on, one to choose by (``None``: there is none) and one to report on."""
+    """An opened data set: a part to train on, one to choose by (``None``: there is none) and one to report on.
+
+    ``classes`` has the number of classes of each part by its name, where there are classes.
+    """
 
     train: MakeSampler
     validation: MakeSampler | None
     test: MakeSampler
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_images(cls, splits: Splits) -> Parts:
@@ -34,6 +38,7 @@ class Parts:
             partial(ClassificationSampler, splits.train),
             None if held_out is None else partial(ClassificationSampler, held_out),
             partial(ClassificationSampler, splits.test),
+            {name: 0 if part is None else len(part) for name, part in vars(splits).items()},
         )
 
 
@@ -45,11 +50,12 @@ class Source:
         name: the name in recipes and errors.
         sample: the shape of one sample, (C, H, W) of a picture or (1,) of a point.
         open: ``(folder, split, device) -> Parts``. ``folder`` is a ``Path`` if the data set needs one, else ``None``;
-            ``split`` is one of ``splits`` if there are any, and has no effect otherwise.
+            ``split`` is one of ``splits`` if there are any, else what ``division`` says or empty.
         folder: what the folder holds that ``--data`` names, in words for an error; ``None``: the data set makes its
             own data and takes no folder.
         makes: the verb for how it makes its own data.
         splits: ways to divide its classes, each with the words of the help for it; empty: there is only one.
+        division: what a user may write to divide the classes in a way of their own, in words for help and errors.
         ink_on_black: the pictures are bright ink on a black ground, so a user's dark ink on paper is inverted.
         curve: the interval of x over which a task is drawn, for regression whose samplers have a ``truth``.
     """
@@ -60,5 +66,6 @@ class Source:
     folder: str | None = None
     makes: str = "draws"
     splits: Mapping[str, str] = field(default_factory=dict)
+    division: str | None = None
     ink_on_black: bool = False
     curve: tuple[float, float] | None = None

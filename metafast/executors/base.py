@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from metafast.kernels.contract.layer import Loss
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch, TaskShapes
@@ -56,6 +57,8 @@ class Executor(ABC):
 
     ``params`` are ``[P]``, shared by all tasks, or ``[T, P]``. ``rates`` are ``[1 or S, 1 or P]``. ``step`` is the
     inner step that a pass belongs to: ``per_step`` batch norm depends on it. The query pass after S steps is step S.
+    Functions that take one batch run it under ``program.loss``, ``meta_gradient`` the query sets under
+    ``program.query.loss``.
     """
 
     name: str
@@ -151,7 +154,7 @@ class Executor(ABC):
             v = torch.zeros_like(trajectory)
             losses = theta.new_zeros(len(tasks))
             for step, weight in loop.judged_steps:
-                loss, grad, outputs = self.loss_and_grad(program, trajectory[step], tasks.query, step)
+                loss, grad, outputs = self.loss_and_grad(program.query, trajectory[step], tasks.query, step)
                 losses = losses + weight * loss
                 v[step] = grad * (weight / len(tasks))
             grad, rates_grad = self.adapt_vjp(program, loop, trajectory, rates, tasks.support, v)
@@ -180,6 +183,14 @@ class Executor(ABC):
     def _siblings(self) -> dict[str, Executor]:
         """Holds the executors with the same settings in other precisions, by precision."""
         return {}
+
+
+def losses_with_targets(program: Program, shapes: TaskShapes) -> tuple[tuple[str, Loss, torch.Size, torch.dtype], ...]:
+    """Returns for support and query sets the name, shape and dtype of the targets, with the loss that reads them."""
+    return (
+        ("support_y", program.loss, shapes.support_y, shapes.dtypes[1]),
+        ("query_y", program.query.loss, shapes.query_y, shapes.dtypes[3]),
+    )
 
 
 _TRIALS = 4

@@ -3,7 +3,8 @@
 The wrapped executor runs the passes through the model, and Python the loss, once a pass for all tasks. Python gets the
 outputs and hands back ``g``, the gradient of the loss in them. On the way back it also gets ``yd``, the tangent of the
 outputs along a direction ``u``, and hands back ``gd``, the Hessian of the loss in the outputs times ``yd``. From ``g``
-and ``gd`` the wrapped executor computes ``H u``.
+and ``gd`` the wrapped executor computes ``H u``. The loss, which is small beside the model, runs on one thread, so that
+its bits do not depend on their number.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from metafast.executors.base import ExecutionPlan, Executor
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop, rates_by_step, sum_to_rate
+from metafast.program.one_thread import one_thread
 from metafast.tasks import Batch, TaskShapes
 
 
@@ -67,14 +69,18 @@ class PythonLoss(Executor):
     ) -> Tensor:
         return self.inner.outputs(program, params, Batch(x, x), step)
 
+    @torch.no_grad()
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs = self.inner.outputs(program, params, batch, step)
         context = RuleContext(step, batch.mask, (True,), ())
-        losses = program.loss.forward(context, outputs, batch.y)
-        return losses, self.inner.outputs_vjp(program, params, batch, program.loss.backward(context), step), outputs
+        with one_thread():
+            losses = program.loss.forward(context, outputs, batch.y)
+            g = program.loss.backward(context)
+        return losses, self.inner.outputs_vjp(program, params, batch, g, step), outputs
 
+    @torch.no_grad()
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         trajectory = [params.expand(support.x.shape[0], -1)]
         for step, rate in enumerate(rates_by_step(rates, loop.steps)):
@@ -82,6 +88,7 @@ class PythonLoss(Executor):
             trajectory.append(trajectory[-1] - rate * grad * program.adapted)
         return torch.stack(trajectory)
 
+    @torch.no_grad()
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -104,6 +111,7 @@ class PythonLoss(Executor):
             carried = carried + v[step] if v.dim() == 3 else carried
         return carried, rates_grad if loop.learns_rates else None
 
+    @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
         u = u.expand(batch.x.shape[0], -1) * program.adapted
         return self._gradient_and_hvp(program, params, batch, u, step)[1]
@@ -114,7 +122,8 @@ class PythonLoss(Executor):
         """Computes the gradient in the adapted parameters and ``H u`` in the rows of all, both ``[T, P]``."""
         outputs, tangent = self.inner.outputs_jvp(program, theta, batch, u, step)
         context = RuleContext(step, batch.mask, (True,), ())
-        program.loss.forward(context, outputs, batch.y)
-        g = program.loss.backward(context)
-        gd = program.loss.tangent_backward(context, tangent)
+        with one_thread():
+            program.loss.forward(context, outputs, batch.y)
+            g = program.loss.backward(context)
+            gd = program.loss.tangent_backward(context, tangent)
         return self.inner.outputs_hvp(program, theta, batch, u, g, gd, step)

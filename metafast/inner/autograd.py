@@ -125,7 +125,7 @@ def recorded(
     nothing = (False,) * len(program.parameters)
     losses = params.new_zeros(len(tasks))
     for step, weight in loop.judged_steps:
-        run = Pass(program, trajectory[step], tasks.query, step, nothing)
+        run = Pass(program.query, trajectory[step], tasks.query, step, nothing)
         outputs = run.forward()
         losses = losses + weight * run.loss()
     return losses, outputs

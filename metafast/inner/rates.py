@@ -105,7 +105,9 @@ class Rates(nn.Module):
         """Returns the rates ``[1 or S, 1 or P]``."""
         if self.index is None:
             return self.value
-        if self.index.is_cuda:
+        if self.index.device.type != "cpu":
             return self.value[:, self.index]
-        # On a CPU the adjoint of indexing adds up in an order that threads decide, and that of gather in a fixed one.
-        return self.value.gather(1, self.index.expand(self.value.shape[0], -1))
+        # On a CPU the adjoint of indexing adds up in an order that threads decide, and that of gather one element after
+        # another; a million of them need more than float32.
+        each = self.value.double().gather(1, self.index.expand(self.value.shape[0], -1))
+        return each.to(self.value.dtype)

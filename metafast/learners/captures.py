@@ -29,6 +29,7 @@ class CaptureSettings:
 
     Attributes:
         loss: the loss of the Programs.
+        query_loss: that of the query sets, where it is another one.
         adapt: the names of the parameters that the inner loop moves.
         bn: the modes of batch norm.
         steps: the number S of inner steps.
@@ -36,6 +37,7 @@ class CaptureSettings:
     """
 
     loss: Loss
+    query_loss: Loss | None
     adapt: Collection[str]
     bn: BatchNormMode
     steps: int
@@ -51,6 +53,7 @@ class Captures:
         settings: returns the settings of now.
         trained: whether each batch norm was in training when the learner last was, by name: a learner in evaluation
             keeps to that.
+        second_look: whether each Program is compared with the module; what compares more does without.
         recordings: what has been recorded of this module, by the kind of samples.
         programs: the Programs made of them.
     """
@@ -58,6 +61,7 @@ class Captures:
     model: nn.Module
     settings: Callable[[], CaptureSettings]
     trained: dict[str, bool] = field(default_factory=dict)
+    second_look: bool = True
     recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
     programs: dict[Any, Program] = field(default_factory=dict)
 
@@ -138,6 +142,7 @@ class Captures:
             shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
             layout = Layout(names, shapes, settings.adapt, settings.steps)
             made = program_of(self.model, recording, settings.loss, layout, self.modes())
+            made = made.with_loss(settings.loss, settings.query_loss)
             same = [p for p in self.programs.values() if p.computes_as(made)]
             self.programs[key] = same[0] if same else made
             if len(self.programs) > 4 * _KINDS:
@@ -148,7 +153,11 @@ class Captures:
 def _kind(x: Any) -> tuple[Any, ...]:
     """Returns all that a recording depends on besides the module: the shapes of one task's samples, and dtypes."""
     leaves, structure = tree_flatten(x)
-    return (str(structure), *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves), torch.is_autocast_enabled())
+    return (
+        str(structure),
+        *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
+        torch.is_autocast_enabled(),
+    )
 
 
 def first_task(x: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from metafast.program import Program
 from metafast.program.interpreter import Pass
@@ -19,6 +21,17 @@ def check_batch(tasks: TaskBatch) -> None:
             f"a learner takes a TaskBatch, not a {type(tasks).__name__}: "
             "mf.TaskBatch(support_x, support_y, query_x, query_y)"
         )
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raises ValueError where a lazy module has not been run yet, so that its parameters have no shape."""
+    for name, module in model.named_modules():
+        lazy = [n for n, p in module.named_parameters(recurse=False) if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise ValueError(
+                f"{type(module).__name__} {name!r} has not been run, so that {lazy[0]!r} has no shape yet; run the "
+                "model once on samples of one task before: model(x)"
+            )
 
 
 def check_like(tasks: TaskBatch, learner: nn.Module) -> None:
@@ -60,7 +73,7 @@ def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
             continue
         outputs = []
         for padding in (0, 1):
-            x = each_part(lambda part, mask=batch.mask, value=padding: _padded(part, mask, value), batch.x)
+            x = each_part(partial(_padded, mask=batch.mask, value=padding), batch.x)
             theta, nothing = params.expand(len(tasks), -1), (False,) * len(program.parameters)
             seeds = torch.arange(len(tasks), device=params.device) if program.draws else None
             run = Pass(program, theta, Batch(x, batch.y, batch.mask, seeds), 0, nothing)

@@ -28,7 +28,7 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
     for x in [tasks.support_x] if not program.by_samples else [tasks.support_x, tasks.query_x]:
         task = _another_task(x)
         seeds = torch.ones(1, dtype=torch.int64, device=theta.device) if program.draws else None
-        truth = run_module(captures, task, seeds)
+        truth = run_module(captures, task, seeds, captures.recording(x).is_coarse)
         difference = check(program.at(x.shape[1]), theta, truth)
         if difference is not None and not _agrees_in_double(captures, x, task, seeds):
             where = _first(captures, program.at(x.shape[1]), theta, truth, x)
@@ -39,12 +39,12 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
             )
 
 
-def run_module(captures: Captures, x: Any, seeds: Tensor | None) -> Truth:
+def run_module(captures: Captures, x: Any, seeds: Tensor | None, coarse: bool = False) -> Truth:
     """Runs the model itself on one task's samples, and differentiates its outputs."""
     model = captures.model
     with in_modes(model, captures.modes()), unchanged(model), torch.enable_grad(), given_numbers(seeds):
         outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings().output, model)
-        return truth_of(outputs, dict(model.named_parameters()), x, seeds)
+        return truth_of(outputs, dict(model.named_parameters()), x, coarse, seeds)
 
 
 def _another_task(x: Any) -> Any:

@@ -17,14 +17,14 @@ from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task
-from metafast.learners.checks import check_batch, check_like, check_padding
+from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.seeds import drawn_seeds
 from metafast.program import Parameter, Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.program.noise import given_numbers
 from metafast.program.losses import LossLike, as_loss
+from metafast.program.noise import given_numbers
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
 from metafast.tasks import Batch, TaskBatch, TaskShapes, as_samples, parts_of
@@ -61,7 +61,9 @@ class Adapted:
         theta, x = self.parameters, as_samples(x)
         sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
         if x.dim() < 2 or x.shape[0] != theta.shape[0] or sample != self.sample:
-            given, wanted = (", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample))
+            given, wanted = (
+                ", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample)
+            )
             raise ValueError(
                 f"x has shape {given}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
                 f"T = {theta.shape[0]} and samples of shape {wanted}"
@@ -114,7 +116,9 @@ class GradientLearner(Learner):
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
-        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task.
+        loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task, which sees the
+            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised.
+        query_loss: the loss that judges the query sets, likewise; ``None``: the same as ``loss``.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
@@ -139,6 +143,7 @@ class GradientLearner(Learner):
         *,
         loss: LossLike,
         lr: float | Rate,
+        query_loss: LossLike | None = None,
         steps: int = 1,
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
         bn: BatchNormMode = None,
@@ -151,11 +156,13 @@ class GradientLearner(Learner):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
+        check_initialised(model)
         check_mode(model, bn)
         check_backend(backend)
         check_precision(precision)
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn, self.output = as_loss(loss), bn, output
+        self.query_loss = None if query_loss is None else as_loss(query_loss)
         self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
         self.captures = Captures(model, self._capture_settings)
         self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
@@ -219,13 +226,20 @@ class GradientLearner(Learner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
+        choice, tasks = self._choice_for(tasks, judged=False), self._with_seeds(tasks)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps)
-        return Adapted(self.captures, self.program, choice, theta, steps, tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x)))
+        return Adapted(
+            self.captures,
+            self.program,
+            choice,
+            theta,
+            steps,
+            tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x)),
+        )
 
     @property
     def adapted_names(self) -> frozenset[str]:
@@ -272,9 +286,20 @@ class GradientLearner(Learner):
             label = getattr(node.layer, "label", node.layer.kind)
             lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
         moved = sum(p.size for p in self.program.parameters if p.adapted)
-        lines.append(f"  loss: {self.program.loss.kind}; {moved:,} of {self.program.size:,} parameters are adapted")
+        loss, of_query = self.program.loss.label, self.program.query.loss.label
+        loss += "" if self.query_loss is None else f", {of_query} on query sets"
+        lines.append(f"  loss: {loss}; {moved:,} of {self.program.size:,} parameters are adapted")
         lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
         return "\n".join(lines)
+
+    def prepare(self, tasks: TaskBatch) -> None:
+        """Captures and checks the model for batches like ``tasks``, which otherwise the first of them waits for.
+
+        Raises:
+            CaptureError: the model's forward pass cannot become a Program.
+            TypeError, ValueError: the batch does not fit the model.
+        """
+        self._choice_for(tasks)
 
     @property
     def loop(self) -> InnerLoop:
@@ -287,11 +312,12 @@ class GradientLearner(Learner):
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         loop = InnerLoop.judged_last(steps)
-        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self._rates(), support)
+        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
     def _capture_settings(self) -> CaptureSettings:
-        return CaptureSettings(self.loss, self.adapted_names, self.bn, self.steps, self.output)
+        losses = self.loss, self.query_loss
+        return CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
 
     def _with_seeds(self, tasks: TaskBatch) -> TaskBatch:
         """Gives the tasks seeds of their random numbers, where the model draws any and they have none."""
@@ -314,18 +340,22 @@ class GradientLearner(Learner):
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
-    def _rates(self) -> Tensor:
-        """Returns the inner rates, ``[1 or S, 1 or P]``."""
+    def inner_rates(self, program: Program | None = None) -> Tensor:
+        """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
         rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-        return rates if rates.shape[1] == 1 or len(self._sources) == self._parameter_count else self._columns(rates)
+        if rates.shape[1] == 1:
+            return rates
+        program = program or self.program
+        return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
 
-    def _columns(self, rates: Tensor) -> Tensor:
-        """Picks from rates for all parameters of the model those of the parameters that the model uses."""
-        used = {p.name for p in self.program.parameters}
+    def _columns(self, rates: Tensor, program: Program) -> Tensor:
+        """Picks from rates for all parameters of the model those of the parameters that ``program`` uses."""
+        used = {p.name for p in program.parameters}
         parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
         return torch.cat(parts, 1)
 
-    def _parameters_in_order(self, program: Program) -> list[Tensor]:
+    def parameters_of(self, program: Program) -> list[Tensor]:
+        """Lists the meta-parameters of the model in the order of ``program``."""
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
         return [named[p.name] for p in program.parameters]
 
@@ -349,20 +379,23 @@ class GradientLearner(Learner):
             found.append(Parameter(name, tuple(rows.get(name, parameter).shape), offset, name in self.adapted_names))
         return found
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
-        """Checks a batch against the model and chooses the executor, once for each kind of batch."""
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
+        """Checks a batch against the model and chooses the executor, once for each kind of batch.
+
+        The query sets are looked at where the batch is ``judged``.
+        """
         check_batch(tasks)
         self._follow_changes()
-        key = self._kind(tasks)
+        key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
             known = self._latest = self._examine(tasks)
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
             self._known[key] = known
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
         elif known.checks_targets:
-            self._check_targets(known, tasks)
+            self._check_targets(known, tasks, judged)
         self.__dict__["_latest"] = known  # nn.Module's own way to set an attribute takes longer than all the rest
         return known.choice
 
@@ -378,17 +411,18 @@ class GradientLearner(Learner):
         """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
         program = self.captures.of(tasks)
-        parameters = self._parameters_in_order(program)
+        parameters = self.parameters_of(program)
         theta = _flatten_dense_tensors(parameters).detach()
         if tasks.shapes.ragged:
             check_padding(program, theta, tasks)
         output = self._output_shape(tasks.support_x)
         self._output_shape(tasks.query_x)
-        if not self.rows:
+        if self.captures.second_look and not self.rows:
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
         # Reading labels back from a GPU each time would stall it.
-        looks = program.loss.reads_targets and tasks.support_x.device.type == "cpu"
+        reads = program.loss.reads_targets or program.query.loss.reads_targets
+        looks = reads and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
         self._look()
@@ -398,15 +432,17 @@ class GradientLearner(Learner):
         """Returns the shape of a sample's output."""
         shape = self.captures.recording(x).output_shape
         if shape[:1] != x.shape[1:2]:
+            given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
             raise ValueError(
-                f"for samples [n, ...] = {[list(part.shape[1:]) for part in parts_of(x)]} the model gives {list(shape)}; its first axis must "
-                "stay the sample axis n"
+                f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
+                "axis n"
             )
         return tuple(shape[1:])
 
-    def _check_targets(self, known: KnownBatch, tasks: TaskBatch) -> None:
+    def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         known.program.loss.check(known.output, tasks.support_y, "support_y")
-        known.program.loss.check(known.output, tasks.query_y, "query_y")
+        if judged:
+            known.program.query.loss.check(known.output, tasks.query_y, "query_y")
 
     def _add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Adds the gradient of each meta-parameter of the model to its ``.grad``."""
@@ -421,7 +457,8 @@ class GradientLearner(Learner):
     def _track_statistics(self, tasks: TaskBatch) -> None:
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
-            track(self.program, self.flat_parameters().detach(), tasks.support)
+            predict = self._now.choice.executor.predict
+            track(self.program, predict, self.flat_parameters().detach(), tasks.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""

@@ -29,7 +29,7 @@ class MAML(GradientLearner):
     Args:
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
-        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
 
@@ -81,7 +81,7 @@ class MAML(GradientLearner):
         choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
-        theta, rate, program = self.flat_parameters(), self._rates(), self._held_program()
+        theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
         if create_graph:
             if self.first_order:
                 raise ValueError("create_graph=True records the exact gradient; it has no first-order form")
@@ -94,7 +94,7 @@ class MAML(GradientLearner):
             steps = Adapt.apply(theta, rate, choice.executor, program, loop, tasks.support)
             losses = theta.new_zeros(len(tasks))
             for step, weight in loop.judged_steps:
-                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, program, tasks.query, step)
+                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, program.query, tasks.query, step)
                 losses = losses + weight * loss
         if torch.is_grad_enabled():
             self._leave_traces(tasks)
@@ -104,7 +104,7 @@ class MAML(GradientLearner):
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
         self._track_statistics(tasks)
-        rate = self._rates()
+        rate = self.inner_rates()
         loop = self._loop(learns_rates=rate.requires_grad)
         found = choice.executor.meta_gradient(self.program, loop, self._sources, rate, tasks)
         self._add_gradients(found.grads)

@@ -7,6 +7,7 @@ from copy import deepcopy
 from operator import is_
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -26,7 +27,8 @@ class ModuleSnapshot:
     def __init__(
         self, module: nn.Module, owner: nn.Module | None = None, ignored: Collection[tuple[int, str]] = ()
     ) -> None:
-        modules = list(module.modules())
+        # A scripted module keeps its parts out of Python's sight, and cannot change but for its parameters' values.
+        modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self.parameters = list(module.parameters())
         self._trained = [p.requires_grad for p in self.parameters]
         self._registries = [

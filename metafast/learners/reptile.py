@@ -26,7 +26,7 @@ class Reptile(GradientLearner):
             ``m <- 0.999 m + 0.001 g^2``, ``theta <- theta - lr g / (sqrt(m / (1 - 0.999^k)) + 1e-8)``, fresh by task.
         batch_size: samples of the support set that each inner step sees, in a fixed shuffled order that starts again
             where it ends; ``None``: all.
-        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, which only judges, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`.
 
     Raises:
@@ -101,14 +101,14 @@ class Reptile(GradientLearner):
         return self._on_queries(choice, adapted, tasks)
 
     def _on_queries(self, choice: Choice, adapted: Tensor, tasks: TaskBatch) -> LearnerOutput:
-        losses, _, outputs = choice.executor.loss_and_grad(self.program, adapted, tasks.query, self.steps)
+        losses, _, outputs = choice.executor.loss_and_grad(self.program.query, adapted, tasks.query, self.steps)
         return LearnerOutput(losses, outputs)
 
     def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
         if self.optimizer == "sgd" and self.batch_size is None:
             return super()._adapted(choice, support, steps)
         theta = self.flat_parameters().expand(support.x.shape[0], -1)
-        second_moment, lr = torch.zeros_like(theta), self.rate()
+        second_moment, lr = torch.zeros_like(theta), self.inner_rates()
         moved = self.program.adapted.to(theta.device)
         for step in range(steps):
             _, g, _ = choice.executor.loss_and_grad(self.program, theta, self._minibatch(support, step), step)

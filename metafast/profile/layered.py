@@ -164,7 +164,9 @@ class TimedExecutor(Executor):
         """Returns the Program with timed layers, the same object each time, because executors cache by Program."""
         if program not in self._programs:
             nodes = tuple(replace(node, layer=_TimedLayer(node.layer, node.name, self)) for node in program.nodes)
-            self._programs[program] = replace(program, nodes=nodes, loss=_TimedLoss(program.loss, self))
+            query_loss = None if program.query_loss is None else _TimedLoss(program.query_loss, self)
+            timed = replace(program, nodes=nodes, loss=_TimedLoss(program.loss, self), query_loss=query_loss)
+            self._programs[program] = timed
         return self._programs[program]
 
     def timing(self, rule: str, layer: str, ctx: RuleContext, tasks: int) -> Any:

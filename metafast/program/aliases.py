@@ -62,7 +62,9 @@ class Aliases:
         """Says whether ``tensor`` has the memory and the shape of a tensor that holds ``ref``."""
         base = self._bases.get(_memory(tensor))
         shown = [] if base is None else [base, *(k for k in self._known.values() if k.base is base)]
-        return any(k.ref == ref and k.tensor.shape == tensor.shape and k.tensor.stride() == tensor.stride() for k in shown)
+        return any(
+            k.ref == ref and k.tensor.shape == tensor.shape and k.tensor.stride() == tensor.stride() for k in shown
+        )
 
     def enter(self, tensor: Tensor, ref: Ref) -> None:
         """Notes that ``tensor`` holds the value ``ref``."""

@@ -8,7 +8,7 @@ a buffer may change between calls.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from metafast.kernels.derived import Derived
 from metafast.kernels.input_part import InputPart
 from metafast.kernels.noise import Noise
 from metafast.program import Node, Parameter, Program
-from metafast.program.noise import Draw
 from metafast.program.derive import Cone, Slot, Step, as_step
+from metafast.program.noise import Draw
 from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.patterns import Match, match
 from metafast.program.recording import Recording, record
@@ -92,9 +92,7 @@ def needed(recording: Recording) -> list[int]:
     return sorted(found)
 
 
-def program_of(
-    model: nn.Module, recording: Recording, loss: Loss, layout: Layout, modes: Mapping[str, str]
-) -> Program:
+def program_of(model: nn.Module, recording: Recording, loss: Loss, layout: Layout, modes: Mapping[str, str]) -> Program:
     """Groups the operations of ``recording`` into the nodes of a Program; ``modes`` has that of each batch norm.
 
     Raises:
@@ -110,14 +108,6 @@ def node_values(recording: Recording, layout: Layout, modes: Mapping[str, str]) 
     builder = _Builder(recording, layout, modes)
     builder.run()
     return [ref for ref in builder.value if isinstance(ref, Made)]
-
-
-@dataclass
-class _Group:
-    """Collects the operations of one ``Derived`` layer, of which ``root`` is the value that others read."""
-
-    root: Made
-    operations: set[int] = field(default_factory=set)
 
 
 class _Builder:
@@ -196,12 +186,10 @@ class _Builder:
         operation, reads = self.operations[number], self.reads[number]
         made = [ref for ref in reads if isinstance(ref, Made)]
         self.data[number] = any(isinstance(r, Input) for r in reads) or any(self.data[r.operation] for r in made)
-        self.varying[number] = (
-            self.data[number] or any(isinstance(r, Weight) for r in reads) or any(self.varying[r.operation] for r in made)
-        )
-        self.moving[number] = any(isinstance(r, Weight) and r.name in self.layout.adapted for r in reads) or any(
-            self.moving[r.operation] for r in made
-        )
+        weights = [r for r in reads if isinstance(r, Weight)]
+        self.varying[number] = self.data[number] or bool(weights) or any(self.varying[r.operation] for r in made)
+        adapted = any(r.name in self.layout.adapted for r in weights)
+        self.moving[number] = adapted or any(self.moving[r.operation] for r in made)
         if isinstance(operation.target, Draw):
             self.data[number] = self.varying[number] = self.moving[number] = True
             self.matches[number] = self._noise(operation.target.noise, reads)
@@ -289,7 +277,7 @@ class _Builder:
         self._collect(root.operation, root, order)
         slots: dict[Ref, Slot] = {Made(n, part): Slot("made", i, part) for i, n in enumerate(order)
                                   for part in range(self.operations[n].results)}  # fmt: skip
-        outside = {"input": [], "parameter": [], "constant": []}  # type: dict[str, list[Any]]
+        outside: dict[str, list[Any]] = {"input": [], "parameter": [], "constant": []}
         for ref in dict.fromkeys(ref for n in order for ref in self.reads[n] if ref not in slots):
             kind = {Weight: "parameter", Constant: "constant"}.get(type(ref), "input")
             slots[ref] = Slot(kind, len(outside[kind]))
@@ -297,7 +285,7 @@ class _Builder:
         steps: tuple[Step, ...] = tuple(as_step(self.operations[n], slots) for n in order)
         cone = Cone(steps, slots[root])
         operations = [self.operations[n] for n in order]
-        layer = Derived(cone, _label(operations), not cone.calls_functions)
+        layer = Derived(cone, _label(operations), cone.reverse_only)
         inputs = tuple(self.value[ref] for ref in outside["input"])
         params = tuple(ref.name for ref in outside["parameter"])
         constants = tuple(ref.tensor for ref in outside["constant"])

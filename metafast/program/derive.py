@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.program.operation import Operation, Ref
+from metafast.program.operation import FunctionCall, Operation, Ref
 
+aten = torch.ops.aten
+_KINKED = {aten.linalg_vector_norm, aten.norm, aten.linalg_norm, aten.cosine_similarity, aten.cdist, aten.dist,
+           aten.pairwise_distance, aten.frobenius_norm, aten.renorm, aten.std, aten.std_mean}  # fmt: skip
+"""Functions that are not smooth at zero: there forward mode gives no number where reverse mode gives zero."""
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -93,15 +97,16 @@ class Cone:
                 known[Slot("made", number, part)] = tensor
         result = known[self.result]
         # A tensor that lies in one of the arguments must not be taken for a new one.
-        return result.clone() if any(result is t for t in (*params, *inputs, *constants)) else result  # type: ignore[no-any-return]
+        return result.clone() if any(result is t for t in (*params, *inputs, *constants)) else result
 
     def __hash__(self) -> int:
         return hash(tuple(str(step.target) for step in self.steps[:4]))
 
     @property
-    def calls_functions(self) -> bool:
-        """Says whether one of the steps is a ``torch.autograd.Function``, whose derivative is what its author says."""
-        return any(not isinstance(step.target, torch._ops.OpOverload) for step in self.steps)
+    def reverse_only(self) -> bool:
+        """Says whether second derivatives are to be had from the graph of its gradient alone."""
+        targets = [step.target for step in self.steps]
+        return any(isinstance(t, FunctionCall) or getattr(t, "overloadpacket", None) in _KINKED for t in targets)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -124,10 +129,10 @@ def as_step(operation: Operation, slots: dict[Ref, Slot]) -> Step:
 
 def _statistics_taken_anew(operation: Operation, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
     """Returns the arguments of a norm in training without its running statistics, which it would write to."""
-    if arguments.get("training") is True or arguments.get("use_input_stats") is True:
-        if "running_mean" in arguments:
-            return tuple(None if n in ("running_mean", "running_var") else v for n, v in arguments.items())
-    return None
+    anew = arguments.get("training") is True or arguments.get("use_input_stats") is True
+    if not anew or "running_mean" not in arguments:
+        return None
+    return tuple(None if name in ("running_mean", "running_var") else value for name, value in arguments.items())
 
 
 def _frozen(value: Any, slots: dict[Ref, Slot]) -> Any:

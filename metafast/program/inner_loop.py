@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from metafast.program.one_thread import one_thread
+
 
 class InnerLoop(NamedTuple):
     """Describes S steps ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)`` and ``sum_s w_s L_query(theta_s)``.
@@ -44,4 +46,7 @@ def rates_by_step(rates: Tensor, steps: int) -> list[Tensor]:
 def sum_to_rate(products: Tensor, width: int) -> Tensor:
     """Sums ``products [..., P]`` to one row of rates, ``[width]``, where ``width`` is P or 1."""
     total = products.flatten(0, -2).sum(0) if products.dim() > 1 else products
-    return total.sum(0, keepdim=True) if width == 1 else total
+    if width > 1:
+        return total
+    with one_thread():
+        return total.sum(0, keepdim=True)

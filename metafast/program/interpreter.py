@@ -191,9 +191,10 @@ class Pass:
             self.values[i + 1] = node.layer.forward(ctx, self._params_of(i, self.params), inputs, node.constants)
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(str(list(value.shape[1:])) for value in inputs)
+            samples = ", ".join(str(list(part.shape[2:])) for part in parts_of(self.batch.x))
             raise ValueError(
                 f"layer {node.name!r} ({node.layer.kind}) cannot take an input of shape {shapes} [n, ...]: {error}. "
-                f"The samples have shape {', '.join(str(list(x.shape[2:])) for x in parts_of(self.batch.x))}; check it against the model's first layer"
+                f"The samples have shape {samples}; check it against the model's first layer"
             ) from error
         self.contexts[i] = ctx
 

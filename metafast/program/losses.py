@@ -1,12 +1,13 @@
-"""Finds losses by name, and makes one of any callable."""
+"""Finds losses by name, recognises PyTorch's, and makes one of any other callable."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metafast.kernels.contract.layer import Loss
 from metafast.kernels.cross_entropy import CrossEntropy
@@ -21,6 +22,14 @@ TORCH_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """PyTorch's function for each loss that has a name, for code that computes the same without metafast's rules."""
 
+_RECOGNISED: dict[Any, tuple[Callable[..., Loss], tuple[str, ...]]] = {
+    F.cross_entropy: (CrossEntropy, ("weight", "label_smoothing", "ignore_index", "reduction")),
+    nn.CrossEntropyLoss: (CrossEntropy, ("weight", "label_smoothing", "ignore_index", "reduction")),
+    F.mse_loss: (MSE, ("reduction",)),
+    nn.MSELoss: (MSE, ("reduction",)),
+}
+"""The losses behind PyTorch's functions and classes, with the options that their rules know."""
+
 LossLike: TypeAlias = str | Loss | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,11 +38,12 @@ def as_loss(loss: LossLike) -> Loss:
 
     Args:
         loss: ``"cross_entropy"``, ``"mse"``, a loss that has rules already, or a callable that takes the outputs
-            ``[n, ...]`` and targets ``[n, ...]`` of one task and returns a scalar.
+            ``[n, ...]`` and targets ``[n, ...]`` of one task and returns a scalar. PyTorch's cross entropy and squared
+            error are recognised as function, as ``functools.partial`` of it and as module, with their options.
 
     Raises:
-        ValueError: the name is unknown.
-        TypeError: ``loss`` is neither a name nor callable.
+        ValueError: the name is unknown, or the loss is not reduced to a scalar.
+        TypeError: ``loss`` is neither a name nor callable, or it is a class.
     """
     if isinstance(loss, Loss):
         return loss
@@ -43,6 +53,25 @@ def as_loss(loss: LossLike) -> Loss:
                 f"loss={loss!r} is unknown; choose from {sorted(_BY_NAME)}, or pass a callable of outputs and targets"
             )
         return _BY_NAME[loss]
+    if isinstance(loss, type):
+        raise TypeError(f"loss={loss.__name__} is a class; pass an instance: {loss.__name__}()")
     if callable(loss):
-        return CustomLoss(loss)
+        return _recognise(loss) or CustomLoss(loss)
     raise TypeError(f"loss is a {type(loss).__name__}; pass a name from {sorted(_BY_NAME)} or a callable")
+
+
+def _recognise(loss: Callable[..., Tensor]) -> Loss | None:
+    """Returns the loss of one of PyTorch's functions or modules; ``None`` for any other, or with unusual options."""
+    options: dict[str, Any] = {}
+    key: Any = loss
+    if isinstance(loss, functools.partial) and not loss.args:
+        key, options = loss.func, dict(loss.keywords)
+    elif isinstance(loss, nn.Module):
+        key = None if "forward" in vars(loss) or loss._forward_hooks or loss._forward_pre_hooks else type(loss)
+    try:
+        make, names = _RECOGNISED[key]
+    except (KeyError, TypeError):  # a callable need not be hashable
+        return None
+    if isinstance(loss, nn.Module):
+        options = {name: getattr(loss, name) for name in names}
+    return make(**options, source=loss) if options.keys() <= set(names) else None

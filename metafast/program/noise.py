@@ -35,6 +35,11 @@ class Draw:
 
     __name__ = "noise"
 
+    def numbers(self, seeds: Tensor | None, step: int) -> Tensor:
+        """Returns the numbers of the task with the one seed ``[1]``, in the recorded shape."""
+        assert seeds is not None and self.noise.shape is not None
+        return self.noise.values(seeds, step, self.noise.shape)[0]
+
 
 class Source(ABC):
     """Gives the numbers."""
@@ -132,9 +137,7 @@ def _recurrent(source: Source, a: Arguments, func: Any) -> tuple[Tensor, ...]:
         at = slice(layer * rows, (layer + 1) * rows)
         before = [state[at] for state in states] if isinstance(states, list | tuple) else states[at]
         weights = a["params"][layer * each : (layer + 1) * each]
-        x, *after = func(
-            x, before, weights, a["has_biases"], 1, 0.0, a["train"], a["bidirectional"], a["batch_first"]
-        )
+        x, *after = func(x, before, weights, a["has_biases"], 1, 0.0, a["train"], a["bidirectional"], a["batch_first"])
         last.append(after)
         if layer < layers - 1:
             x = _dropout(source, {"input": x, "p": a["dropout"]})
@@ -301,8 +304,7 @@ class GivenNumbers(SchemaCheckMode, Source):
         position = int(torch.randint(1 << 62, ()))
         self.silent = False
         number = self.order.setdefault(position, len(self.order))
-        assert noise.shape is not None
-        return replace(noise, number=number).values(self.seed.to(device), self.step, noise.shape)[0]
+        return Draw(replace(noise, number=number)).numbers(self.seed.to(device), self.step)
 
 
 @contextmanager
@@ -329,7 +331,7 @@ def above_autograd(mode: TorchDispatchMode) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch._C._EnablePythonDispatcher())
-        stack.enter_context(torch._C._EnablePreDispatch())  # type: ignore[attr-defined]
+        stack.enter_context(torch._C._EnablePreDispatch())
         stack.enter_context(mode)
         yield
 

@@ -124,3 +124,17 @@ def by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
         )  # fmt: skip
         found["input" if argument.name == "self" else argument.name] = value
     return found
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """Calls a ``torch.autograd.Function`` as an operation."""
+
+    function: type
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)  # type: ignore[attr-defined]

@@ -74,6 +74,7 @@ class Program:
         parameters: the parameters, in the order of the flat vector.
         output: the number of the value that the loss reads.
         loss: the loss.
+        query_loss: the loss of the query sets, where it is another one than that of the support sets.
         by_samples: where some node depends on the number of samples, the Program for each number that is known.
     """
 
@@ -81,6 +82,7 @@ class Program:
     parameters: tuple[Parameter, ...]
     output: int
     loss: Loss
+    query_loss: Loss | None = None
     by_samples: Mapping[int, Program] = field(default_factory=dict)
 
     def at(self, samples: int) -> Program:
@@ -121,6 +123,12 @@ class Program:
         return [flat[..., p.offset : p.offset + p.size].reshape((*lead, *p.shape)) for p in self.parameters]
 
     @cached_property
+    def derived(self) -> tuple[Node, ...]:
+        """Returns the nodes that have no rules of their own, for any number of samples."""
+        programs = (self, *self.by_samples.values())
+        return tuple(node for program in programs for node in program.nodes if node.layer.kind == "derived")
+
+    @cached_property
     def adapted(self) -> Tensor:
         """Returns the bool mask ``[P]`` that is true where the inner loop moves the parameter."""
         mask = torch.zeros(self.size, dtype=torch.bool)
@@ -157,6 +165,12 @@ class Program:
         nodes = tuple(replace(node, constants=tuple(c.clone() for c in node.constants)) for node in self.nodes)
         return replace(self, nodes=nodes, by_samples={n: p.holding_constants() for n, p in self.by_samples.items()})
 
-    def with_loss(self, loss: Loss) -> Program:
-        """Returns the same model under another loss."""
-        return replace(self, loss=loss, by_samples={n: p.with_loss(loss) for n, p in self.by_samples.items()})
+    @cached_property
+    def query(self) -> Program:
+        """Returns the model under the loss of the query sets: this Program, if it has one loss."""
+        return self if self.query_loss is None else self.with_loss(self.query_loss)
+
+    def with_loss(self, loss: Loss, query_loss: Loss | None = None) -> Program:
+        """Returns the same model under another loss, and under ``query_loss`` on query sets where one is given."""
+        others = {n: p.with_loss(loss, query_loss) for n, p in self.by_samples.items()}
+        return replace(self, loss=loss, query_loss=query_loss, by_samples=others)

@@ -8,6 +8,7 @@ become new values (:mod:`metafast.program.aliases`).
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,17 +20,28 @@ from torch import Tensor, nn
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metafast.kernels.noise import Noise
 from metafast.program.aliases import Aliases
-from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.noise import Draw, Source, above_autograd, draws, replacement
-from metafast.program.operation import by_name
+from metafast.program.operation import (
+    CaptureError,
+    Constant,
+    FunctionCall,
+    Input,
+    Made,
+    Operation,
+    Ref,
+    Weight,
+    by_name,
+    refs_in,
+)
 from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_draw, value_reader
 from metafast.program.user_lines import error_line, user_line
 from metafast.tasks import Samples
+
 
 @dataclass
 class Recording:
@@ -50,7 +62,7 @@ class Recording:
     """
 
     operations: list[Operation] = field(default_factory=list)
-    output: Ref = Input(0)
+    output: Ref = field(default_factory=lambda: Input(0))
     inputs: list[torch.Size] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
     several: bool = False
@@ -67,14 +79,18 @@ class Recording:
             return self.values[self.output][0]
         return self.inputs[self.output.number] if isinstance(self.output, Input) else torch.Size()
 
+    @property
+    def is_coarse(self) -> bool:
+        """Says whether some operation computes in less than float32, as under autocast."""
+        halves = (torch.bfloat16, torch.float16)
+        return any(o.autocast for o in self.operations) or any(dtype in halves for _, dtype in self.values.values())
+
     def stale(self) -> bool:
         """Says whether a number that Python has read has changed since."""
         return any(tensor._version != version for tensor, version in self.guards)
 
 
-def record(
-    model: nn.Module, x: Any, part: str | int | None = None, ignored: Collection[Tensor] = ()
-) -> Recording:
+def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Collection[Tensor] = ()) -> Recording:
     """Runs ``model(x)`` once and returns what it did.
 
     Args:
@@ -102,7 +118,7 @@ def call(model: nn.Module, x: Any) -> Any:
     """Calls the model; samples of several tensors are its arguments."""
     if not isinstance(x, Samples):
         return model(x)
-    return model(*x.parts) if x.names is None else model(**x.arguments)
+    return model(*x.parts) if x.names is None else model(**x.by_name)
 
 
 class Recorder(SchemaCheckMode, Source):
@@ -146,8 +162,10 @@ class Recorder(SchemaCheckMode, Source):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before = torch.get_rng_state()
+        before, others = torch.get_rng_state(), _other_random_states()
         with ExitStack() as stack:
+            # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
+            stack.enter_context(torch.jit.optimized_execution(False))
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_functions_kept_whole(self))
@@ -162,6 +180,11 @@ class Recorder(SchemaCheckMode, Source):
                 raise _failed(self.model, error_line(error) or self.where(), error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
+        if others != _other_random_states():
+            raise CaptureError(
+                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
+                "each pass would have to draw the same. Draw by torch, or in __init__"
+            )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` and notes it."""
@@ -195,8 +218,7 @@ class Recorder(SchemaCheckMode, Source):
         self.recording.draws += 1
         read = () if like is None else (self._ref(like),)
         self.silent = True
-        assert noise.shape is not None
-        value = noise.values(torch.zeros(1, dtype=torch.int64, device=device), 0, noise.shape)[0]
+        value = Draw(noise).numbers(torch.zeros(1, dtype=torch.int64, device=device), 0)
         self.silent = False
         ref = self.emit(Draw(noise), read, {}, [value])[0]
         self.traits[ref] = True, False
@@ -239,7 +261,17 @@ class Recorder(SchemaCheckMode, Source):
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
-            Operation(target, tuple(args), dict(kwargs), grad, _autocast(), user_line(), self.path(), self.leaf(), len(results))
+            Operation(
+                target,
+                tuple(args),
+                dict(kwargs),
+                grad,
+                _autocast(),
+                user_line(),
+                self.path(),
+                self.leaf(),
+                len(results),
+            )
         )
         sources = refs_in((args, kwargs))
         data = any(self.is_data(ref) for ref in sources)
@@ -355,6 +387,8 @@ class Recorder(SchemaCheckMode, Source):
 
     def _selects(self, func: Any, args: Any) -> bool:
         """Says whether the shape that ``func`` makes follows from values of the data."""
+        if func.overloadpacket is torch.ops.aten.one_hot:
+            return len(args) < 2 or args[1] < 0
         if func.overloadpacket is torch.ops.aten.index:
             chosen = [ref for ref in args[1] if isinstance(ref, Ref)]
             return any(self.is_data(r) and self._dtype(r) in (torch.bool, torch.uint8) for r in chosen)
@@ -396,20 +430,6 @@ class Recorder(SchemaCheckMode, Source):
         self.stack.pop()
 
 
-@dataclass(frozen=True)
-class FunctionCall:
-    """Calls a ``torch.autograd.Function`` as an operation."""
-
-    function: type
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)  # type: ignore[attr-defined]
-
-
 class _ValueReads(TorchFunctionMode):
     """Tells the recorder where Python reads the numbers of a tensor without an operation."""
 
@@ -447,7 +467,7 @@ def _functions_kept_whole(recorder: Recorder) -> Iterator[None]:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
-class unchanged:  # noqa: N801  (it is used as a context)
+class unchanged:
     """Puts buffers, attributes and modes of a module back to where they were when the ``with`` block is left."""
 
     def __init__(self, model: nn.Module, ignored: Collection[Tensor] = ()) -> None:
@@ -467,7 +487,7 @@ class unchanged:  # noqa: N801  (it is used as a context)
         """Says whether the module is not as it was."""
         return (
             any(buffer._version != version and id(buffer) not in self.ignored for buffer, version, _ in self.buffers)
-            or any(now.items() != then.items() for now, then in zip(self.registries, self.registered, strict=True))
+            or any(_differ(now, then) for now, then in zip(self.registries, self.registered, strict=True))
             or any(_differ(now, then) for now, then in zip(self.homes, self.attributes, strict=True))
         )
 
@@ -514,8 +534,8 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
         what = f"a {type(returned).__name__}" if returned is not None else "None"
         parts = f" of {sorted(map(str, returned))}" if isinstance(returned, Mapping) else ""
         raise CaptureError(
-            f"{name}.forward returns {what}{parts}; it must return one tensor: say which part counts by output=, a name "
-            "or a number"
+            f"{name}.forward returns {what}{parts}; it must return one tensor: say which part counts by output=, a "
+            "name or a number"
         )
     return returned
 
@@ -523,6 +543,12 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
 def _tensors(tree: Any) -> list[Tensor]:
     """Lists the tensors among arguments."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _other_random_states() -> tuple[Any, ...]:
+    """Returns the states of the random numbers of Python and, where it is loaded, of NumPy."""
+    numpy = sys.modules.get("numpy.random")
+    return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:

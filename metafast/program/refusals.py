@@ -11,7 +11,10 @@ aten = torch.ops.aten
 READS_VALUES = (aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default,
                 aten.allclose.default)  # fmt: skip
 """Operations that tell Python a value of a tensor."""
-_READERS = {"item": "a number (.item(), float(), int() or a loop)", "is_nonzero": "a branch (if, while, and, or, bool())"}
+_READERS = {
+    "item": "a number (.item(), float(), int() or a loop)",
+    "is_nonzero": "a branch (if, while, and, or, bool())",
+}
 DROPOUT = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.native_dropout,
             aten.dropout_, aten.feature_dropout_, aten.alpha_dropout_, aten.feature_alpha_dropout_}  # fmt: skip
 PASSING_ON = {aten.contiguous, aten.to, aten.alias, aten.lift_fresh, aten.expand, aten.expand_as, aten.view,
@@ -34,7 +37,7 @@ def refuse_draw(func: Any, kwargs: Any, known: bool, refuse: Callable[[str, str]
     if not known:
         raise refuse(
             f"draws random numbers by {name}, which cannot be repeated on the way back",
-            "Use dropout, or draw by torch.rand, torch.randn, torch.bernoulli or torch.randint and compute what you need",
+            "Use dropout, or draw by torch.rand, torch.randn, torch.bernoulli or torch.randint and compute the rest",
         )
     if kwargs.get("generator") is not None:
         raise refuse(

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.kernels.noise import Noise
 from metafast.program import Program
-from metafast.program.derive import Slot, as_step
 from metafast.program.interpreter import Pass
-from metafast.program.capture import needed
-from metafast.program.noise import Draw
-from metafast.program.operation import Constant, Input, Made, Operation, Ref, Weight, refs_in
+from metafast.program.operation import Made, Ref, Weight
 from metafast.program.recording import Recording
-from metafast.tasks import Batch, each_part, parts_of
+from metafast.program.replay import reads, replay
+from metafast.tasks import Batch, each_part
 
-_ALLOWED = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3)}
-"""The largest difference of outputs and of gradients, relative to the largest number among them."""
+_ALLOWED = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 2e-1)}
+"""The largest difference of outputs and of gradients, relative to the largest number among them, by the dtype of the
+coarsest numbers."""
 
 
 class Difference(RuntimeError):
@@ -39,6 +37,7 @@ class Truth:
         outputs: what it returned.
         g: a random cotangent of the shape of the outputs.
         grads: the gradients of ``<outputs, g>`` by the names of the parameters.
+        coarse: whether some of it was computed in less than float32.
         seeds: int64 ``[1]``, from which its random numbers followed; ``None`` where it drew none.
     """
 
@@ -46,10 +45,13 @@ class Truth:
     outputs: Tensor
     g: Tensor
     grads: dict[str, Tensor]
+    coarse: bool = False
     seeds: Tensor | None = None
 
 
-def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any, seeds: Tensor | None = None) -> Truth:
+def truth_of(
+    outputs: Tensor, parameters: dict[str, Tensor], x: Any, coarse: bool = False, seeds: Tensor | None = None
+) -> Truth:
     """Differentiates what the module returned in those of its ``parameters`` that require a gradient."""
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
@@ -58,13 +60,13 @@ def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any, seeds: Tens
     if outputs.requires_grad and live:
         grads = torch.autograd.grad(outputs, list(live.values()), g, allow_unused=True)
     found = {n: torch.zeros_like(p) if d is None else d for (n, p), d in zip(live.items(), grads, strict=True)}
-    return Truth(x, outputs.detach(), g, found, seeds)
+    return Truth(x, outputs.detach(), g, found, coarse, seeds)
 
 
 def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str | None:
     """Says in words how ``program`` at ``theta [P]`` differs from the module; it is ``None`` where they agree."""
     outputs, grads, _ = _run(program, theta, truth, step)
-    outputs_allowed, gradient_allowed = _ALLOWED[theta.dtype]
+    outputs_allowed, gradient_allowed = _allowed(theta, truth)
     if outputs.shape != truth.outputs.shape or not _close(outputs, truth.outputs, outputs_allowed):
         return f"its outputs differ by {_error(outputs, truth.outputs):.1e}"
     largest = max((float(d.abs().max()) for d in truth.grads.values() if d.numel()), default=0.0)
@@ -90,9 +92,11 @@ def first_difference(
         recording: what the module did on samples of the same shapes.
         made: the recorded values that the nodes of a Program make, in their order.
     """
-    allowed = 10 * _ALLOWED[theta.dtype][0]
+    allowed = 10 * _allowed(theta, truth)[0]
     named = dict(zip((p.name for p in program.parameters), program.unflatten(theta), strict=True))
-    values = _replayed(recording, named, truth)
+    leaves = {name: t.detach().requires_grad_() for name, t in named.items()}
+    with torch.enable_grad():
+        values = replay(recording, leaves, truth.x, truth.seeds)
     _, _, run = _run(program, theta, truth, step)
     number: dict[Made, int] = {}
     for ref in made:
@@ -100,15 +104,33 @@ def first_difference(
         if not like:
             return _name(recording, ref)
         number[ref] = like[-1]
-    wanted = torch.autograd.grad(values[recording.output], [values[r] for r in made], truth.g, allow_unused=True)
+    live = [r for r in made if values[r].requires_grad]  # what no gradient goes through has none to compare
+    wanted = torch.autograd.grad(values[recording.output], [values[r] for r in live], truth.g, allow_unused=True)
     adjoints = _adjoints(program, run, truth.g[None])
-    for ref, adjoint in reversed(list(zip(made, wanted, strict=True))):
+    for ref, adjoint in reversed(list(zip(live, wanted, strict=True))):
         found = adjoints.get(number[ref])
         zero = torch.zeros_like(values[ref])
         if not _close(zero if found is None else found[0], zero if adjoint is None else adjoint, 1e4 * allowed):
-            readers = [r for r in made if ref in _sources(recording, r, made)]
-            return _name(recording, readers[-1] if readers else ref)
-    return _name(recording, made[0])
+            return _name(recording, _last_reader(recording, ref, made) or ref)
+    worst = _worst_parameter(program, theta, truth, step)
+    return _name(recording, _last_reader(recording, Weight(worst), made) or made[0])
+
+
+def _allowed(theta: Tensor, truth: Truth) -> tuple[float, float]:
+    return _ALLOWED[torch.bfloat16 if truth.coarse else theta.dtype]
+
+
+def _worst_parameter(program: Program, theta: Tensor, truth: Truth, step: int) -> str:
+    """Returns the name of the parameter whose gradient differs most."""
+    _, grads, _ = _run(program, theta, truth, step)
+    errors = {n: _error(grads.get(n, torch.zeros_like(d)), d, 1.0) for n, d in truth.grads.items()}
+    return max(errors, key=errors.__getitem__)
+
+
+def _last_reader(recording: Recording, ref: Ref, made: Sequence[Made]) -> Made | None:
+    """Returns the last node's value that is made of ``ref``."""
+    readers = [r for r in made if ref in _sources(recording, r, made)]
+    return readers[-1] if readers else None
 
 
 def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
@@ -126,7 +148,7 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
     """Returns the adjoint of each value of a pass."""
     adjoints = {program.output: g}
     for i in reversed(range(len(program.nodes))):
-        if i + 1 not in adjoints:
+        if i + 1 not in adjoints or not program.nodes[i].layer.carries_gradient:
             continue
         node, ctx = program.nodes[i], run.contexts[i]
         ctx.needs_inputs, ctx.needs_params = (True,) * len(node.inputs), (True,) * len(node.params)
@@ -137,64 +159,17 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
     return adjoints
 
 
-def _replayed(recording: Recording, named: dict[str, Tensor], truth: Truth) -> dict[Ref, Tensor]:
-    """Repeats the recorded operations one by one, with a graph from the parameters."""
-    known: dict[Ref, Tensor] = {}
-    leaves = parts_of(truth.x)
-    slots: dict[Ref, Slot] = {}
-    filled: dict[Slot, Any] = {}
-
-    def enter(ref: Ref, tensor: Any) -> None:
-        slots[ref] = Slot("made", len(slots))
-        filled[slots[ref]] = tensor
-        known[ref] = tensor
-
-    parameters = {name: t.detach().requires_grad_() for name, t in named.items()}
-    with torch.enable_grad():
-        for number in needed(recording):
-            operation = recording.operations[number]
-            if isinstance(operation.target, Draw):
-                enter(Made(number), _drawn(operation.target.noise, truth))
-                continue
-            for ref in _read(operation):
-                if ref not in slots:
-                    enter(ref, _outside(ref, leaves, parameters))
-            found = as_step(operation, slots).run(filled)
-            for part, tensor in enumerate(found if isinstance(found, tuple | list) else (found,)):
-                enter(Made(number, part), tensor)
-    return known
-
-
-def _drawn(noise: Noise, truth: Truth) -> Tensor:
-    assert truth.seeds is not None and noise.shape is not None
-    return noise.values(truth.seeds, 0, noise.shape)[0]
-
-
-def _read(operation: Operation) -> list[Ref]:
-    return refs_in((operation.args, operation.kwargs))
-
-
-def _outside(ref: Ref, leaves: Sequence[Tensor], parameters: dict[str, Tensor]) -> Tensor:
-    """Returns a tensor that no operation made."""
-    if isinstance(ref, Input):
-        return leaves[ref.number]
-    if isinstance(ref, Weight):
-        return parameters[ref.name]
-    assert isinstance(ref, Constant)
-    return ref.tensor
-
-
 def _sources(recording: Recording, ref: Made, made: Sequence[Made]) -> set[Ref]:
-    """Returns the values of other nodes that the node of ``ref`` reads."""
+    """Returns the values of other nodes, and the parameters, that the node of ``ref`` reads."""
     known = set(made)
     found: set[Ref] = set()
-    waiting: list[Ref] = _read(recording.operations[ref.operation])
+    waiting: list[Ref] = reads(recording.operations[ref.operation])
     while waiting:
         source = waiting.pop()
-        if source in known:
+        if source in known or isinstance(source, Weight):
             found.add(source)
         elif isinstance(source, Made):
-            waiting += _read(recording.operations[source.operation])
+            waiting += reads(recording.operations[source.operation])
     return found
 
 
@@ -216,6 +191,7 @@ def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
         return 0.0
     if scale is None:
         scale = float(wanted.abs().max())
+    found, wanted = found.detach(), wanted.detach()
     both = torch.isnan(found) & torch.isnan(wanted) | (found == wanted)
     difference = (found - wanted).masked_fill(both, 0.0)
     return float(difference.abs().max()) / max(scale, 1e-30)

@@ -1,7 +1,8 @@
-"""Writes and reads checkpoints, safetensors files with a JSON description in the header. Nothing is unpickled."""
+"""Writes and reads checkpoints: safetensors files with a JSON description and a checksum. Nothing is unpickled."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from metafast.extras import require
 from metafast.files import write_atomically
 
-FORMAT = "metafast-checkpoint-1"
+FORMAT = "metafast-checkpoint-2"
+# What the checksum is taken over has this in the checksum's own place: so it covers every other byte of the file.
+_NO_SUM = "0" * 64
 
 
 class CheckpointError(RuntimeError):
@@ -35,34 +38,55 @@ def save(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, An
     for name, tensor in plain.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NotFinite(f"{name} holds NaN or infinity")
-    header = {"format": FORMAT, "description": json.dumps(dict(description), allow_nan=False)}
-    write_atomically(path, serialise(plain, metadata=header))
+    header = {"format": FORMAT, "sha256": _NO_SUM, "description": json.dumps(dict(description), allow_nan=False)}
+    content: bytes = serialise(plain, metadata=header)
+    written_as = f'"sha256":"{_NO_SUM}"'.encode()
+    if content.count(written_as) != 1:
+        raise CheckpointError(f"{path} cannot be given a checksum: safetensors writes its header in another way")
+    write_atomically(path, content.replace(written_as, f'"sha256":"{hashlib.sha256(content).hexdigest()}"'.encode()))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the tensors (on the CPU) and the description of a checkpoint.
 
     Raises:
-        CheckpointError: no such file, or it is truncated, damaged or not a checkpoint of metafast.
+        CheckpointError: no such file, or it is truncated, not a checkpoint of metafast, or damaged in any bit.
     """
     safetensors = require("safetensors")
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}; give the folder of a run that `metafast train` wrote")
+    content = path.read_bytes()
+    remedy = "use another checkpoint or train again"
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
-            "use another checkpoint or train again"
+            f"{path} ({len(content)} bytes) is truncated or not a safetensors file ({_one_line(error)}); {remedy}"
         ) from error
+    header = _header(content)
     if header.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is a safetensors file but not a checkpoint of metafast "
-            f"(its format is {header.get('format')!r}, not {FORMAT!r})"
+            f"{path} is a safetensors file but not a checkpoint of this metafast "
+            f"(its format is {header.get('format')!r}, not {FORMAT!r}); {remedy}"
         )
-    return tensors, json.loads(header["description"])
+    noted = header.get("sha256", "")
+    found = hashlib.sha256(content.replace(noted.encode(), _NO_SUM.encode(), 1)).hexdigest() if noted else None
+    if found != noted:
+        raise CheckpointError(
+            f"{path} ({len(content)} bytes) is damaged: its content does not match the checksum in it; {remedy}"
+        )
+    return require("safetensors.torch").load(content), json.loads(header["description"])
+
+
+def _header(content: bytes) -> dict[str, str]:
+    """Returns the texts in the header of a file that safetensors has read without complaint."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8:end]).get("__metadata__") or {}
+    return metadata
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,11 +17,12 @@ TEST_BATCH = 25
 
 @dataclass(frozen=True)
 class Episodes:
-    """The samplers of one run."""
+    """The samplers of one run; ``classes`` has the number of classes of each part, where there are classes."""
 
     train: Sampler
     validation: Sampler | None
     test: Mapping[int, Sampler]
+    classes: Mapping[str, int]
 
 
 def fixed_list(sampler: Sampler, tasks: int) -> Iterator[TaskBatch]:
@@ -34,20 +35,26 @@ def fixed_list(sampler: Sampler, tasks: int) -> Iterator[TaskBatch]:
 def open_episodes(recipe: Recipe, path: Path | None, seed: int, device: str) -> Episodes:
     """Opens a recipe's data. Only the training stream depends on ``seed``: every run is judged on the same tasks.
 
+    There is a sampler for validation where the data have classes for it, and where it is asked for.
+
     Raises:
         ValueError: the recipe needs a folder (``--data``) and none was given, or takes none, or it has too few
-            classes or samples.
+            classes or samples, or is divided in one way only and ``split`` names another.
         FileNotFoundError: nothing is there.
     """
     parts = _open(recipe, path, device)
+    _check_classes(recipe, parts, path)
 
     def judging(make: MakeSampler, shots: int, stream: str) -> Sampler:
         return make(recipe.ways, shots, recipe.test_queries, TEST_BATCH, 0, stream)
 
     return Episodes(
         parts.train(recipe.ways, recipe.shots, recipe.queries, recipe.tasks, seed, "train"),
-        None if parts.validation is None else judging(parts.validation, recipe.test_shots[0], "validation"),
+        None
+        if parts.validation is None or not recipe.eval_every
+        else judging(parts.validation, recipe.test_shots[0], "validation"),
         {shots: judging(parts.test, shots, "test") for shots in recipe.test_shots},
+        parts.classes,
     )
 
 
@@ -59,4 +66,41 @@ def _open(recipe: Recipe, path: Path | None, device: str) -> Parts:
         raise ValueError(f"recipe {recipe.name} needs --data: {source.folder}")
     if source.splits and recipe.split not in source.splits:
         raise ValueError(f"--split is {recipe.split!r}; it must be one of {', '.join(source.splits)}")
+    if recipe.split and not source.splits and source.division is None:
+        raise ValueError(
+            f"recipe {recipe.name} {source.makes} its own data, in one way; leave out --split {recipe.split}"
+        )
     return source.open(path, recipe.split, device)
+
+
+def _check_classes(recipe: Recipe, parts: Parts, path: Path | None) -> None:
+    """Checks that every part that tasks are drawn from has enough classes for them."""
+    where = f"the data of {recipe.name}" if path is None else str(path)
+    if recipe.validates and parts.validation is None:
+        raise ValueError(
+            f"{where} has no classes set aside for validation; give --eval-every 0, or set some aside "
+            "(--split, or a folder val/)"
+        )
+    drawn = [part for part, count in parts.classes.items() if part != "validation" or recipe.validates]
+    short = [part for part in drawn if parts.classes[part] < recipe.ways]
+    if not short:
+        return
+    counts = ", ".join(f"{count} for {part}" for part, count in parts.classes.items())
+    most = min(parts.classes[part] for part in drawn)
+    remedies = [f"give --ways {most} or less"] if most >= 2 else []
+    if sources.find(recipe.data).division is not None:
+        remedies.append(_other_division(sum(parts.classes.values()), recipe.ways, len(drawn)))
+    if short == ["validation"]:
+        remedies.append("do without validation (--eval-every 0)")
+    raise ValueError(
+        f"a {recipe.ways}-way task needs {recipe.ways} classes, and {where} has {counts}, too few for "
+        f"{' and '.join(short)}; {', or '.join(remedies)}"
+    )
+
+
+def _other_division(classes: int, ways: int, parts: int) -> str:
+    if classes >= ways * parts:
+        return "divide them otherwise (--split, or the folders train/, val/, test/)"
+    if classes >= ways * 2:
+        return "divide them without validation (--split TRAIN/TEST --eval-every 0)"
+    return f"add classes, to {ways * parts} at least"

@@ -14,12 +14,22 @@ FILE = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a run's record; a last line that was cut off by a crash is left out."""
+    """Reads the lines of a run's record; a last line that was cut off by a crash is left out.
+
+    Raises:
+        ValueError: a line is damaged; the text names it.
+    """
     path = folder / FILE
     if not path.exists():
         return []
-    complete = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in complete]
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found = json.loads(line)
+            lines.append({"iteration": found["iteration"], "kind": found["kind"], **found})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}, is damaged ({error!r}); take that line away") from error
+    return lines
 
 
 class Metrics:

@@ -29,7 +29,7 @@ class Recipe:
         name: how the command line calls it.
         note: where the settings come from and what differs from that source.
         data: the name of a data set, as its record in ``metafast.episodes.sources`` has it.
-        split: how classes are divided, for data whose record offers more than one way.
+        split: how classes are divided, for data whose record offers more than one way; empty: in the data's own way.
         algorithm: the name of a learner, one of ``learners.names()``.
         network: one of ``NETWORKS``; ``channels`` is its width, ``head_std`` the deviation of the initial head of
             ``conv4-stride``.
@@ -64,7 +64,7 @@ class Recipe:
     test_queries: int
     test_steps: tuple[int, ...] | None
     head_std: float = 1.0
-    split: str = "background"
+    split: str = ""
     algorithm: str = "maml"
     inner_optimizer: str | None = "sgd"
     lr: float = 1e-3
@@ -106,6 +106,11 @@ class Recipe:
     def classification(self) -> bool:
         """Says whether a task is a choice among classes."""
         return self.ways > 0
+
+    @property
+    def validates(self) -> bool:
+        """Says whether there is a validation before the last iteration is over."""
+        return 0 < self.eval_every <= self.iterations
 
     @property
     def loss(self) -> str:
@@ -195,6 +200,7 @@ def _omniglot(ways: int, shots: int) -> Recipe:
         f"{2.0 / ways:g} on the summed loss = 2.0 on the mean. Differs: a stride-2 convolution pads one pixel on "
         "every side, and batch norm has a learned scale beside its shift.",
         data="omniglot",
+        split="background",
         network="conv4-stride",
         channels=64,
         ways=ways,
@@ -230,6 +236,7 @@ _GLYPHS = replace(
     note="Characters rendered from fonts, no download; the Omniglot network of Finn et al. 2017 with 32 channels, a "
     "smaller initial head and a larger outer rate, which learn several times faster.",
     data="glyphs",
+    split="",
     channels=32,
     head_std=0.1,
     lr=3e-3,
@@ -242,6 +249,7 @@ _FOLDER = replace(
     note="Any pictures, one sub-folder a class, at 84x84 in colour; the MiniImagenet settings of Finn et al. 2017: "
     "Conv4-32 with pooling, rate 0.01 on the summed loss = 0.05 on the mean, 15 queries a class in training.",
     data="folder",
+    split="",
     network="conv4-pool",
     channels=32,
     queries=15,

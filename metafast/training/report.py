@@ -17,6 +17,7 @@ from metafast.learners import Learner
 from metafast.machine import VERSION
 from metafast.training.data import Episodes
 from metafast.training.evaluate import final_test, headline
+from metafast.training.lock import FolderLock
 from metafast.training.metrics import read_metrics
 from metafast.training.recipes import Recipe
 from metafast.training.run import Training
@@ -48,6 +49,7 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
         "seed": options.seed,
         "settings": recipe.to_json(),
         "episodes": {
+            "classes": dict(training.episodes.classes),
             "train": training.episodes.train.settings,
             "test": {str(shots): sampler.settings for shots, sampler in training.episodes.test.items()},
         },
@@ -56,10 +58,11 @@ def finish(training: Training, test_tasks: int, wall_seconds: float) -> dict[str
         "device": device_name(training.device),
         "versions": versions(),
     }
-    write_json(folder / SUMMARY, summary)
-    draw_curves(read_metrics(folder), recipe, folder / "curves.png")
-    if (curve := sources.find(recipe.data).curve) is not None:
-        draw_adaptation(training.learner, training.episodes, recipe, curve, folder / "adaptation.png")
+    with FolderLock(folder):
+        write_json(folder / SUMMARY, summary)
+        draw_curves(read_metrics(folder), recipe, folder / "curves.png")
+        if (curve := sources.find(recipe.data).curve) is not None:
+            draw_adaptation(training.learner, training.episodes, recipe, curve, folder / "adaptation.png")
     return summary
 
 

@@ -7,14 +7,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from metafast.episodes import division
 from metafast.files import write_json
 from metafast.learners import Learner
 from metafast.training import checkpoint
@@ -22,6 +23,7 @@ from metafast.training.build import build_learner, build_model, choose_device
 from metafast.training.checkpoint import CheckpointError
 from metafast.training.data import fixed_list, open_episodes
 from metafast.training.evaluate import interval, scores
+from metafast.training.lock import FolderLock
 from metafast.training.metrics import Metrics
 from metafast.training.outer_step import WINDOW, OuterStep, graph_obstacle, record_graph
 from metafast.training.progress import Progress
@@ -50,7 +52,7 @@ class Options:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
         backend: the executor, ``auto`` for the first that can.
         seed: of the initial parameters and the training episodes.
-        resume: go on from the folder's last checkpoint.
+        resume: go on from the folder's last checkpoint; ``"auto"``: go on if there is one, else start.
         checkpoint_every: iterations between checkpoints.
         tensorboard: write TensorBoard's files too.
         graph: on a GPU, launch an outer step as one CUDA graph where that is possible.
@@ -61,25 +63,38 @@ class Options:
     device: str = "auto"
     backend: str = "auto"
     seed: int = 0
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     checkpoint_every: int = 500
     tensorboard: bool = False
     graph: bool = True
+
+    @property
+    def resumes(self) -> bool:
+        """Says whether the run goes on from a checkpoint."""
+        return (self.out / LAST).exists() if self.resume == "auto" else self.resume
 
 
 class Training:
     """Is a run between its iterations: it holds all state that the next iteration depends on.
 
+    It holds the run's folder against other processes until ``run`` has ended.
+
     Raises:
         ValueError: the options do not fit the recipe, or the folder holds a run already.
+        InUse: another process trains in the folder.
         CheckpointError: ``resume`` and the folder's checkpoint is missing, damaged, or of another run.
     """
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
-        self.recipe, self.options = recipe, options
+        self.options = options
         self.device = choose_device(options.device)
+        # A folder that is not there yet is made when all else has turned out well.
+        self._lock = FolderLock(options.out) if options.out.is_dir() else None
         _check_folder(options)
         self.episodes = open_episodes(recipe, options.data, options.seed, self.device)
+        # Lists of class names are found again from any working folder, and are known by what they say.
+        self.recipe = recipe = replace(recipe, split=division.absolute(recipe.split))
+        self._division = division.identity(recipe.split)
         model = build_model(recipe, options.seed).to(self.device)
         self.learner = build_learner(recipe, model, options.backend)
         # Settles, before anything is written, whether the chosen executor can run the model.
@@ -92,10 +107,13 @@ class Training:
         self.done = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
-        if options.resume:
+        if self._lock is None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(options.out)
+            _check_folder(options)  # another process may have been quicker
+        if options.resumes:
             self._restore()
         else:
-            options.out.mkdir(parents=True, exist_ok=True)
             write_json(options.out / RECIPE, recipe.to_json())
             self.save(LAST)
 
@@ -107,6 +125,7 @@ class Training:
             identity.pop(judging)
         if self.recipe.schedule == "constant":
             identity.pop("iterations")
+        identity["split"] = self._division
         return {**identity, **{f"episodes.{k}": v for k, v in self.episodes.train.settings.items()}}
 
     def run(self, progress: Progress) -> None:
@@ -117,7 +136,8 @@ class Training:
             Interrupted: SIGINT came; a checkpoint has been written.
         """
         options, recipe = self.options, self.recipe
-        with Metrics(options.out, self.done, options.tensorboard) as metrics, _Interrupts() as interrupts:
+        lock, self._lock = self._lock or FolderLock(options.out), None
+        with lock, Metrics(options.out, self.done, options.tensorboard) as metrics, _Interrupts() as interrupts:
             if self.device.startswith("cuda"):
                 progress.note(f"outer step: {self.launched}")
             progress.start(self.done, recipe.iterations)
@@ -139,7 +159,7 @@ class Training:
                         )
             finally:
                 progress.close()
-        self.save(LAST)
+            self.save(LAST)
 
     def step(self) -> None:
         """Takes one outer step."""
@@ -177,8 +197,6 @@ class Training:
 
     def _restore(self) -> None:
         path = self.options.out / LAST
-        if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint at {path} to resume; leave out --resume to start a run")
         tensors, state = checkpoint.load(path)
         wanted: dict[str, Any] = self.identity
         if differing := checkpoint.differences(wanted, state["identity"]):
@@ -221,10 +239,7 @@ class Training:
 
     def _validate(self, metrics: Metrics, progress: Progress) -> None:
         recipe, sampler = self.recipe, self.episodes.validation
-        if sampler is None:
-            raise ValueError(
-                f"{recipe.data} has no classes set aside for validation; give --eval-every 0, or a folder with val/"
-            )
+        assert sampler is not None  # open_episodes has seen to it
         settings = self.learner.test_settings(recipe)[-1]
         found = scores(self.learner, fixed_list(sampler, recipe.eval_tasks), settings, recipe.classification)
         value, half = interval(found)
@@ -273,7 +288,15 @@ def _check_folder(options: Options) -> None:
         raise ValueError(f"--checkpoint-every is {options.checkpoint_every}; it must be at least 1")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file; give a folder")
-    if not options.resume and (options.out / LAST).exists():
+    if options.resume not in (True, False, "auto"):
+        raise ValueError(f"--resume is {options.resume!r}; give it alone, or --resume auto")
+    last = options.out / LAST
+    if options.resume is True and not last.is_file():
+        raise CheckpointError(
+            f"there is no checkpoint at {last} to resume; leave out --resume to start a run, or give "
+            "--resume auto, which starts one where there is none"
+        )
+    if not options.resumes and last.exists():
         raise ValueError(f"{options.out} holds a run already; add --resume to go on with it, or give another --out")
 
 

@@ -15,6 +15,7 @@ from metafast.episodes import pictures, sources
 from metafast.learners import Learner
 from metafast.training import checkpoint
 from metafast.training.build import build_learner, build_model, choose_device
+from metafast.training.checkpoint import CheckpointError
 from metafast.training.data import open_episodes
 from metafast.training.evaluate import final_test, headline
 from metafast.training.recipes import Recipe
@@ -33,6 +34,7 @@ class Trained:
     seed: int
     data: Path | None
     device: str
+    trained_on: str | None  # the fingerprint of the training classes, for data that have classes
 
 
 def open_run(folder: Path, device: str = "auto", backend: str = "auto") -> Trained:
@@ -43,12 +45,16 @@ def open_run(folder: Path, device: str = "auto", backend: str = "auto") -> Train
     """
     path = folder / (BEST if (folder / BEST).is_file() else LAST)
     tensors, state = checkpoint.load(path)
-    recipe = Recipe.from_json(state["recipe"])
+    try:
+        recipe = Recipe.from_json(state["recipe"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used here: {error}; train again") from error
     device = choose_device(device)
     learner = build_learner(recipe, build_model(recipe, state["seed"]).to(device), backend)
     load_learner(learner, tensors)
     data = None if state["data"] is None else Path(state["data"])
-    return Trained(recipe, learner, path, state["iteration"], state["seed"], data, device)
+    trained_on = state["identity"].get("episodes.dataset")
+    return Trained(recipe, learner, path, state["iteration"], state["seed"], data, device, trained_on)
 
 
 def retest(
@@ -58,15 +64,29 @@ def retest(
     shots: Sequence[int] | None,
     queries: int | None,
     steps: Sequence[int] | None,
+    split: str | None = None,
 ) -> dict[str, Any]:
-    """Tests a run on unseen tasks, with other settings where given; ``data`` says where its data lie now."""
+    """Tests a run on unseen tasks, with other settings where given; ``data`` says where its data lie now.
+
+    Raises:
+        ValueError: the data are where they were, but not those that the run was trained on: their test classes may
+            not be unseen.
+    """
     recipe = replace(
         run.recipe,
+        split=run.recipe.split if split is None else split,
+        eval_every=0,
         test_shots=tuple(shots or run.recipe.test_shots),
         test_queries=queries or run.recipe.test_queries,
         test_steps=tuple(steps) if steps else run.recipe.test_steps,
     )
     episodes = open_episodes(recipe, data or run.data, run.seed, run.device)
+    in_place = run.data is not None and (data or run.data).resolve() == run.data
+    if in_place and episodes.train.settings.get("dataset") != run.trained_on:
+        raise ValueError(
+            f"the training classes in {run.data} are not those that the run was trained on, so those to test on may "
+            "not be unseen; restore them and their division, or name other data to test on with --data"
+        )
     rows = final_test(run.learner, recipe, episodes, tasks)
     return {
         "recipe": recipe.name,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Executor, choose
 from metafast.executors.base import hvp_by_adapt_vjp
 from metafast.inner.rates import Rate
 from metafast.learners import MAML
+from metafast.learners.batch_norm import BatchNormMode
 from metafast.program import Program
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.tasks import TaskBatch
 from metafast.verification.agreement import GRADIENT, LOSSES, PARAMETER, Agreement, agreement
@@ -134,9 +137,11 @@ def verify(
     *,
     loss: LossLike,
     lr: float | Rate,
+    query_loss: LossLike | None = None,
     steps: int = 1,
     adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
-    bn: str = "task",
+    bn: BatchNormMode = None,
+    output: str | int | None = None,
     backend: str | Executor = "auto",
 ) -> Certificate:
     """Compares what the executor computes for ``model`` on ``tasks`` with the model itself under autograd in float64.
@@ -148,17 +153,20 @@ def verify(
     float64, which tells a wrong formula from rounding.
 
     Args:
-        model: the model, which stays untouched. It and ``loss``, ``lr``, ``steps``, ``adapt``, ``bn`` and ``backend``
-            are as in :class:`MAML`.
+        model: the model, which stays untouched. It and ``loss``, ``lr``, ``query_loss``, ``steps``, ``adapt``,
+            ``bn``, ``output`` and ``backend`` are as in :class:`MAML`.
         tasks: a few tasks of the shapes that you use.
 
     Raises:
         ValueError, TypeError, CaptureError: as :class:`MAML` raises them for the model and its first batch.
         RuntimeError: ``backend`` cannot run this model.
     """
-    options: dict[str, Any] = {"loss": loss, "lr": lr, "steps": steps, "bn": bn, "backend": backend}
+    options: dict[str, Any] = {
+        "loss": loss, "lr": lr, "query_loss": query_loss, "steps": steps, "bn": bn, "output": output, "backend": backend,
+    }  # fmt: skip
     options["adapt"] = None if adapt is None else _named(model, adapt)
     learner = MAML(deepcopy(model), **options)
+    learner.captures.second_look = False
     learner.backward(tasks)  # raises where the model or the tasks are wrong
     executor = choose(learner.program, learner.loop, tasks.shapes, backend).executor
     truth = Truth(learner)
@@ -168,15 +176,19 @@ def verify(
         converted = MAML(deepcopy(model).to(dtype), **options)
         converted.load_state_dict(learner.state_dict())
         batch = tasks.to(dtype)
-        plan = executor.plan(converted.program, converted.loop, batch.shapes)
+        program = converted.captures.of(batch)
+        plan = executor.plan(program, converted.loop, batch.shapes)
         if isinstance(plan, str):
             continue
-        theta = converted.flat_parameters().detach()
-        checks += _model_checks(truth, executor, converted, batch, theta)
-        layers += LayerChecks(truth, plan, converted.program, batch.support, theta, TOLERANCES[dtype]).run()
+        theta = _flatten_dense_tensors(converted.parameters_of(program)).detach()
+        run = _Run(executor, program, converted.loop, converted.inner_rates(program).detach(), theta)
+        checks += _model_checks(truth, run, batch)
+        layers += LayerChecks(truth, plan, program, batch.support, theta, TOLERANCES[dtype]).run()
     settings = {
-        "loss": learner.loss.kind, "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
-        "steps": steps, "bn": bn, "adapted": [p.name for p in learner.program.parameters if p.adapted],
+        "loss": learner.loss.label, "query_loss": learner.program.query.loss.label,
+        "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
+        "steps": steps, "bn": dict(bn) if isinstance(bn, Mapping) else bn,
+        "adapted": [p.name for p in learner.program.parameters if p.adapted],
         "tasks": len(tasks), "support_x": list(tasks.support_x.shape), "query_x": list(tasks.query_x.shape),
         "dtype": str(tasks.support_x.dtype).removeprefix("torch."), "device": str(tasks.support_x.device),
         "tolerances": {str(d).removeprefix("torch."): asdict(t) for d, t in TOLERANCES.items()},
@@ -191,11 +203,21 @@ def _named(model: nn.Module, adapt: Iterable[str | nn.Module] | str | nn.Module)
     return [names.get(item, item) if isinstance(item, nn.Module) else item for item in items]
 
 
-def _model_checks(truth: Truth, executor: Executor, learner: MAML, tasks: TaskBatch, theta: Tensor) -> Iterator[Check]:
+class _Run(NamedTuple):
+    """What is judged: an executor, and what it is given."""
+
+    executor: Executor
+    program: Program
+    loop: InnerLoop
+    rates: Tensor
+    theta: Tensor
+
+
+def _model_checks(truth: Truth, run: _Run, tasks: TaskBatch) -> Iterator[Check]:
     """Yields the checks of the whole model in the dtype of ``tasks``."""
+    executor, program, loop, rates, theta = run
     limits, dtype = TOLERANCES[theta.dtype], str(theta.dtype).removeprefix("torch.")
-    program, rate = learner.program, learner.rate().detach()
-    found, again = (executor.meta_gradient(program, learner.loop, (theta,), rate, tasks) for _ in range(2))
+    found, again = (executor.meta_gradient(program, loop, (theta,), rates, tasks) for _ in range(2))
     (grad,), (grad_again,) = found.grads, again.grads
     losses, gradient = truth.meta_gradient(tasks)
     error = _agreement(program, (found.losses, grad), (losses, gradient))

@@ -64,6 +64,7 @@ def gradients(executor: Executor, device: str) -> dict[str, Certificate]:
 def refusal(executor: Executor, probe: Probe) -> str | None:
     """Says why the executor cannot run the probe; ``None`` means that it can."""
     learner = MAML(probe.model, loss=probe.loss, lr=0.01, steps=3)
+    learner.prepare(probe.tasks)
     plan = executor.plan(learner.program, learner.loop, probe.tasks.shapes)
     return plan if isinstance(plan, str) else None
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from metafast.learners import MAML
 from metafast.machine import timings
-from metafast.program.losses import TORCH_FUNCTIONS
 from metafast.tasks import TaskBatch
 from metafast.verification import torch_loop
 from metafast.verification.agreement import ONE_STEP, Answer, agreement
@@ -65,7 +64,7 @@ class SpeedComparison:
 def compare(learner: MAML, tasks: TaskBatch, lr: float) -> SpeedComparison:
     """Times one meta-gradient by ``learner``, whose inner rate is ``lr``, and by the loop, after comparing the two."""
     device = tasks.support_x.device.type
-    loss = TORCH_FUNCTIONS[learner.loss.kind]
+    loss = learner.loss.function
     adapted = {parameter.name for parameter in learner.program.parameters if parameter.adapted}
 
     def by_metafast() -> Tensor:

@@ -3,23 +3,27 @@ take part."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from metafast.kernels.input_part import InputPart
 from metafast.learners import MAML
-from metafast.program import Program
-from metafast.tasks import Batch, TaskBatch
+from metafast.learners.batch_norm import in_modes
+from metafast.program.capture import Layout, node_values
+from metafast.program.operation import Made
+from metafast.program.recording import Recording, picked, record
+from metafast.program.replay import replay
+from metafast.tasks import Batch, Samples, TaskBatch, each_part, moved, parts_of
 
-# The losses and the inner loop are written here once more, so that the truth shares no code with what it judges.
-_LOSSES: dict[str, Any] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+# The inner loop is written here once more, so that the truth shares no code with what it judges.
+Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,41 +44,68 @@ class Derivatives:
 
 
 class Truth:
-    """Computes what ``learner`` should compute. ``theta [P]`` has its parameters, in float64 on the CPU."""
+    """Computes what ``learner`` should compute. ``theta [P]`` has its parameters, in float64 on the CPU.
+
+    Outputs, losses and gradients are those of the module itself. What happens inside of it, for the checks of single
+    layers, is repeated from a recording of the module, by torch's own operations.
+    """
 
     def __init__(self, learner: MAML) -> None:
-        self.program, self.steps = learner.program, learner.steps
+        self.program, self.steps, self.output = learner.program, learner.steps, learner.output
+        self.modes = learner.captures.modes()
         self.model = deepcopy(learner.model).cpu().double()
-        for module in self.model.modules():
-            if isinstance(module, _BatchNorm):
-                module.train(learner.bn in ("task", "per_step"))
         self.theta = learner.flat_parameters().detach().cpu().double()
-        self.rates = learner.rate().detach().cpu().double()
-        self.loss: Callable[[Tensor, Tensor], Tensor]
-        self.loss = getattr(learner.loss, "function", None) or _LOSSES[learner.loss.kind]
+        self.rates = learner.inner_rates().detach().cpu().double()
+        self.loss = in_double(learner.loss.function)
+        self.query_loss = self.loss if learner.query_loss is None else in_double(learner.query_loss.function)
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.by_step = [p.shape != shapes[p.name] for p in self.program.parameters]
-        graph, root = trace(self.model)
-        self.ends = [_Prefix(root, graph, end) for end in _ends(graph, self.program)]
+        self.recordings: dict[Any, tuple[Recording, list[Made]]] = {}
 
-    def value(self, node: int, theta: Tensor, x: Tensor, step: int = 0) -> Tensor:
+    def value(self, node: int, theta: Tensor, x: Any, step: int = 0) -> Tensor:
         """Returns the value of node ``node`` of the Program on the samples ``x [n, ...]``, in inner step ``step``."""
-        named = {
-            f"model.{p.name}": t[min(step, t.shape[0] - 1)] if by_step else t
-            for p, t, by_step in zip(self.program.parameters, self.program.unflatten(theta), self.by_step, strict=True)
-        }
-        return functional_call(self.ends[node], named, (x,))
+        layer = self.program.nodes[node].layer
+        if isinstance(layer, InputPart):
+            return parts_of(x)[layer.number]
+        recording, made = self._recorded(x)
+        at = node - sum(isinstance(n.layer, InputPart) for n in self.program.nodes)
+        value: Tensor = replay(recording, self._named(theta, step), x)[made[at]]
+        return value
 
-    def outputs(self, theta: Tensor, x: Tensor, step: int) -> Tensor:
+    def _named(self, theta: Tensor, step: int) -> dict[str, Tensor]:
+        """Returns the parameters by name."""
+        rows = zip(self.program.parameters, self.program.unflatten(theta), self.by_step, strict=True)
+        return {p.name: t[min(step, t.shape[0] - 1)] if by_step else t for p, t, by_step in rows}
+
+    def _recorded(self, x: Any) -> tuple[Recording, list[Made]]:
+        """Returns what the module does with samples of the shapes of ``x``, and the values of the Program's nodes."""
+        key = tuple(part.shape for part in parts_of(x))
+        if key not in self.recordings:
+            with in_modes(self.model, self.modes):
+                recording = record(self.model, x, self.output)
+            names = tuple(p.name for p in self.program.parameters)
+            shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+            adapted = {p.name for p in self.program.parameters if p.adapted}
+            layout = Layout(names, shapes, adapted, self.steps)
+            self.recordings[key] = recording, node_values(recording, layout, self.modes)
+        return self.recordings[key]
+
+    def outputs(self, theta: Tensor, x: Any, step: int) -> Tensor:
         """Returns the model's outputs on the samples ``x [n, ...]``."""
-        return self.value(self.program.output - 1, theta, x, step)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        kwargs = x.by_name if isinstance(x, Samples) else {}
+        args = () if kwargs else tuple(parts_of(x))
+        with in_modes(self.model, self.modes):
+            returned = functional_call(self.model, {**self._named(theta, step), **buffers}, args, kwargs)
+        return picked(returned, self.output, self.model)
 
     def derivatives(self, node: int, loss: Any, batch: Batch, u: Tensor) -> Derivatives:
         """Differentiates ``loss`` on the value of node ``node`` twice, the second time along ``u [P]``."""
         parts = []
         for x, y in _samples(batch):
             theta = self.theta.clone().requires_grad_()
-            outputs = self.value(node, theta, x)
+            last = node == self.program.output - 1
+            outputs = self.outputs(theta, x, 0) if last else self.value(node, theta, x)
             value = loss(outputs, y)
             grad = _gradient(value, theta, create_graph=True)
             parts.append((outputs.detach(), value.detach(), grad.detach(), _gradient(grad @ u, theta)))
@@ -107,35 +138,17 @@ class Truth:
             loss = self.loss(self.outputs(theta, support[0], step), support[1])
             rate = self.rates[min(step, self.rates.shape[0] - 1)]
             theta = theta - rate * adapted * _gradient(loss, theta, create_graph=recorded)
-        return self.loss(self.outputs(theta, query[0], self.steps), query[1])
+        return self.query_loss(self.outputs(theta, query[0], self.steps), query[1])
 
 
-class _Prefix(nn.Module):
-    """Runs the model as far as one node of its graph."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph, end: fx.Node) -> None:
-        super().__init__()
-        self.model, self.graph = model, fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            copies[node] = self.graph.node_copy(node, copies.__getitem__)
-            if node is end:
-                break
-        self.graph.output(copies[end])
-
-    def forward(self, x: Tensor) -> Any:
-        return fx.Interpreter(self.model, graph=self.graph).run(x)
-
-
-def _ends(graph: fx.Graph, program: Program) -> list[fx.Node]:
-    """Returns the node of the graph for each node of the Program, which has the same order but fewer nodes."""
-    ends: list[fx.Node] = []
-    for node in graph.nodes:
-        name = str(node.target) if node.op == "call_module" else node.name
-        if len(ends) < len(program.nodes) and name == program.nodes[len(ends)].name:
-            ends.append(node)
-    assert len(ends) == len(program.nodes)
-    return ends
+def in_double(loss: Function) -> Function:
+    """Returns the user's own loss on the CPU, with the tensors of a module or of a partial in float64."""
+    if isinstance(loss, nn.Module):
+        return deepcopy(loss).cpu().double()
+    if isinstance(loss, functools.partial):
+        options = {k: v.detach().cpu().double() if isinstance(v, Tensor) else v for k, v in loss.keywords.items()}
+        return functools.partial(loss.func, *loss.args, **options)
+    return loss
 
 
 def _gradient(value: Tensor, theta: Tensor, create_graph: bool = False) -> Tensor:
@@ -145,10 +158,16 @@ def _gradient(value: Tensor, theta: Tensor, create_graph: bool = False) -> Tenso
     return grad
 
 
-def _samples(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+def _samples(batch: Batch) -> list[tuple[Any, Tensor]]:
     """Returns each task's samples and targets in float64, without those that are masked out."""
-    x, y = (t.detach().cpu() for t in (batch.x, batch.y))
-    x, y = x.double(), y.double() if y.is_floating_point() else y
+    x, y = each_part(_wide, batch.x), _wide(batch.y)
+    tasks = range(len(y))
     if batch.mask is None:
-        return list(zip(x, y, strict=True))
-    return [(x[t][keep], y[t][keep]) for t, keep in enumerate(batch.mask.cpu())]
+        return [(x[t], y[t]) for t in tasks]
+    mask = batch.mask.cpu()
+    return [(x[t][mask[t]], y[t][mask[t]]) for t in tasks]
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Returns a tensor in float64 on the CPU; integers stay integers."""
+    return moved(t.detach(), "cpu", torch.float64)

@@ -35,10 +35,12 @@ class PlanBuilder {
 
   void run() {
     find_live();
+    count_readers();
     choose_input();
     for (size_t k = 0; k < nodes.size(); ++k) {
       if (live[k]) add_node(static_cast<int>(k));
     }
+    if (plan.reads_labels() && flat[output] && !plan.layout_.rows) make_vector(output, output - 1);
     plan.ops_ = fused(plan.ops_, value_of[output]);
     finish();
   }
@@ -57,8 +59,22 @@ class PlanBuilder {
     }
   }
 
-  // The input is stored without padding channels where only contractions read it, and with a border of zeros where
-  // they all want the same one.
+  void count_readers() {
+    readers.assign(parameters.size(), 0);
+    for (size_t k = 0; k < nodes.size(); ++k) {
+      for (int p : nodes[k].param) {
+        if (live[k] && p >= 0) ++readers[p];
+      }
+    }
+  }
+
+  // Does another node read a parameter of this one too? Then it must lie as that one wants it.
+  bool shares(const Node& n) const {
+    return std::any_of(std::begin(n.param), std::end(n.param), [&](int p) { return p >= 0 && readers[p] > 1; });
+  }
+
+  // The input is stored without padding channels where only contractions with weights of their own read it, and with a
+  // border of zeros where they all want the same one.
   void choose_input() {
     const int lanes = plan.layout_.lanes;
     bool contractions = true, border = input.c < lanes;
@@ -72,6 +88,8 @@ class PlanBuilder {
       if (n.kind == Kind::flatten) {
         reads[k + 1] = true;
         border = false;
+      } else if (shares(n)) {
+        contractions = false;
       } else if (n.kind == Kind::linear) {
         border = false;
       } else if (n.kind == Kind::conv2d) {
@@ -80,7 +98,7 @@ class PlanBuilder {
         py = y;
         px = x;
       } else {
-        contractions = border = false;
+        contractions = false;
       }
     }
     if (reads[output]) refuse("the model hands on its input unchanged");
@@ -195,13 +213,11 @@ class PlanBuilder {
       value_of[k + 1] = value_of[in];
       return;
     }
-    Op op{};
-    op.kind = planning::operation(n.kind);
-    op.node = k;
-    op.input[0] = value_of[in];
+    if (wants_vectors(n)) {
+      for (int v : n.input) make_vector(v, k);
+    }
+    Op op = operation(planning::operation(n.kind), k, value_of[in]);
     op.input[1] = n.input[1] < 0 ? -1 : value_of[n.input[1]];
-    op.x = op.y = plan.grids_[op.input[0]];
-    op.weight.at = op.bias.at = -1;
     NodeBuilder node(*this, k);
     bool made = false;
     planning::with_maker(n.kind, [&](auto maker) {
@@ -209,11 +225,44 @@ class PlanBuilder {
       made = node.has_read_all();
     });
     if (!made) refuse("a layer of another kind, or of other options, than this build knows: build metafast._C again");
-    add_op(op, n);
+    add_op(op, n.param);
     value_of[k + 1] = op.output;
   }
 
-  void add_op(Op& op, const Node& n) {
+  // Of node k, without parameters and as yet without a second input.
+  Op operation(Kind kind, int k, int input) const {
+    Op op{};
+    op.kind = kind;
+    op.node = k;
+    op.input[0] = input;
+    op.input[1] = -1;
+    op.x = op.y = plan.grids_[input];
+    op.weight.at = op.bias.at = -1;
+    return op;
+  }
+
+  const Grid& grid_of(int v) const { return plan.grids_[value_of[v]]; }
+
+  // Must it have its flattened images as vectors? Else it reads them as they lie in memory, and blocks always do.
+  bool wants_vectors(const Node& n) const {
+    const int a = n.input[0], b = n.input[1];
+    if (!flat[a] || plan.layout_.rows) return false;
+    if (b < 0) return n.kind == Kind::batch_norm || shares(n);
+    const Grid &x = grid_of(a), &y = grid_of(b);
+    return flat[b] && (x.h != y.h || x.w != y.w || x.c != y.c);
+  }
+
+  // Sorts the features of a flattened image as the user has them, before node k, for all that read them from there on.
+  void make_vector(int v, int k) {
+    if (v < 0 || grid_of(v).h * grid_of(v).w == 1) return;
+    Op op = operation(Kind::vector, k, value_of[v]);
+    const int features = op.x.h * op.x.w * op.x.c;
+    op.y = {1, 1, features, padded(features)};
+    add_op(op, {-1, -1});
+    value_of[v] = op.output;
+  }
+
+  void add_op(Op& op, const int (&params)[2]) {
     op.output = static_cast<int>(plan.grids_.size());
     plan.grids_.push_back(op.y);
     bool depend = false, move = false;
@@ -222,7 +271,7 @@ class PlanBuilder {
       depend |= depends[v];
       move |= moves[v];
     }
-    for (int p : n.param) {
+    for (int p : params) {
       if (p < 0) continue;
       depend = true;
       move |= parameters[p].adapted;
@@ -372,6 +421,7 @@ class PlanBuilder {
   const std::vector<bool> divisible = given.divisible();
   std::vector<bool> live, flat, moves, depends;
   std::vector<int> value_of;  // by value of the description
+  std::vector<int> readers;   // by parameter: live nodes
   std::map<int, std::pair<Placement, int64_t>> placed;
   int64_t size = 0, own = 0;  // of parameters that all blocks have, and of those that they share
   size_t uses = 0;            // of parameters, by layers

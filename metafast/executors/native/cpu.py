@@ -3,8 +3,8 @@
 Tasks are spread over torch's threads, and each runs on one core. Where there are fewer tasks than threads, several
 threads share a task; where the network is small, a core runs as many tasks at once as a vector has lanes. Results do
 not depend on either. The extension is built for several instruction sets and uses the best that the processor has.
-Each of several ragged tasks runs on its own samples, without padding. Under a loss that has no rules in C++, each pass
-is a call of its own.
+Each of several ragged tasks runs on its own samples, without padding. Under a loss that has no rules in C++, or that
+leaves out some of the labels of a batch, Python computes the loss and each pass is a call of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.memory import MemoryPlan
 from metafast.executors.native.encode import (
     FACTS,
-    LOSSES,
     Model,
     Models,
     RaggedPacking,
@@ -27,8 +26,10 @@ from metafast.executors.native.encode import (
     call_op,
     extension,
     extension_error,
+    has_rules,
     targets,
     unsupported_layer,
+    unsupported_loss,
 )
 from metafast.executors.python_loss import PythonLoss
 from metafast.program import Program
@@ -96,8 +97,9 @@ class CpuExecutor(Executor):
         several = needed["team_workspace"] and needed["chunks"] < torch.get_num_threads()
         alone = f"{'several cores' if several else 'a core'} for each task"
         where = f"C++ ({self.isa}), " + (f"a core for {needed['lanes']} tasks at once" if needed["lanes"] else alone)
+        where += "; the loss in Python" if unsupported_loss(program, shapes) else ""
         return ExecutionPlan(
-            self if program.loss.kind in LOSSES else PythonLoss(self),
+            self,
             lambda: tuple(where for _ in program.nodes),
             f"executor {self.name!r} may wait for the host",
             lambda: str(self.memory(program, loop, shapes)),
@@ -113,7 +115,8 @@ class CpuExecutor(Executor):
         itemsize = shapes.dtype.itemsize
         cores = torch.get_num_threads()
         tasks = min(cores, needed["chunks"])
-        keep = program.loss.kind in LOSSES and loop.steps * needed["tape"] * itemsize * tasks <= self.budget
+        at_once = unsupported_loss(program, shapes) is None and program.query is program
+        keep = at_once and loop.steps * needed["tape"] * itemsize * tasks <= self.budget
         tapes = (loop.steps if keep else 1) * needed["tape"] + max(needed["tangents"], needed["query_tape"])
         each = max(tapes + (2 * loop.steps + 4) * program.size, needed["lanes_memory"])
         peak = itemsize * (tasks * each + (cores - tasks) * needed["team_workspace"])
@@ -127,10 +130,14 @@ class CpuExecutor(Executor):
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if not has_rules(program.loss, batch.y):
+            return PythonLoss(self).loss_and_grad(program, params, batch, step)
         model = self._models.of(program, batch.x.shape[2:])
         return self._loss_and_grad(model, params, batch, targets(program, batch), step)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        if not has_rules(program.loss, support.y):
+            return PythonLoss(self).adapt(program, loop, params, rates, support)
         model = self._models.of(program, support.x.shape[2:])
         packing = RaggedPacking(support.mask)
         trajectory: Tensor = call_op(
@@ -143,6 +150,8 @@ class CpuExecutor(Executor):
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        if not has_rules(program.loss, support.y):
+            return PythonLoss(self).adapt_vjp(program, loop, trajectory, rates, support, v)
         model = self._models.of(program, support.x.shape[2:])
         packing = RaggedPacking(support.mask)
         grads, rates_grad = call_op(
@@ -158,6 +167,9 @@ class CpuExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
+        one_loss = program.query is program
+        if not (one_loss and has_rules(program.loss, tasks.support_y) and has_rules(program.loss, tasks.query_y)):
+            return super().meta_gradient(program, loop, parameters, rates, tasks)
         x = tasks.support_x
         dtype = parameters[0].dtype
         model = self._models.of(program, x.shape[2:])

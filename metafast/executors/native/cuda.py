@@ -20,7 +20,6 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.native.encode import (
     FACTS,
-    LOSSES,
     Model,
     Models,
     as_input,
@@ -29,6 +28,7 @@ from metafast.executors.native.encode import (
     in_double,
     targets,
     unsupported_layer,
+    unsupported_loss,
 )
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
@@ -125,9 +125,7 @@ class CudaExecutor(Executor):
             return reason
         if shapes.ragged:
             return "tasks of different sizes (sample masks)"
-        if program.loss.kind not in LOSSES:
-            return f"loss {program.loss.kind!r}: it has {' and '.join(LOSSES)}"
-        reason = unsupported_layer(program, shapes.sample)
+        reason = unsupported_loss(program, shapes) or unsupported_layer(program, shapes.sample)
         if reason is not None:
             return reason
         try:
@@ -209,6 +207,8 @@ class CudaExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
+        if program.query is not program:
+            return super().meta_gradient(program, loop, parameters, rates, tasks)
         x = tasks.support_x
         m = tasks.query_x.shape[1]
         model = self._models.of(program, x.shape[2:])

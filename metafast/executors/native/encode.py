@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from metafast.executors.base import losses_with_targets
+from metafast.kernels.contract.layer import Loss
 from metafast.program import Node, Program
-from metafast.tasks import Batch
+from metafast.tasks import Batch, TaskShapes
 
 try:
     import metafast._C as extension
@@ -33,6 +35,8 @@ FACTS: dict[str, Any] = {"kinds": {}, "losses": {}} if extension is None else js
 """What the extension says of itself (csrc/torch/facts.h): names, numbers and layouts of which Python keeps no copy."""
 LOSSES = tuple(name for name, loss in FACTS["losses"].items() if loss["reads"] != "gradient")
 """The losses that have rules in C++. Python computes any other and hands C++ its gradient in the outputs."""
+LEFT_OUT = -100
+"""The label that PyTorch's cross-entropy leaves out if nothing else is said; C++ knows of none."""
 _ALL = torch.empty(0, dtype=torch.int64)
 
 
@@ -126,6 +130,23 @@ def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
     return None
 
 
+def unsupported_loss(program: Program, shapes: TaskShapes) -> str | None:
+    """Says in words for which loss, or for which targets of it, C++ has no rules; ``None`` where it has them all."""
+    for name, loss, shape, dtype in losses_with_targets(program, shapes):
+        if loss.kind not in LOSSES or loss.options:
+            return f"loss {loss.label!r}: it has {' and '.join(LOSSES)} without options"
+        if not loss.of_kind_alone(shape, dtype):
+            return f"{loss.kind} of {name} of shape {tuple(shape)} and dtype {dtype}: it takes labels [T, n]"
+    return None
+
+
+def has_rules(loss: Loss, targets: Tensor) -> bool:
+    """Says whether C++ computes the loss on these ``targets``, which are on the CPU: none of them is left out."""
+    if loss.kind not in LOSSES or not loss.of_kind_alone(targets.shape, targets.dtype):
+        return False
+    return FACTS["losses"][loss.kind]["reads"] != "labels" or int(targets.min()) != LEFT_OUT
+
+
 def as_input(x: Tensor) -> Tensor:
     """Returns ``x`` in contiguous memory and outside of autograd's graph, as operators take it."""
     return (x.detach() if x.requires_grad else x).contiguous()
@@ -176,6 +197,8 @@ def _describe(program: Program, sample: tuple[int, ...], external_loss: bool) ->
     """Writes a Program down in numbers: the loss and sizes, then the parameters, then the nodes with their options."""
     channels, height, width = sample if len(sample) == 3 else (*sample, 1, 1)
     loss = program.loss.kind if program.loss.kind in LOSSES and not external_loss else "external"
+    if FACTS["losses"][loss]["reads"] == "labels" and _ranks(program, len(sample))[program.output] > 1:
+        loss = "external"  # labels of pixels
     numbers: list[float] = [FACTS["losses"][loss]["number"], program.output, height, width, channels]
     numbers += [len(program.parameters), len(program.nodes)]
     for p in program.parameters:

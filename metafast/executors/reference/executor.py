@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from metafast.executors.base import ExecutionPlan, Executor
-from metafast.executors.reference import inner_loop
+from metafast.executors.reference import by_autograd, inner_loop
+from metafast.executors.reference.by_autograd import InnerLoopByAutograd
 from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
@@ -34,6 +35,7 @@ class ReferenceExecutor(Executor):
     Args:
         budget: the bytes of activations that may be in use at once.
         max_tasks: the most tasks that are computed at once; ``None`` means as many as the budget allows.
+        autograd: whether layers without rules are differentiated twice by autograd rather than by tangents.
         wrap: returns the Program to run in the place of the one that it is given (see ``Executor.observed``).
     """
 
@@ -43,28 +45,28 @@ class ReferenceExecutor(Executor):
         self,
         budget: int = _BUDGET,
         max_tasks: int | None = None,
+        autograd: bool = True,
         wrap: Callable[[Program], Program] = lambda program: program,
     ) -> None:
         self.budget = budget
         self.max_tasks = max_tasks
+        self.autograd = autograd
         self.wrap = wrap
 
     def observed(self, wrap: Callable[[Program], Program]) -> ReferenceExecutor:
-        return ReferenceExecutor(self.budget, self.max_tasks, wrap)
+        return ReferenceExecutor(self.budget, self.max_tasks, self.autograd, wrap)
 
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         if shapes.dtype.is_floating_point and shapes.dtype not in (torch.float32, torch.float64):
             return f"dtype {shapes.dtype}: it runs float32 and float64"
         layers = tuple(
-            "rules derived by torch.func" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
+            "differentiated by torch.autograd" if node.layer.kind == "derived" else "hand-written rules in PyTorch"
             for node in program.nodes
         )
         return ExecutionPlan(self, lambda: layers, f"executor {self.name!r} may wait for the host", lambda: None)
 
     @torch.no_grad()
-    def predict(
-        self, program: Program, params: Tensor, x: Any, step: int = 0, seeds: Tensor | None = None
-    ) -> Tensor:
+    def predict(self, program: Program, params: Tensor, x: Any, step: int = 0, seeds: Tensor | None = None) -> Tensor:
         program = self.wrap(program)
         theta = _by_task(params, x)
         nothing = (False,) * len(program.parameters)
@@ -110,9 +112,10 @@ class ReferenceExecutor(Executor):
             return v.sum(0), None
         program = self.wrap(program)
         rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
+        way_back = InnerLoopByAutograd if self._by_autograd(program) else InnerLoopRun
 
         def chunk(tasks: slice) -> Tensor:
-            run = InnerLoopRun(program, loop, rates, support.tasks(tasks))
+            run = way_back(program, loop, rates, support.tasks(tasks))
             grad = run.reverse(trajectory[:, tasks].unbind(0), v[:, tasks].unbind(0))
             if rates_grad is not None and run.rates_grad is not None:
                 rates_grad.add_(run.rates_grad)
@@ -125,15 +128,18 @@ class ReferenceExecutor(Executor):
         program = self.wrap(program)
         theta = _by_task(params, batch.x)
         u = _by_task(u, batch.x)
+        hvp = by_autograd.hvp if self._by_autograd(program) else inner_loop.hvp
 
         def chunk(tasks: slice) -> Tensor:
-            return inner_loop.hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
+            return hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
 
         return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
 
-    def _in_chunks(
-        self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]
-    ) -> list[Found]:
+    def _by_autograd(self, program: Program) -> bool:
+        """Says whether second derivatives come from the graph of the gradient, because some layer has no rules."""
+        return self.autograd and bool(program.derived)
+
+    def _in_chunks(self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]) -> list[Found]:
         """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
         return [compute(tasks) for tasks in self._chunks(program, params, x)]
 

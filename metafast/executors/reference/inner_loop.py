@@ -137,7 +137,7 @@ def meta_gradient(
     losses: Tensor | None = None
     adjoints: list[Tensor | None] = [None] * len(trajectory)
     for step, weight in loop.judged_steps:
-        loss, grad, outputs = loss_and_grad(program, trajectory[step], queries, step)
+        loss, grad, outputs = loss_and_grad(program.query, trajectory[step], queries, step)
         losses = weight * loss if losses is None else torch.add(losses, loss, alpha=weight)
         adjoints[step] = grad * (weight * share)
     grad = run.reverse(trajectory, adjoints)

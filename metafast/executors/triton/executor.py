@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
+from metafast.executors.base import ExecutionPlan, Executor, MetaGradient, losses_with_targets
 from metafast.executors.cuda_graphs import Graphs, Results
 from metafast.executors.memory import MemoryPlan, choose_memory_plan, peak_bytes
 from metafast.executors.reference.executor import ReferenceExecutor
@@ -98,9 +98,15 @@ class TritonExecutor(Executor):
         norms = [node.layer for node in program.nodes if isinstance(node.layer, BatchNorm)]
         if shapes.ragged and not all(norm.fixed_statistics for norm in norms):
             return "ragged tasks in a batch norm that measures its statistics"
+        if program.by_samples:
+            return "what it computes depends on the number of samples"
+        reverse = [node.name for node in program.derived if getattr(node.layer, "reverse_only", False)]
+        if reverse:
+            return f"{reverse[0]}: its second derivative is to be had by autograd alone"
         derived = _unknown_function(program)
-        if self.precision == "bf16" and derived:
-            return f"precision='bf16' needs kernels for every layer and the loss, and {derived!r} has none"
+        usual = all(loss.of_kind_alone(shape, dtype) for _, loss, shape, dtype in losses_with_targets(program, shapes))
+        if self.precision == "bf16" and (derived or not usual):
+            return f"precision='bf16' needs kernels for every layer and the loss, and {derived or 'loss'!r} has none"
 
         def layers() -> tuple[str, ...]:
             return tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
@@ -251,7 +257,7 @@ class TritonExecutor(Executor):
 
     def _layered(self, program: Program, device: torch.device) -> ReferenceExecutor:
         """Returns the executor that runs the lowered Program layer by layer."""
-        inner = ReferenceExecutor(self._budget(device), self._lowered(program, device).max_tasks)
+        inner = ReferenceExecutor(self._budget(device), self._lowered(program, device).max_tasks, autograd=False)
         return inner if self.wrap is None else inner.observed(self.wrap)
 
     def _lowered(self, program: Program, device: torch.device) -> Lowered:
@@ -277,7 +283,8 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
 def _unknown_function(program: Program) -> str | None:
     """Names the first node, or the loss, that runs a function of PyTorch's or the user's which may look at values."""
     names = [node.name for node in program.nodes if node.layer.kind == "derived"]
-    return next(iter(names), "loss" if program.loss.kind == "custom_loss" else None)
+    custom = "custom_loss" in (program.loss.kind, program.query.loss.kind)
+    return next(iter(names), "loss" if custom else None)
 
 
 def _recordable(program: Program, tasks: TaskBatch) -> bool:

@@ -77,7 +77,7 @@ def lower(program: Program, precision: str, device: torch.device) -> Lowered:
         if i not in builder.notes:
             builder.add(i)
     output = builder.value[program.output]
-    lowered = Program(tuple(builder.nodes), tuple(memory.parameters), output, triton_loss(program.loss) or program.loss)
+    lowered = Program(tuple(builder.nodes), tuple(memory.parameters), output, *_losses(program))
     notes = tuple(builder.notes[i] for i in range(len(program.nodes)))
     groups = max((node.layer.groups for node in program.nodes if isinstance(node.layer, Conv2d)), default=1)
     return Lowered(lowered, memory.order.to(device), notes, max(1, _MAX_BLOCKS // groups))
@@ -178,6 +178,12 @@ def triton_loss(loss: Loss) -> Loss | None:
     """Returns a loss whose rules are Triton kernels, if there are any."""
     lowered: Loss | None = _lowering_beside(type(loss).__module__)(loss, "float32")
     return lowered
+
+
+def _losses(program: Program) -> tuple[Loss, Loss | None]:
+    """Returns the loss, and that of the query sets where it is another one, with rules in Triton if there are any."""
+    loss, other = program.loss, program.query_loss
+    return triton_loss(loss) or loss, other and (triton_loss(other) or other)
 
 
 @functools.cache
