@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,11 @@ from torch import nn
 from torch.func import functional_call
 
 import metafast as mf
+from metafast.executors import ReferenceExecutor
+from metafast.kernels.noise import Noise
 from metafast.program.noise import given_numbers
 
 ONE = torch.tensor([12345])
-LOSS = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
 
 
 class Call(nn.Module):
@@ -183,3 +186,359 @@ def test_meta_gradients_are_those_of_the_module_on_the_same_numbers(name):
     out = learner.backward(tasks)
     assert learner.program.draws
     assert_agree(model, out.losses, truth(model, tasks))
+
+
+@pytest.mark.parametrize("name", ["nn.Dropout", "nn.AlphaDropout", "DropConnect", "randn_like", "nn.GRU, both ways"])
+@pytest.mark.parametrize("way", ["forward", "recorded"])
+def test_every_way_to_the_meta_gradient_sees_the_same_numbers(name, way):
+    model, tasks = made(name), tasks_of()
+    out = mf.MAML(model, loss="mse", lr=0.1, steps=2)(tasks, **({"create_graph": True} if way == "recorded" else {}))
+    out.loss.backward()
+    assert_agree(model, out.losses, truth(model, tasks))
+
+
+@pytest.mark.parametrize("name", ["nn.Dropout", "torch.normal", "nn.LSTM"])
+def test_the_first_order_gradient(name):
+    model, tasks = made(name), tasks_of()
+    out = mf.FOMAML(model, loss="mse", lr=0.1, steps=3).backward(tasks)
+    assert_agree(model, out.losses, truth(model, tasks, steps=3, first_order=True))
+
+
+def test_float32_drops_what_float64_drops():
+    narrow = mf.MAML(made("nn.Dropout", torch.float32), loss="mse", lr=0.1, steps=2).backward(
+        tasks_of(dtype=torch.float32)
+    )
+    wide = mf.MAML(made("nn.Dropout"), loss="mse", lr=0.1, steps=2).backward(tasks_of())
+    torch.testing.assert_close(narrow.losses.double(), wide.losses, rtol=1e-5, atol=0)
+
+
+def test_masks_given_to_torch_from_outside(monkeypatch):
+    """No code of metafast runs in this truth but that of the numbers: F.dropout is replaced by a product with them."""
+    model, tasks = made("twice"), tasks_of()
+    out = mf.MAML(model, loss="mse", lr=0.1, steps=2).backward(tasks)
+
+    class Masks:
+        def __init__(self, seed, step):
+            self.seed, self.step, self.number = seed.reshape(1), step, 0
+
+        def __enter__(self):
+            monkeypatch.setattr(F, "dropout", self.drop)
+
+        def __exit__(self, *error):
+            monkeypatch.undo()
+
+        def drop(self, x, p, training, inplace):
+            layer = Noise(self.number, "kept", x.dtype, tuple(x.shape), rate=p, scale=1 / (1 - p))
+            self.number += 1
+            return x * layer.values(self.seed, self.step, layer.shape)[0]
+
+    assert_agree(model, out.losses, truth(model, tasks, Masks))
+
+
+def test_ragged_tasks():
+    model, tasks = made("nn.Dropout"), tasks_of()
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 3:] = mask[2, 0] = False
+    tasks = mf.TaskBatch(
+        tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, mask, mask[:, 1:].clone(), seeds=tasks.seeds
+    )
+    out = mf.MAML(model, loss="mse", lr=0.1, steps=2).backward(tasks)
+    assert_agree(model, out.losses, truth(model, tasks))
+
+
+@pytest.mark.parametrize("name", ["nn.Dropout", "randn_like", "nn.AlphaDropout", "rand, one for all"])
+def test_the_tasks_that_are_computed_together_do_not_matter(name):
+    found = []
+    for most in (None, 1, 2):
+        model = made(name)
+        out = mf.MAML(model, loss="mse", lr=0.1, steps=2, backend=ReferenceExecutor(max_tasks=most)).backward(
+            tasks_of()
+        )
+        found.append((out.losses, out.outputs))
+    for losses, outputs in found[1:]:
+        assert torch.equal(losses, found[0][0])
+        assert torch.equal(outputs, found[0][1])
+
+
+def test_finite_differences_of_the_meta_loss():
+    model, tasks = made("nn.TransformerEncoderLayer"), tasks_of()
+    learner = mf.MAML(model, loss="mse", lr=0.1, steps=2)
+    learner.backward(tasks)
+    weight, h = model.first.weight, 1e-5
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2), dtype=weight.dtype)
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * h * direction
+            sides.append(float(learner(tasks).loss))
+            weight -= sign * h * direction
+    slope_of_loss = (sides[0] - sides[1]) / (2 * h)
+    assert slope_of_loss == pytest.approx(float((weight.grad * direction).sum()), rel=1e-6)
+
+
+def test_seeds_come_from_torchs_default_generator():
+    learner, tasks = mf.MAML(made("nn.Dropout"), loss="mse", lr=0.1, steps=2), tasks_of(seeds=False)
+    torch.manual_seed(3)
+    first = learner.backward(tasks).losses
+    after = torch.get_rng_state()
+    second = learner.backward(tasks).losses
+    torch.manual_seed(3)
+    again = learner.backward(tasks).losses
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    torch.randint(-(1 << 63), (1 << 63) - 1, ())
+    assert torch.equal(after, torch.get_rng_state()), "one call draws one number"
+
+
+@pytest.mark.parametrize("name", ["nn.Dropout", "nn.TransformerEncoderLayer"])
+def test_evaluation_draws_nothing_and_costs_nothing(name):
+    learner, tasks = mf.MAML(made(name), loss="mse", lr=0.1, steps=2), tasks_of(seeds=False)
+    learner.eval()
+    before = torch.get_rng_state()
+    first, second = learner.backward(tasks).losses, learner.backward(tasks).losses
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, second)
+    assert not learner.program.draws
+    assert not {node.layer.kind for node in learner.program.nodes} & {"noise", "dropout"}
+    learner.train()
+    assert not torch.equal(learner.backward(tasks).losses, learner.backward(tasks).losses)
+
+
+def test_a_batch_norm_beside_it_leaves_the_generator_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    learner, tasks = mf.MAML(model, loss="mse", lr=0.1, steps=2), tasks_of()
+    before = torch.get_rng_state()
+    learner.backward(tasks)
+    learner(tasks).loss.backward()
+    assert int(model[1].num_batches_tracked) == 2
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_adapted_models_are_those_that_the_learner_judges():
+    model, tasks = made("nn.Dropout"), tasks_of(seeds=False)
+    learner = mf.MAML(model, loss="mse", lr=0.1, steps=2)
+    torch.manual_seed(4)
+    adapted = learner.adapt(tasks.support_x, tasks.support_y)
+    first, second = adapted(tasks.query_x), adapted(tasks.query_x)
+    assert not torch.equal(first, second), "each call drops others, as a module in training does"
+    assert adapted(tasks.query_x[:, :2]).shape == (3, 2, 3)
+    torch.manual_seed(4)
+    with_others = learner.adapt(tasks.support_x, tasks.support_y)
+    assert torch.equal(adapted.parameters, with_others.parameters)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"optimizer": "adam"}])
+def test_reptile_and_anil(options):
+    tasks = tasks_of()
+    outs = [mf.Reptile(made("nn.Dropout"), loss="mse", lr=0.1, steps=3, **options).backward(tasks) for _ in range(2)]
+    assert torch.equal(outs[0].losses, outs[1].losses)
+    model = made("nn.Dropout")
+    out = mf.ANIL(model, head="last", loss="mse", lr=0.1, steps=1).backward(tasks)
+    assert not torch.equal(out.losses, outs[0].losses)
+
+
+def test_anil_draws_anew_in_each_step():
+    """The part that no inner step moves is computed once, but for what comes behind random numbers."""
+    model, tasks = made("nn.Dropout"), tasks_of()
+    out = mf.ANIL(model, head="last", loss="mse", lr=0.1, steps=2).backward(tasks)
+    losses, _ = truth_of_head(model, tasks)
+    torch.testing.assert_close(out.losses, losses, rtol=1e-9, atol=1e-9)
+
+
+def truth_of_head(model, tasks):
+    frozen = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("last")}
+    moved = {n: p for n, p in model.named_parameters() if n.startswith("last")}
+
+    losses = []
+    for t in range(len(tasks)):
+        theta = dict(moved)
+        for step in range(2):
+            with given_numbers(tasks.seeds[t, 0], step):
+                outputs = functional_call(model, {**frozen, **theta}, (tasks.support_x[t],))
+            grads = torch.autograd.grad(F.mse_loss(outputs, tasks.support_y[t]), list(theta.values()))
+            theta = {n: p - 0.1 * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+        with given_numbers(tasks.seeds[t, 1], 2):
+            losses.append(
+                F.mse_loss(functional_call(model, {**frozen, **theta}, (tasks.query_x[t],)), tasks.query_y[t])
+            )
+    return torch.stack(losses).detach(), None
+
+
+def test_learned_rates_and_weights_of_steps():
+    model, tasks = made("nn.Dropout"), tasks_of()
+    options = {"loss": "mse", "lr": mf.Rate(0.1, "step", learn=True), "steps": 2, "step_weights": (0.3, 0.7)}
+    by_hand, at_once = mf.MAML(made("nn.Dropout"), **options), mf.MAML(model, **options)
+    by_hand(tasks).loss.backward()
+    at_once.backward(tasks)
+    for a, b in zip(by_hand.parameters(), at_once.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_checkpointed_part_sees_its_numbers_again():
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.4), nn.Tanh())
+    model = Call(lambda m, x: checkpoint(m.part, x, use_reentrant=False), part=part).double()
+    tasks = tasks_of()
+    out = mf.MAML(model, loss="mse", lr=0.1, steps=2).backward(tasks)
+    plain = Call(lambda m, x: m.part(x), part=part).double()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(out.losses, mf.MAML(plain, loss="mse", lr=0.1, steps=2).backward(tasks).losses)
+
+
+def test_native_executors_say_why_they_do_not_run_it():
+    learner = mf.MAML(made("nn.Dropout"), loss="mse", lr=0.1)
+    learner.backward(tasks_of())
+    text = learner.explain()
+    assert "executor: reference" in text
+    assert "drop.noise: no rules for 'noise'" in text
+    with pytest.raises(RuntimeError, match="no rules for 'noise'"):
+        mf.MAML(made("nn.Dropout"), loss="mse", lr=0.1, backend="cpu").backward(tasks_of())
+
+
+class Drawing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.noise = torch.rand_like(x)
+        return x * ctx.noise
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.noise
+
+
+GENERATOR = torch.Generator()
+REFUSED = {
+    "poisson": (lambda m, x: x * torch.poisson(x.detach().abs()), ["by poisson", "torch.poisson(", "torch.rand"]),
+    "a generator of its own": (
+        lambda m, x: x * torch.rand(6, generator=GENERATOR, dtype=x.dtype), ["generator of its own", "generator=", "out"]
+    ),
+    "a branch on it": (
+        lambda m, x: x if torch.rand(()) < 0.5 else 2 * x, ["reads a random number", "torch.where"]
+    ),
+    "inside of a Function": (lambda m, x: Drawing.apply(x), ["Drawing", "draws random numbers", "pass them to apply"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_repeated_is_refused_in_words(name):
+    function, words = REFUSED[name]
+    learner = mf.MAML(Call(function).double(), loss="mse", lr=0.1)
+    with pytest.raises(mf.CaptureError) as error:
+        learner.backward(tasks_of())
+    for word in [*words, "test_noise.py"]:
+        assert word in str(error.value), str(error.value)
+
+
+def test_a_batch_without_seeds_is_refused():
+    model, tasks = made("nn.Dropout"), tasks_of()
+    learner = mf.MAML(model, loss="mse", lr=0.1)
+    learner.backward(tasks)
+    with pytest.raises(ValueError, match="no seeds"):
+        ReferenceExecutor().predict(learner.program, learner.flat_parameters(), tasks.query_x)
+    with pytest.raises(ValueError, match=r"seeds has .* it must be torch.int64 of shape \(3, 2\)"):
+        mf.TaskBatch(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, seeds=torch.zeros(3))
+
+
+def numbers(distribution, seeds=None, step=0, number=0, shape=(200, 500), dtype=torch.float64, **options):
+    layer = Noise(number, distribution, dtype, shape, **options)
+    return layer.values(ONE if seeds is None else seeds, step, shape)
+
+
+QUANTILES = torch.tensor([0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("distribution", "cdf"), [
+    ("uniform", lambda x: x), ("open", lambda x: x), ("normal", torch.special.ndtr),
+])  # fmt: skip
+def test_numbers_have_their_distribution(distribution, cdf, dtype):
+    found = numbers(distribution, dtype=dtype).flatten()
+    below = cdf(found.double().quantile(QUANTILES))
+    allowed = 5 * (QUANTILES * (1 - QUANTILES) / found.numel()).sqrt()
+    assert ((below - QUANTILES).abs() <= allowed).all(), below - QUANTILES
+    assert found.unique().numel() > 0.98 * found.numel()
+    if distribution != "normal":
+        assert 0 <= float(found.min()) and float(found.max()) < 1
+    if distribution == "open":
+        assert float(found.min()) > 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_what_is_kept_has_the_right_share_and_size(rate):
+    found = numbers("kept", rate=rate, scale=1 / (1 - rate))
+    kept = found != 0
+    assert (found[kept] == 1 / (1 - rate)).all()
+    share, deviation = float(kept.double().mean()), math.sqrt(rate * (1 - rate) / found.numel())
+    assert abs(share - (1 - rate)) < 5 * deviation
+    neighbours = [kept[..., 1:] & kept[..., :-1], kept[:, 1:] & kept[:, :-1], kept[..., 64:] & kept[..., :-64]]
+    for both in neighbours:
+        assert float(both.double().mean()) == pytest.approx((1 - rate) ** 2, abs=0.01)
+
+
+def test_tasks_steps_draws_and_sets_are_independent():
+    from metafast.kernels.noise.counter import seeds_of
+
+    cpu = torch.device("cpu")
+    seeds = torch.cat([seeds_of(base, 8, part, cpu) for base in (0, 1, -5) for part in (0, 1)])
+    assert seeds.unique().numel() == len(seeds)
+    rows = [numbers("normal", seeds, step, number, (4000,)) for step in (0, 1, 2) for number in (0, 1)]
+    correlation = torch.corrcoef(torch.cat(rows))
+    correlation.fill_diagonal_(0)
+    assert float(correlation.abs().max()) < 6 / math.sqrt(4000)
+
+
+def test_a_sample_has_the_same_numbers_beside_any_others():
+    assert torch.equal(numbers("normal", shape=(7, 5))[:, :3], numbers("normal", shape=(3, 5)))
+
+
+def test_the_counter_in_whole_numbers_of_python():
+    word, gamma = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def mix(x):
+        x &= word
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & word
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & word
+        return x ^ x >> 31
+
+    seeds, step, number = (0, 1, -7), 2, 3
+    keys = [mix(mix(z + (step + 1) * gamma) + (number + 1) * gamma) for z in seeds]
+    wanted = [[(mix(key + (i + 1) * gamma) >> 11) / 2**53 for i in range(5)] for key in keys]
+    assert numbers("uniform", torch.tensor(seeds), step, number, (5,)).tolist() == wanted
+
+
+@pytest.mark.parametrize(("function", "own"), [
+    ("dropout", lambda x: F.dropout(x, 0.3)),
+    ("alpha dropout", lambda x: F.alpha_dropout(x, 0.3, True)),
+    ("channels", lambda x: F.dropout2d(x.reshape(-1, 10, 1, 1), 0.3)),
+    ("rrelu", lambda x: F.rrelu(x - 1.5, training=True)),
+    ("exponential_", lambda x: torch.empty_like(x).exponential_(2.0)),
+    ("log_normal_", lambda x: torch.empty_like(x).log_normal_(0.1, 0.2)),
+    ("geometric_", lambda x: torch.empty_like(x).geometric_(0.3)),
+    ("cauchy_", lambda x: torch.atan(torch.empty_like(x).cauchy_(0.5, 2.0))),
+    ("randint", lambda x: torch.randint(2, 9, x.shape).double()),
+    ("bernoulli", lambda x: torch.bernoulli(x / 2)),
+    ("bernoulli_", lambda x: torch.empty_like(x).bernoulli_(0.2)),
+    ("multinomial", lambda x: torch.multinomial(torch.arange(1.0, 6).expand(20000, 5), 2).double()[:, 1]),
+    ("multinomial again", lambda x: torch.multinomial(torch.arange(1.0, 6).expand(20000, 5), 2, True).double()),
+    ("uniform_", lambda x: torch.empty_like(x).uniform_(2, 5)),
+    ("normal_", lambda x: torch.empty_like(x).normal_(2, 5)),
+])  # fmt: skip
+def test_operations_draw_as_torch_draws(function, own):
+    """Mean, deviation and quantiles of what is computed of a counter against torch's own generator."""
+    torch.manual_seed(0)
+    x = torch.ones(20000, 2, dtype=torch.float64)
+    wanted = own(x).flatten().double()
+    with given_numbers(ONE):
+        found = own(x).flatten().double()
+    assert found.shape == wanted.shape
+    deviation = float(wanted.std())
+    assert abs(float(found.mean() - wanted.mean())) < 5 * deviation * math.sqrt(2 / len(wanted))
+    assert float(found.std()) == pytest.approx(deviation, rel=0.06)
+    for q in (0.1, 0.5, 0.9):
+        at = float(wanted.quantile(q))
+        shares = [float((v <= at + 1e-9).double().mean()) for v in (found, wanted)]
+        assert abs(shares[0] - shares[1]) < 5 * math.sqrt(0.5 / len(wanted))

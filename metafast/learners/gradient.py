@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from metafast.learners.captures import Captures, CaptureSettings, first_task
 from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
-from metafast.learners.seeds import drawn_seeds
+from metafast.learners.seeds import drawn_seeds, with_seeds
 from metafast.program import Parameter, Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike, as_loss
@@ -226,7 +226,8 @@ class GradientLearner(Learner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice, tasks = self._choice_for(tasks, judged=False), self._with_seeds(tasks)
+        choice = self._choice_for(tasks, judged=False)
+        tasks = with_seeds(self.program, tasks)
         steps = self.steps if steps is None else steps
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
@@ -318,12 +319,6 @@ class GradientLearner(Learner):
     def _capture_settings(self) -> CaptureSettings:
         losses = self.loss, self.query_loss
         return CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
-
-    def _with_seeds(self, tasks: TaskBatch) -> TaskBatch:
-        """Gives the tasks seeds of their random numbers, where the model draws any and they have none."""
-        if not self.program.draws or tasks.seeds is not None:
-            return tasks
-        return replace(tasks, seeds=drawn_seeds(self.program, len(tasks), tasks.support_x.device))
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""

@@ -14,6 +14,7 @@ from metafast.inner.rates import Rate
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.gradient import GradientLearner
+from metafast.learners.seeds import with_seeds
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.tasks import TaskBatch
@@ -78,7 +79,8 @@ class MAML(GradientLearner):
         Raises:
             TypeError, ValueError: the batch does not fit the model, or ``create_graph`` goes with ``first_order``.
         """
-        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
+        choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
         theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
@@ -102,7 +104,8 @@ class MAML(GradientLearner):
 
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
-        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
+        choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         self._track_statistics(tasks)
         rate = self.inner_rates()
         loop = self._loop(learns_rates=rate.requires_grad)

@@ -11,6 +11,7 @@ from metafast.executors import Choice
 from metafast.inner.rates import Rate
 from metafast.learners.base import LearnerOutput, LearnerRecipe, rate_beside
 from metafast.learners.gradient import GradientLearner
+from metafast.learners.seeds import with_seeds
 from metafast.program.losses import LossLike
 from metafast.tasks import Batch, TaskBatch
 
@@ -88,13 +89,15 @@ class Reptile(GradientLearner):
     @torch.no_grad()
     def forward(self, tasks: TaskBatch) -> LearnerOutput:
         """Judges the adapted models on the query sets. Reptile has no meta-loss: train it with :meth:`backward`."""
-        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
+        choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         return self._on_queries(choice, self._adapted(choice, tasks.support, self.steps), tasks)
 
     @torch.no_grad()
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
-        choice, tasks = self._choice_for(tasks), self._with_seeds(tasks)
+        choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         self._track_statistics(tasks)
         adapted = self._adapted(choice, tasks.support, self.steps)
         self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))

@@ -180,7 +180,7 @@ class Recorder(SchemaCheckMode, Source):
                 raise _failed(self.model, error_line(error) or self.where(), error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-        if others != _other_random_states():
+        if any(state is not None and state != now for state, now in zip(others, _other_random_states(), strict=True)):
             raise CaptureError(
                 f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
                 "each pass would have to draw the same. Draw by torch, or in __init__"
@@ -546,7 +546,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _other_random_states() -> tuple[Any, ...]:
-    """Returns the states of the random numbers of Python and, where it is loaded, of NumPy."""
+    """Returns the states of the random numbers of Python and of NumPy, which is ``None`` where it is not loaded."""
     numpy = sys.modules.get("numpy.random")
     return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
 
