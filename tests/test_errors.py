@@ -213,8 +213,6 @@ ERRORS = [
     ("infinite step weight", lambda: learner(step_weights=[float("inf")]), ValueError, ["[inf]", "finite"]),
     ("only zero step weights", lambda: learner(steps=2, step_weights=[0, 0]), ValueError, ["[0, 0]", "not all zero"]),
     ("step weights that are none", lambda: learner(step_weights=1.0), ValueError, ["step_weights=1.0", "1 finite"]),
-    ("first order with a graph", lambda: learner(mf.FOMAML)(batch(), create_graph=True), ValueError,
-     ["create_graph=True", "first-order"]),
     ("unknown inner optimiser", lambda: learner(mf.Reptile, optimizer="adamw"), ValueError,
      ["'adamw'", "'sgd' or 'adam'"]),
     ("empty minibatch", lambda: learner(mf.Reptile, batch_size=0), ValueError, ["batch_size=0", "at least 1"]),

@@ -312,8 +312,7 @@ def test_a_module_that_has_changed_is_captured_again():
     assert float(model[2].weight.grad.norm()) > 0
     assert not torch.equal(learner(tasks).losses, before)
     learner.train()
-    with pytest.raises(mf.CaptureError, match=r"dropout in training mode.*model\.eval\(\)"):
-        learner(tasks)
+    assert not torch.equal(learner(tasks).losses, learner(tasks).losses), "dropout draws anew in each call"
     learner.eval()
     assert not torch.equal(learner(tasks).losses, before)
 
@@ -342,7 +341,8 @@ def test_nothing_is_recorded_without_need():
     recorded = learner(tasks)
     assert not quiet.loss.requires_grad
     assert recorded.loss.requires_grad
-    assert not recorded.outputs.requires_grad
+    assert recorded.outputs.requires_grad
+    assert not quiet.outputs.requires_grad
     assert torch.equal(quiet.losses, recorded.losses)
     assert not learner.backward(tasks).losses.requires_grad
 

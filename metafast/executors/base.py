@@ -15,6 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from metafast.kernels.contract.layer import Loss
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
+from metafast.program.interpreter import Pass
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 
@@ -138,6 +139,17 @@ class Executor(ABC):
         ``adapt_vjp``.
         """
         return hvp_by_adapt_vjp(self, program, params, batch, u, step)
+
+    @torch.no_grad()
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
+        """Computes the adjoints ``[T, P]`` of all parameters from the adjoint ``g [T, n, ...]`` of the outputs.
+
+        The default takes one reference pass for all tasks together.
+        """
+        theta = params.expand(batch.x.shape[0], -1)
+        run = Pass(program, theta, batch, step, (True,) * len(program.parameters))
+        run.forward()
+        return run.flat(run.backward_from(g))
 
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch

@@ -116,6 +116,9 @@ class PythonLoss(Executor):
         u = u.expand(batch.x.shape[0], -1) * program.adapted
         return self._gradient_and_hvp(program, params, batch, u, step)[1]
 
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
+        return self.inner.outputs_vjp(program, params, batch, g, step)
+
     def _gradient_and_hvp(
         self, program: Program, theta: Tensor, batch: Batch, u: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:

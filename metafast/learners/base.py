@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,20 +23,24 @@ class LearnerOutput:
 
     Attributes:
         losses: ``[T]``, each task's meta-loss.
-        outputs: ``[T, m, ...]``, what the adapted models say of the query sets. Those of the gradient-based learners
-            carry no gradient.
+        outputs: ``[T, m, ...]``, what the adapted models say of the query sets. A meta-loss of one's own can be built
+            on them where the learner has a gradient: that of its losses goes the same way.
     """
 
     losses: Tensor
     outputs: Tensor
 
-    @cached_property
+    @property
     def loss(self) -> Tensor:
-        """Is the mean of ``losses``, with their graph wherever it is read first."""
+        """Is the mean of ``losses``, with their graph wherever it is read."""
         if not self.losses.requires_grad:
             return self.losses.mean()
         with torch.enable_grad():
             return self.losses.mean()
+
+    def detach(self) -> LearnerOutput:
+        """Returns the same without a graph."""
+        return LearnerOutput(self.losses.detach(), self.outputs.detach())
 
 
 class LearnerRecipe(Protocol):
@@ -139,7 +142,7 @@ class Learner(nn.Module, ABC):
         """Adds ``dJ/dparameter`` to ``.grad`` of all meta-parameters. What it returns belongs to no graph."""
         out = self(tasks)
         out.loss.backward()
-        return LearnerOutput(out.losses.detach(), out.outputs.detach())
+        return out.detach()
 
     @abstractmethod
     def adapt(

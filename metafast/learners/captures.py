@@ -160,6 +160,11 @@ def _kind(x: Any) -> tuple[Any, ...]:
     )
 
 
+def has_own_derivatives(program: Program) -> bool:
+    """Says whether some node calls a ``torch.autograd.Function``, whose gradient is what its author wrote."""
+    return any(getattr(getattr(n.layer, "function", None), "calls_functions", False) for n in program.derived)
+
+
 def first_task(x: Any) -> Any:
     """Returns the samples of the first task."""
     return tree_map(lambda leaf: leaf[0], x)

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
+from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate, Rates
+from metafast.inner.recorded import recorded_adapt
 from metafast.learners.adapted_parameters import resolve_names
-from metafast.learners.base import INNER_SETTINGS, Learner, LearnerRecipe
+from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
-from metafast.learners.captures import Captures, CaptureSettings, first_task
+from metafast.learners.captures import Captures, CaptureSettings, first_task, has_own_derivatives
 from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
 from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import drawn_seeds, with_seeds
+from metafast.learners.within_torch import WithinTorch
 from metafast.program import Parameter, Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike, as_loss
@@ -51,6 +55,7 @@ class Adapted:
     step: int
     sample: tuple[tuple[int, ...], ...]
 
+    @in_own_dtype
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
 
@@ -97,10 +102,13 @@ class KnownBatch(NamedTuple):
     ``parameters`` are those of the model in the order of ``program``. ``output`` is the shape of a sample's output;
     ``checks_targets`` says whether the values of the targets are looked at in every batch, ``leaves_traces`` whether a
     call of the model changes its buffers or attributes, ``tracks_statistics`` whether there is a ``"running"`` norm.
+    ``is_recorded`` says that autograd records the inner loop, because a ``torch.autograd.Function`` of the model has a
+    derivative that only autograd can differentiate.
     """
 
     program: Program
     parameters: list[Tensor]
+    is_recorded: bool
     leaves_traces: bool
     tracks_statistics: bool
     choice: Choice
@@ -108,7 +116,7 @@ class KnownBatch(NamedTuple):
     checks_targets: bool
 
 
-class GradientLearner(Learner):
+class GradientLearner(WithinTorch):
     """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
@@ -163,7 +171,9 @@ class GradientLearner(Learner):
         self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
         self.loss, self.bn, self.output = as_loss(loss), bn, output
         self.query_loss = None if query_loss is None else as_loss(query_loss)
+        self._set_losses(self.loss, self.query_loss)
         self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
+        self._trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self.captures = Captures(model, self._capture_settings)
         self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
         self.rows = self._rows_per_step()
@@ -218,6 +228,7 @@ class GradientLearner(Learner):
         else:
             super().zero_grad(set_to_none)
 
+    @in_own_dtype
     def adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
     ) -> Adapted:
@@ -232,7 +243,7 @@ class GradientLearner(Learner):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
         with torch.no_grad():
-            theta = self._adapted(choice, tasks.support, steps)
+            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         return Adapted(
             self.captures,
             self.program,
@@ -245,9 +256,7 @@ class GradientLearner(Learner):
     @property
     def adapted_names(self) -> frozenset[str]:
         """The names of the parameters that the inner loop moves."""
-        if self._adapt is not None:
-            return self._adapt
-        return frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
+        return self._trained if self._adapt is None else self._adapt
 
     @property
     def program(self) -> Program:
@@ -311,8 +320,12 @@ class GradientLearner(Learner):
         """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
         loop = InnerLoop.judged_last(steps)
+        if outside.own:
+            with torch.enable_grad():
+                theta, rates = self.flat_parameters(), self.inner_rates()
+                return recorded_adapt(self.program, loop, theta, rates, support, outside.own)[-1].detach()
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
@@ -322,7 +335,12 @@ class GradientLearner(Learner):
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
-        if not self._snapshot.changed() and not self.captures.stale():
+        stale = self.captures.stale()
+        if not stale and not self._snapshot.changed():
+            return
+        if not stale and self._snapshot.only_values_changed():
+            self._refresh_sources()
+            self._look()
             return
         if self.training:
             self.captures.trained = {name: norm.training for name, norm in norms_of(self.model).items()}
@@ -332,12 +350,16 @@ class GradientLearner(Learner):
 
     def _look(self) -> None:
         """Takes note of how the module is now."""
+        named = list(self.model.named_parameters())
+        if all(isinstance(p, nn.Parameter) for _, p in named):  # others stand in their places for one call only
+            self._trained = frozenset(name for name, p in named if p.requires_grad)
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
         self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
 
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
-        rates = self.rate() if self._fixed_rate is None else self._fixed_rate
+        with torch.enable_grad():  # so that they are tied to the learned ones whether or not autograd is on
+            rates = self.rate() if self._fixed_rate is None else self._fixed_rate
         if rates.shape[1] == 1:
             return rates
         program = program or self.program
@@ -349,9 +371,20 @@ class GradientLearner(Learner):
         parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
         return torch.cat(parts, 1)
 
+    def _refresh_sources(self) -> None:
+        for key, known in self._known.items():
+            self._known[key] = known._replace(parameters=self.parameters_of(known.program))
+        if self._latest is not None:
+            self._latest = self._latest._replace(parameters=self.parameters_of(self._latest.program))
+
+    def meta_parameters(self) -> list[tuple[str, Tensor]]:
+        """Lists the meta-parameters of the model, used or not, with their names; some have a row for each step."""
+        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
+        return [(name, rows.get(name, p)) for name, p in self.model.named_parameters()]
+
     def parameters_of(self, program: Program) -> list[Tensor]:
         """Lists the meta-parameters of the model in the order of ``program``."""
-        named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
+        named = dict(self.meta_parameters())
         return [named[p.name] for p in program.parameters]
 
     def _rows_per_step(self) -> nn.ParameterDict:
@@ -367,11 +400,10 @@ class GradientLearner(Learner):
 
     def _layout(self) -> list[Parameter]:
         """Lists all parameters of the model as a Program that used each of them would have them."""
-        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
         found: list[Parameter] = []
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.meta_parameters():
             offset = found[-1].offset + found[-1].size if found else 0
-            found.append(Parameter(name, tuple(rows.get(name, parameter).shape), offset, name in self.adapted_names))
+            found.append(Parameter(name, tuple(parameter.shape), offset, name in self.adapted_names))
         return found
 
     def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
@@ -381,12 +413,18 @@ class GradientLearner(Learner):
         """
         check_batch(tasks)
         self._follow_changes()
+        self._refuse_mapped(tasks)
         key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
-            known = self._latest = self._examine(tasks)
-            self._check_targets(known, tasks, judged)
-            self._known[key] = known
+            with self._plainly(tasks) as batch:
+                self._latest = self._known[key] = self._examine(batch)
+            known = self._known[key]
+            try:
+                self._check_targets(known, tasks, judged)
+            except Exception:
+                del self._known[key]  # the next batch of this kind is checked as the first one
+                raise
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
         elif known.checks_targets:
@@ -421,7 +459,8 @@ class GradientLearner(Learner):
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
         self._look()
-        return KnownBatch(program, parameters, leaves_traces, tracks, choice, output, looks)
+        recorded = has_own_derivatives(program)
+        return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         """Returns the shape of a sample's output."""
@@ -453,11 +492,12 @@ class GradientLearner(Learner):
         """Moves the running statistics of batch norm, where ``bn="running"``."""
         if self._now.tracks_statistics:
             predict = self._now.choice.executor.predict
-            track(self.program, predict, self.flat_parameters().detach(), tasks.support)
+            with self._plainly(tasks) as batch:
+                track(self.program, predict, self.flat_parameters().detach(), batch.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            seed = None if tasks.seeds is None else tasks.seeds[:1, 0]
-            with torch.no_grad(), self.captures.statistics_kept(), given_numbers(seed):
-                call(self.model, first_task(tasks.support_x))
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
+                with given_numbers(None if batch.seeds is None else batch.seeds[:1, 0]):
+                    call(self.model, first_task(batch.support_x))

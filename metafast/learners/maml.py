@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from metafast.inner.autograd import Adapt, TaskLoss, recorded
+from metafast.inner.autocast import in_own_dtype
+from metafast.inner.autograd import MetaLoss, parts
 from metafast.inner.rates import Rate
+from metafast.inner.recorded import recorded
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.gradient import GradientLearner
+from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import with_seeds
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
@@ -30,7 +33,7 @@ class MAML(GradientLearner):
     Args:
         first_order: drop the Hessian terms (FOMAML). May be changed at any time.
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
-        **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
 
@@ -70,42 +73,49 @@ class MAML(GradientLearner):
         """Changes nothing; a recording holds the weights of the query losses and the order of differentiation."""
         return self.step_weights, self.first_order
 
+    @in_own_dtype
     def forward(self, tasks: TaskBatch, create_graph: bool = False) -> LearnerOutput:
         """Adapts to each task and judges it on its query set; ``.loss.backward()`` gives the exact meta-gradient.
 
-        ``create_graph=True`` records the unrolled computation through the reference path instead: slower and larger,
-        but differentiable any number of times.
+        Gradients also go to tensors of the batch, and to what the loss reads, where they require one; the outputs can
+        be differentiated too. ``create_graph=True`` records the unrolled computation through the reference path
+        instead: slower and larger, but differentiable any number of times.
 
         Raises:
-            TypeError, ValueError: the batch does not fit the model, or ``create_graph`` goes with ``first_order``.
+            TypeError, ValueError: the batch does not fit the model.
         """
+        if torch.compiler.is_compiling():
+            return self._compiled(tasks, self.rate(), self._weights, self.first_order, create_graph)
         choice = self._choice_for(tasks)
         tasks = with_seeds(self.program, tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
-        theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
-        if create_graph:
-            if self.first_order:
-                raise ValueError("create_graph=True records the exact gradient; it has no first-order form")
-            losses, outputs = recorded(program, self.loop, theta, rate, tasks)
+        outside = self._outside(choice, tasks)
+        if outside.own and not torch.is_grad_enabled():
+            with torch.enable_grad():  # the first step differentiates the loss in these parameters
+                return self._recorded(tasks, outside).detach()
+        if create_graph or outside.own or (torch.is_grad_enabled() and (outside.names or self._now.is_recorded)):
+            out = self._recorded(tasks, outside)
         else:
-            recording = torch.is_grad_enabled() and (theta.requires_grad or rate.requires_grad)
-            if not recording:
-                theta, rate = theta.detach(), rate.detach()
-            loop = self.loop
-            steps = Adapt.apply(theta, rate, choice.executor, program, loop, tasks.support)
-            losses = theta.new_zeros(len(tasks))
-            for step, weight in loop.judged_steps:
-                loss, outputs = TaskLoss.apply(steps[step - 1], choice.executor, program.query, tasks.query, step)
-                losses = losses + weight * loss
+            theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
+            losses, outputs, *_ = MetaLoss.apply(theta, rate, choice.executor, program, self.loop, *parts(tasks))
+            out = LearnerOutput(losses, outputs)
         if torch.is_grad_enabled():
             self._leave_traces(tasks)
-        return LearnerOutput(losses, outputs)
+        return out
 
+    def _recorded(self, tasks: TaskBatch, outside: Outside) -> LearnerOutput:
+        theta, rate = self.flat_parameters(), self.inner_rates()
+        return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, tasks, outside.own))
+
+    @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._choice_for(tasks)
         tasks = with_seeds(self.program, tasks)
+        if self._outside(choice, tasks).names or self._now.is_recorded:
+            with torch.enable_grad():
+                return super().backward(tasks)
         self._track_statistics(tasks)
         rate = self.inner_rates()
         loop = self._loop(learns_rates=rate.requires_grad)

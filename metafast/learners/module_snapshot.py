@@ -8,7 +8,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModuleSnapshot:
@@ -40,12 +40,37 @@ class ModuleSnapshot:
         self._homes: list[dict[Any, Any]] = [registry for registry in self._registries for _ in registry]
         self._names = [name for registry in self._registries for name in registry]
         self._items = [item for registry in self._registries for item in registry.values()]
+        self._of_parameters = {id(m._parameters) for m in modules}
         self._attributes = [m.__dict__ for m in modules if m is not owner]
         self._left_out = [{name for home, name in ignored if home == id(home_)} for home_ in self._attributes]
         self._values = [
             tuple(map(_kept, _values(home, left_out)))
             for home, left_out in zip(self._attributes, self._left_out, strict=True)
         ]
+
+    def only_values_changed(self) -> bool:
+        """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
+
+        That is what ``torch.func.functional_call`` does to a module for the time of a call.
+        """
+        replaced = 0
+        for home, name, item in zip(self._homes, self._names, self._items, strict=True):
+            other = home.get(name)
+            if other is item:
+                continue
+            replaced += 1
+            if id(home) not in self._of_parameters or not isinstance(other, Tensor) or not isinstance(item, Tensor):
+                return False
+            if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
+                return False
+        same_sizes = [len(registry) for registry in self._registries] == self._sizes
+        return replaced > 0 and same_sizes and self._attributes_are_equal()
+
+    def _attributes_are_equal(self) -> bool:
+        try:
+            return [*map(_values, self._attributes, self._left_out)] == self._values
+        except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
+            return False
 
     def changed(self) -> bool:
         """Says whether anything has been replaced, added or taken away, switched or set to another value."""
@@ -56,10 +81,7 @@ class ModuleSnapshot:
             and [p.requires_grad for p in self.parameters] == self._trained
         ):
             return True
-        try:
-            return [*map(_values, self._attributes, self._left_out)] != self._values
-        except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
-            return True
+        return not self._attributes_are_equal()
 
 
 def _values(home: dict[str, Any], left_out: Collection[str]) -> tuple[Any, ...]:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from metafast.executors import Choice
+from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate
 from metafast.learners.base import LearnerOutput, LearnerRecipe, rate_beside
 from metafast.learners.gradient import GradientLearner
+from metafast.learners.outside_gradients import NOTHING, Outside, refuse
 from metafast.learners.seeds import with_seeds
 from metafast.program.losses import LossLike
 from metafast.tasks import Batch, TaskBatch
@@ -86,20 +88,29 @@ class Reptile(GradientLearner):
             return "Reptile's inner Adam takes its mask from the host"
         return super().graph_obstacle(tasks)
 
-    @torch.no_grad()
+    @in_own_dtype
     def forward(self, tasks: TaskBatch) -> LearnerOutput:
-        """Judges the adapted models on the query sets. Reptile has no meta-loss: train it with :meth:`backward`."""
+        """Judges the adapted models on the query sets. Reptile has no meta-loss: train it with :meth:`backward`.
+
+        Raises:
+            ValueError: something beside the parameters requires a gradient.
+        """
         choice = self._choice_for(tasks)
         tasks = with_seeds(self.program, tasks)
-        return self._on_queries(choice, self._adapted(choice, tasks.support, self.steps), tasks)
+        if torch.is_grad_enabled():
+            refuse("Reptile", self._outside(choice, tasks))
+        with torch.no_grad():
+            return self._on_queries(choice, self._adapted(choice, tasks.support, self.steps, NOTHING), tasks)
 
+    @in_own_dtype
     @torch.no_grad()
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
         choice = self._choice_for(tasks)
         tasks = with_seeds(self.program, tasks)
+        refuse("Reptile", self._outside(choice, tasks))
         self._track_statistics(tasks)
-        adapted = self._adapted(choice, tasks.support, self.steps)
+        adapted = self._adapted(choice, tasks.support, self.steps, NOTHING)
         self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))
         return self._on_queries(choice, adapted, tasks)
 
@@ -107,9 +118,11 @@ class Reptile(GradientLearner):
         losses, _, outputs = choice.executor.loss_and_grad(self.program.query, adapted, tasks.query, self.steps)
         return LearnerOutput(losses, outputs)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int) -> Tensor:
+    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
+        if outside.own:
+            refuse("Reptile", outside)
         if self.optimizer == "sgd" and self.batch_size is None:
-            return super()._adapted(choice, support, steps)
+            return super()._adapted(choice, support, steps, outside)
         theta = self.flat_parameters().expand(support.x.shape[0], -1)
         second_moment, lr = torch.zeros_like(theta), self.inner_rates()
         moved = self.program.adapted.to(theta.device)

@@ -103,10 +103,15 @@ class Cone:
         return hash(tuple(str(step.target) for step in self.steps[:4]))
 
     @property
+    def calls_functions(self) -> bool:
+        """Says whether one of the steps is a ``torch.autograd.Function``."""
+        return any(isinstance(step.target, FunctionCall) for step in self.steps)
+
+    @property
     def reverse_only(self) -> bool:
         """Says whether second derivatives are to be had from the graph of its gradient alone."""
-        targets = [step.target for step in self.steps]
-        return any(isinstance(t, FunctionCall) or getattr(t, "overloadpacket", None) in _KINKED for t in targets)
+        kinked = any(getattr(step.target, "overloadpacket", None) in _KINKED for step in self.steps)
+        return kinked or self.calls_functions
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:

@@ -163,7 +163,8 @@ def verify(
         RuntimeError: ``backend`` cannot run this model.
     """
     options: dict[str, Any] = {
-        "loss": loss, "lr": lr, "query_loss": query_loss, "steps": steps, "bn": bn, "output": output, "backend": backend,
+        "loss": loss, "lr": lr, "query_loss": query_loss, "steps": steps, "bn": bn, "output": output,
+        "backend": backend,
     }  # fmt: skip
     options["adapt"] = None if adapt is None else _named(model, adapt)
     learner = MAML(deepcopy(model), **options)

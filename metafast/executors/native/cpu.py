@@ -194,8 +194,7 @@ class CpuExecutor(Executor):
         )  # fmt: skip
         return packing.unpack(found)
 
-    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int) -> Tensor:
-        """Computes the adjoints ``[T, P]`` of all parameters from the adjoint ``g [T, n, ...]`` of the outputs."""
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
         model = self._models_under_external_loss.of(program, batch.x.shape[2:])
         return self._loss_and_grad(model, params, batch, g, step)[1]
 

@@ -135,6 +135,17 @@ class ReferenceExecutor(Executor):
 
         return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
 
+    @torch.no_grad()
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
+        program = self.wrap(program)
+        theta = _by_task(params, batch.x)
+        compute = super().outputs_vjp
+
+        def chunk(tasks: slice) -> Tensor:
+            return compute(program, theta[tasks], batch.tasks(tasks), g[tasks], step)
+
+        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
+
     def _by_autograd(self, program: Program) -> bool:
         """Says whether second derivatives come from the graph of the gradient, because some layer has no rules."""
         return self.autograd and bool(program.derived)

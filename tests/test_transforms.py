@@ -1,0 +1,412 @@
+"""torch's transforms around a learner: torch.compile, torch.func, autocast, DistributedDataParallel."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_outside_gradients import LR, STEPS, M, N, Scaled, T, convnet, data, gradients, labels, mlp, unrolled
+from torch import nn
+from torch.func import functional_call
+
+import metafast as mf
+from metafast.inner import autocast
+from metafast.inner.operators import meta_loss, meta_loss_vjp
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # torch 2.13 warns of its own use of what it has deprecated, while it compiles.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+def make(model=None, tasks=None, **options):
+    model = mlp() if model is None else model
+    if tasks is None:
+        (x, qx), (y, qy) = data(4), labels()
+        tasks = mf.TaskBatch(x, y, qx, qy)
+    settings = {"loss": "cross_entropy", "lr": LR, "steps": STEPS, **options}
+    return model, mf.MAML(model, **settings), tasks
+
+
+def compiled(function, **options):
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+def close(found, wanted):
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+def left_behind(value, tensors):
+    for tensor in tensors:
+        tensor.grad = None
+    value.backward()
+    return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+
+
+# torch.compile
+
+
+def test_a_compiled_learner_that_has_seen_no_batch():
+    model, learner, tasks = make()
+    losses, _ = unrolled(model, F.cross_entropy, tasks)
+    out = compiled(learner)(tasks)
+    parameters = list(model.parameters())
+    close([out.losses.detach()], [losses.detach()])
+    close(left_behind(out.loss, parameters), gradients(losses.mean(), parameters))
+
+
+@pytest.mark.slow
+def test_a_learner_compiled_by_inductor():
+    model, learner, tasks = make()
+    losses, _ = unrolled(model, F.cross_entropy, tasks)
+    loss = torch.compile(lambda tasks: 2 * learner(tasks).loss, fullgraph=True)(tasks)
+    parameters = list(model.parameters())
+    close(left_behind(loss, parameters), gradients(2 * losses.mean(), parameters))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_an_encoder_a_learned_loss_and_a_meta_loss_in_one_compiled_graph(dynamic, first_order):
+    model, loss, encoder, (x, qx), (y, qy) = mlp(), Scaled(), nn.Linear(7, 4).double(), data(7), labels()
+    learner = mf.MAML(model, loss=loss, lr=LR, steps=STEPS, first_order=first_order)
+
+    def batch():
+        return mf.TaskBatch(encoder(x), y, encoder(qx), qy)
+
+    def meta_loss(losses, outputs):
+        return losses.mean() + F.multi_margin_loss(outputs.flatten(0, 1), qy.flatten())
+
+    def whole(x, qx):
+        out = learner(mf.TaskBatch(encoder(x), y, encoder(qx), qy))
+        return meta_loss(out.losses, out.outputs)
+
+    tensors = [*model.parameters(), *encoder.parameters(), *loss.parameters()]
+    wanted = meta_loss(*unrolled(model, loss, batch(), first_order=first_order))
+    found = compiled(whole, dynamic=dynamic)(x, qx)
+    close([found.detach()], [wanted.detach()])
+    close(left_behind(found, tensors), gradients(wanted, tensors))
+
+
+def test_a_compiled_learner_follows_its_settings_and_its_batches():
+    model, learner, tasks = make()
+    run, parameters = compiled(learner), list(model.parameters())
+    for first_order in (False, True, False):
+        learner.first_order = first_order
+        losses, _ = unrolled(model, F.cross_entropy, tasks, first_order=first_order)
+        close(left_behind(run(tasks).loss, parameters), gradients(losses.mean(), parameters))
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+        assert not run(tasks).losses.requires_grad
+    other = mf.TaskBatch(*(torch.cat([t, t[:1]]) for t in (tasks.support_x, tasks.support_y)), *(
+        torch.cat([t, t[:1]])[:, :3] for t in (tasks.query_x, tasks.query_y)
+    ))  # fmt: skip
+    for batch in (tasks, other):
+        losses, _ = unrolled(model, F.cross_entropy, batch)
+        close(left_behind(run(batch).loss, parameters), gradients(losses.mean(), parameters))
+    learner.step_weights = [0.5, 2.0]
+    close([run(tasks).losses.detach()], [learner(tasks).losses.detach()])
+
+
+@pytest.mark.parametrize("bn", ["task", "per_step", "frozen", "running"])
+def test_compiled_batch_norm_and_learned_rates(bn):
+    (x, qx), (y, qy) = data(1, 4, 4), labels()
+    tasks = mf.TaskBatch(x, y, qx, qy)
+    _, learner, _ = make(convnet(), tasks, bn=bn, lr=mf.Rate(LR, ("layer", "step"), learn=True))
+    other = copy.deepcopy(learner)
+    assert other.number != learner.number
+    parameters, of_other = list(learner.parameters()), list(other.parameters())
+    run = compiled(learner)
+    close(left_behind(run(tasks).loss, parameters), left_behind(other(tasks).loss, of_other))
+    assert float(learner.rate.value.grad.abs().max()) > 0
+    close(learner.model[1].buffers(), other.model[1].buffers())
+    if bn == "running":
+        early = run(tasks)
+        run(tasks)
+        with pytest.raises(RuntimeError, match="running statistics of batch norm have changed"):
+            early.loss.backward()
+
+
+def test_ragged_tasks_compiled():
+    (x, qx), (y, qy) = data(4), labels()
+    mask, query_mask = torch.rand(T, N) < 0.7, torch.rand(T, M) < 0.7
+    mask[:, 0] = query_mask[:, 0] = True
+    tasks = mf.TaskBatch(x, y, qx, qy, mask, query_mask)
+    model, learner, _ = make(tasks=tasks)
+    parameters = list(model.parameters())
+    wanted = left_behind(learner(tasks).loss, parameters)
+    close(left_behind(compiled(learner)(tasks).loss, parameters), wanted)
+
+
+def test_what_a_compiled_graph_cannot_hold_is_refused():
+    model, tasks = mlp(), make()[2]
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    for loss in (
+        lambda o, t: F.cross_entropy(o * weight, t),
+        lambda o, t: F.cross_entropy(o, t) + model[0].weight.square().sum(),
+    ):
+        learner = make(model, tasks, loss=loss)[1]
+        with pytest.raises(RuntimeError, match=r"torch.compile cannot see.*Make it a parameter of an nn.Module"):
+            compiled(learner)(tasks)
+    learner = make(model, tasks)[1]
+    with pytest.raises(Exception, match="create_graph=True records plain operations"):
+        compiled(learner)(tasks, create_graph=True)
+
+
+def operands(learner, tasks, of_loss=None):
+    learner.prepare(tasks)
+    theta = learner.flat_parameters().detach().requires_grad_()
+    of_loss = theta.new_empty(0) if of_loss is None else of_loss
+    batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
+    rates = learner.rate().detach().requires_grad_()
+    return learner.number, theta, rates, *batch, of_loss, tasks.support_mask, tasks.query_mask, [0.0, 0.3, 1.0], False
+
+
+def test_the_operators_are_what_torch_expects_of_operators():
+    _, learner, tasks = make()
+    x = tasks.support_x.clone().requires_grad_()
+    for batch in (tasks, mf.TaskBatch(x, tasks.support_y, tasks.query_x, tasks.query_y)):
+        torch.library.opcheck(meta_loss, (*operands(learner, batch), True))
+    number, *inputs, mask, query_mask, weights, first_order = operands(learner, tasks)
+    inputs = [t.detach() for t in inputs]
+    with torch.no_grad():
+        losses, outputs, *kept = meta_loss(number, *inputs, mask, query_mask, weights, first_order, True)
+    for needed in ([True, True, *[False] * 5], [True, False, True, False, True, False, False]):
+        for adjoints in ((losses, outputs), (None, outputs), (losses, None)):
+            arguments = (number, inputs, mask, query_mask, weights, first_order, *kept, *adjoints, needed)
+            torch.library.opcheck(meta_loss_vjp, arguments)
+
+
+def test_the_operators_say_what_they_refuse():
+    _, learner, tasks = make()
+    arguments = operands(learner, tasks)
+    losses, *_ = meta_loss(*arguments, True)
+    first = torch.autograd.grad(losses.sum(), arguments[1], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be mapped over a further axis"):
+        torch.func.vmap(lambda theta: meta_loss(arguments[0], theta, *arguments[2:], True)[0])(
+            arguments[1].detach().expand(2, -1)
+        )
+    scaled = make(loss=Scaled())[1]
+    with pytest.raises(RuntimeError, match="parameters of the loss module are not those"):
+        meta_loss(*operands(scaled, tasks, torch.zeros(4, dtype=torch.float64)), True)
+    del learner
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the learner that this graph was compiled for is gone"):
+        meta_loss(*arguments, True)
+
+
+# torch.func
+
+
+def functional(learner, tasks, **options):
+    """The parameters by name, and the learner's loss as a function of them."""
+    parameters = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    return parameters, lambda named: functional_call(learner, named, (tasks,), options).loss
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["new", "seen"])
+@pytest.mark.parametrize("build", [mlp, convnet])
+def test_torch_func_takes_gradients_of_a_learner(build, seen):
+    (x, qx), (y, qy) = data(4) if build is mlp else data(1, 4, 4), labels()
+    model, learner, tasks = make(build(), mf.TaskBatch(x, y, qx, qy))
+    if seen:
+        learner(tasks)
+    parameters, loss = functional(learner, tasks)
+    losses, _ = unrolled(model, F.cross_entropy, tasks)
+    wanted = dict(zip(parameters, gradients(losses.mean(), list(model.parameters())), strict=True))
+    found = torch.func.grad(loss)(parameters)
+    program = learner.program
+    value, pull = torch.func.vjp(loss, parameters)
+    (pulled,) = pull(torch.full_like(value, 2.0))
+    for name, want in wanted.items():
+        close([found[name], pulled[name]], [want, 2 * want])
+    assert learner.program is program  # for the time of a call other parameters stood in the places of the module's
+    own = list(model.parameters())
+    close(left_behind(learner(tasks).loss, own), list(wanted.values()))
+
+
+def test_torch_func_sees_the_parameters_that_it_is_given_and_not_those_of_the_module():
+    model, learner, tasks = make(loss=Scaled())
+    learner(tasks)
+    parameters, loss = functional(learner, tasks)
+    parameters = {name: 0.5 * p for name, p in parameters.items()}
+    found = torch.func.grad(loss)(parameters)
+    with torch.no_grad():
+        for name, p in learner.named_parameters():
+            p.copy_(parameters[name])
+    losses, _ = unrolled(model, learner.loss_modules[0], tasks)
+    wanted = gradients(losses.mean(), list(learner.parameters()))
+    close([found[name] for name, _ in learner.named_parameters()], wanted)
+
+
+@pytest.mark.parametrize("name", ["support_x", "query_x"])
+def test_torch_func_takes_gradients_in_inputs(name):
+    model, learner, tasks = make()
+
+    def batch(value):
+        return mf.TaskBatch(**{**vars(tasks), name: value})
+
+    found = torch.func.grad(lambda value: learner(batch(value)).loss)(getattr(tasks, name))
+    leaf = getattr(tasks, name).clone().requires_grad_()
+    losses, _ = unrolled(model, F.cross_entropy, batch(leaf))
+    close([found], gradients(losses.mean(), [leaf]))
+
+
+def test_torch_func_has_every_order_through_create_graph():
+    model, learner, tasks = make()
+    parameters, loss = functional(learner, tasks, create_graph=True)
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, found = torch.func.jvp(torch.func.grad(loss), (parameters,), (direction,))
+    losses, _ = unrolled(model, F.cross_entropy, tasks)
+    first = torch.autograd.grad(losses.mean(), list(model.parameters()), create_graph=True)
+    along = sum((g * d).sum() for g, d in zip(first, direction.values(), strict=True))
+    close(found.values(), gradients(along, list(model.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [
+        (lambda loss, p: torch.func.jvp(loss, (p,), (p,)), "no derivative in forward mode.*create_graph=True"),
+        (lambda loss, p: torch.func.grad(lambda q: sum(g.sum() for g in torch.func.grad(loss)(q).values()))(p),
+         "differentiated once.*create_graph=True"),
+        (lambda loss, p: torch.func.vmap(loss)({n: t.expand(2, *t.shape) for n, t in p.items()}),
+         "cannot be mapped over a further axis"),
+        (lambda loss, p: torch.func.jacrev(lambda q: loss(q) * torch.ones(2, dtype=torch.float64))(p),
+         "cannot be mapped over a further axis"),
+    ],
+    ids=["jvp", "grad of grad", "vmap", "jacrev"],
+)  # fmt: skip
+def test_other_transforms_are_refused_in_words(transform, words):
+    _, learner, tasks = make()
+    parameters, loss = functional(learner, tasks)
+    with pytest.raises(RuntimeError, match=words):
+        transform(loss, parameters)
+    assert not learner(tasks).losses.isnan().any()
+
+
+def test_running_statistics_move_under_a_transform():
+    (x, qx), (y, qy) = data(1, 4, 4), labels()
+    tasks = mf.TaskBatch(x, y, qx, qy)
+    learner = make(convnet(), tasks, bn="running")[1]
+    other = copy.deepcopy(learner)
+    parameters, loss = functional(learner, tasks)
+    torch.func.grad(loss)(parameters)
+    other.backward(tasks)
+    close(learner.model[1].buffers(), other.model[1].buffers())
+
+
+# autocast
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("way", ["backward", "forward", "create_graph", "reptile"])
+def test_autocast_around_a_call_changes_nothing_and_is_said_once(way, backend, monkeypatch):
+    monkeypatch.setattr(autocast, "_say_once", autocast._say_once.__wrapped__)
+    (x, qx), (y, qy) = data(4), labels()
+    tasks = mf.TaskBatch(x, y, qx, qy).to(torch.float32)
+    model = mlp().float()
+    kind = mf.Reptile if way == "reptile" else mf.MAML
+    learner = kind(model, loss="cross_entropy", lr=LR, steps=STEPS, backend=backend)
+
+    def run(around):
+        learner.zero_grad()
+        with around:
+            if way in ("backward", "reptile"):
+                out = learner.backward(tasks)
+            else:
+                out = learner(tasks, create_graph=way == "create_graph")
+            if way == "forward":
+                out.loss.backward()
+            adapted = learner.adapt(x.float(), y)(qx.float())
+        if way == "create_graph":
+            out.loss.backward()  # of recorded operations torch wants it outside
+        return [out.losses.detach(), adapted, *(p.grad for p in model.parameters())]
+
+    with pytest.warns(UserWarning, match="autocast has no effect inside"):
+        under = run(torch.autocast("cpu", torch.bfloat16))
+    assert all(map(torch.equal, under, run(contextlib.nullcontext())))
+    assert all(t.dtype == torch.float32 for t in under)
+
+
+def test_autocast_is_said_once_a_process():
+    autocast._say_once.cache_clear()
+    _, learner, tasks = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(UserWarning, match="in the dtype of the parameters"):
+            learner(tasks)
+        learner(tasks)  # a second warning would be an error
+
+
+# DistributedDataParallel
+
+WORKER = """
+import os, sys
+import torch, torch.distributed as dist
+import metafast as mf
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, os.environ["TESTS"])
+from test_outside_gradients import convnet
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+kind = {"maml": lambda m: mf.MAML(m, loss="cross_entropy", lr=mf.Rate(0.1, "layer", learn=True), steps=2),
+        "maml++": lambda m: mf.MAMLPlusPlus(m, loss="cross_entropy", lr=0.1, steps=2)}[sys.argv[1]]
+learner = kind(convnet())
+alone = kind(convnet())
+alone.load_state_dict(learner.state_dict())
+D = lambda *s: torch.randn(*s, dtype=torch.float64)
+tasks = mf.TaskBatch(D(4, 6, 1, 4, 4), torch.randint(0, 3, (4, 6)), D(4, 5, 1, 4, 4), torch.randint(0, 3, (4, 5)))
+for _ in range(2):
+    alone.backward(tasks)
+model = DistributedDataParallel(learner, find_unused_parameters=True)
+share = 4 // world
+for _ in range(2):
+    model(tasks.tasks(slice(rank * share, (rank + 1) * share))).loss.backward()
+pairs = list(zip(learner.named_parameters(), alone.parameters()))
+assert sum(p.grad is not None for _, p in pairs) > 3
+for (name, p), q in pairs:
+    if q.grad is not None:
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=name)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["maml", "maml++"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_data_parallel_learners_have_the_gradient_of_the_whole_batch(world, kind, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    tests = str(Path(__file__).parent)
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    common |= {"OMP_NUM_THREADS": "1", "TESTS": tests}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, str(script), kind]
+    workers = [subprocess.Popen(command, env={**common, "RANK": str(rank)}, **pipes) for rank in range(world)]
+    try:
+        said = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(said)
