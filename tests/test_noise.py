@@ -45,6 +45,11 @@ def drop_connect(m, x):
     return F.linear(x, F.dropout(m.mix.weight, 0.4), m.mix.bias)
 
 
+def read_twice(m, x):
+    number = torch.randint(1, 4, (len(x), 6))
+    return torch.relu(m.mix(x * number)) * number + number.cos()
+
+
 def noisy_labels(m, x):
     chosen = torch.multinomial(torch.softmax(x, 1), 3)
     return x * x.gather(1, chosen).sum(1, keepdim=True)
@@ -100,6 +105,7 @@ MODELS = {
     "torch.bernoulli": lambda: Call(lambda m, x: x * torch.bernoulli(torch.sigmoid(x))),
     "gumbel_softmax": lambda: Call(lambda m, x: x + F.gumbel_softmax(x, 0.7)),
     "randint": lambda: Call(lambda m, x: x * torch.randint(1, 4, (len(x), 6))),
+    "one draw, read by several": lambda: Call(read_twice, mix=nn.Linear(6, 6)),
     "randint_like": lambda: Call(lambda m, x: x * torch.randint_like(x, 1, 4)),
     "random_": lambda: Call(lambda m, x: x * torch.empty(len(x), 6, dtype=torch.int64).random_(1, 4)),
     "randperm": lambda: Call(shuffled),
@@ -389,6 +395,16 @@ def test_a_checkpointed_part_sees_its_numbers_again():
     assert torch.equal(out.losses, mf.MAML(plain, loss="mse", lr=0.1, steps=2).backward(tasks).losses)
 
 
+@pytest.mark.parametrize(("name", "draws"), [("nn.Dropout", 1), ("twice", 2), ("one draw, read by several", 1),
+                                             ("nn.GRU, both ways", 2), ("a number that is not used", 1)])  # fmt: skip
+def test_each_draw_is_one_node(name, draws):
+    learner = mf.MAML(made(name), loss="mse", lr=0.1)
+    learner.backward(tasks_of())
+    layers = [node.layer for node in learner.program.at(5).nodes if node.layer.kind == "noise"]
+    assert len(layers) == draws
+    assert len({layer.number for layer in layers}) == draws
+
+
 def test_native_executors_say_why_they_do_not_run_it():
     learner = mf.MAML(made("nn.Dropout"), loss="mse", lr=0.1)
     learner.backward(tasks_of())
@@ -542,3 +558,51 @@ def test_operations_draw_as_torch_draws(function, own):
         at = float(wanted.quantile(q))
         shares = [float((v <= at + 1e-9).double().mean()) for v in (found, wanted)]
         assert abs(shares[0] - shares[1]) < 5 * math.sqrt(0.5 / len(wanted))
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_predictions_and_curvature_of_given_seeds(most):
+    model, tasks, step = made("nn.AlphaDropout"), tasks_of(), 1
+    learner, executor = mf.MAML(model, loss="mse", lr=0.1), ReferenceExecutor(max_tasks=most)
+    learner.backward(tasks)
+    theta, support = learner.flat_parameters().detach(), tasks.support
+    u = torch.randn(theta.shape, generator=torch.Generator().manual_seed(5), dtype=theta.dtype)
+    outputs = executor.predict(learner.program, theta, support.x, step, support.seeds)
+    products = executor.hvp(learner.program, theta, support, u, step)
+    assert [p.name for p in learner.program.parameters] == [n for n, _ in model.named_parameters()]
+    for t in range(len(tasks)):
+        with given_numbers(support.seeds[t], step):
+            wanted = model(support.x[t])
+        torch.testing.assert_close(outputs[t], wanted, rtol=1e-10, atol=1e-12)
+        grads = torch.autograd.grad(F.mse_loss(wanted, support.y[t]), list(model.parameters()), create_graph=True)
+        along = torch.cat([g.flatten() for g in grads]) @ u
+        product = torch.cat([p.flatten() for p in torch.autograd.grad(along, list(model.parameters()))])
+        torch.testing.assert_close(products[t], product, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "open", "normal", "kept"])
+def test_threads_do_not_matter(distribution):
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(numbers(distribution, shape=(999, 333), rate=0.3))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_random_numbers_have_no_place_in_a_compiled_graph():
+    learner, tasks = mf.MAML(made("nn.Dropout"), loss="mse", lr=0.1), tasks_of(seeds=False)
+    with pytest.raises(RuntimeError, match="compiled graph has no place for their seeds"):
+        learner.for_operator(tasks, True)
+    learner.eval()
+    learner.for_operator(tasks, True)
+
+
+@pytest.mark.parametrize("name", ["nn.Dropout", "nn.AlphaDropout", "randn"])
+def test_verify_takes_models_that_draw(name):
+    certificate = mf.verify(made(name), tasks_of(seeds=False), loss="mse", lr=0.1, steps=2)
+    assert certificate.passed, str(certificate)
