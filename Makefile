@@ -41,9 +41,11 @@ $(STAMP): $(BIN)/python $(SOURCES)
 demo: setup
 	$(BIN)/metafast demo
 
-# One thread a worker: two workers with two threads each would wait for one another.
+# One thread a worker: two workers with two threads each would wait for one another. Then what threads concern, with two.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/test_threads.py
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_threads.py tests/test_meta_gradients.py \
+	-k "threads or (auto and float32)"
 	$(if $(LIBASAN),$(MAKE) sanitize,@echo "g++ with AddressSanitizer is not here: make sanitize is left out")
 
 # Runs the CPU executor and the CUDA executor's twin on small cases, built with AddressSanitizer and UBSan.

@@ -1,4 +1,4 @@
-"""One thread and fixed seeds, so that a test sees the same numbers alone and beside others."""
+"""One thread, or OMP_NUM_THREADS, and fixed seeds, so that a test sees the same numbers alone and beside others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 # benchmarks/ is not installed. It comes last, so that metafast is the one that was installed or put on PYTHONPATH.
 sys.path.append(str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():

@@ -170,7 +170,8 @@ def make_oracle(learner):
     oracle = Oracle(
         learner.model, getattr(program.loss, "function", program.loss.kind), learner.steps,
         adapted=[p.name for p in program.parameters if p.adapted], first_order=learner.first_order,
-        weights=learner.step_weights[1:], query_loss=getattr(learner.query_loss, "function", None), bn=modes[0] if modes else "task",
+        weights=learner.step_weights[1:], query_loss=getattr(learner.query_loss, "function", None),
+        bn=modes[0] if modes else "task",
     )  # fmt: skip
     for key, row in learner.rows.items():
         oracle.parameters[key.replace("/", ".")] = row.detach().double().requires_grad_()

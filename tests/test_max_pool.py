@@ -24,7 +24,7 @@ def tasks():
 def test_a_window_of_padding_alone(backend, ceil):
     pool = nn.MaxPool2d(2, 1, padding=1, dilation=(4, 1), ceil_mode=ceil)
     assert pool(torch.zeros(1, 1, 3, 5)).isinf().all()
-    with pytest.raises(ValueError, match=r"'1' \(max_pool2d\).* padding alone where the image has 3.* smaller dilation"):
+    with pytest.raises(ValueError, match=r"'1' \(max_pool2d\).* padding alone.* image has 3;.* smaller dilation"):
         learner_of(pool, backend).backward(tasks())
 
 

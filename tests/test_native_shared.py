@@ -60,6 +60,20 @@ class Siamese(nn.Module):
         return self.head(self.again(torch.tanh(self.again(h))) + h)
 
 
+class Branches(nn.Module):
+    """Images that one branch flattens and, behind it, another one convolves."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.conv = small(nn.Tanh(), channels=3), nn.BatchNorm1d(18), nn.Conv2d(3, 2, 2)
+        self.head, self.other = nn.Linear(18, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.body(x)
+        flat = self.head(torch.relu(self.norm(h.flatten(1))))
+        return flat + self.other(torch.tanh(self.conv(h)).flatten(1))
+
+
 CALLED_TWICE = [
     vectors("linear layer", lambda: twice(nn.Linear(3, 3), nn.Linear(3, 2))),
     vectors("linear layer, Meta-SGD", learner=mf.MetaSGD, lr=(0.02, 0.1),
@@ -80,6 +94,7 @@ FLATTENED = [
            lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 3))),
     images("batch norm of hidden images",
            lambda: small(nn.Flatten(), nn.BatchNorm1d(18), nn.ReLU(), nn.Linear(18, 3), channels=3)),
+    images("batch norm of one of two branches", Branches),
     images("batch norm, running", bn="running",
            model=lambda: small(nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(18), nn.Linear(18, 3), channels=3)),
     images("batch norm, per step", bn="per_step", lr=mf.Rate((0.02, 0.1), ("layer", "step"), learn=True),

@@ -428,7 +428,7 @@ class Drawing(torch.autograd.Function):
 
 GENERATOR = torch.Generator()
 REFUSED = {
-    "poisson": (lambda m, x: x * torch.poisson(x.detach().abs()), ["by poisson", "torch.poisson(", "torch.rand"]),
+    "poisson": (lambda m, x: x * torch.poisson(x.detach() ** 2), ["by poisson", "torch.poisson(", "torch.rand"]),
     "a generator of its own": (
         lambda m, x: x * torch.rand(6, generator=GENERATOR, dtype=x.dtype), ["generator of its own", "generator=", "out"]
     ),

@@ -54,7 +54,9 @@ def unrolled(model, loss, tasks, *, steps=STEPS, lr=LR, first_order=False, moved
         fast = dict(theta)
         for rate in rates:
             of_step = loss(functional_call(model, fast, (tasks.support_x[t],)), tasks.support_y[t])
-            grads = torch.autograd.grad(of_step, [fast[n] for n in moved], create_graph=True)
+            grads = torch.autograd.grad(
+                of_step, [fast[n] for n in moved], create_graph=True, materialize_grads=True, allow_unused=True
+            )
             grads = [g.detach() for g in grads] if first_order else grads
             fast = {**fast, **{n: fast[n] - rate * g for n, g in zip(moved, grads, strict=True)}}
         outputs.append(functional_call(model, fast, (tasks.query_x[t],)))
@@ -137,6 +139,65 @@ def test_a_loss_module_brings_its_parameters(way):
     assert {"loss_modules.0.scale", "loss_modules.0.shift"} <= set(learner.state_dict())
     tasks, tensors = mf.TaskBatch(x, y, qx, qy), list(learner.parameters())
     losses, _ = unrolled(model, loss, tasks)
+    compare(run(way, learner, tasks, tensors), (losses, gradients(losses.mean(), tensors)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_loss_modules_for_support_and_query_sets(way):
+    model, loss, query_loss, (x, qx), (y, qy) = mlp(), Scaled(), Scaled(), data(4), labels()
+    nn.init.constant_(query_loss.scale, 0.3)
+    learner = mf.MAML(model, loss=loss, query_loss=query_loss, lr=LR, steps=STEPS)
+    tensors = [*model.parameters(), *loss.parameters(), *query_loss.parameters()]
+    assert {id(p) for p in learner.parameters()} == {id(p) for p in tensors}
+    _, outputs = unrolled(model, loss, mf.TaskBatch(x, y, qx, qy))
+    losses = torch.stack(list(map(query_loss, outputs, qy)))
+    compare(run(way, learner, mf.TaskBatch(x, y, qx, qy), tensors), (losses, gradients(losses.mean(), tensors)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_of_classes_that_are_learned(way):
+    """PyTorch's own function has no derivative in them; metafast's rules have."""
+    model, (x, qx), (y, qy) = mlp(), data(4), labels()
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+
+    def loss(outputs, targets):
+        of_class = weight[targets]
+        return -(of_class * outputs.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).sum() / of_class.sum()
+
+    tasks, tensors = mf.TaskBatch(x, y, qx, qy), [*model.parameters(), weight]
+    losses, _ = unrolled(model, loss, tasks)
+    learner = mf.MAML(model, loss=nn.CrossEntropyLoss(weight=weight), lr=LR, steps=STEPS)
+    compare(run(way, learner, tasks, tensors), (losses, gradients(losses.mean(), tensors)))
+
+
+class OfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(2, 6), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x, z):
+        return self.head(torch.tanh(self.a(x) + self.b(z)))
+
+
+@pytest.mark.parametrize("needed", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_of_two_tensors(way, needed):
+    model, (x, qx), (z, qz), (y, qy) = OfTwo(), data(4), data(2), labels()
+    z.requires_grad_(needed)
+    qx.requires_grad_(needed)
+    tensors = [*model.parameters(), *([z, qx] if needed else [])]
+    losses = []
+    for t in range(T):
+        fast = dict(model.named_parameters())
+        for _ in range(STEPS):
+            of_step = F.cross_entropy(functional_call(model, fast, (x[t], z[t])), y[t])
+            grads = torch.autograd.grad(of_step, list(fast.values()), create_graph=True)
+            fast = {name: p - LR * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+        losses.append(F.cross_entropy(functional_call(model, fast, (qx[t], qz[t])), qy[t]))
+    losses = torch.stack(losses)
+    learner = mf.MAML(model, loss="cross_entropy", lr=LR, steps=STEPS)
+    tasks = mf.TaskBatch((x, z), y, (qx, qz), qy)
     compare(run(way, learner, tasks, tensors), (losses, gradients(losses.mean(), tensors)))
 
 

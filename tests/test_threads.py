@@ -52,6 +52,10 @@ def wide():
     return models.mlp(widths=(3, 170, 190, CLASSES))
 
 
+def narrow_classifier():
+    return models.mlp(widths=(3, 6, 5, CLASSES))
+
+
 def classifier(name, model=wide, loss=None, **options):
     rest = {k: options.pop(k) for k in ("learner", "ragged", "support") if k in options}
     return Setup(name, model, classes=CLASSES, loss=loss, options={"steps": 2, **options}, **rest)
@@ -81,11 +85,12 @@ LARGE = [
     (classifier("MAML++", learner=mf.MAMLPlusPlus, lr=0.05, steps=3), 3, 4),
     (classifier("a rate for each parameter and step", lr=rate("parameter", "step")), 3, 4),
     (classifier("Reptile", learner=mf.Reptile, optimizer="adam", batch_size=3), 3, 4),
-    (classifier("softmax", loss=focal), 16, 130),
-    (classifier("softmax, a rate for each step", loss=focal, lr=rate("step")), 16, 130),
-    (classifier("softmax over samples", loss=competing, lr=rate("layer")), 16, 130),
-    (classifier("softmax, first order", loss=competing, first_order=True, lr=rate()), 16, 130),
-    (Setup("one sum", wide, outputs=CLASSES, loss=squared, options={"lr": rate()}), 1, 4000),
+    (classifier("softmax", narrow_classifier, focal), 16, 130),
+    (classifier("softmax, a rate for each step", narrow_classifier, focal, lr=rate("step")), 16, 130),
+    (classifier("softmax over samples", narrow_classifier, competing, lr=rate("layer")), 16, 130),
+    (classifier("softmax, first order", narrow_classifier, competing, first_order=True, lr=rate()), 16, 130),
+    (Setup("one sum of all rates", wide, outputs=CLASSES, loss=squared, options={"lr": rate()}), 2, 10),
+    (Setup("one sum of a task", narrow_classifier, outputs=CLASSES, loss=squared), 1, 4000),
     (images("running statistics", normalised, bn="running", support=40), 9, 5),
     (vectors("running statistics of one feature", narrow, bn="running", support=50_000), 2, 5),
     (images("running statistics, ragged", normalised, bn="running", support=90, ragged=True), 8, 5),
@@ -165,16 +170,15 @@ def test_equal_calls_give_equal_rates():
     """Some ways of adding up let threads race: a matter of luck, so it is tried often."""
     setup = classifier("", lr=rate("layer", "step"), steps=3)
     first = everything(setup, torch.float32, 3, 4, 2)["backward: rate.value"]
-    for _ in range(20):
+    for _ in range(8):
         assert torch.equal(everything(setup, torch.float32, 3, 4, 2)["backward: rate.value"], first)
 
 
-@pytest.mark.parametrize("algorithm", ["maml++", "reptile"])
-def test_trainings_end_alike(algorithm, tmp_path):
+def test_trainings_end_alike(tmp_path):
     ends = []
-    for threads in THREADS:
+    for threads in (1, 3):
         out = tmp_path / str(threads)
-        options = ["--algorithm", algorithm, "--iterations", "2", "--tasks", "2", "--test-tasks", "4"]
+        options = ["--algorithm", "maml++", "--iterations", "2", "--tasks", "2", "--test-tasks", "4"]
         command = [sys.executable, "-m", "metafast.cli.main", "train", "glyphs-5w1s", "--out", str(out), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run([*command, "--eval-every", "0"], check=True, capture_output=True, env=environment)

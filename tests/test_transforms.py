@@ -34,6 +34,18 @@ def _fresh():
         yield
 
 
+class Cosine(nn.Module):
+    """Has operations without rules of their own, and a parameter that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.unused, self.head = nn.Linear(4, 6), nn.Linear(2, 2), nn.Parameter(torch.randn(3, 6))
+        self.double()
+
+    def forward(self, x):
+        return 3 * F.linear(F.normalize(torch.tanh(self.body(x)), dim=-1), F.normalize(self.head, dim=-1))
+
+
 def make(model=None, tasks=None, **options):
     model = mlp() if model is None else model
     if tasks is None:
@@ -62,8 +74,9 @@ def left_behind(value, tensors):
 # torch.compile
 
 
-def test_a_compiled_learner_that_has_seen_no_batch():
-    model, learner, tasks = make()
+@pytest.mark.parametrize("build", [mlp, Cosine])
+def test_a_compiled_learner_that_has_seen_no_batch(build):
+    model, learner, tasks = make(build())
     losses, _ = unrolled(model, F.cross_entropy, tasks)
     out = compiled(learner)(tasks)
     parameters = list(model.parameters())
@@ -168,11 +181,10 @@ def test_what_a_compiled_graph_cannot_hold_is_refused():
         compiled(learner)(tasks, create_graph=True)
 
 
-def operands(learner, tasks, of_loss=None):
-    learner.prepare(tasks)
-    theta = learner.flat_parameters().detach().requires_grad_()
-    of_loss = theta.new_empty(0) if of_loss is None else of_loss
+def operands(learner, tasks):
+    theta = torch.cat([p.detach().flatten() for p in learner.model.parameters()]).requires_grad_()
     batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
+    of_loss = list(learner.loss_modules.parameters())
     rates = learner.rate().detach().requires_grad_()
     return learner.number, theta, rates, *batch, of_loss, tasks.support_mask, tasks.query_mask, [0.0, 0.3, 1.0], False
 
@@ -180,13 +192,19 @@ def operands(learner, tasks, of_loss=None):
 def test_the_operators_are_what_torch_expects_of_operators():
     _, learner, tasks = make()
     x = tasks.support_x.clone().requires_grad_()
-    for batch in (tasks, mf.TaskBatch(x, tasks.support_y, tasks.query_x, tasks.query_y)):
-        torch.library.opcheck(meta_loss, (*operands(learner, batch), True))
-    number, *inputs, mask, query_mask, weights, first_order = operands(learner, tasks)
-    inputs = [t.detach() for t in inputs]
+    scaled = make(tasks=tasks, loss=Scaled())[1]
+    for owner, batch in (
+        (learner, tasks),
+        (learner, mf.TaskBatch(x, tasks.support_y, tasks.query_x, tasks.query_y)),
+        (scaled, tasks),
+    ):
+        torch.library.opcheck(meta_loss, (*operands(owner, batch), True))
+    number, *inputs, of_loss, mask, query_mask, weights, first_order = operands(scaled, tasks)
+    inputs, of_loss = ([t.detach() for t in some] for some in (inputs, of_loss))
     with torch.no_grad():
-        losses, outputs, *kept = meta_loss(number, *inputs, mask, query_mask, weights, first_order, True)
-    for needed in ([True, True, *[False] * 5], [True, False, True, False, True, False, False]):
+        losses, outputs, *kept = meta_loss(number, *inputs, of_loss, mask, query_mask, weights, first_order, True)
+    inputs += of_loss
+    for needed in ([True, True, *[False] * 6], [True, False, True, False, True, False, False, True]):
         for adjoints in ((losses, outputs), (None, outputs), (losses, None)):
             arguments = (number, inputs, mask, query_mask, weights, first_order, *kept, *adjoints, needed)
             torch.library.opcheck(meta_loss_vjp, arguments)
@@ -203,9 +221,6 @@ def test_the_operators_say_what_they_refuse():
         torch.func.vmap(lambda theta: meta_loss(arguments[0], theta, *arguments[2:], True)[0])(
             arguments[1].detach().expand(2, -1)
         )
-    scaled = make(loss=Scaled())[1]
-    with pytest.raises(RuntimeError, match="parameters of the loss module are not those"):
-        meta_loss(*operands(scaled, tasks, torch.zeros(4, dtype=torch.float64)), True)
     del learner
     gc.collect()
     with pytest.raises(RuntimeError, match="the learner that this graph was compiled for is gone"):
@@ -222,22 +237,23 @@ def functional(learner, tasks, **options):
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["new", "seen"])
-@pytest.mark.parametrize("build", [mlp, convnet])
+@pytest.mark.parametrize("build", [mlp, convnet, Cosine])
 def test_torch_func_takes_gradients_of_a_learner(build, seen):
-    (x, qx), (y, qy) = data(4) if build is mlp else data(1, 4, 4), labels()
+    (x, qx), (y, qy) = data(1, 4, 4) if build is convnet else data(4), labels()
     model, learner, tasks = make(build(), mf.TaskBatch(x, y, qx, qy))
     if seen:
         learner(tasks)
+        program = learner.program
     parameters, loss = functional(learner, tasks)
     losses, _ = unrolled(model, F.cross_entropy, tasks)
     wanted = dict(zip(parameters, gradients(losses.mean(), list(model.parameters())), strict=True))
     found = torch.func.grad(loss)(parameters)
-    program = learner.program
     value, pull = torch.func.vjp(loss, parameters)
     (pulled,) = pull(torch.full_like(value, 2.0))
     for name, want in wanted.items():
         close([found[name], pulled[name]], [want, 2 * want])
-    assert learner.program is program  # for the time of a call other parameters stood in the places of the module's
+    # For the time of a call other parameters stood in the places of the module's.
+    assert not seen or learner.program is program
     own = list(model.parameters())
     close(left_behind(learner(tasks).loss, own), list(wanted.values()))
 
@@ -257,8 +273,9 @@ def test_torch_func_sees_the_parameters_that_it_is_given_and_not_those_of_the_mo
 
 
 @pytest.mark.parametrize("name", ["support_x", "query_x"])
-def test_torch_func_takes_gradients_in_inputs(name):
-    model, learner, tasks = make()
+@pytest.mark.parametrize("build", [mlp, Cosine])
+def test_torch_func_takes_gradients_in_inputs(name, build):
+    model, learner, tasks = make(build())
 
     def batch(value):
         return mf.TaskBatch(**{**vars(tasks), name: value})
@@ -267,6 +284,31 @@ def test_torch_func_takes_gradients_in_inputs(name):
     leaf = getattr(tasks, name).clone().requires_grad_()
     losses, _ = unrolled(model, F.cross_entropy, batch(leaf))
     close([found], gradients(losses.mean(), [leaf]))
+
+
+@pytest.mark.parametrize("name", ["loss_modules.0.scale", "loss_modules.1.shift", "model.0.weight"])
+def test_torch_func_takes_gradients_in_some_parameters_under_learned_losses(name):
+    """The others are given too, and are not those of the modules."""
+    _, learner, tasks = make(loss=Scaled(), query_loss=Scaled())
+    parameters = {n: 0.7 * p.detach() for n, p in learner.named_parameters()}
+    found = torch.func.grad(
+        lambda value: functional_call(learner, {**parameters, name: value}, (tasks,)).loss
+    )(parameters[name])  # fmt: skip
+    with torch.no_grad():
+        for n, p in learner.named_parameters():
+            p.copy_(parameters[n])
+    _, outputs = unrolled(learner.model, learner.loss_modules[0], tasks)
+    loss = torch.stack(list(map(learner.loss_modules[1], outputs, tasks.query_y))).mean()
+    close([found], gradients(loss, [dict(learner.named_parameters())[name]]))
+
+
+def test_a_layer_that_is_frozen_after_a_transform_is_noticed():
+    model, learner, tasks = make()
+    parameters, loss = functional(learner, tasks)
+    torch.func.grad(loss)(parameters)
+    model[0].weight.requires_grad_(False)
+    losses, _ = unrolled(model, F.cross_entropy, tasks, moved=["0.bias", "2.weight", "2.bias"])
+    close([learner(tasks).losses.detach()], [losses.detach()])
 
 
 def test_torch_func_has_every_order_through_create_graph():
@@ -299,6 +341,20 @@ def test_other_transforms_are_refused_in_words(transform, words):
     with pytest.raises(RuntimeError, match=words):
         transform(loss, parameters)
     assert not learner(tasks).losses.isnan().any()
+
+
+def test_what_torch_func_cannot_record_is_refused_in_words():
+    class Constant(Cosine):
+        def forward(self, x):
+            with torch.no_grad():
+                shift = self.body(x)
+            return F.linear(F.normalize(self.body(x) + shift, dim=-1) * shift.sin(), self.head)
+
+    _, learner, tasks = make(Constant())
+    learner.backward(tasks)
+    parameters, loss = functional(learner, tasks, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivatives of first order alone.*use torch.autograd.grad"):
+        torch.func.grad(loss)(parameters)
 
 
 def test_running_statistics_move_under_a_transform():

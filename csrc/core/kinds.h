@@ -75,7 +75,7 @@ namespace metafast {
 enum class Kind : int32_t {
 #define METAFAST_NAME(kind, ...) kind,
   METAFAST_KINDS(METAFAST_NAME) METAFAST_FUSED_KINDS(METAFAST_NAME) METAFAST_OTHER_NODES(METAFAST_NAME)
-      flatten,  // becomes no operation: whatever reads it reads its input
+      flatten,  // becomes no operation: whatever reads it reads its input, or a `vector` of that
 };
 
 enum class LossKind : int32_t { METAFAST_LOSSES(METAFAST_NAME) };

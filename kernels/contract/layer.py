@@ -120,6 +120,10 @@ class Loss:
         """The options that are not as usual, by name."""
         return {}
 
+    def now(self, option: str) -> Any:
+        """Returns an option: that of the user's module where there is one, which may have changed it since."""
+        return getattr(self if self.module is None else self.module, option)
+
     @property
     def label(self) -> str:
         """The kind with the options, for users."""

@@ -28,7 +28,7 @@ def metafast_cross_entropy(loss, p, g, share, z, y, mask, n, K: tl.constexpr, BR
         row = start + tl.arange(0, BR)
         kept = tl.load(y + task * n + row, row < n, LEFT_OUT) != LEFT_OUT
         if mask is not None:
-            kept = kept & tl.load(mask + task * n + row, row < n, False)
+            kept = kept & (tl.load(mask + task * n + row, row < n, 0.0) != 0)
         count += tl.where(kept, 1.0, 0.0)
     samples = tl.sum(count, 0)
     each = tl.div_rn(1.0, tl.maximum(samples, 1.0))
@@ -44,7 +44,7 @@ def metafast_cross_entropy(loss, p, g, share, z, y, mask, n, K: tl.constexpr, BR
         label = tl.load(y + task * n + row, row < n, 0)
         kept = (row < n) & (label != LEFT_OUT)
         if mask is not None:
-            kept = kept & tl.load(mask + task * n + row, row < n, False)
+            kept = kept & (tl.load(mask + task * n + row, row < n, 0.0) != 0)
         weight = tl.where(kept, each, 0.0)
         tl.store(share + task * n + row, weight, row < n)
         weight = tl.where((weight != 0) & ((label < 0) | (label >= K)), float("nan"), weight)
@@ -86,7 +86,7 @@ class TritonCrossEntropy(Loss):
             return self.reference.forward(ctx, z, targets)
         tasks, n, classes = z.shape
         loss, ctx.p, ctx.g, ctx.share = empty(z, tasks), torch.empty_like(z), torch.empty_like(z), empty(z, tasks, n)
-        mask = None if ctx.mask is None else ctx.mask.contiguous()
+        mask = None if ctx.mask is None else ctx.mask.to(z.dtype).contiguous()
         launch(metafast_cross_entropy, (1, tasks), loss, ctx.p, ctx.g, ctx.share, z, targets.contiguous(), mask, n,
                K=classes, **self._block(n, classes))  # fmt: skip
         return loss

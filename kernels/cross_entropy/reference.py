@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,10 +40,10 @@ class CrossEntropy(Loss):
     def function(self) -> Callable[[Tensor, Tensor], Tensor]:
         return self.source
 
-    @cached_property
+    @property
     def options(self) -> dict[str, Any]:
         usual = {"weight": None, "label_smoothing": 0.0, "ignore_index": -100, "reduction": "mean"}
-        chosen = {name: getattr(self, name) for name in usual}
+        chosen = {name: self.now(name) for name in usual}
         return {name: value for name, value in chosen.items() if value is not None and value != usual[name]}
 
     def of_kind_alone(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -58,9 +57,10 @@ class CrossEntropy(Loss):
                 f"the outputs' shape (floating point); a sample's output has shape {output} and {name} has shape "
                 f"{tuple(targets.shape)} and dtype {targets.dtype}. For other shapes pass a callable as loss"
             )
-        if self.weight is not None and self.weight.shape != output[:1]:
+        weight = self.now("weight")
+        if weight is not None and weight.shape != output[:1]:
             raise ValueError(
-                f"the weight of the cross entropy has shape {tuple(self.weight.shape)}, but the model has {output[0]} "
+                f"the weight of the cross entropy has shape {tuple(weight.shape)}, but the model has {output[0]} "
                 "outputs: give one number for each class"
             )
         if shape == output:
@@ -73,12 +73,13 @@ class CrossEntropy(Loss):
         low, high = (int(v) for v in labels.aminmax())
         if low >= 0 and high < classes:
             return
-        outside = labels[((labels < 0) | (labels >= classes)) & (labels != self.ignore_index)]
+        left_out = self.now("ignore_index")
+        outside = labels[((labels < 0) | (labels >= classes)) & (labels != left_out)]
         if outside.numel():
             low, high = (int(v) for v in outside.aminmax())
             raise ValueError(
                 f"{name} contains the label {low if low < 0 else high}, but the model has {classes} outputs: labels "
-                f"must lie in 0..{classes - 1}, those of padded samples too, or be {self.ignore_index} to be left out. "
+                f"must lie in 0..{classes - 1}, those of padded samples too, or be {left_out} to be left out. "
                 "Number the classes of each task from 0, or give the model more outputs"
             )
 
@@ -101,27 +102,27 @@ class CrossEntropy(Loss):
 
     def _coefficients(self, mask: Tensor | None, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ``a`` before it is divided, where it may differ from zero, and what it is divided by, ``[T]``."""
+        weight, smoothing = self.now("weight"), self.now("label_smoothing")
         soft = targets.is_floating_point()
         elements = (*outputs.shape[:2], *outputs.shape[3:])
         kept = torch.ones(elements, dtype=torch.bool, device=outputs.device)
         if mask is not None:
             kept = mask.reshape(*mask.shape, *(1,) * (len(elements) - 2)).expand(elements)
         if not soft:
-            kept = kept & (targets != self.ignore_index)
+            kept = kept & (targets != self.now("ignore_index"))
         counted = kept[:, :, None].expand(outputs.shape)
         a = targets
         if not soft:
             labels = torch.where(kept, targets, 0)[:, :, None]
             a = torch.zeros_like(outputs).scatter(2, labels, 1.0)
-            counted = counted if self.label_smoothing else counted & (a != 0)
+            counted = counted if smoothing else counted & (a != 0)
         size = kept.to(outputs.dtype)
-        weight = getattr(self.source, "weight", self.weight)  # a module's is another tensor after it was moved
         if weight is not None:
             weight = weight.to(outputs).reshape(-1, *(1,) * (outputs.dim() - 3))
             size = size if soft else size * (a * weight).sum(2)
-        if self.label_smoothing:
-            a = (1 - self.label_smoothing) * a + self.label_smoothing / outputs.shape[2]
+        if smoothing:
+            a = (1 - smoothing) * a + smoothing / outputs.shape[2]
         a = a * kept[:, :, None]
         a = a if weight is None else a * weight
         total = size.flatten(1).sum(1)
-        return a, counted, total if self.reduction == "mean" else torch.ones_like(total)
+        return a, counted, total if self.now("reduction") == "mean" else torch.ones_like(total)

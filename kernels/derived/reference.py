@@ -88,6 +88,7 @@ class Derived(Layer):
     def _over_tasks(self, ctx: RuleContext, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
         """``y [T, ...]``."""
         if self.function not in _TASK_BY_TASK:
+            torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # a loop in torch is no news to the user
             try:
                 return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(params, inputs)
             except Exception:  # whatever is wrong with the function itself shows again below
@@ -107,7 +108,8 @@ class Derived(Layer):
 
     def _pushed(self, ctx: RuleContext) -> Tensor:
         """``J d`` by forward mode."""
-        with forward_ad.dual_level():
+        # A torch.autograd.Function switches forward mode off around its forward, and tangents would be lost silently.
+        with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
             duals = [
                 t if d is None else forward_ad.make_dual(t, d) for t, d in zip((*ctx.p, *ctx.x), ctx.d, strict=True)
             ]

@@ -42,7 +42,7 @@ class MaxPool2d(LinearMap):
         return y.unflatten(0, x.shape[:2])
 
     def _check_windows(self, pixels: Sequence[int], windows: Sequence[int]) -> None:
-        """Raises ValueError where a window holds padding alone: torch makes -inf of it and forgets where it came from."""
+        """Raises ValueError where a window holds padding alone: torch's -inf has no pixel to send a gradient to."""
         for size, count, kernel, stride, padding, dilation in zip(
             pixels, windows, self.kernel, self.stride, self.padding, self.dilation, strict=True
         ):
@@ -51,8 +51,8 @@ class MaxPool2d(LinearMap):
             for start in range(-padding, count * stride - padding, stride):
                 if not any(0 <= start + tap * dilation < size for tap in range(kernel)):
                     raise ValueError(
-                        f"a window of {kernel} pixels, {dilation} apart (dilation), lies on the padding alone where the "
-                        f"image has {size}, so its largest pixel is -inf; use a smaller dilation or no padding"
+                        f"a window of {kernel} pixels, each {dilation} from the next, lies on the padding alone where "
+                        f"the image has {size}; its largest pixel is -inf. Use a smaller dilation, or no padding"
                     )
 
     def apply(self, ctx: RuleContext, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch.nn.functional as F
@@ -37,9 +36,10 @@ class MSE(Loss):
     def function(self) -> Callable[[Tensor, Tensor], Tensor]:
         return self.source
 
-    @cached_property
+    @property
     def options(self) -> dict[str, Any]:
-        return {} if self.reduction == "mean" else {"reduction": self.reduction}
+        reduction = self.now("reduction")
+        return {} if reduction == "mean" else {"reduction": reduction}
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         if tuple(targets.shape[2:]) != output:
@@ -54,7 +54,7 @@ class MSE(Loss):
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         ctx.e = outputs - targets
         weights = sample_weights(ctx.mask, outputs) / outputs[0, 0].numel()
-        if self.reduction == "sum":
+        if self.now("reduction") == "sum":
             weights = (weights != 0).to(outputs.dtype)
         ctx.w = weights.reshape(*weights.shape, *(1,) * (outputs.dim() - 2))
         return (ctx.w * ctx.e * ctx.e).flatten(1).sum(1)

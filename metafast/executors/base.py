@@ -149,7 +149,7 @@ class Executor(ABC):
         theta = params.expand(batch.x.shape[0], -1)
         run = Pass(program, theta, batch, step, (True,) * len(program.parameters))
         run.forward()
-        return run.flat(run.backward_from(g))
+        return run.flat(run.vjp(g))
 
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch

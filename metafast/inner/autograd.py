@@ -5,16 +5,20 @@ The second one cannot be differentiated, and says so: its way back records no gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metafast.executors import Executor
 from metafast.inner.autocast import in_own_dtype
+from metafast.inner.recorded import Sets, recorded_vjp, standing_in
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.tasks import Samples, TaskBatch
+from metafast.tasks import Batch, TaskBatch
 
 ONLY_ONCE = (
     "a meta-gradient of metafast can be differentiated once: it is computed by a way back that records no graph. "
@@ -52,14 +56,14 @@ class Evaluation(NamedTuple):
 
 @in_own_dtype
 def evaluate(
-    executor: Executor, program: Program, loop: InnerLoop, theta: Tensor, rates: Tensor, tasks: TaskBatch
+    executor: Executor, program: Program, loop: InnerLoop, theta: Tensor, rates: Tensor, sets: Sets
 ) -> Evaluation:
     """Adapts from ``theta [P]`` at the rates ``[1 or S, 1 or P]``, and judges on the query sets; no graph is kept."""
-    trajectory = executor.adapt(program, loop, theta.detach(), rates.detach(), tasks.support)
-    losses = theta.new_zeros(len(tasks))
+    trajectory = executor.adapt(program, loop, theta.detach(), rates.detach(), sets.support)
+    losses = theta.new_zeros(trajectory.shape[1])
     grads = []
     for step, weight in loop.judged_steps:
-        loss, grad, outputs = executor.loss_and_grad(program.query, trajectory[step], tasks.query, step)
+        loss, grad, outputs = executor.loss_and_grad(program.query, trajectory[step], sets.query, step)
         losses = losses + weight * loss
         grads.append(grad)
     return Evaluation(losses.detach(), outputs.detach(), trajectory, torch.stack(grads))
@@ -71,7 +75,7 @@ def way_back(
     program: Program,
     loop: InnerLoop,
     rates: Tensor,
-    tasks: TaskBatch,
+    sets: Sets,
     found: tuple[Tensor, Tensor],
     adjoints: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor | None]:
@@ -87,8 +91,8 @@ def way_back(
         for (step, weight), grad in zip(loop.judged_steps, query_grads, strict=True):
             v[step] = grad * (weight * g_losses)[:, None]
     if g_outputs is not None:
-        v[-1] += executor.outputs_vjp(program.query, trajectory[-1], tasks.query, g_outputs, loop.steps)
-    grad, rates_grad = executor.adapt_vjp(program, loop, trajectory, rates.detach(), tasks.support, v)
+        v[-1] += executor.outputs_vjp(program, trajectory[-1], sets.query, g_outputs, loop.steps)
+    grad, rates_grad = executor.adapt_vjp(program, loop, trajectory, rates.detach(), sets.support, v)
     return grad.sum(0), rates_grad
 
 
@@ -97,20 +101,20 @@ def versions(program: Program) -> list[int]:
     return [constant._version for node in program.nodes for constant in node.constants]
 
 
-def parts(tasks: TaskBatch) -> tuple[Any, ...]:
-    """Returns the tensors of a batch in the order in which :class:`MetaLoss` takes them.
-
-    Where samples consist of several tensors it is the batch itself, of which no tensor then requires a gradient.
-    """
-    if isinstance(tasks.support_x, Samples):
-        return (tasks,)
+def flattened(tasks: TaskBatch) -> tuple[Any, list[Any]]:
+    """Returns the tensors of a batch, and how they belong together; ``None`` masks and seeds are among the tensors."""
     inputs = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
-    return *inputs, tasks.support_mask, tasks.query_mask, tasks.seeds
+    fields = [*inputs, tasks.support_mask, tasks.query_mask, tasks.support.seeds, tasks.query.seeds]
+    if isinstance(tasks.support_x, Tensor):
+        return None, fields
+    leaves, spec = tree_flatten(fields)
+    return spec, leaves
 
 
-def batch_of(parts: tuple[Any, ...]) -> TaskBatch:
-    """Makes a batch of what ``parts`` returned."""
-    return parts[0] if isinstance(parts[0], TaskBatch) else TaskBatch(*parts)
+def _sets(spec: Any, tensors: Sequence[Any]) -> Sets:
+    """Undoes :func:`flattened`."""
+    support_x, support_y, query_x, query_y, *rest = tensors if spec is None else tree_unflatten(tensors, spec)
+    return Sets(Batch(support_x, support_y, rest[0], rest[2]), Batch(query_x, query_y, rest[1], rest[3]))
 
 
 class _Fused(torch.autograd.Function):
@@ -126,9 +130,10 @@ class _Fused(torch.autograd.Function):
 
 
 class MetaLoss(_Fused):
-    """Computes an :class:`Evaluation`; gradients go from its losses and outputs to ``theta [P]`` and to the rates.
+    """Computes an :class:`Evaluation`; gradients go from its losses and outputs to all tensors that it is given.
 
-    The tensors of the batch get none: where one of them requires a gradient the computation has to be recorded.
+    ``theta [P]`` and the rates get theirs by the fused way back. Where others require one, the tensors of the batch
+    (see :func:`flattened`) or behind them the parameters of the losses' ``modules``, backward records it all again.
 
     Raises:
         RuntimeError: running statistics have changed before ``backward``.
@@ -136,30 +141,38 @@ class MetaLoss(_Fused):
 
     @staticmethod
     def forward(
-        theta: Tensor, rates: Tensor, executor: Executor, program: Program, loop: InnerLoop, *batch: Any
-    ) -> Any:
-        return tuple(evaluate(executor, program, loop, theta, rates, batch_of(batch)))
+        theta: Tensor, rates: Tensor, executor: Executor, program: Program, loop: InnerLoop, spec: Any,
+        modules: nn.ModuleList, *tensors: Tensor,
+    ) -> Any:  # fmt: skip
+        batch, of_loss = _divided(tensors, modules)
+        with standing_in(modules, of_loss):
+            return tuple(evaluate(executor, program, loop, theta, rates, _sets(spec, batch)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        theta, rates, ctx.executor, ctx.program, ctx.loop, *batch = inputs
+        theta, rates, ctx.executor, ctx.program, ctx.loop, ctx.spec, ctx.modules, *tensors = inputs
         _, _, trajectory, query_grads = output
         ctx.mark_non_differentiable(trajectory, query_grads)
-        ctx.tasks = batch if isinstance(batch[0], TaskBatch) else ()
-        ctx.save_for_backward(theta, rates, trajectory, query_grads, *(() if ctx.tasks else batch))
+        ctx.save_for_backward(theta, rates, trajectory, query_grads, *tensors)
         ctx.versions = versions(ctx.program)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
-        g_losses, g_outputs = adjoints[:2]
-        if any(ctx.needs_input_grad[5:]):
-            raise RuntimeError("a gradient of the batch's tensors was asked of the path that has none")
         if ctx.versions != versions(ctx.program):
             raise RuntimeError(STATISTICS_CHANGED)
-        loop = ctx.loop._replace(learns_rates=ctx.needs_input_grad[1])
-        grads = _WayBack.apply(ctx.executor, ctx.program, loop, g_losses, g_outputs, *ctx.saved_tensors, *ctx.tasks)
-        return *grads, *(None,) * (len(ctx.needs_input_grad) - 2)
+        of_theta, of_rates, *_ = ctx.needs_input_grad
+        of_tensors = ctx.needs_input_grad[7:]
+        loop, g = ctx.loop._replace(learns_rates=of_rates), adjoints[:2]
+        theta, rates, trajectory, query_grads, *tensors = ctx.saved_tensors
+        if any(of_tensors):
+            settings = ctx.program, loop, ctx.spec, ctx.modules, (of_theta, of_rates, *of_tensors)
+            grads = _RecordedWayBack.apply(*settings, *g, theta, rates, *tensors)
+        else:
+            settings = ctx.executor, ctx.program, loop, ctx.spec, ctx.modules
+            grads = _WayBack.apply(*settings, *g, theta, rates, trajectory, query_grads, *tensors)
+        nothing = (None,) * (len(tensors) - len(grads) + 2)
+        return *grads[:2], None, None, None, None, None, *grads[2:], *nothing
 
 
 class _WayBack(_Fused):
@@ -170,11 +183,14 @@ class _WayBack(_Fused):
 
     @staticmethod
     def forward(
-        executor: Executor, program: Program, loop: InnerLoop, g_losses: Tensor | None, g_outputs: Tensor | None,
-        theta: Tensor, rates: Tensor, trajectory: Tensor, query_grads: Tensor, *batch: Any,
+        executor: Executor, program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList,
+        g_losses: Tensor | None, g_outputs: Tensor | None,
+        theta: Tensor, rates: Tensor, trajectory: Tensor, query_grads: Tensor, *tensors: Tensor,
     ) -> Any:  # fmt: skip
+        batch, of_loss = _divided(tensors, modules)
         found, adjoints = (trajectory, query_grads), (g_losses, g_outputs)
-        return way_back(executor, program, loop, rates, batch_of(batch), found, adjoints)
+        with standing_in(modules, of_loss):
+            return way_back(executor, program, loop, rates, _sets(spec, batch), found, adjoints)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -183,3 +199,22 @@ class _WayBack(_Fused):
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
         raise RuntimeError(ONLY_ONCE)
+
+
+class _RecordedWayBack(_WayBack):
+    """Does so for all tensors, by plain operations."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList, needed: tuple[bool, ...],
+        g_losses: Tensor | None, g_outputs: Tensor | None, *inputs: Tensor,
+    ) -> Any:  # fmt: skip
+        return tuple(recorded_vjp(program, loop, modules, partial(_sets, spec), inputs, (g_losses, g_outputs), needed))
+
+
+def _divided(tensors: Sequence[Tensor], modules: nn.ModuleList) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Returns the tensors of the batch, and behind them those that are parameters of ``modules``."""
+    if not len(modules):
+        return tensors, ()
+    batch = len(tensors) - len(list(modules.parameters()))
+    return tensors[:batch], tensors[batch:]

@@ -11,24 +11,44 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Executor
 from metafast.inner.autograd import NO_MAPPING, ONLY_ONCE, STATISTICS_CHANGED, evaluate, versions, way_back
-from metafast.inner.recorded import recorded
+from metafast.inner.recorded import Sets, recorded_vjp, standing_in
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.tasks import TaskBatch
+from metafast.tasks import Batch, TaskBatch
 
 _NO_SUCH_LEARNER = "the learner that this graph was compiled for is gone: keep it alive, or compile the new one"
-_OTHER_LOSS = (
-    "the parameters of the loss module are not those that the compiled graph was given; under "
-    "torch.func.functional_call call the learner uncompiled"
-)
+
+
+class Operand(NamedTuple):
+    """Holds what computes a batch.
+
+    Attributes:
+        executor: the executor that was chosen.
+        program: the Program.
+        columns: which elements of the vector of all parameters are those of the Program, int64 ``[P]``; ``None``: all.
+    """
+
+    executor: Executor
+    program: Program
+    columns: Tensor | None
+
+    def pick(self, of_all: Tensor) -> Tensor:
+        """Returns the elements ``[..., P]`` of the Program's parameters; a single rate serves all of them."""
+        return of_all if self.columns is None or of_all.shape[-1] == 1 else of_all[..., self.columns]
+
+    def spread(self, picked: Tensor, size: int) -> Tensor:
+        """Puts what ``pick`` has picked of ``size`` elements into their places, beside zeros."""
+        if self.columns is None or picked.shape[-1] == size:
+            return picked
+        return picked.new_zeros(*picked.shape[:-1], size).index_copy(-1, self.columns, picked)
 
 
 class Compilable(Protocol):
@@ -36,7 +56,7 @@ class Compilable(Protocol):
 
     loss_modules: nn.ModuleList
 
-    def for_operator(self, tasks: TaskBatch, trains: bool) -> tuple[Executor, Program]:
+    def for_operator(self, tasks: TaskBatch, trains: bool) -> Operand:
         """Checks a batch and says what computes it; where it ``trains``, running statistics move."""
 
     def output_shape(self, theta: Tensor, x: Tensor) -> tuple[int, ...]:
@@ -86,10 +106,10 @@ def _with_autograd() -> Iterator[None]:
         yield
 
 
-def _batch(inputs: Sequence[Tensor], support_mask: Tensor | None, query_mask: Tensor | None) -> TaskBatch:
-    """Makes the batch of the inputs of ``meta_loss``, which are parameters, rates, and then its tensors."""
-    support_x, support_y, query_x, query_y = inputs[2:6]
-    return TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
+def _sets(masks: tuple[Tensor | None, Tensor | None], tensors: Sequence[Tensor]) -> Sets:
+    """Makes the support and query sets of their tensors."""
+    support_x, support_y, query_x, query_y = tensors
+    return Sets(Batch(support_x, support_y, masks[0]), Batch(query_x, query_y, masks[1]))
 
 
 def _written(program: Program) -> Tensor:
@@ -100,27 +120,30 @@ def _written(program: Program) -> Tensor:
 @torch.library.custom_op("metafast::meta_loss", mutates_args=())
 def meta_loss(
     learner: int, theta: Tensor, rates: Tensor, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor,
-    of_loss: Tensor, support_mask: Tensor | None, query_mask: Tensor | None,
+    of_loss: Sequence[Tensor], support_mask: Tensor | None, query_mask: Tensor | None,
     step_weights: Sequence[float], first_order: bool, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes an ``Evaluation``, and the number of writes to the program's constants.
 
-    ``of_loss`` are the parameters of the loss module, flat; ``trains`` says whether gradients may be asked for.
+    ``of_loss`` are the parameters of the loss modules; ``trains`` says whether gradients may be asked for.
     """
     owner = _find(learner)
     tasks = TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
-    if of_loss.numel() and not torch.equal(of_loss, _flatten_dense_tensors(list(owner.loss_modules.parameters()))):
-        raise RuntimeError(_OTHER_LOSS)
     with _with_autograd():
-        executor, program = owner.for_operator(tasks, trains)
-        found = evaluate(executor, program, _loop(step_weights, first_order), theta, rates, tasks)
-    return *(t.contiguous() for t in found), _written(program)  # type: ignore[return-value]
+        operand = owner.for_operator(tasks, trains)
+        executor, program, _ = operand
+        loop = _loop(step_weights, first_order)
+        sets = Sets(tasks.support, tasks.query)
+        with standing_in(owner.loss_modules, of_loss):
+            found = evaluate(executor, program, loop, operand.pick(theta), operand.pick(rates), sets)
+        trajectory, grads = (operand.spread(t, theta.shape[0]).contiguous() for t in found[2:])
+    return found.losses.contiguous(), found.outputs.contiguous(), trajectory, grads, _written(program)
 
 
 @meta_loss.register_fake
 def _(
     learner: int, theta: Tensor, rates: Tensor, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor,
-    of_loss: Tensor, support_mask: Tensor | None, query_mask: Tensor | None,
+    of_loss: Sequence[Tensor], support_mask: Tensor | None, query_mask: Tensor | None,
     step_weights: Sequence[float], first_order: bool, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tasks = support_x.shape[0]
@@ -140,46 +163,32 @@ def meta_loss_vjp(
 ) -> list[Tensor]:  # fmt: skip
     """Computes the adjoints of the ``inputs`` of ``meta_loss`` that are ``needed``; the others get an empty tensor."""
     owner = _find(learner)
-    tasks = _batch(inputs, support_mask, query_mask)
+    support_x, support_y, query_x, query_y = inputs[2:6]
+    tasks = TaskBatch(support_x, support_y, query_x, query_y, support_mask, query_mask)
     with _with_autograd():
-        executor, program = owner.for_operator(tasks, False)
+        operand = owner.for_operator(tasks, False)
+        executor, program, _ = operand
         if not torch.equal(written, _written(program)):
             raise RuntimeError(STATISTICS_CHANGED)
         loop = _loop(step_weights, first_order, needed[1])
         adjoints = (g_losses, g_outputs)
+        masks = support_mask, query_mask
         if any(needed[2:]):
-            grads = _recorded_vjp(owner, program, loop, inputs, tasks, adjoints, needed)
+            grads = recorded_vjp(
+                program, loop, owner.loss_modules, partial(_sets, masks), inputs, adjoints, needed, operand.pick
+            )
         else:
-            found = way_back(executor, program, loop, inputs[1], tasks, (trajectory, query_grads), adjoints)
-            grads = [*found, *(None,) * (len(inputs) - 2)]
+            kept = operand.pick(trajectory), operand.pick(query_grads)
+            with standing_in(owner.loss_modules, inputs[6:]):
+                found = way_back(
+                    executor, program, loop, operand.pick(inputs[1]), _sets(masks, inputs[2:6]), kept, adjoints
+                )
+            spread = (g if g is None else operand.spread(g, t.shape[-1]) for g, t in zip(found, inputs, strict=False))
+            grads = [*spread, *(None,) * (len(inputs) - 2)]
     return [
         t.new_empty(0) if g is None or not need else g.clone(memory_format=torch.contiguous_format)
         for t, g, need in zip(inputs, grads, needed, strict=True)
     ]
-
-
-def _recorded_vjp(
-    owner: Compilable, program: Program, loop: InnerLoop, inputs: Sequence[Tensor], tasks: TaskBatch,
-    adjoints: tuple[Tensor | None, Tensor | None], needed: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """Computes the adjoints of all inputs through plain operations."""
-    with torch.enable_grad():
-        *leaves, _ = (t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=True))
-        batch = _batch(leaves, tasks.support_mask, tasks.query_mask)
-        found = recorded(program, loop, leaves[0], leaves[1], batch)
-        pairs = [(value, g) for value, g in zip(found, adjoints, strict=True) if g is not None]
-        of_loss = list(owner.loss_modules.parameters()) if needed[-1] else []
-        trained = [p for p in of_loss if p.requires_grad]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = torch.autograd.grad(
-            [value for value, _ in pairs], [*wanted, *trained], [g for _, g in pairs], materialize_grads=True,
-            allow_unused=True,
-        )  # fmt: skip
-    by_leaf = iter(grads[: len(wanted)])
-    by_parameter = iter(grads[len(wanted) :])
-    of_inputs = [next(by_leaf) if leaf.requires_grad else None for leaf in leaves]
-    flat = [(next(by_parameter) if p.requires_grad else torch.zeros_like(p)).reshape(-1) for p in of_loss]
-    return [*of_inputs, torch.cat(flat) if flat else None]
 
 
 @meta_loss_vjp.register_fake
@@ -192,20 +201,22 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.learner, *tensors, ctx.step_weights, ctx.first_order, _ = inputs
+    ctx.learner, *tensors, of_loss, support_mask, query_mask, ctx.step_weights, ctx.first_order, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, support_mask, query_mask, *output[2:], *of_loss)
+    ctx.of_loss = [p.requires_grad for p in of_loss]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, g_losses: Tensor | None, g_outputs: Tensor | None, *_: Tensor | None) -> Any:
-    *inputs, support_mask, query_mask, trajectory, query_grads, written = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[1 : 1 + len(inputs)])
+    *inputs, support_mask, query_mask, trajectory, query_grads, written = ctx.saved_tensors[:11]
+    needed = [*ctx.needs_input_grad[1 : 1 + len(inputs)], *ctx.of_loss]
     grads = meta_loss_vjp(
-        ctx.learner, inputs, support_mask, query_mask, ctx.step_weights, ctx.first_order, trajectory, query_grads,
-        written, g_losses, g_outputs, needed,
+        ctx.learner, [*inputs, *ctx.saved_tensors[11:]], support_mask, query_mask, ctx.step_weights, ctx.first_order,
+        trajectory, query_grads, written, g_losses, g_outputs, needed,
     )  # fmt: skip
-    return None, *(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 5
+    found = [g if need else None for g, need in zip(grads, needed, strict=True)]
+    return None, *found[: len(inputs)], found[len(inputs) :], *(None,) * 5
 
 
 def _refuse_twice(ctx: Any, *grads: Any) -> Any:

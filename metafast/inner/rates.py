@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,9 @@ class Rates(nn.Module):
         like: a tensor whose dtype and device the rates get.
 
     Attributes:
+        axes: what the rates are told apart by.
+        learn: whether they are meta-parameters.
+        places: the parameters that there are rates for, by name.
         value: the rates ``[1 or S, 1 or layers or P]``, a parameter where they are learned.
         index: int64 ``[P]``, the layer of each element, where there is a rate for each layer; else ``None``.
     """
@@ -74,6 +78,8 @@ class Rates(nn.Module):
 
     def __init__(self, rate: Rate, parameters: Sequence[Parameter], steps: int, like: Tensor) -> None:
         super().__init__()
+        self.axes, self.learn = frozenset(rate.axes), rate.learn
+        self.places = {p.name: p for p in parameters}
         layers = [p.name.rpartition(".")[0] for p in parameters]
         names = list(dict.fromkeys(layers))
         index = None
@@ -86,12 +92,49 @@ class Rates(nn.Module):
         elif "parameter" in rate.axes:
             width = sum(p.size for p in parameters)
         self.register_buffer("index", index, persistent=False)
-        shape = (steps if "step" in rate.axes else 1, width)
-        value = torch.empty(shape, dtype=like.dtype).uniform_(*rate.span).to(like.device)
+        shape = (steps if self.by_step else 1, width)
+        value = _drawn(rate, shape, like)
         if rate.learn:
             self.value = nn.Parameter(value)
         else:
             self.register_buffer("value", value)
+
+    def of(self, parameters: Sequence[Parameter]) -> Tensor:
+        """Returns the rates ``[1 or S, 1 or P]`` of some of the parameters, one after another."""
+        rates: Tensor = self()
+        if rates.shape[1] == 1 or len(parameters) == len(self.places):
+            return rates
+        places = [self.places[p.name] for p in parameters]
+        return torch.cat([rates[:, p.offset : p.offset + p.size] for p in places], 1)
+
+    def check(self, parameters: Sequence[Parameter]) -> None:
+        """Raises ValueError where there is a rate for each layer or parameter, and the model has others by now."""
+        now, then = ({(p.name, p.shape) for p in found} for found in (parameters, self.places.values()))
+        if now != then and self.axes - {"step"}:
+            raise ValueError(
+                f"the model's parameters {sorted(name for name, _ in now ^ then)} are not those that there are inner "
+                f"rates for, per={sorted(self.axes)}; make a new learner of the model as it is now"
+            )
+
+    @torch.no_grad()
+    def start_from(self, rate: Rate) -> None:
+        """Writes the values of ``rate`` into the rates that are there, so that an optimiser still holds them.
+
+        Raises:
+            ValueError: ``rate`` is told apart by something else, or is to be learned where these are not.
+        """
+        if rate.axes != self.axes or rate.learn != self.learn:
+            raise ValueError(
+                f"lr={rate}: the rates of this learner are told apart by {sorted(self.axes) or 'nothing'} and are "
+                f"{'' if self.learn else 'not '}learned, and optimisers and checkpoints hold them; make a new learner, "
+                "or set lr to a number, which goes into all of them"
+            )
+        self.value.copy_(_drawn(rate, tuple(self.value.shape), self.value))
+
+    @property
+    def by_step(self) -> bool:
+        """Says whether there is a rate for each inner step."""
+        return "step" in self.axes
 
     @property
     def fixed(self) -> Tensor | None:
@@ -100,6 +143,15 @@ class Rates(nn.Module):
         It is ``None`` where :meth:`forward` computes a new tensor each time.
         """
         return self.value if self.index is None else None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *further: Any) -> None:
+        saved = state_dict.get(prefix + "value")
+        if isinstance(saved, Tensor) and saved.shape != self.value.shape:
+            further[-1].append(
+                f"the saved inner rates are {list(saved.shape)} and those of this learner {list(self.value.shape)}: [1 "
+                "or S, 1 or layers or P]. They belong to another number of steps, another per=, or another model"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *further)
 
     def forward(self) -> Tensor:
         """Returns the rates ``[1 or S, 1 or P]``."""
@@ -111,3 +163,8 @@ class Rates(nn.Module):
         # another; a million of them need more than float32.
         each = self.value.double().gather(1, self.index.expand(self.value.shape[0], -1))
         return each.to(self.value.dtype)
+
+
+def _drawn(rate: Rate, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Draws the initial values of rates; where ``rate`` has one value, each is that."""
+    return torch.empty(shape, dtype=like.dtype).uniform_(*rate.span).to(like.device)

@@ -15,6 +15,15 @@ from metafast.kernels.batch_norm import MODES
 BatchNormMode: TypeAlias = str | Mapping[str, str] | None
 """A mode for every batch norm, or one by the name of a module; ``None`` leaves it to each module's own mode."""
 
+STATISTICS = {
+    "task": "task: the statistics of each pass over a task's own support or query samples, in training and test",
+    "per_step": "per_step: the statistics of each pass over a task's own support or query samples, in training and "
+    "test, with a scale and a shift for each inner step",
+    "frozen": "frozen: the model's running statistics, which stay as they were",
+    "running": "running: the model's running statistics, which training moves",
+}
+"""What each mode means, in words."""
+
 
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
     """Returns the batch norms of ``model`` by name; one that is used under two names counts once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,9 +48,11 @@ class CaptureSettings:
 class Captures:
     """Captures ``model`` for each kind of samples.
 
+    Under other settings, or when the module has changed, there are new ``Captures``. A copy has captured nothing yet.
+
     Attributes:
         model: the module.
-        settings: returns the settings of now.
+        settings: how it is captured.
         trained: whether each batch norm was in training when the learner last was, by name: a learner in evaluation
             keeps to that.
         second_look: whether each Program is compared with the module; what compares more does without.
@@ -59,7 +61,7 @@ class Captures:
     """
 
     model: nn.Module
-    settings: Callable[[], CaptureSettings]
+    settings: CaptureSettings
     trained: dict[str, bool] = field(default_factory=dict)
     second_look: bool = True
     recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
@@ -87,7 +89,7 @@ class Captures:
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:
         """Keeps a call of the model from moving running statistics, where ``bn`` says what becomes of them."""
-        given = self.settings().bn is not None
+        given = self.settings.bn is not None
         with in_modes(self.model, dict.fromkeys(norms_of(self.model), "frozen") if given else {}):
             yield
 
@@ -107,10 +109,9 @@ class Captures:
         key = _kind(x)
         found = self.recordings.get(key)
         if found is None:
-            settings = self.settings()
-            ignored = statistics_of(self.model) if settings.bn is not None else []
+            ignored = statistics_of(self.model) if self.settings.bn is not None else []
             with in_modes(self.model, self.modes()):
-                found = record(self.model, tree_map(lambda leaf: leaf[0], x), settings.output, ignored)
+                found = record(self.model, first_task(x), self.settings.output, ignored)
             self.recordings[key] = found
             while len(self.recordings) > _KINDS:
                 self.recordings.popitem(last=False)
@@ -118,16 +119,14 @@ class Captures:
 
     def modes(self) -> dict[str, str]:
         """Returns the mode of each batch norm by name."""
-        return modes_of(self.model, self.settings().bn, self.trained)
+        return modes_of(self.model, self.settings.bn, self.trained)
 
     def stale(self) -> bool:
         """Says whether a number has changed that some recording has read of a buffer."""
         return any(recording.guards and recording.stale() for recording in self.recordings.values())
 
-    def forget(self) -> None:
-        """Drops everything captured, because the module has changed."""
-        self.recordings.clear()
-        self.programs.clear()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recordings": OrderedDict(), "programs": {}}
 
     def _names(self, *recordings: Recording) -> tuple[str, ...]:
         """Lists the parameters that any of the recordings uses, in the model's order."""
@@ -138,7 +137,7 @@ class Captures:
         """Returns the Program of a recording; where another one computes the same, that one."""
         key = (_kind(x), names)
         if key not in self.programs:
-            settings = self.settings()
+            settings = self.settings
             shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
             layout = Layout(names, shapes, settings.adapt, settings.steps)
             made = program_of(self.model, recording, settings.loss, layout, self.modes())

@@ -43,7 +43,7 @@ def run_module(captures: Captures, x: Any, seeds: Tensor | None, coarse: bool = 
     """Runs the model itself on one task's samples, and differentiates its outputs."""
     model = captures.model
     with in_modes(model, captures.modes()), unchanged(model), torch.enable_grad(), given_numbers(seeds):
-        outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings().output, model)
+        outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings.output, model)
         return truth_of(outputs, dict(model.named_parameters()), x, coarse, seeds)
 
 
@@ -79,7 +79,7 @@ def _in_double(leaf: Tensor) -> Tensor:
 
 def _first(captures: Captures, program: Program, theta: Tensor, truth: Truth, x: Any) -> str:
     """Names the first operation that differs."""
-    recording, settings = captures.recording(x), captures.settings()
+    recording, settings = captures.recording(x), captures.settings
     shapes = {name: tuple(p.shape) for name, p in captures.model.named_parameters()}
     layout = Layout(tuple(p.name for p in program.parameters), shapes, settings.adapt, settings.steps)
     return first_difference(program, theta, truth, recording, node_values(recording, layout, captures.modes()))

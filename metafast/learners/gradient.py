@@ -4,123 +4,51 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
-from metafast.executors import Choice, Executor, check_backend, check_precision, choose, name_of
+from metafast.executors import Choice, Executor, choose, name_of
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded_adapt
-from metafast.learners.adapted_parameters import resolve_names
+from metafast.inner.transforms import plain
+from metafast.learners.adapted import Adapted
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
-from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of, norms_of
+from metafast.learners.batch_norm import STATISTICS, BatchNormMode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task, has_own_derivatives
 from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
 from metafast.learners.double_check import double_check
+from metafast.learners.explanation import explained
+from metafast.learners.known_batch import KnownBatch
+from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import Outside
-from metafast.learners.seeds import drawn_seeds, with_seeds
-from metafast.learners.within_torch import WithinTorch
-from metafast.program import Parameter, Program
+from metafast.learners.seeds import with_seeds
+from metafast.learners.settings import SettledLearner, check_whole
+from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.program.losses import LossLike, as_loss
+from metafast.program.losses import LossLike
 from metafast.program.noise import given_numbers
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
-from metafast.tasks import Batch, TaskBatch, TaskShapes, as_samples, parts_of
+from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered."""
-_STATISTICS = {
-    "task": "task: the statistics of each pass over a task's own support or query samples, in training and test",
-    "per_step": "per_step: the statistics of each pass over a task's own support or query samples, in training and "
-    "test, with a scale and a shift for each inner step",
-    "frozen": "frozen: the model's running statistics, which stay as they were",
-    "running": "running: the model's running statistics, which training moves",
-}
+_MADE_AGAIN = ("_known", "_latest", "_snapshot", "_model_snapshot", "_fixed_rate")
+"""What a copy of a learner does not take over."""
+_UNSEEN = "no batch has been seen yet, or none since a setting has changed"
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """Holds T adapted models: their ``parameters [T, P]``, and the shape of each tensor of a ``sample``."""
-
-    captures: Captures
-    program: Program
-    choice: Choice
-    parameters: Tensor
-    step: int
-    sample: tuple[tuple[int, ...], ...]
-
-    @in_own_dtype
-    def __call__(self, x: Tensor) -> Tensor:
-        """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
-
-        Raises:
-            ValueError: another number of tasks, or samples of another shape.
-            TypeError: ``x`` is of another dtype, or on another device.
-        """
-        theta, x = self.parameters, as_samples(x)
-        sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
-        if x.dim() < 2 or x.shape[0] != theta.shape[0] or sample != self.sample:
-            given, wanted = (
-                ", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample)
-            )
-            raise ValueError(
-                f"x has shape {given}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
-                f"T = {theta.shape[0]} and samples of shape {wanted}"
-            )
-        if (x.is_floating_point() and x.dtype != theta.dtype) or x.device != theta.device:
-            raise TypeError(
-                f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
-                f"x.to({str(theta.device)!r}, {theta.dtype})"
-            )
-        program = self.captures.extended(self.program, x)
-        seeds = drawn_seeds(program, len(theta), theta.device)
-        return self.choice.executor.predict(
-            program, self.parameters, x.contiguous(), self.step, None if seeds is None else seeds[:, 1]
-        )
-
-    def state_dict(self, task: int) -> dict[str, Tensor]:
-        """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.
-
-        Raises:
-            IndexError: there is no such task.
-        """
-        if not 0 <= task < self.parameters.shape[0]:
-            raise IndexError(f"task={task}: the adapted models are numbered 0..{self.parameters.shape[0] - 1}")
-        tensors = self.program.unflatten(self.parameters[task])
-        return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
-
-
-class KnownBatch(NamedTuple):
-    """Holds what is known of one kind of batch since the first of it was seen.
-
-    ``parameters`` are those of the model in the order of ``program``. ``output`` is the shape of a sample's output;
-    ``checks_targets`` says whether the values of the targets are looked at in every batch, ``leaves_traces`` whether a
-    call of the model changes its buffers or attributes, ``tracks_statistics`` whether there is a ``"running"`` norm.
-    ``is_recorded`` says that autograd records the inner loop, because a ``torch.autograd.Function`` of the model has a
-    derivative that only autograd can differentiate.
-    """
-
-    program: Program
-    parameters: list[Tensor]
-    is_recorded: bool
-    leaves_traces: bool
-    tracks_statistics: bool
-    choice: Choice
-    output: tuple[int, ...]
-    checks_targets: bool
-
-
-class GradientLearner(WithinTorch):
+class GradientLearner(SettledLearner):
     """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
-    learned; torch optimisers do the outer step.
+    learned; torch optimisers do the outer step. Every argument but ``model`` is an attribute too, which may be set at
+    any time: it takes effect with the next batch, or says why it cannot.
 
     Args:
         model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
@@ -145,6 +73,8 @@ class GradientLearner(WithinTorch):
     inner_optimizers: ClassVar[tuple[str, ...]] = ("sgd",)
     """The inner optimisers that a recipe may ask for."""
 
+    _fixed_rate: Tensor | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -162,26 +92,17 @@ class GradientLearner(WithinTorch):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 1")
         check_initialised(model)
-        check_mode(model, bn)
-        check_backend(backend)
-        check_precision(precision)
-        self.model, self.steps, self.backend, self.precision = model, steps, backend, precision
-        self.loss, self.bn, self.output = as_loss(loss), bn, output
-        self.query_loss = None if query_loss is None else as_loss(query_loss)
+        self.model = model
+        self.steps, self.backend, self.precision = steps, backend, precision
+        self.loss, self.query_loss, self.bn, self.output = loss, query_loss, bn, output
         self._set_losses(self.loss, self.query_loss)
-        self._adapt = None if adapt is None else frozenset(resolve_names(model, adapt))
-        self._trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-        self.captures = Captures(model, self._capture_settings)
-        self.captures.trained = {name: norm.training for name, norm in norms_of(model).items()}
-        self.rows = self._rows_per_step()
-        self.rate = Rates(lr if isinstance(lr, Rate) else Rate(lr), self._layout(), steps, next(model.parameters()))
-        self._parameter_count = len(list(model.parameters()))
-        self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
-        self._latest: KnownBatch | None = None
-        self._look()
+        self._move(adapt)
+        self.rows = rows_per_step(model, bn, steps)
+        rate = lr if isinstance(lr, Rate) else Rate(lr)
+        self.rate = Rates(rate, layout_of(model, self.rows), steps, next(model.parameters()))
+        self.captures = self._new_captures({name: norm.training for name, norm in norms_of(model).items()})
+        self._start()
 
     @classmethod
     def from_recipe(cls, recipe: LearnerRecipe, model: nn.Module, backend: str) -> GradientLearner:
@@ -213,7 +134,7 @@ class GradientLearner(WithinTorch):
         if super().batch_norm() is None:
             return None
         modes = dict.fromkeys(modes_of(self.model, self.bn, self.captures.trained).values())
-        return "; ".join(_STATISTICS[mode] for mode in modes)
+        return "; ".join(STATISTICS[mode] for mode in modes)
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
         """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
@@ -240,37 +161,25 @@ class GradientLearner(WithinTorch):
         choice = self._choice_for(tasks, judged=False)
         tasks = with_seeds(self.program, tasks)
         steps = self.steps if steps is None else steps
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, at least 0")
+        check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
-        return Adapted(
-            self.captures,
-            self.program,
-            choice,
-            theta,
-            steps,
-            tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x)),
-        )
-
-    @property
-    def adapted_names(self) -> frozenset[str]:
-        """The names of the parameters that the inner loop moves."""
-        return self._trained if self._adapt is None else self._adapt
+        sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x))
+        return Adapted(self.captures, self.program, choice.executor, theta, steps, sample)
 
     @property
     def program(self) -> Program:
         """The Program of the latest batch.
 
         Raises:
-            RuntimeError: no batch has been seen yet.
+            RuntimeError: no batch has been seen yet, or none since a setting has changed.
         """
         return self._now.program
 
     @property
     def _now(self) -> KnownBatch:
         if self._latest is None:
-            raise RuntimeError("no batch has been seen yet; a model is captured with its first one")
+            raise RuntimeError(f"{_UNSEEN}; a model is captured with the next one")
         return self._latest
 
     @property
@@ -282,25 +191,13 @@ class GradientLearner(WithinTorch):
         """Says which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
             self._follow_changes()
-            choice = self._choose(self.captures.of_samples(x), TaskShapes.of_samples(x))
+            program = self.captures.of_samples(x)
+            choice = self._choose(program, TaskShapes.of_samples(x))
         elif self._latest is not None:
-            choice = self._latest.choice
+            program, choice = self._latest.program, self._latest.choice
         else:
-            return "no batch has been seen yet; call explain(support_x)"
-        hows, memory = choice.plan.layers(), choice.plan.memory()
-        width = max(len(n.name) for n in self.program.nodes)
-        sizes = [sum(self.program.parameters[k].size for k in n.params) for n in self.program.nodes]
-        lines = [f"executor: {choice.executor.name} (backend={name_of(self.backend)!r})"]
-        lines += [f"  passed over {name}: {reason}" for name, reason in choice.passed_over]
-        for node, size, how in zip(self.program.nodes, sizes, hows, strict=True):
-            label = getattr(node.layer, "label", node.layer.kind)
-            lines.append(f"  {node.name:<{width}}  {label:<20} {size:>9,} parameters  {how}")
-        moved = sum(p.size for p in self.program.parameters if p.adapted)
-        loss, of_query = self.program.loss.label, self.program.query.loss.label
-        loss += "" if self.query_loss is None else f", {of_query} on query sets"
-        lines.append(f"  loss: {loss}; {moved:,} of {self.program.size:,} parameters are adapted")
-        lines += [] if memory is None else [f"  memory of a meta-gradient: {memory}"]
-        return "\n".join(lines)
+            return f"{_UNSEEN}; call explain(support_x)"
+        return explained(program, choice, name_of(self.backend))
 
     def prepare(self, tasks: TaskBatch) -> None:
         """Captures and checks the model for batches like ``tasks``, which otherwise the first of them waits for.
@@ -329,82 +226,81 @@ class GradientLearner(WithinTorch):
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
-    def _capture_settings(self) -> CaptureSettings:
+    def _new_captures(self, trained: dict[str, bool], second_look: bool = True) -> Captures:
         losses = self.loss, self.query_loss
-        return CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
+        settings = CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
+        return Captures(self.model, settings, trained, second_look)
+
+    def _start(self) -> None:
+        """Makes what a learner remembers of batches, of which it has seen none."""
+        self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
+        self._latest: KnownBatch | None = None
+        self._swapped = False
+        self._look()
+
+    def _plan_again(self) -> None:
+        if self._sealed:
+            self._start()
+
+    def _capture_again(self) -> None:
+        if self._sealed:
+            trained = self.captures.trained
+            if self.training:
+                trained = {name: norm.training for name, norm in norms_of(self.model).items()}
+            self.__dict__["captures"] = self._new_captures(trained, self.captures.second_look)
+            self._start()
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
-        stale = self.captures.stale()
-        if not stale and not self._snapshot.changed():
+        if not self._snapshot.changed() and not self.captures.stale():
+            if self._swapped:
+                self._refresh_sources(swapped=False)
             return
-        if not stale and self._snapshot.only_values_changed():
-            self._refresh_sources()
-            self._look()
+        if self._snapshot.only_values_changed() and not self.captures.stale():
+            self._refresh_sources(swapped=True)
             return
-        if self.training:
-            self.captures.trained = {name: norm.training for name, norm in norms_of(self.model).items()}
-        self.captures.forget()
-        self._known.clear()
-        self._look()
+        same = self.captures.model is self.model and not self._model_snapshot.changed() and not self.captures.stale()
+        if same:  # rates or rows are others
+            self._start()
+        else:
+            self._capture_again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is made again: a copy has seen no batch."""
+        return {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
 
     def _look(self) -> None:
         """Takes note of how the module is now."""
-        named = list(self.model.named_parameters())
-        if all(isinstance(p, nn.Parameter) for _, p in named):  # others stand in their places for one call only
-            self._trained = frozenset(name for name, p in named if p.requires_grad)
         assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
-        self._fixed_rate, self._snapshot = self.rate.fixed, ModuleSnapshot(self, owner=self, ignored=assigned)
+        self.__dict__["_fixed_rate"] = self.rate.fixed  # else nn.Module would take it for a parameter of its own
+        self._model_snapshot = ModuleSnapshot(self.model, ignored=assigned)
+        self._snapshot = ModuleSnapshot(self, owner=self, ignored=assigned)
+
+    def _refresh_sources(self, swapped: bool) -> None:
+        """Looks up the parameters again: where they are ``swapped``, others stand in their places for a while."""
+        self._swapped, self.__dict__["_fixed_rate"] = swapped, self.rate.fixed
+        for known in self._known.values():
+            known.parameters[:] = self.parameters_of(known.program)
 
     def inner_rates(self, program: Program | None = None) -> Tensor:
-        """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``."""
-        with torch.enable_grad():  # so that they are tied to the learned ones whether or not autograd is on
-            rates = self.rate() if self._fixed_rate is None else self._fixed_rate
-        if rates.shape[1] == 1:
+        """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``.
+
+        Learned ones are tied to the result whether or not autograd is on.
+        """
+        rates = self._fixed_rate
+        if rates is not None and rates.shape[1] == 1:
             return rates
-        program = program or self.program
-        return rates if len(program.parameters) == self._parameter_count else self._columns(rates, program)
-
-    def _columns(self, rates: Tensor, program: Program) -> Tensor:
-        """Picks from rates for all parameters of the model those of the parameters that ``program`` uses."""
-        used = {p.name for p in program.parameters}
-        parts = [rates[:, p.offset : p.offset + p.size] for p in self._layout() if p.name in used]
-        return torch.cat(parts, 1)
-
-    def _refresh_sources(self) -> None:
-        for key, known in self._known.items():
-            self._known[key] = known._replace(parameters=self.parameters_of(known.program))
-        if self._latest is not None:
-            self._latest = self._latest._replace(parameters=self.parameters_of(self._latest.program))
-
-    def meta_parameters(self) -> list[tuple[str, Tensor]]:
-        """Lists the meta-parameters of the model, used or not, with their names; some have a row for each step."""
-        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
-        return [(name, rows.get(name, p)) for name, p in self.model.named_parameters()]
+        with torch.enable_grad():
+            return self.rate.of((program or self.program).parameters)
 
     def parameters_of(self, program: Program) -> list[Tensor]:
         """Lists the meta-parameters of the model in the order of ``program``."""
-        named = dict(self.meta_parameters())
+        named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
         return [named[p.name] for p in program.parameters]
-
-    def _rows_per_step(self) -> nn.ParameterDict:
-        """Makes gamma and beta of ``per_step`` batch norm, with a row for each inner step, started from the model's."""
-        rows = nn.ParameterDict()
-        modes = modes_of(self.model, self.bn, {})
-        for name, norm in norms_of(self.model).items():
-            for own, parameter in norm.named_parameters(prefix=name, recurse=False):
-                if modes[name] == "per_step":
-                    shape = (self.steps + 1, *parameter.shape)
-                    rows[own.replace(".", "/")] = nn.Parameter(parameter.detach().expand(shape).clone())
-        return rows
-
-    def _layout(self) -> list[Parameter]:
-        """Lists all parameters of the model as a Program that used each of them would have them."""
-        found: list[Parameter] = []
-        for name, parameter in self.meta_parameters():
-            offset = found[-1].offset + found[-1].size if found else 0
-            found.append(Parameter(name, tuple(parameter.shape), offset, name in self.adapted_names))
-        return found
 
     def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
         """Checks a batch against the model and chooses the executor, once for each kind of batch.
@@ -417,14 +313,11 @@ class GradientLearner(WithinTorch):
         key = (*self._kind(tasks), judged)
         known = self._known.get(key)
         if known is None:
-            with self._plainly(tasks) as batch:
-                self._latest = self._known[key] = self._examine(batch)
-            known = self._known[key]
-            try:
-                self._check_targets(known, tasks, judged)
-            except Exception:
-                del self._known[key]  # the next batch of this kind is checked as the first one
-                raise
+            with self._as_it_was(tasks) as batch:
+                known = self._latest = self._examine(batch)
+            known.parameters[:] = self.parameters_of(known.program)
+            self._check_targets(known, tasks, judged)
+            self._known[key] = known
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
         elif known.checks_targets:
@@ -443,6 +336,7 @@ class GradientLearner(WithinTorch):
     def _examine(self, tasks: TaskBatch) -> KnownBatch:
         """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
+        self.rate.check(layout_of(self.model, self.rows))
         program = self.captures.of(tasks)
         parameters = self.parameters_of(program)
         theta = _flatten_dense_tensors(parameters).detach()
@@ -458,7 +352,8 @@ class GradientLearner(WithinTorch):
         looks = reads and tasks.support_x.device.type == "cpu"
         leaves_traces = self.captures.recording(tasks.support_x).changes_module
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
-        self._look()
+        if not self._swapped:
+            self._look()
         recorded = has_own_derivatives(program)
         return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
 
@@ -493,7 +388,8 @@ class GradientLearner(WithinTorch):
         if self._now.tracks_statistics:
             predict = self._now.choice.executor.predict
             with self._plainly(tasks) as batch:
-                track(self.program, predict, self.flat_parameters().detach(), batch.support)
+                theta = _flatten_dense_tensors([plain(p) for p in self._sources])
+                track(self.program, predict, theta.detach(), batch.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from metafast.inner.autocast import in_own_dtype
-from metafast.inner.autograd import MetaLoss, parts
+from metafast.inner.autograd import MetaLoss, flattened
 from metafast.inner.rates import Rate
-from metafast.inner.recorded import recorded
+from metafast.inner.recorded import Sets, recorded
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.gradient import GradientLearner
@@ -31,9 +31,9 @@ class MAML(GradientLearner):
     Its recipes move no parameter of a batch norm, as the MAML papers do.
 
     Args:
-        first_order: drop the Hessian terms (FOMAML). May be changed at any time.
-        step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step. May be changed at any time.
-        **options: ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        first_order: drop the Hessian terms (FOMAML).
+        step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step.
+        **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
 
@@ -61,13 +61,33 @@ class MAML(GradientLearner):
         return {"adapt": without_batch_norm(model)}
 
     @property
+    def first_order(self) -> bool:
+        """Whether the Hessian terms are dropped."""
+        return self._first_order
+
+    @first_order.setter
+    def first_order(self, first_order: bool) -> None:
+        if not isinstance(first_order, bool):
+            raise TypeError(f"first_order={first_order!r}: give True, which drops the Hessian terms, or False")
+        self._first_order = first_order
+
+    @property
     def step_weights(self) -> list[float]:
         """They are the weights of the query losses after steps ``0..S``; assign ``w_1 .. w_S`` to change them."""
         return list(self._weights)
 
     @step_weights.setter
     def step_weights(self, weights: Iterable[float] | None) -> None:
-        self._weights = tuple(finite_weights(weights, self.steps))
+        self._weights, self._judged_last = tuple(finite_weights(weights, self.steps)), weights is None
+
+    def _made_for_steps(self) -> list[tuple[str, str]]:
+        found = super()._made_for_steps()
+        if not self._judged_last:
+            found.append(("there are step_weights", "set learner.step_weights = None first"))
+        return found
+
+    def _follow_steps(self) -> None:
+        self.step_weights = None
 
     def schedule(self, iteration: int, iterations: int) -> tuple[object, ...]:
         """Changes nothing; a recording holds the weights of the query losses and the order of differentiation."""
@@ -85,7 +105,7 @@ class MAML(GradientLearner):
             TypeError, ValueError: the batch does not fit the model.
         """
         if torch.compiler.is_compiling():
-            return self._compiled(tasks, self.rate(), self._weights, self.first_order, create_graph)
+            return self._compiled(tasks, self._weights, self.first_order, create_graph)
         choice = self._choice_for(tasks)
         tasks = with_seeds(self.program, tasks)
         if torch.is_grad_enabled():
@@ -94,11 +114,16 @@ class MAML(GradientLearner):
         if outside.own and not torch.is_grad_enabled():
             with torch.enable_grad():  # the first step differentiates the loss in these parameters
                 return self._recorded(tasks, outside).detach()
-        if create_graph or outside.own or (torch.is_grad_enabled() and (outside.names or self._now.is_recorded)):
+        must = outside.must_be_recorded() or self._now.is_recorded
+        if create_graph or outside.own or (torch.is_grad_enabled() and must):
             out = self._recorded(tasks, outside)
         else:
             theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
-            losses, outputs, *_ = MetaLoss.apply(theta, rate, choice.executor, program, self.loop, *parts(tasks))
+            spec, tensors = flattened(tasks)
+            losses, outputs, *_ = MetaLoss.apply(
+                theta, rate, choice.executor, program, self.loop, spec, self.loss_modules, *tensors,
+                *self.loss_modules.parameters(),
+            )  # fmt: skip
             out = LearnerOutput(losses, outputs)
         if torch.is_grad_enabled():
             self._leave_traces(tasks)
@@ -106,7 +131,9 @@ class MAML(GradientLearner):
 
     def _recorded(self, tasks: TaskBatch, outside: Outside) -> LearnerOutput:
         theta, rate = self.flat_parameters(), self.inner_rates()
-        return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, tasks, outside.own))
+        sets = Sets(tasks.support, tasks.query)
+        with self._recording():
+            return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, sets, outside.own))
 
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
@@ -147,6 +174,8 @@ def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:
         values = [float(w) for w in weights]
     except (TypeError, ValueError):
         values = []
+    if len(values) == steps + 1 and values[0] == 0:
+        del values[0]  # as a learner tells them
     if len(values) != steps or not all(math.isfinite(w) for w in values) or not any(values):
         raise ValueError(
             f"step_weights={weights!r}: give {steps} finite numbers, not all zero, one for the query loss after each "

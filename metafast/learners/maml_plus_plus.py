@@ -9,7 +9,9 @@ from torch import nn
 
 from metafast.inner.rates import Rate
 from metafast.learners.adapted_parameters import without_batch_norm
+from metafast.learners.batch_norm import BatchNormMode
 from metafast.learners.maml import MAML
+from metafast.learners.settings import check_whole
 from metafast.program.losses import LossLike
 
 # A training is divided into this many epochs (Antoniou et al. 2019).
@@ -29,7 +31,7 @@ class MAMLPlusPlus(MAML):
         **options: those of :class:`MAML`.
 
     Raises:
-        ValueError: ``multi_step_epochs`` is below 1.
+        ValueError: ``multi_step_epochs`` is below 1, or ``second_order_from`` below 0.
     """
 
     name = "maml++"
@@ -48,19 +50,44 @@ class MAMLPlusPlus(MAML):
         model: nn.Module,
         *,
         loss: LossLike,
-        lr: float = 0.1,
+        lr: float | tuple[float, float] = 0.1,
         steps: int = 5,
         multi_step_epochs: int = 10,
         second_order_from: int = 0,
-        bn: str = "per_step",
+        bn: BatchNormMode = "per_step",
         adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
         **options: Any,
     ) -> None:
         moved = without_batch_norm(model) if adapt is None else adapt
         rate = Rate(lr, ("layer", "step"), learn=True)
         super().__init__(model, loss=loss, lr=rate, steps=steps, bn=bn, adapt=moved, **options)
-        self.multi_step_epochs, self.second_order_from = multi_step_epochs, second_order_from
-        self.at_epoch(0)
+        self._epoch = 0
+        self._set_epochs(multi_step_epochs, second_order_from)
+
+    @property
+    def multi_step_epochs(self) -> int:
+        """Epochs until the loss weights have settled on the last step."""
+        return self._multi_step_epochs
+
+    @multi_step_epochs.setter
+    def multi_step_epochs(self, epochs: int) -> None:
+        self._set_epochs(epochs, self.second_order_from)
+
+    @property
+    def second_order_from(self) -> int:
+        """The epoch from which second-order gradients are used."""
+        return self._second_order_from
+
+    @second_order_from.setter
+    def second_order_from(self, epoch: int) -> None:
+        self._set_epochs(self.multi_step_epochs, epoch)
+
+    def _set_epochs(self, multi_step: int, second_order: int) -> None:
+        """Sets both, and what follows from them for the epoch of now."""
+        check_whole("multi_step_epochs", multi_step, 1, "the epochs in which the loss weights fade are counted from 1")
+        check_whole("second_order_from", second_order, 0, "epochs are whole numbers")
+        self._multi_step_epochs, self._second_order_from = multi_step, second_order
+        self.at_epoch(self._epoch)
 
     def schedule(self, iteration: int, iterations: int) -> tuple[object, ...]:
         """Goes to the iteration's epoch, of the ``EPOCHS`` that a training has."""
@@ -71,6 +98,7 @@ class MAMLPlusPlus(MAML):
         """Sets the loss weights and the order of differentiation for an epoch, counted from 0."""
         self.step_weights = multi_step_weights(epoch, self.steps, self.multi_step_epochs)
         self.first_order = epoch < self.second_order_from
+        self._epoch = epoch
 
 
 def multi_step_weights(epoch: int, steps: int, horizon: int) -> list[float]:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import argparse
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from operator import is_
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.Size)
+"""Values that cannot change and still be themselves; equal ones are the same."""
+_OF_ANY_MODULE = frozenset(nn.Module().__dict__)
+"""The attributes of every module, which torch itself keeps; what they hold is looked at one by one."""
+_FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
+"""Packages whose objects are taken to be the same inside as long as they are the same."""
+_LEAVES = 1000
+"""The most values inside of one attribute that are looked at."""
+_DEPTH = 6
+"""How deep into an attribute is looked."""
 
 
 class ModuleSnapshot:
     """Holds the parameters, buffers, sub-modules, modes, hooks and attributes of ``module`` at one moment.
 
-    Parameters are looked at for whether they require a gradient, and attributes for being the same object or equal.
-    Lists, tuples, dicts and sets of plain values are copied, so that a change inside of them is noticed too.
+    Parameters are looked at for whether they require a gradient, and attributes, those of its classes too, for being
+    equal where they are plain values and the same object where not. Lists, dicts, sets, dataclasses, namespaces and
+    other objects of the user's are looked into, as far as they hold no more than some hundred values.
 
     Args:
         module: the module to look at, with all that it consists of.
@@ -36,41 +55,25 @@ class ModuleSnapshot:
             for m in modules
             for registry in (m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks)
         ]
+        self._registries += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self._sizes = [len(registry) for registry in self._registries]
         self._homes: list[dict[Any, Any]] = [registry for registry in self._registries for _ in registry]
         self._names = [name for registry in self._registries for name in registry]
         self._items = [item for registry in self._registries for item in registry.values()]
         self._of_parameters = {id(m._parameters) for m in modules}
-        self._attributes = [m.__dict__ for m in modules if m is not owner]
+        others = [m for m in modules if m is not owner]
+        self._others, self._types = others, [type(m) for m in others]
+        self._attributes = [*(m.__dict__ for m in others), *_classes(self._types)]
         self._left_out = [{name for home, name in ignored if home == id(home_)} for home_ in self._attributes]
+        pairs = [*zip(self._attributes, self._left_out, strict=True)]
         self._values = [
-            tuple(map(_kept, _values(home, left_out)))
-            for home, left_out in zip(self._attributes, self._left_out, strict=True)
+            tuple(_kept(name, value) for name, value in home.items() if name not in out) for home, out in pairs
         ]
-
-    def only_values_changed(self) -> bool:
-        """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
-
-        That is what ``torch.func.functional_call`` does to a module for the time of a call.
-        """
-        replaced = 0
-        for home, name, item in zip(self._homes, self._names, self._items, strict=True):
-            other = home.get(name)
-            if other is item:
-                continue
-            replaced += 1
-            if id(home) not in self._of_parameters or not isinstance(other, Tensor) or not isinstance(item, Tensor):
-                return False
-            if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
-                return False
-        same_sizes = [len(registry) for registry in self._registries] == self._sizes
-        return replaced > 0 and same_sizes and self._attributes_are_equal()
-
-    def _attributes_are_equal(self) -> bool:
-        try:
-            return [*map(_values, self._attributes, self._left_out)] == self._values
-        except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
-            return False
+        inside = {id(v): v for home, out in pairs for name, v in home.items() if name not in {*out, *_OF_ANY_MODULE}}
+        inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
+        self._copies = [(value, deepcopy(value)) for value in inside.values() if _is_plain(value)]
+        images = [(value, _image(value)) for value in inside.values() if not _is_plain(value)]
+        self._images = [(value, image) for value, image in images if type(image) is not _Itself]
 
     def changed(self) -> bool:
         """Says whether anything has been replaced, added or taken away, switched or set to another value."""
@@ -79,30 +82,138 @@ class ModuleSnapshot:
             all(map(is_, items, self._items))
             and [len(registry) for registry in self._registries] == self._sizes
             and [p.requires_grad for p in self.parameters] == self._trained
+            and [*map(type, self._others)] == self._types
         ):
             return True
-        return not self._attributes_are_equal()
+        return self._attributes_changed()
+
+    def only_values_changed(self) -> bool:
+        """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
+
+        That is what ``torch.func.functional_call`` does to a module for the time of a call.
+        """
+        swapped = False
+        for home, name, item in zip(self._homes, self._names, self._items, strict=True):
+            other = home.get(name)
+            if other is item:
+                continue
+            if id(home) not in self._of_parameters or not isinstance(other, Tensor) or not isinstance(item, Tensor):
+                return False
+            if isinstance(other, nn.Parameter):  # which is there to stay
+                return False
+            if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
+                return False
+            swapped = True
+        sizes = [len(registry) for registry in self._registries]
+        same = sizes == self._sizes and [*map(type, self._others)] == self._types
+        return swapped and same and not self._attributes_changed()
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Puts the parameters back that others stand in for, for as long as the context lasts."""
+        swapped = [
+            (home, name, home[name], item)
+            for home, name, item in zip(self._homes, self._names, self._items, strict=True)
+            if home[name] is not item
+        ]
+        for home, name, _, item in swapped:
+            home[name] = item
+        try:
+            yield
+        finally:
+            for home, name, other, _ in swapped:
+                home[name] = other
+
+    def _attributes_changed(self) -> bool:
+        try:
+            return (
+                self._values != [*map(_values, self._attributes, self._left_out)]
+                or any(value != copy for value, copy in self._copies)
+                or any(image != _image(value) for value, image in self._images)
+            )
+        except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
+            return True
 
 
-def _values(home: dict[str, Any], left_out: Collection[str]) -> tuple[Any, ...]:
+class _Itself:
+    """Stands for an object; it is equal to that object alone."""
+
+    __slots__ = ("value",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.value or (type(other) is _Itself and other.value is self.value)
+
+
+def _classes(types: Iterable[type]) -> list[Mapping[str, Any]]:
+    """Returns the attributes of the classes, and of those below them, that are the user's own."""
+    found = dict.fromkeys(base for cls in types for base in cls.__mro__ if not _is_foreign(base))
+    return [vars(cls) for cls in found]
+
+
+def _values(home: Mapping[str, Any], left_out: Collection[str]) -> tuple[Any, ...]:
     """Returns the values of a module's attributes."""
     if left_out:
         return tuple(value for name, value in home.items() if name not in left_out)
     return tuple(home.values())
 
 
-_PLAIN = (bool, int, float, str, type(None))
+def _kept(name: str, value: Any) -> Any:
+    """Returns what equals ``value`` for as long as it is plain and equal, or the same object."""
+    return value if isinstance(value, _PLAIN) or name in _OF_ANY_MODULE else _Itself(value)
 
 
-def _kept(value: Any) -> Any:
-    """Returns ``value``, or a copy of it where it could change and still be itself."""
-    return deepcopy(value) if isinstance(value, list | dict | set) and _is_plain(value) else value
+def _image(value: Any) -> Any:
+    """Returns what is equal to the image of ``value`` later on if nothing inside has changed."""
+    image, left = _image_of(value, _DEPTH, _LEAVES)
+    return image if left > 0 else _Itself(value)
+
+
+def _image_of(value: Any, depth: int, left: int) -> tuple[Any, int]:
+    """Returns the image of ``value``, and how many of the ``left`` values may still be looked at."""
+    if isinstance(value, _PLAIN):
+        return value, left - 1
+    parts = _parts(value) if depth and left > 0 else None
+    if parts is None:
+        return _Itself(value), left - 1
+    found: list[Any] = [type(value)]
+    for part in parts:
+        image, left = _image_of(part, depth - 1, left)
+        found.append(image)
+        if left <= 0:
+            break
+    return found, left
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    """Returns what an object consists of; it is ``None`` where that is not looked at."""
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, dict):
+        return [part for pair in value.items() for part in pair]
+    if isinstance(value, set | frozenset):
+        return [len(value), *sorted(value, key=hash)] if all(isinstance(v, _PLAIN) for v in value) else None
+    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+        return [value.shape, str(value.dtype), value.tobytes()] if value.size <= _LEAVES else None
+    if is_dataclass(value) and not isinstance(value, type | nn.Module):
+        return [getattr(value, field.name, None) for field in fields(value)]
+    own = isinstance(value, SimpleNamespace | argparse.Namespace) or not _is_foreign(type(value))
+    if not own or callable(value) or isinstance(value, torch.Tensor | nn.Module):
+        return None
+    return [part for pair in getattr(value, "__dict__", {}).items() for part in pair]
+
+
+def _is_foreign(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in _FOREIGN
 
 
 def _is_plain(value: Any) -> bool:
-    """Says whether ``value`` consists of plain values alone."""
-    if isinstance(value, dict):
-        return type(value) is dict and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
+    """Says whether ``value`` consists of plain values alone, in lists, dicts, sets and tuples."""
+    if type(value) is dict:
+        return len(value) <= _LEAVES and all(map(_is_plain, value.values()))
+    if type(value) in (list, tuple, set):
+        return len(value) <= _LEAVES and all(map(_is_plain, value))
     return isinstance(value, _PLAIN)

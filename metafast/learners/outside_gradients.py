@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from metafast.executors import Choice
 from metafast.inner.recorded import OwnParameter
-from metafast.inner.transforms import outside_transforms, plain, plain_batch
+from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
 from metafast.kernels.contract.layer import Loss, RuleContext
-from metafast.kernels.custom_loss import CustomLoss
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
+_KINDS = 64
+"""How many kinds of batches are remembered."""
 _INPUTS = ("support_x", "support_y", "query_x", "query_y")
 _UNSEEN = (
     "the loss reads a tensor that requires a gradient and that torch.compile cannot see (a value that the function "
@@ -34,10 +35,20 @@ class Outside(NamedTuple):
     Attributes:
         names: words for each thing that requires a gradient.
         own: the parameters of the model that the loss of the support sets reads by itself.
+        closed_over: whether a loss reads anything that is no parameter of a module.
     """
 
     names: tuple[str, ...] = ()
     own: tuple[OwnParameter, ...] = ()
+    closed_over: bool = False
+
+    def must_be_recorded(self) -> bool:
+        """Says whether the computation has to be recorded as it goes forward.
+
+        torch.func has no way to record what an inner loop differentiates. Under it backward records anew, which knows
+        of all tensors but those that a loss closes over.
+        """
+        return bool(self.names) and (self.closed_over or not transforming())
 
 
 NOTHING = Outside()
@@ -70,16 +81,22 @@ class LossProbe:
         self.needed = bool(self._losses)
         self.modules = nn.ModuleList(m for m in map(_module_of, losses.values()) if m is not None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_outputs": {}}
+
     def look(self, where: Surroundings, tasks: TaskBatch, judged: bool = True) -> Outside:
         """Finds all that requires a gradient beside the parameters. The query loss counts where the batch is judged."""
         names = [name for name in _INPUTS if getattr(tasks, name).requires_grad]
         own: tuple[OwnParameter, ...] = ()
+        closed_over = False
+        seen = {id(p) for p in self.modules.parameters()}
         for part in self._losses if judged else self._losses.keys() & {"support"}:
             value = self._run(part, where, tasks)
             if value is not None:
                 names.append(f"a tensor that the loss of the {part} sets reads beside outputs and targets")
+                closed_over = closed_over or any(id(leaf) not in seen for leaf in _leaves(value))
                 own = _reached(value, where.parameters) if part == "support" else own
-        return Outside(tuple(names), own)
+        return Outside(tuple(names), own, closed_over)
 
     def check_compiled(self, where: Surroundings, tasks: TaskBatch) -> None:
         """Checks that the losses read nothing that a compiled graph does not see.
@@ -101,7 +118,7 @@ class LossProbe:
         outputs = self._outputs_of_one(part, where, tasks)
         batch: Batch = getattr(tasks, part)
         kept = slice(None) if batch.mask is None else batch.mask[0]
-        function = getattr(loss, "function", None)
+        function = getattr(loss, "function", None) if loss.kind == "custom_loss" else None
         with torch.enable_grad():
             z, y = outputs[kept].clone(), batch.y[0].detach()[kept]
             try:
@@ -120,6 +137,8 @@ class LossProbe:
                 seeds = torch.zeros(1, dtype=torch.int64, device=x.device) if where.program.draws else None
                 outputs = where.choice.executor.predict(where.program, theta, x, 0, seeds)[0]
             self._outputs[part, tasks.shapes] = where.program, outputs
+            if len(self._outputs) > _KINDS:
+                del self._outputs[next(iter(self._outputs))]
         return outputs
 
 
@@ -143,15 +162,15 @@ def refuse(learner: str, outside: Outside) -> None:
 
 
 def _may_read_more(loss: Loss) -> bool:
-    """Says whether a loss may read anything beside outputs and targets: it is a function of the user's, or rules."""
-    of_the_user = not type(loss).__module__.startswith("metafast.")
-    return of_the_user or isinstance(loss, CustomLoss)
+    """Says whether a loss may read more than outputs and targets: it is the user's own, or has options."""
+    of_the_user = loss.kind == "custom_loss" or not type(loss).__module__.startswith("metafast.")
+    return of_the_user or bool(loss.options)
 
 
 def _module_of(loss: Loss) -> nn.Module | None:
     """Returns the module that a user's loss is, or ``None``."""
-    function = loss.function if isinstance(loss, CustomLoss) else None
-    return function if isinstance(function, nn.Module) else None
+    function = getattr(loss, "function", None)
+    return function if loss.kind == "custom_loss" and isinstance(function, nn.Module) else None
 
 
 def _by_rules(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:

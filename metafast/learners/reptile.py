@@ -14,6 +14,7 @@ from metafast.learners.base import LearnerOutput, LearnerRecipe, rate_beside
 from metafast.learners.gradient import GradientLearner
 from metafast.learners.outside_gradients import NOTHING, Outside, refuse
 from metafast.learners.seeds import with_seeds
+from metafast.learners.settings import check_whole
 from metafast.program.losses import LossLike
 from metafast.tasks import Batch, TaskBatch
 
@@ -62,15 +63,33 @@ class Reptile(GradientLearner):
         **options: Any,
     ) -> None:
         super().__init__(model, loss=loss, lr=lr, steps=steps, **options)
-        if optimizer not in self.inner_optimizers:
-            raise ValueError(f"optimizer={optimizer!r} is unknown; Reptile's inner optimiser is 'sgd' or 'adam'")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size={batch_size!r}: an inner step takes a whole number of samples, at least 1")
         if any(p.requires_grad for p in self.rate.parameters()):
             raise ValueError(
                 f"lr={lr!r}: Reptile's update has no gradient for inner rates; use learn=False, or MetaSGD"
             )
         self.optimizer, self.batch_size = optimizer, batch_size
+
+    @property
+    def optimizer(self) -> str:
+        """The inner optimiser."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: str) -> None:
+        if optimizer not in self.inner_optimizers:
+            raise ValueError(f"optimizer={optimizer!r} is unknown; Reptile's inner optimiser is 'sgd' or 'adam'")
+        self._optimizer = optimizer
+
+    @property
+    def batch_size(self) -> int | None:
+        """The samples of the support set that each inner step sees; ``None``: all."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int | None) -> None:
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1, "an inner step takes a whole number of samples")
+        self._batch_size = batch_size
 
     @classmethod
     def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metafast.executors import Choice, Executor
+from metafast.executors import Choice
 from metafast.inner.autocast import in_own_dtype
-from metafast.inner.operators import meta_loss, register
-from metafast.inner.transforms import outside_transforms, plain_batch, transforming
+from metafast.inner.operators import Operand, meta_loss, register
+from metafast.inner.rates import Rates
+from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
 from metafast.kernels.contract.layer import Loss
 from metafast.learners.base import Learner, LearnerOutput
+from metafast.learners.captures import has_own_derivatives
+from metafast.learners.layout import layout_of
+from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, Surroundings, batch_requires_grad
 from metafast.program import Program
 from metafast.program.recording import picked
-from metafast.tasks import Samples, TaskBatch
+from metafast.tasks import TaskBatch
 
+_FUNCTIONS = (
+    "the model calls a torch.autograd.Function, whose gradient autograd itself has to differentiate; a compiled graph "
+    "cannot hold that: call the learner uncompiled"
+)
 _CREATE_GRAPH = (
     "create_graph=True records plain operations of unknown number, which a compiled graph cannot hold; call the "
     "learner uncompiled for it"
 )
 _DRAWS = (
-    "the model draws random numbers, and a compiled graph has no place for their seeds; call the learner uncompiled, or "
-    "call eval() on it"
+    "the model draws random numbers, and a compiled graph has no place for their seeds; call the learner uncompiled, "
+    "or call eval() on it"
+)
+_FIRST_ORDER_ALONE = (
+    "under torch.func this learner has derivatives of first order alone, in parameters, inputs and loss modules: the "
+    "rules of some operations are found by torch.autograd, which torch.func does not differentiate. For higher orders, "
+    "and for tensors that a loss closes over, use torch.autograd.grad on learner(tasks, create_graph=True)"
+)
+_SEVERAL = (
+    "samples of several tensors cannot go into a compiled graph; call the learner uncompiled, for instance in a "
+    "function that torch.compiler.disable marks"
 )
 
 
@@ -40,12 +58,25 @@ class WithinTorch(Learner):
     """
 
     model: nn.Module
+    loss_modules: nn.ModuleList
+    rows: nn.ParameterDict
+    rate: Rates
     output: str | int | None
+    _snapshot: ModuleSnapshot
+    _swapped: bool
+
+    @property
+    @abstractmethod
+    def program(self) -> Program: ...
+
+    @property
+    @abstractmethod
+    def _sources(self) -> list[Tensor]: ...
 
     def _set_losses(self, loss: Loss, query_loss: Loss | None = None) -> None:
-        """Takes note of the losses; the learner calls it once in its constructor."""
+        """Takes note of the losses."""
         self._loss_probe = LossProbe(loss, query_loss)
-        self.loss_modules = self._loss_probe.modules
+        self._modules["loss_modules"] = self._loss_probe.modules
         self.number = register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -53,27 +84,13 @@ class WithinTorch(Learner):
         super().__setstate__(state)
         self.number = register(self)
 
-    def _choice_for(self, tasks: TaskBatch) -> Choice:
+    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
         raise NotImplementedError
 
     def _track_statistics(self, tasks: TaskBatch) -> None:
         raise NotImplementedError
 
-    @property
-    def program(self) -> Program:
-        """The Program of the latest batch."""
-        raise NotImplementedError
-
-    def meta_parameters(self) -> list[tuple[str, Tensor]]:
-        """Lists the meta-parameters of the model, used or not, with their names."""
-        raise NotImplementedError
-
-    @property
-    def _sources(self) -> list[Tensor]:
-        raise NotImplementedError
-
-    def _refresh_sources(self) -> None:
-        """Looks the parameters up in the module again, where others may stand in their places."""
+    def _leave_traces(self, tasks: TaskBatch) -> None:
         raise NotImplementedError
 
     def _outside(self, choice: Choice, tasks: TaskBatch, judged: bool = True) -> Outside:
@@ -93,61 +110,81 @@ class WithinTorch(Learner):
             yield tasks
             return
         batch = plain_batch(tasks)
-        try:
-            with outside_transforms(self):
-                self._refresh_sources()
-                yield batch
-        finally:
-            self._refresh_sources()
+        with outside_transforms(self):
+            yield batch
+
+    @contextmanager
+    def _as_it_was(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
+        """Does what ``_plainly`` does, with the module's own parameters in their places."""
+        with self._snapshot.put_back() if self._swapped else nullcontext(), self._plainly(tasks) as batch:
+            yield batch
 
     def _refuse_mapped(self, tasks: TaskBatch) -> None:
-        """Raises RuntimeError where a transform maps the batch over a further axis."""
+        """Raises RuntimeError where a transform maps the batch or the parameters over a further axis."""
         if transforming():
             plain_batch(tasks)
+            for parameter in self.parameters():
+                plain(parameter)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Says in words what cannot be recorded under a transform of torch.func."""
+        try:
+            yield
+        except RuntimeError as error:
+            if transforming() and "requires_grad_()" in str(error):
+                raise RuntimeError(_FIRST_ORDER_ALONE) from None
+            raise
 
     @in_own_dtype
-    def for_operator(self, tasks: TaskBatch, trains: bool) -> tuple[Executor, Program]:
-        """Checks a batch and says what computes it; where it ``trains``, running statistics move.
+    def for_operator(self, tasks: TaskBatch, trains: bool) -> Operand:
+        """Checks a batch and says what computes it; where it ``trains``, the model's buffers move.
 
         Raises:
             RuntimeError: a loss reads a tensor that a compiled graph does not see, or the model draws random numbers.
         """
         choice = self._choice_for(tasks)
-        unused = sorted({name for name, _ in self.meta_parameters()} - {p.name for p in self.program.parameters})
-        if unused:
-            raise RuntimeError(
-                f"the model's forward pass does not use {unused}; under torch.compile it has to use all parameters: take "
-                "them out, or call the learner uncompiled"
-            )
+        if has_own_derivatives(self.program):
+            raise RuntimeError(_FUNCTIONS)
         if self.program.draws:
             raise RuntimeError(_DRAWS)
         if self._loss_probe.needed:
             self._loss_probe.check_compiled(Surroundings(choice, self.program, self._sources), tasks)
         if trains:
             self._track_statistics(tasks)
-        return choice.executor, self.program
+            self._leave_traces(tasks)
+        used = {p.name for p in self.program.parameters}
+        columns = None
+        if len(used) < len(layout := layout_of(self.model, self.rows)):
+            columns = torch.cat([torch.arange(p.offset, p.offset + p.size) for p in layout if p.name in used])
+            columns = columns.to(tasks.support_y.device)
+        return Operand(choice.executor, self.program, columns)
 
     def output_shape(self, theta: Tensor, x: Tensor) -> tuple[int, ...]:
         """Returns the shape of the outputs for one task's samples ``x``; neither needs to hold data."""
-        parameters = {name: theta.new_empty(p.shape) for name, p in self.model.named_parameters()}
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
         buffers = {name: x.new_empty(b.shape, dtype=b.dtype) for name, b in self.model.named_buffers()}
+        named = {p.name: theta[p.offset : p.offset + p.size].reshape(p.shape) for p in layout_of(self.model, self.rows)}
+        parameters = {name: t if t.shape == shapes[name] else t[0] for name, t in named.items()}
         with torch.no_grad():
-            returned = functional_call(self.model, {**parameters, **buffers}, (x,))
-        return tuple(picked(returned, self.output, self.model).shape)
+            return tuple(
+                picked(functional_call(self.model, {**parameters, **buffers}, (x,)), self.output, self.model).shape
+            )
 
     def _compiled(
-        self, tasks: TaskBatch, rates: Tensor, step_weights: Sequence[float], first_order: bool, create_graph: bool
+        self, tasks: TaskBatch, step_weights: Sequence[float], first_order: bool, create_graph: bool
     ) -> LearnerOutput:
         """Calls the one operator that stands for all of the inner loop; this is what torch.compile traces."""
         if create_graph:
             raise RuntimeError(_CREATE_GRAPH)
-        if isinstance(tasks.support_x, Samples):
-            raise RuntimeError("samples of several tensors have no place in a compiled graph; call the learner uncompiled")
-        theta = torch.cat([p.reshape(-1) for _, p in self.meta_parameters()])
-        of_loss = [p.reshape(-1) for p in self.loss_modules.parameters()]
+        if not isinstance(tasks.support_x, Tensor):
+            raise RuntimeError(_SEVERAL)
+        named = dict(self.model.named_parameters())
+        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
+        theta = torch.cat([rows.get(name, p).reshape(-1) for name, p in named.items()])
         losses, outputs, *_ = meta_loss(
-            self.number, theta, rates, tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y,
-            torch.cat(of_loss) if of_loss else theta.new_empty(0), tasks.support_mask, tasks.query_mask,
+            self.number, theta, self.rate(), tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y,
+            list(self.loss_modules.parameters()), tasks.support_mask, tasks.query_mask,
             list(step_weights), first_order, torch.is_grad_enabled(),
         )  # fmt: skip
         return LearnerOutput(losses, outputs)

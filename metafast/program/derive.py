@@ -55,6 +55,15 @@ class Step:
     grad: bool
     autocast: tuple[str, torch.dtype] | None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Names an operator of torch, which cannot be pickled itself."""
+        target = self.target
+        return {**self.__dict__, "target": target.name() if isinstance(target, torch._ops.OpOverload) else target}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        target = state["target"]
+        self.__dict__.update(state, target=_operator(target) if isinstance(target, str) else target)
+
     def run(self, known: dict[Slot, Any]) -> Any:
         """Calls ``target`` on what is ``known``."""
         args = _filled(self.args, known)
@@ -69,6 +78,13 @@ class Step:
                 device, dtype = self.autocast
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             return self.target(*args, **kwargs)
+
+
+def _operator(name: str) -> Any:
+    """Returns the operator of torch with a name such as ``"aten::add.Tensor"``."""
+    packet, _, overload = name.partition(".")
+    namespace, _, packet = packet.partition("::")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
 
 
 @dataclass(frozen=True)

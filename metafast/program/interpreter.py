@@ -104,9 +104,9 @@ class Pass:
         adjoints = {self.program.output: self.program.loss.backward(self.loss_context)}
         return self._backward(adjoints, self.prefix.contexts)
 
-    def backward_from(self, g_outputs: Tensor) -> Gradients:
-        """Computes the gradients of ``<outputs, g_outputs>`` for each task, after ``forward`` and without a loss."""
-        return self._backward({self.program.output: g_outputs}, ())
+    def vjp(self, g: Tensor) -> Gradients:
+        """Computes the gradients of ``<outputs, g>`` for ``g [T, n, ...]``, after ``forward``."""
+        return self._backward({self.program.output: g}, ())
 
     def backward_prefix(self) -> Gradients:
         """Takes the sum in the prefix's ``adjoint`` back through the prefix, to the gradients of its parameters."""

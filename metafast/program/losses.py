@@ -74,6 +74,4 @@ def _recognise(loss: Callable[..., Tensor]) -> Loss | None:
         return None
     if isinstance(loss, nn.Module):
         options = {name: getattr(loss, name) for name in names}
-    if any(isinstance(option, Tensor) and option.requires_grad for option in options.values()):
-        return None  # weights that are learned have a gradient, which a loss with rules has not
     return make(**options, source=loss) if options.keys() <= set(names) else None

@@ -165,10 +165,14 @@ class Program:
         nodes = tuple(replace(node, constants=tuple(c.clone() for c in node.constants)) for node in self.nodes)
         return replace(self, nodes=nodes, by_samples={n: p.holding_constants() for n, p in self.by_samples.items()})
 
-    @cached_property
+    @property
     def query(self) -> Program:
         """Returns the model under the loss of the query sets: this Program, if it has one loss."""
-        return self if self.query_loss is None else self.with_loss(self.query_loss)
+        return self if self.query_loss is None else self._under_query_loss  # kept in itself it would keep itself alive
+
+    @cached_property
+    def _under_query_loss(self) -> Program:
+        return self.with_loss(self.query_loss or self.loss)
 
     def with_loss(self, loss: Loss, query_loss: Loss | None = None) -> Program:
         """Returns the same model under another loss, and under ``query_loss`` on query sets where one is given."""

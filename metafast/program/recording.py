@@ -103,6 +103,15 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers, or changes what it may not change. The text names the line and the remedy.
     """
+    try:
+        return _record(model, x, part, ignored)
+    except RandomState:
+        # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
+        return _record(model, x, part, ignored)
+
+
+def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collection[Tensor]) -> Recording:
+    """Runs the module once."""
     leaves, structure = tree_flatten(x)
     recorder = Recorder(model, [leaf.detach().clone() for leaf in leaves])
     recorder.recording.several = isinstance(x, Samples)
@@ -119,6 +128,10 @@ def call(model: nn.Module, x: Any) -> Any:
     if not isinstance(x, Samples):
         return model(x)
     return model(*x.parts) if x.names is None else model(**x.by_name)
+
+
+class RandomState(CaptureError):
+    """Is raised where a run has drawn random numbers of Python or NumPy."""
 
 
 class Recorder(SchemaCheckMode, Source):
@@ -146,7 +159,7 @@ class Recorder(SchemaCheckMode, Source):
         self.paths = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
-        self.random: set[Ref] = set()
+        self.drawn: set[Ref] = set()
         self.inside: type | None = None
         self.silent = False
 
@@ -162,7 +175,8 @@ class Recorder(SchemaCheckMode, Source):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before, others = torch.get_rng_state(), _other_random_states()
+        before = torch.get_rng_state()
+        self.tossed, self.random = "", _other_random_states()
         with ExitStack() as stack:
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
             stack.enter_context(torch.jit.optimized_execution(False))
@@ -180,10 +194,11 @@ class Recorder(SchemaCheckMode, Source):
                 raise _failed(self.model, error_line(error) or self.where(), error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-        if any(state is not None and state != now for state, now in zip(others, _other_random_states(), strict=True)):
-            raise CaptureError(
-                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy in its forward pass; "
-                "each pass would have to draw the same. Draw by torch, or in __init__"
+        self.look_at_coins()
+        if self.tossed:
+            raise RandomState(
+                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy at or before "
+                f"{self.tossed}; each pass would have to draw the same. Draw by torch, or in __init__"
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -222,7 +237,7 @@ class Recorder(SchemaCheckMode, Source):
         self.silent = False
         ref = self.emit(Draw(noise), read, {}, [value])[0]
         self.traits[ref] = True, False
-        self.random.add(ref)
+        self.drawn.add(ref)
         self.aliases.enter(value, ref)
         return value
 
@@ -258,6 +273,7 @@ class Recorder(SchemaCheckMode, Source):
 
     def emit(self, target: Any, args: Any, kwargs: Any, results: Sequence[Any]) -> list[Made]:
         """Adds an operation that makes ``results`` and returns their values."""
+        self.look_at_coins()
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
@@ -277,13 +293,21 @@ class Recorder(SchemaCheckMode, Source):
         data = any(self.is_data(ref) for ref in sources)
         carries = grad and target not in _DETACHING and any(self.carries(ref) for ref in sources)
         made = [Made(number, part) for part in range(len(results))]
-        if not self.random.isdisjoint(sources):
-            self.random.update(made)
+        if not self.drawn.isdisjoint(sources):
+            self.drawn.update(made)
         for ref, result in zip(made, results, strict=True):
             if isinstance(result, Tensor):
                 self.recording.values[ref] = result.shape, result.dtype
                 self.traits[ref] = data, carries and result.is_floating_point()
         return made
+
+    def look_at_coins(self) -> None:
+        """Takes note of the line behind which Python or NumPy have drawn a random number."""
+        state = _other_random_states()
+        before, self.random = self.random, state
+        # A library that is loaded on the way is no coin.
+        if any(now != then for now, then in zip(state, before, strict=True) if then is not None):
+            self.tossed = self.tossed or self.where()
 
     def refs(self, tree: Any) -> Any:
         """Replaces the tensors among arguments by the values that they are."""
@@ -402,7 +426,7 @@ class Recorder(SchemaCheckMode, Source):
     def _read_value(self, ref: Ref, how: str) -> None:
         if self.is_data(ref):
             raise self.refuse(
-                f"reads a {'random number' if ref in self.random else 'value of the data'} by {how}",
+                f"reads a {'random number' if ref in self.drawn else 'value of the data'} by {how}",
                 "It may not branch or loop on such values, nor turn them into numbers: each task has its own. Use "
                 "torch.where, or decide by what is known before the data comes",
             )
@@ -486,7 +510,7 @@ class unchanged:
     def changed(self) -> bool:
         """Says whether the module is not as it was."""
         return (
-            any(buffer._version != version and id(buffer) not in self.ignored for buffer, version, _ in self.buffers)
+            any(_written(*then) and id(then[0]) not in self.ignored for then in self.buffers)
             or any(_differ(now, then) for now, then in zip(self.registries, self.registered, strict=True))
             or any(_differ(now, then) for now, then in zip(self.homes, self.attributes, strict=True))
         )
@@ -504,7 +528,7 @@ class unchanged:
     def __exit__(self, *error: object) -> None:
         with torch.no_grad():
             for buffer, version, value in self.buffers:
-                if buffer._version != version:
+                if _written(buffer, version, value):
                     buffer.copy_(value)
         for live, kept in [*zip(self.registries, self.registered, strict=True),
                            *zip(self.homes, self.attributes, strict=True)]:  # fmt: skip
@@ -514,6 +538,11 @@ class unchanged:
 
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def _written(buffer: Tensor, version: int, value: Tensor) -> bool:
+    """Says whether a buffer has been written to; torch's batch norm writes without counting a version."""
+    return buffer._version != version or not torch.equal(buffer, value)
 
 
 def _differ(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
@@ -546,9 +575,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _other_random_states() -> tuple[Any, ...]:
-    """Returns the states of the random numbers of Python and of NumPy, which is ``None`` where it is not loaded."""
+    """Returns what tells whether Python and, where it is loaded, NumPy have drawn a random number."""
     numpy = sys.modules.get("numpy.random")
-    return random.getstate(), numpy and [str(part) for part in numpy.get_state()]
+    return random.getstate(), numpy and (*numpy.get_state()[2:4], int(numpy.get_state()[1][0]))
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:

@@ -139,7 +139,7 @@ def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tens
     run = Pass(program, theta[None], Batch(x, x, None, truth.seeds), step, (True,) * len(program.parameters))
     with torch.no_grad():
         outputs = run.forward()[0]
-        grads = run.backward_from(truth.g[None]) if outputs.shape == truth.outputs.shape else {}
+        grads = run.vjp(truth.g[None]) if outputs.shape == truth.outputs.shape else {}
     return outputs, {program.parameters[k].name: d[0] for k, d in grads.items()}, run
 
 

@@ -145,7 +145,7 @@ def in_double(loss: Function) -> Function:
     if isinstance(loss, nn.Module):
         return deepcopy(loss).cpu().double()
     if isinstance(loss, functools.partial):
-        options = {k: v.detach().cpu().double() if isinstance(v, Tensor) else v for k, v in loss.keywords.items()}
+        options = {k: _wide(v) if isinstance(v, Tensor) else v for k, v in loss.keywords.items()}
         return functools.partial(loss.func, *loss.args, **options)
     return loss
 

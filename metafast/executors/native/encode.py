@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from metafast.executors.base import losses_with_targets
+from metafast.executors.by_program import ByProgram
 from metafast.kernels.contract.layer import Loss
 from metafast.program import Node, Program
 from metafast.tasks import Batch, TaskShapes
@@ -70,16 +70,11 @@ class Models(Generic[SomeModel]):
 
     def __init__(self, make: Callable[[Program, tuple[int, ...]], SomeModel]) -> None:
         self._make = make
-        self._known: WeakKeyDictionary[Program, dict[tuple[int, ...], SomeModel]] = WeakKeyDictionary()
+        self._kept: ByProgram[SomeModel] = ByProgram()
 
     def of(self, program: Program, sample: tuple[int, ...]) -> SomeModel:
         """Returns the model of ``program`` for samples of the shape ``sample``; it is made once."""
-        known = self._known.get(program)
-        if known is None:
-            known = self._known[program] = {}
-        if sample not in known:
-            known[sample] = self._make(program, sample)
-        return known[sample]
+        return self._kept.of(program, sample, lambda: self._make(program, sample))
 
 
 class RaggedPacking:

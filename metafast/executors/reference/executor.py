@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from metafast.executors.base import ExecutionPlan, Executor
+from metafast.executors.by_program import ByProgram
 from metafast.executors.reference import by_autograd, inner_loop
 from metafast.executors.reference.by_autograd import InnerLoopByAutograd
 from metafast.executors.reference.inner_loop import InnerLoopRun
@@ -27,6 +27,10 @@ _COPIES = 12
 """Memory in use at once, by values, what rules keep, adjoints and tangents, as a multiple of one pass's values."""
 
 Found = TypeVar("Found")
+
+
+def _as_it_is(program: Program) -> Program:
+    return program
 
 
 class ReferenceExecutor(Executor):
@@ -46,7 +50,7 @@ class ReferenceExecutor(Executor):
         budget: int = _BUDGET,
         max_tasks: int | None = None,
         autograd: bool = True,
-        wrap: Callable[[Program], Program] = lambda program: program,
+        wrap: Callable[[Program], Program] = _as_it_is,
     ) -> None:
         self.budget = budget
         self.max_tasks = max_tasks
@@ -163,21 +167,22 @@ class ReferenceExecutor(Executor):
             yield slice(start, min(tasks, start + size))
 
 
-_COUNTS: WeakKeyDictionary[Program, dict[tuple[object, ...], int]] = WeakKeyDictionary()
+_COUNTS: ByProgram[int] = ByProgram()
 
 
 def _elements(program: Program, params: Tensor, x: Any) -> int:
     """Counts the elements of all values of a pass on one task's samples like ``x [T, n, ...]``, by running one."""
-    known = _COUNTS.setdefault(program, {})
-    key = (params.dtype, params.device, *((part.shape[1:], part.dtype) for part in parts_of(x)))
-    if key not in known:
+
+    def count() -> int:
         one = each_part(lambda part: torch.zeros_like(part[:1]), x)
         theta = params.new_zeros(1, program.size)
         seeds = torch.zeros(1, dtype=torch.int64, device=params.device)
         run = Pass(program, theta, Batch(one, theta, None, seeds), 0, (False,) * len(program.parameters))
         run.forward()
-        known[key] = sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
-    return known[key]
+        return sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
+
+    key = (params.dtype, params.device, *((part.shape[1:], part.dtype) for part in parts_of(x)))
+    return _COUNTS.of(program, key, count)
 
 
 def _by_task(params: Tensor, x: Any) -> Tensor:

@@ -80,6 +80,10 @@ class TritonExecutor(Executor):
         self.graphs = Graphs()
         self.memory_plans: dict[tuple[object, ...], MemoryPlan] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has recorded and planned nothing yet."""
+        return TritonExecutor, (self.precision, self.interpreted, self.budget, self.wrap)
+
     def copy_with(self, precision: str) -> TritonExecutor:
         return TritonExecutor(precision, self.interpreted, self.budget, self.wrap)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafast.executors.by_program import ByProgram
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.batch_norm.kernel import TritonBatchNorm
 from metafast.kernels.contract.layer import Layer, Loss
@@ -64,9 +65,15 @@ class Lowered:
         return packed.index_select(-1, self.order)
 
 
-@functools.lru_cache(maxsize=64)
+_LOWERED: ByProgram[Lowered] = ByProgram()
+
+
 def lower(program: Program, precision: str, device: torch.device) -> Lowered:
     """Lowers ``program``; ``precision`` is that of the operands of products, ``device`` that of the parameters."""
+    return _LOWERED.of(program, (precision, device), lambda: _lower(program, precision, device))
+
+
+def _lower(program: Program, precision: str, device: torch.device) -> Lowered:
     convolved = _convolved(program)
     flattened = _flattened(program)
     channels = {program.nodes[i].params[0]: program.parameters[program.nodes[i].params[0]].shape[1] for i in convolved}

@@ -1,0 +1,69 @@
+"""Holds the models that a learner has made of the tasks that it adapted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from metafast.executors import Executor
+from metafast.inner.autocast import in_own_dtype
+from metafast.learners.captures import Captures
+from metafast.learners.seeds import drawn_seeds
+from metafast.program import Program
+from metafast.tasks import as_samples, parts_of
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Holds T adapted models: their ``parameters [T, P]``, and the shape of each tensor of a ``sample``.
+
+    They stay what they were made, whatever becomes of the learner; a copy of them, and one that was saved, says the
+    same as they.
+    """
+
+    captures: Captures
+    program: Program
+    executor: Executor
+    parameters: Tensor
+    step: int
+    sample: tuple[tuple[int, ...], ...]
+
+    @in_own_dtype
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the outputs ``[T, n, ...]`` for ``x [T, n, ...]``; no graph is kept.
+
+        Raises:
+            ValueError: another number of tasks, or samples of another shape.
+            TypeError: ``x`` is of another dtype, or on another device.
+        """
+        theta, x = self.parameters, as_samples(x)
+        sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
+        if x.dim() < 2 or x.shape[0] != theta.shape[0] or sample != self.sample:
+            given, wanted = (
+                ", ".join(map(str, shapes)) for shapes in ([tuple(p.shape) for p in parts_of(x)], self.sample)
+            )
+            raise ValueError(
+                f"x has shape {given}; these {theta.shape[0]} adapted models take [T, n, *sample] with "
+                f"T = {theta.shape[0]} and samples of shape {wanted}"
+            )
+        if (x.is_floating_point() and x.dtype != theta.dtype) or x.device != theta.device:
+            raise TypeError(
+                f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
+                f"x.to({str(theta.device)!r}, {theta.dtype})"
+            )
+        program = self.captures.extended(self.program, x)
+        seeds = drawn_seeds(program, len(theta), theta.device)
+        of_query = None if seeds is None else seeds[:, 1]
+        return self.executor.predict(program, self.parameters, x.contiguous(), self.step, of_query)
+
+    def state_dict(self, task: int) -> dict[str, Tensor]:
+        """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.
+
+        Raises:
+            IndexError: there is no such task.
+        """
+        if not 0 <= task < self.parameters.shape[0]:
+            raise IndexError(f"task={task}: the adapted models are numbered 0..{self.parameters.shape[0] - 1}")
+        tensors = self.program.unflatten(self.parameters[task])
+        return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
