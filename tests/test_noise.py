@@ -428,9 +428,10 @@ class Drawing(torch.autograd.Function):
 
 GENERATOR = torch.Generator()
 REFUSED = {
-    "poisson": (lambda m, x: x * torch.poisson(x.detach() ** 2), ["by poisson", "torch.poisson(", "torch.rand"]),
+    "poisson": (lambda m, x: x * torch.poisson(x * x), ["by poisson", "torch.poisson(", "torch.rand"]),
     "a generator of its own": (
-        lambda m, x: x * torch.rand(6, generator=GENERATOR, dtype=x.dtype), ["generator of its own", "generator=", "out"]
+        lambda m, x: x * torch.rand(6, generator=GENERATOR, dtype=x.dtype),
+        ["generator of its own", "generator=", "out"]
     ),
     "a branch on it": (
         lambda m, x: x if torch.rand(()) < 0.5 else 2 * x, ["reads a random number", "torch.where"]
@@ -606,3 +607,108 @@ def test_random_numbers_have_no_place_in_a_compiled_graph():
 def test_verify_takes_models_that_draw(name):
     certificate = mf.verify(made(name), tasks_of(seeds=False), loss="mse", lr=0.1, steps=2)
     assert certificate.passed, str(certificate)
+
+
+@pytest.mark.parametrize("name", ["nn.Dropout", "randn", "nn.LSTM"])
+def test_watched_layers_draw_the_same(name):
+    from metafast.profile.layered import TimedExecutor
+
+    found = []
+    for executor in (ReferenceExecutor(), TimedExecutor(ReferenceExecutor())):
+        model = made(name)
+        found.append(mf.MAML(model, loss="mse", lr=0.1, steps=2, backend=executor).backward(tasks_of()).losses)
+        found.append(model.first.weight.grad)
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+def test_gradients_that_leave_the_learner_see_the_same_numbers():
+    """A learned loss, samples that require a gradient, torch.func, and a Function of the user's go other ways."""
+    tasks, wanted = tasks_of(), truth(made("nn.Dropout"), tasks_of())
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    model = made("nn.Dropout")
+    out = mf.MAML(model, loss=lambda z, y: (scale * (z - y) ** 2).mean(), lr=0.1, steps=2).backward(tasks)
+    assert_agree(model, out.losses, wanted)
+    assert float(scale.grad.abs()) > 0
+
+    model, x = made("nn.Dropout"), tasks.support_x.clone().requires_grad_()
+    out = mf.MAML(model, loss="mse", lr=0.1, steps=2)(
+        mf.TaskBatch(x, tasks.support_y, tasks.query_x, tasks.query_y, seeds=tasks.seeds)
+    )
+    out.loss.backward()
+    assert_agree(model, out.losses, wanted)
+    assert float(x.grad.norm()) > 0
+
+    model = made("nn.Dropout")
+    learner = mf.MAML(model, loss="mse", lr=0.1, steps=2)
+    learner.prepare(tasks)
+    named = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    grads = torch.func.grad(lambda p: functional_call(learner, p, (tasks,)).loss)(named)
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(grads[f"model.{name}"], grad, rtol=1e-9, atol=1e-12)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def test_a_function_of_the_users_beside_random_numbers():
+    torch.manual_seed(0)
+    model, tasks = Call(lambda m, x: m.drop(Square.apply(x)), drop=nn.Dropout(0.4)).double(), tasks_of()
+    out = mf.MAML(model, loss="mse", lr=0.1, steps=2).backward(tasks)
+    assert_agree(model, out.losses, truth(model, tasks))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x, scale):
+        return self.b(F.dropout(torch.tanh(self.a(x)), 0.4) * (scale[:, :1] + torch.rand_like(scale[:, :1])))
+
+
+def test_samples_of_several_tensors():
+    torch.manual_seed(0)
+    model, tasks = Two().double(), tasks_of()
+    pairs = [(x, x.sin()) for x in (tasks.support_x, tasks.query_x)]
+    several = mf.TaskBatch(pairs[0], tasks.support_y, pairs[1], tasks.query_y, seeds=tasks.seeds)
+    out = mf.MAML(model, loss="mse", lr=0.1, steps=2).backward(several)
+    grads = grads_of(model)
+    model.zero_grad()
+    again = mf.MAML(model, loss="mse", lr=0.1, steps=2)(several)
+    again.loss.backward()
+    assert torch.equal(again.losses.detach(), out.losses)
+    for name, grad in grads_of(model).items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-10, atol=1e-13)
+    wanted = []
+    for t in range(len(tasks)):
+        theta = dict(model.named_parameters())
+        for step in range(2):
+            with given_numbers(tasks.seeds[t, 0], step):
+                outputs = functional_call(model, theta, (pairs[0][0][t], pairs[0][1][t]))
+            steps = torch.autograd.grad(F.mse_loss(outputs, tasks.support_y[t]), list(theta.values()))
+            theta = {n: p - 0.1 * g for (n, p), g in zip(theta.items(), steps, strict=True)}
+        with given_numbers(tasks.seeds[t, 1], 2):
+            outputs = functional_call(model, theta, (pairs[1][0][t], pairs[1][1][t]))
+        wanted.append(F.mse_loss(outputs, tasks.query_y[t]).detach())
+    torch.testing.assert_close(out.losses, torch.stack(wanted), rtol=1e-9, atol=1e-12)
+
+
+def test_running_statistics_behind_dropout():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    tasks = tasks_of()
+    hidden = []
+    for t in range(len(tasks)):
+        with given_numbers(tasks.seeds[t, 0]), torch.no_grad():
+            hidden.append(model[1](model[0](tasks.support_x[t])))
+    mf.MAML(model, loss="mse", lr=0.1, steps=2, bn="running").backward(tasks)
+    torch.testing.assert_close(model[2].running_mean, 0.1 * torch.cat(hidden).mean(0))

@@ -200,8 +200,13 @@ class _TimedLayer(Layer):
     def varies(self) -> bool:
         return self.layer.varies
 
+    @property
+    def carries_gradient(self) -> bool:
+        return self.layer.carries_gradient
+
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
-        with self.executor.timing("forward", self.node, ctx, inputs[0].shape[0]):
+        tasks = next(given.shape[0] for given in (*inputs, *params, ctx.seeds) if given is not None)
+        with self.executor.timing("forward", self.node, ctx, tasks):
             return self.layer.forward(ctx, params, inputs, constants)
 
     def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:
