@@ -61,7 +61,7 @@ def test_meta_gradient(benchmark: Any, workload: Workload, peer: Peer) -> None:
     began = time.perf_counter()
     call()
     seconds = time.perf_counter() - began
-    program = capture(workload.network(), as_loss(workload.loss), steps=workload.steps)
+    program = capture(workload.network(), as_loss(workload.loss), tasks.support_x[0], steps=workload.steps)
     benchmark.group = workload.name
     benchmark.pedantic(call, rounds=min(100, max(3, int(2 / seconds))))
     median = benchmark.stats.stats.median

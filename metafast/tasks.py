@@ -324,6 +324,8 @@ def _check_part(part: str, x: Any, y: Tensor, mask: Tensor | None) -> None:
                 f"{name} has dtype {value.dtype}; pictures must be floating point (use x.float() / 255), and token ids "
                 "int64 (x.long())"
             )
+        if value.is_complex():
+            raise TypeError(f"{name} has dtype {value.dtype}; samples must be floating point, or whole numbers")
         if value.shape[:2] != x.shape[:2] or value.device != x.device:
             raise ValueError(
                 f"{names[0]} is [T, n] = {list(x.shape[:2])} on {x.device} and {name} {list(value.shape[:2])} on "

@@ -45,7 +45,7 @@ def repeated(tasks, copies):
 
 def case_of(setup, executor, dtype, at_start=0.0, **tasks):
     """``at_start``: the weight of the query loss before the first step."""
-    learner = make_learner(setup, dtype, executor.name)
+    learner = make_learner(setup, dtype, ReferenceExecutor())
     weights = [at_start, *learner.step_weights[1:]]
     options = {"step_weights": weights, "first_order": learner.first_order}
     params, lr = learner.flat_parameters().detach(), learner.rate().detach()

@@ -141,7 +141,8 @@ def make_tasks(setup, tasks=3, query=4):
     return mf.TaskBatch(*part(setup.support), *part(query), *masks)
 
 
-def make_learner(setup, dtype=torch.float64, backend="reference"):
+def make_learner(setup, dtype=torch.float64, backend="reference", tasks=None, device="cpu"):
+    """A learner that is prepared for batches like ``tasks``, or like those of ``make_tasks``."""
     model = setup.model().to(dtype)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -160,6 +161,9 @@ def make_learner(setup, dtype=torch.float64, backend="reference"):
     with torch.no_grad():  # rows of a per-step batch norm that differ
         for row in learner.rows.parameters():
             row.add_(0.1 * torch.randn_like(row))
+    with torch.random.fork_rng():
+        first = tasks or make_tasks(setup).to(dtype)
+    learner.to(device).prepare(first.to(device))
     return learner
 
 

@@ -30,8 +30,9 @@ def mlp() -> nn.Sequential:
 
 
 def cost(model: nn.Module, sample: tuple[int, ...], adapt: list[str] | None = None) -> ProgramCost:
-    program = capture(model, as_loss("cross_entropy"), bn="task", adapt=adapt, steps=1)
-    return program_cost(program, torch.zeros(2, *sample))
+    x = torch.zeros(2, *sample)
+    program = capture(model, as_loss("cross_entropy"), x, bn="task", adapt=adapt, steps=1)
+    return program_cost(program, x)
 
 
 OMNIGLOT, MINI = (1, 28, 28), (3, 84, 84)

@@ -93,8 +93,7 @@ def test_three_products_are_as_exact_as_float32(setup, clusters, monkeypatch):
 
 def test_an_executor_that_is_given_keeps_its_precision():
     setup = FILLED[0]
-    learner, tasks = make_learner(setup, torch.float32), make_tasks(setup)
-    learner.backend = twin(precision="bf16")
+    learner, tasks = make_learner(setup, torch.float32, twin(precision="bf16")), make_tasks(setup)
     learner.backward(tasks)
     rounded = [p.grad for p in learner.model.parameters()]
     expected = parts(learner.backend, learner, tasks)[2]

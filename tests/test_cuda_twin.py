@@ -189,7 +189,7 @@ def test_a_launch_carries_the_tables_of_32_operations(monkeypatch):
     monkeypatch.setattr(executors, "_EXECUTORS", [twin])
     tasks = make_tasks(deep(32)).to(torch.float64)
     check_against_oracle(make_learner(deep(32), backend=twin.name), tasks, 1e-9)
-    reason = refusal(twin, make_learner(deep(33), backend=twin.name).program, tasks.support_x)
+    reason = refusal(twin, make_learner(deep(33), backend=ReferenceExecutor()).program, tasks.support_x)
     assert reason == "33 operations: a launch of blocks carries the tables of 32"
 
 
@@ -311,7 +311,7 @@ def test_a_task_in_eight_blocks(monkeypatch):
 def test_a_layer_of_gigabytes_is_refused(inputs):
     with torch.device("meta"):
         model = nn.Linear(inputs, 9000)
-    program = capture(model, as_loss("mse"), bn="task", adapt={"weight", "bias"}, steps=1)
+    program = capture(model, as_loss("mse"), torch.empty(3, inputs, device="meta"), adapt={"weight", "bias"}, steps=1)
     assert "memory" in refusal(CudaExecutor(BlockLimits(H100, 132)), program, torch.empty(2, 3, inputs))
 
 

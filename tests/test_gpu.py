@@ -50,7 +50,7 @@ def gpu(request, monkeypatch):
 
 
 def on_gpu(setup, count=3, **tasks):
-    learner = make_learner(setup, torch.float32, "cuda").cuda()
+    learner = make_learner(setup, torch.float32, "cuda", device="cuda")
     return learner, make_tasks(setup, tasks=count, **tasks).to("cuda")
 
 

@@ -188,4 +188,4 @@ def test_the_learner_of_the_page_can_be_trained(monkeypatch):
     assert (chosen.algorithm, chosen.steps, chosen.test_steps) == ("fo-head", 5, (0, 5))
     learner = build_learner(chosen, build_model(chosen, seed=0), "auto")
     assert learner.first_order
-    assert {p.name for p in learner.program.parameters if p.adapted} == {"head.weight", "head.bias"}
+    assert learner.adapted_names == {"head.weight", "head.bias"}

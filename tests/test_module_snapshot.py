@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import models
@@ -66,12 +68,18 @@ CHANGES = {
     "one module has another mode": lambda m: m[2].eval(),
     "a parameter is no longer trained": lambda m: m[0].weight.requires_grad_(False),
     "the root has another mode": lambda m: setattr(m, "training", False),
+    "a parameter is not trained any more": lambda m: m[0].weight.requires_grad_(False),
+    "an attribute has another value": lambda m: setattr(m[2], "eps", 1e-3),
+    "a list has another item": lambda m: m.widths.append(3),
+    "an attribute has come": lambda m: setattr(m, "scale", 2.0),
+    "a hook has come": lambda m: m[1].register_forward_hook(lambda module, args, output: -output),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_snapshot_notices(change):
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.BatchNorm1d(2))
+    model.widths = [2, 2]
     snapshot = ModuleSnapshot(model)
     with torch.no_grad():
         model[0].weight.add_(1)
@@ -90,6 +98,21 @@ def test_a_snapshot_does_not_keep_its_owner():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
+def test_a_copy_looks_at_its_own_module(copied):
+    model = nn.Sequential(nn.Linear(3, 2), nn.LeakyReLU(0.1)).double()
+    learner, tasks = mf.MAML(model, loss="mse", lr=0.1), regression()
+    before = gradient(learner, tasks)
+    other = copied(learner)
+    same(gradient(other, tasks), before)
+    other.model[1].negative_slope = 0.7
+    after = gradient(other, tasks)
+    assert not torch.allclose(after[0], before[0])
+    same(gradient(learner, tasks), before)
+    model[1].negative_slope = 0.7
+    same(gradient(learner, tasks), after)
 
 
 def test_zero_grad_clears_all_that_a_learner_has():
@@ -149,7 +172,7 @@ def test_a_rate_that_has_changed_is_seen(backend, learn):
     program = learner.program
     learner.rate.value = nn.Parameter(first) if learn else first
     same(gradient(learner, tasks), before)
-    assert learner.program is program  # the model is the same
+    assert learner.program.computes_as(program)  # the model is the same
 
 
 def test_a_learner_that_was_moved_is_seen():

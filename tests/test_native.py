@@ -151,7 +151,7 @@ class Broadcast(nn.Module):
 
 
 def test_broadcasting_is_refused():
-    program = capture(Broadcast(), MSE())
+    program = capture(Broadcast(), MSE(), torch.zeros(3, 1, 2, 2))
     assert "different shapes" in refusal(CpuExecutor(), program, torch.zeros(2, 3, 1, 2, 2))
 
 
@@ -205,7 +205,7 @@ def setup(name, dtype=torch.float64, tasks=3, support=4, query=5, **options):
     torch.manual_seed(1)
     make, sample = MODELS[name]
     model = make()
-    program = capture(model, CrossEntropy(), **options)
+    program = capture(model, CrossEntropy(), torch.zeros(support, *sample), **options)
     named = {n: p.detach() for n, p in model.named_parameters()}
     if options.get("bn") == "per_step":
         named = {p.name: named[p.name].expand(p.shape) for p in program.parameters}
@@ -242,7 +242,7 @@ def compare_frozen(adapt):
     torch.manual_seed(1)
     net = nn.Sequential(*block(2, 5), *block(5, 8), nn.Flatten(), nn.Linear(8 * 3 * 2, 3))
     names = {"8.weight": "9.weight", "8.bias": "9.bias"}
-    program = capture(net, CrossEntropy(), adapt=[names.get(a, a) for a in adapt])
+    program = capture(net, CrossEntropy(), torch.zeros(4, *MODELS["conv"][1]), adapt=[names.get(a, a) for a in adapt])
     params = program.flatten({n: p.detach() for n, p in net.named_parameters()}).double()
     _, _, tasks = setup("conv")
     return compare(program, params, tasks, kind=A_RATE_A_PARAMETER), program
@@ -272,8 +272,8 @@ def test_the_four_functions_make_the_fused_one(name):
 
 
 def compare_network(model, sample, samples):
-    program = capture(model.double(), MSE())
     x = [torch.randn(2, n, *sample, dtype=torch.float64) for n in samples]
+    program = capture(model.double(), MSE(), x[0][0])
     y = [torch.randn(*v.shape[:2], 2, dtype=torch.float64) for v in x]
     params = program.flatten({n: p.detach() for n, p in model.named_parameters()})
     compare(program, params, TaskBatch(x[0], y[0], x[1], y[1]))

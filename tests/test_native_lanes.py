@@ -67,10 +67,10 @@ MODELS = {
 def made(name, loss, dtype, tasks, support=5, query=6, **options):
     torch.manual_seed(1)
     model = MODELS[name]()
-    program = capture(model, as_loss(loss), **options)
-    params = program.flatten({n: p.detach() for n, p in model.named_parameters()}).to(dtype)
     shapes = [p.shape for p in model.parameters()]
     sample, outputs = (shapes[0][1], *shapes[0][2:]), shapes[-1][0]
+    program = capture(model, as_loss(loss), torch.zeros(support, *sample), **options)
+    params = program.flatten({n: p.detach() for n, p in model.named_parameters()}).to(dtype)
 
     def targets(n):
         return torch.randn(tasks, n, outputs).to(dtype) if loss == "mse" else torch.randint(outputs, (tasks, n))
@@ -200,8 +200,9 @@ def test_random_vectors(data):
         layers.append(nn.Linear(inputs, outputs, bias=data.draw(st.booleans())))
         layers.append(data.draw(st.sampled_from([nn.ReLU(), nn.Tanh(), nn.GELU(), nn.Sigmoid()])))
     model = nn.Sequential(*layers, nn.Linear(widths[-1], 2)).double()
-    program, count = capture(model, as_loss("mse")), draw(8, 70)
+    count = draw(8, 70)
     x = [torch.randn(count, draw(1, 13), widths[0], dtype=torch.float64) for _ in range(2)]
+    program = capture(model, as_loss("mse"), x[0][0])
     y = [torch.randn(*v.shape[:2], 2, dtype=torch.float64) for v in x]
     params = program.flatten({n: p.detach() for n, p in model.named_parameters()})
     tasks = TaskBatch(x[0], y[0], x[1], y[1])
@@ -254,7 +255,7 @@ def test_a_parameter_that_nothing_reads():
 
     torch.manual_seed(1)
     model = Idle()
-    program = capture(model, as_loss("mse"))
+    program = capture(model, as_loss("mse"), torch.zeros(5, 3))
     params = program.flatten({n: p.detach() for n, p in model.named_parameters()}).double()
     _, _, tasks = made("residual", "mse", torch.float64, 20)
     compare(program, params, tasks, kind=A_RATE_A_PARAMETER)

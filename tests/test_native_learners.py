@@ -81,7 +81,9 @@ def test_a_loss_in_python_gives_what_it_gives_in_cpp(ragged):
     found = []
     for loss in ("mse", Slow()):
         torch.manual_seed(1)
-        learner = make_learner(images("", models.convnet, loss=loss, steps=3, lr=rate("step")), backend="cpu")
+        learner = make_learner(
+            images("", models.convnet, loss=loss, steps=3, lr=rate("step")), backend="cpu", tasks=tasks
+        )
         out = learner.backward(tasks)
         found.append((out, gradients(learner)))
     (fast, expected), (slow, slow_gradients) = found

@@ -182,6 +182,7 @@ def test_why_a_step_is_not_recorded():
     outer = outer_step(RECIPES["maml"])
     tasks = outer.sampler.batch(0)
     assert graph_obstacle(outer.learner, tasks) == "device cpu has no CUDA graphs"
+    outer.learner.prepare(tasks)
     program = outer.learner.program
     twin, triton = CudaExecutor(BlockLimits(232448, 132)), TritonExecutor(interpreted=True)
 

@@ -97,7 +97,7 @@ def test_rules_lie_inside_their_phase(profiles: Any, backend: str) -> None:
 def test_flops_are_those_of_the_whole_meta_gradient(profiles: Any) -> None:
     """What the rules do adds up to what ``metafast.program.flops`` says of the algorithm."""
     found, _ = profiles["cpu"]
-    program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
+    program = capture(network(), as_loss("cross_entropy"), small().draw().support_x[0], steps=STEPS)
     tasks = small().draw()
     cost = program_cost(program, tasks.support_x[0])
     wanted = cost.meta_gradient(TASKS, 6, 6, STEPS).flops
@@ -111,7 +111,7 @@ def test_flops_are_those_of_the_whole_meta_gradient(profiles: Any) -> None:
 
 def test_reference_computes_each_step_again_on_the_way_back(profiles: Any) -> None:
     found, _ = profiles["reference"]
-    program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
+    program = capture(network(), as_loss("cross_entropy"), small().draw().support_x[0], steps=STEPS)
     cost = program_cost(program, small().draw().support_x[0])
     forward = sum(row.flops for row in found.rows if (row.rule, row.phase) == ("forward", "reverse step"))
     assert forward == pytest.approx(TASKS * STEPS * 6 * cost.forward)
@@ -217,7 +217,7 @@ def test_spans_that_touch_or_last_no_time_are_a_good_trace(tmp_path: Path) -> No
 
 
 def test_timed_layers_change_no_bit_and_tell_nothing_unasked() -> None:
-    program = capture(network(), as_loss("cross_entropy"), steps=STEPS)
+    program = capture(network(), as_loss("cross_entropy"), small().draw().support_x[0], steps=STEPS)
     tasks, params = small().draw(), torch.cat([p.detach().flatten() for p in network().parameters()])
     rate = torch.tensor([[0.05]])
     plain, timed = ReferenceExecutor(), TimedExecutor(ReferenceExecutor())

@@ -389,9 +389,9 @@ SUITE = {s.name: s for s in SETUPS}
 
 def check(setup, one_call):
     torch.manual_seed(1)  # at seed 0 a pool of Conv4 has two values within 1e-7 of each other
-    learner = make_learner(setup, torch.float32, "triton")
+    learner = make_learner(setup, torch.float32, "triton", device=DEVICE)
     tasks = make_tasks(setup, tasks=3 if setup.ragged else 2, query=3)
-    check_against_oracle(learner.to(DEVICE), tasks.to(DEVICE), 1e-4, one_call)
+    check_against_oracle(learner, tasks.to(DEVICE), 1e-4, one_call)
 
 
 @pytest.mark.parametrize("setup", NETWORKS + [SUITE[name] for name in ONE_CALL], ids=str)

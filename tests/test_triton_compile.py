@@ -225,7 +225,8 @@ def compose(model, sample, loss, precision):
     from metafast.program.capture import capture
     from metafast.program.losses import as_loss
 
-    return capture(model, as_loss(loss)), TritonExecutor(precision), model(torch.zeros(2, *sample)).shape[1:]
+    x = torch.zeros(2, *sample)
+    return capture(model, as_loss(loss), x), TritonExecutor(precision), model(x).shape[1:]
 
 
 def variant(constexprs):

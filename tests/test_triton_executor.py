@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 def small_network(name="rate for each layer and step", support=5):
     """What an executor takes of a setup."""
     setup = replace(SUITE[name], support=support)
-    learner, tasks = make_learner(setup, torch.float32, "reference").to(DEVICE), make_tasks(setup, tasks=2).to(DEVICE)
+    learner, tasks = make_learner(setup, torch.float32, device=DEVICE), make_tasks(setup, tasks=2).to(DEVICE)
     return learner.program, learner.flat_parameters().detach(), learner.rate().detach(), tasks
 
 
@@ -104,7 +104,7 @@ def test_bf16_halves_the_memory_of_activations_and_costs_accuracy():
     shapes = TaskShapes.of_samples(torch.empty(images[0], device="meta"))
     shapes = shapes._replace(query_x=images[1], query_y=images[1][:2], devices=(torch.device(DEVICE),) * 2)
     layers = nn.Sequential(nn.Conv2d(2, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))
-    model = capture(layers, as_loss("mse"))
+    model = capture(layers, as_loss("mse"), torch.zeros(2, 2, 64, 64))
     peaks = []
     for triton in (executor(), executor().with_precision("bf16")):
         planned = triton.plan(model, loop(2), shapes, triton.precision)
@@ -136,11 +136,13 @@ def test_plans(budget, most, chunk, keep):
 def test_precision_is_asked_for_by_name():
     setup = SUITE["batch norm of the task"]
     tasks = make_tasks(setup, tasks=1)
-    learner = make_learner(replace(setup, options={"steps": 1, "precision": "bf16"}), torch.float32, "triton")
-    assert "(bf16)" in learner.to(DEVICE).explain(tasks.support_x.to(DEVICE))
-    derived = make_learner(replace(SUITE["SiLU, derived"], options={"precision": "bf16"}), torch.float32, "triton")
+    learner = make_learner(
+        replace(setup, options={"steps": 1, "precision": "bf16"}), torch.float32, "triton", device=DEVICE
+    )
+    assert "(bf16)" in learner.explain(tasks.support_x.to(DEVICE))
+    derived = replace(SUITE["SiLU, derived"], options={"precision": "bf16"})
     with pytest.raises(RuntimeError, match="needs kernels for every layer"):
-        derived.to(DEVICE).explain(torch.zeros(1, 5, 3, device=DEVICE))
+        make_learner(derived, torch.float32, "triton", device=DEVICE)
 
 
 def test_a_label_outside_makes_its_task_nan_and_no_other():
@@ -166,7 +168,7 @@ def test_activations_are_read_and_written_as_often_as_the_model_says(monkeypatch
         monkeypatch.setattr(sys.modules[f"metafast.kernels.{name}"], "launch", count)
     monkeypatch.setattr(products, "processors", lambda device: 0)  # slices of K come on top
     work = workload("mini5w1s-5")
-    program = capture(work.network(), as_loss(work.loss))
+    program = capture(work.network(), as_loss(work.loss), work.draw().support_x[0])
     lowered = lowering.lower(program, "float32", torch.device("cpu")).program
     theta, x = torch.empty(4, lowered.size, device="meta"), torch.empty(4, 5, 84, 84, 3, device="meta")
     batch = Batch(x.movedim(-1, 2), torch.empty(4, 5, dtype=torch.int64, device="meta"))
@@ -195,8 +197,8 @@ def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
     )
     for name, merges in (("omni5w1s-5", 15), ("mini5w1s-5", 26)):
         work = workload(name)
-        program, triton = capture(work.network(), as_loss(work.loss)), TritonExecutor(budget=40 << 30)
-        tasks = work.draw()
+        tasks, triton = work.draw(), TritonExecutor(budget=40 << 30)
+        program = capture(work.network(), as_loss(work.loss), tasks.support_x[0])
         tasks = TaskBatch(*(x.to("meta") for x in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)))
         theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
         meta_gradient(triton, program, theta, rate, tasks, work.steps, learns_rates=False)  # finds the plan

@@ -189,7 +189,7 @@ def test_a_head_that_reads_pixels():
 def test_features_that_others_read_keep_their_order(how):
     torch.manual_seed(3)
     model = Picture(how)
-    program = capture(model, as_loss("cross_entropy"))
+    program = capture(model, as_loss("cross_entropy"), torch.zeros(3, 2, 4, 7))
     kinds = [type(n.layer) for n in lowering.lower(program, "float32", torch.device("cpu")).program.nodes]
     assert (FlattenPixels in kinds, Flatten in kinds) == (how == "plain", how != "plain")
     theta = program.flatten({k: v.detach() for k, v in model.named_parameters()}).expand(2, -1)
@@ -201,7 +201,7 @@ def test_features_that_others_read_keep_their_order(how):
 
 
 def test_gaps_and_biases_without_effect_have_no_gradient():
-    learner, tasks = make_learner(PIXELS, torch.float32, "reference").to(DEVICE), make_tasks(PIXELS, tasks=2).to(DEVICE)
+    learner, tasks = make_learner(PIXELS, torch.float32, device=DEVICE), make_tasks(PIXELS, tasks=2).to(DEVICE)
     theta, rate, triton = learner.flat_parameters().detach(), torch.full((1, 1), 0.1, device=DEVICE), executor()
     lowered = triton._lowered(learner.program, tasks.support_x.device)
     gaps = torch.ones(lowered.program.size, dtype=torch.bool, device=DEVICE)

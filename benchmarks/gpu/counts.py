@@ -81,9 +81,9 @@ def modules_that_launch() -> list[Any]:
 
 def meta_step(work: Workload, architecture: int) -> Step:
     """Collects what a meta-gradient of the workload launches, on meta tensors, which have no memory."""
-    step, program = Step(), capture(work.network(), as_loss(work.loss))
-    executor = TritonExecutor(budget=BUDGET)
     drawn = work.draw()
+    step, program = Step(), capture(work.network(), as_loss(work.loss), drawn.support_x[0])
+    executor = TritonExecutor(budget=BUDGET)
     parts = (drawn.support_x, drawn.support_y, drawn.query_x, drawn.query_y)
     tasks = TaskBatch(*(x.to("meta") for x in parts))
     theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")

@@ -143,7 +143,7 @@ def _cost(workload: Workload) -> dict[str, int]:
     """Counts FLOPs, bytes and parameters of the workload, and checks that its model fits its samples and labels."""
     tasks = workload.draw()
     model = workload.network().to(tasks.support_x)
-    program = capture(model, as_loss(workload.loss), steps=workload.steps)
+    program = capture(model, as_loss(workload.loss), tasks.support_x[0], steps=workload.steps)
     with torch.no_grad():
         output = tuple(model(tasks.support_x[0]).shape[1:])
     program.loss.check(output, tasks.support_y, "support_y")

@@ -29,6 +29,7 @@ from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import SettledLearner, check_whole
 from metafast.program import Program
+from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.program.noise import given_numbers
@@ -65,7 +66,7 @@ class GradientLearner(SettledLearner):
             or ``"bf16"``, which put a meta-gradient of several steps off by several per cent and more.
 
     Raises:
-        CaptureError: the model's forward pass cannot become a Program.
+        CaptureError: the model has no parameters.
         ValueError: an option out of its range; the text names it.
     """
 
@@ -93,6 +94,8 @@ class GradientLearner(SettledLearner):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is no nn.Module; pass an instance of one")
         check_initialised(model)
+        if next(model.parameters(), None) is None:
+            raise CaptureError(f"{type(model).__name__} has no parameters; there is nothing to meta-learn")
         self.model = model
         self.steps, self.backend, self.precision = steps, backend, precision
         self.loss, self.query_loss, self.bn, self.output = loss, query_loss, bn, output

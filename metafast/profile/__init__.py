@@ -137,8 +137,9 @@ class _Run:
         self.workload, self.device = workload, device
         self.model = workload.network().to(device, torch.float32)
         self.learner = self._learner(backend)
-        shapes = workload.draw().to(device).shapes
-        self.executor = choose(self.learner.program, self.learner.loop, shapes, backend).executor
+        tasks = workload.draw().to(device)
+        self.learner.prepare(tasks)
+        self.executor = choose(self.learner.program, self.learner.loop, tasks.shapes, backend).executor
         self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=1e-5)
         self.host: list[Span] | None = None
 

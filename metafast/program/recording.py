@@ -100,6 +100,7 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
         ignored: buffers that may change without being counted as a change of the module.
 
     Raises:
+        ValueError: the module fails on these samples.
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers, or changes what it may not change. The text names the line and the remedy.
     """
@@ -160,6 +161,7 @@ class Recorder(SchemaCheckMode, Source):
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
         self.drawn: set[Ref] = set()
+        self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
 
@@ -191,7 +193,7 @@ class Recorder(SchemaCheckMode, Source):
             except CaptureError:
                 raise
             except Exception as error:
-                raise _failed(self.model, error_line(error) or self.where(), error) from error
+                raise _failed(self.model, self._place_of(error), self.inputs, error) from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
         self.look_at_coins()
@@ -336,10 +338,18 @@ class Recorder(SchemaCheckMode, Source):
 
     def where(self) -> str:
         """Names the user's line that is being run, or else the module."""
-        line = user_line()
-        if line or not self.stack:
-            return line or type(self.model).__name__
+        return user_line() or self._module()
+
+    def _module(self) -> str:
+        """Names the innermost module that is being run."""
+        if not self.stack:
+            return type(self.model).__name__
         return f"module {self.path()!r} ({type(self.stack[-1]).__name__})"
+
+    def _place_of(self, error: Exception) -> str:
+        """Names the user's line that raised ``error``, or else the module."""
+        raised, module = self.failure
+        return error_line(error) or (module if raised is error else type(self.model).__name__)
 
     def path(self) -> str:
         """Returns the name of the innermost module that is being run."""
@@ -451,6 +461,9 @@ class Recorder(SchemaCheckMode, Source):
         self.stack.append(module)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and error is not self.failure[0]:
+            self.failure = error, self._module()
         self.stack.pop()
 
 
@@ -588,10 +601,16 @@ def _autocast() -> tuple[str, torch.dtype] | None:
     return None
 
 
-def _failed(model: nn.Module, where: str, error: Exception) -> CaptureError:
+def _failed(model: nn.Module, where: str, inputs: Sequence[Tensor], error: Exception) -> Exception:
     """Says that the module itself failed on its samples, or did what cannot be recorded."""
-    text = str(error).strip().split("\n")[0]
+    name, text = type(model).__name__, str(error).strip().split("\n")[0]
     if "not registered" in text and "mode" in text:
         text = "a control-flow operator of torch. Write it with torch.where, or choose before the data comes"
-        return CaptureError(f"{type(model).__name__} uses at {where} {text}")
-    return CaptureError(f"{type(model).__name__} failed at {where} on the samples of one task: {text}")
+        return CaptureError(f"{name} uses at {where} {text}")
+    if "more than 1 value per channel" in text:
+        text += "; bn='frozen' takes the running statistics in its place"
+    shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in inputs)
+    return ValueError(
+        f"{name} fails at {where}: {text or type(error).__name__}. It was called on the {len(inputs[0])} samples of "
+        f"one task, which have shape {shapes}; check it against the model's layers"
+    )

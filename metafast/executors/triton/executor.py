@@ -236,8 +236,8 @@ class TritonExecutor(Executor):
     def _peak(self, program: Program, loop: InnerLoop, rates: Tensor, tasks: TaskBatch, chunk: int, keep: bool) -> int:
         """Returns the bytes at the peak for ``chunk`` tasks, found by a run on tensors that have no memory.
 
-        Rules derived by torch.func and a user's own loss may look at values. Where there are any, the first task is run
-        with its values, and its bytes are multiplied by ``chunk``.
+        Rules derived by torch.autograd and a user's own loss may look at values. Where there are any, the first task is
+        run with its values, and its bytes are multiplied by ``chunk``.
         """
         if _unknown_function(program):
             some = tasks.tasks(slice(0, 1))
