@@ -26,11 +26,13 @@ from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import Outside
+from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import SettledLearner, check_whole
 from metafast.program import Program
 from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
+from metafast.program.noise import given_numbers
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
 from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
@@ -160,6 +162,7 @@ class GradientLearner(SettledLearner):
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
         choice = self._choice_for(tasks, judged=False)
+        tasks = with_seeds(self.program, tasks)
         steps = self.steps if steps is None else steps
         check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
         with torch.no_grad():
@@ -395,4 +398,5 @@ class GradientLearner(SettledLearner):
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
             with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
-                call(self.model, first_task(batch.support_x))
+                with given_numbers(None if batch.seeds is None else batch.seeds[:1, 0]):
+                    call(self.model, first_task(batch.support_x))

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from metafast.kernels.noise import Noise
 from metafast.program.aliases import Aliases
+from metafast.program.noise import Draw, Source, above_autograd, draws, replacement
 from metafast.program.operation import (
     CaptureError,
     Constant,
@@ -34,9 +36,10 @@ from metafast.program.operation import (
     Operation,
     Ref,
     Weight,
+    by_name,
     refs_in,
 )
-from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
+from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_draw, value_reader
 from metafast.program.user_lines import error_line, line_behind, user_line
 from metafast.tasks import Samples
 
@@ -54,6 +57,7 @@ class Recording:
         values: shape and dtype of each value that an operation made.
         guards: buffers and constants whose numbers Python has read, with the version that it has read.
         changes_module: whether the run left buffers or attributes of the module other than it found them.
+        draws: how often random numbers were drawn.
         assigned: the attributes that the run set to something else than a plain value, such as a tensor to be looked at
             later: the ``id`` of the module's dictionary, and the name.
     """
@@ -66,6 +70,7 @@ class Recording:
     values: dict[Made, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
     guards: list[tuple[Tensor, int]] = field(default_factory=list)
     changes_module: bool = False
+    draws: int = 0
     assigned: frozenset[tuple[int, str]] = frozenset()
 
     @property
@@ -132,7 +137,7 @@ class RandomState(CaptureError):
     """Is raised where a run has drawn random numbers of Python or NumPy."""
 
 
-class Recorder(SchemaCheckMode):
+class Recorder(SchemaCheckMode, Source):
     """Notes each operation of a run (see ``record``).
 
     torch lets three classes of modes in at the PreDispatch key; this one takes the place of ``SchemaCheckMode``.
@@ -157,6 +162,7 @@ class Recorder(SchemaCheckMode):
         self.paths = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
+        self.drawn: set[Ref] = set()
         self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
@@ -176,8 +182,6 @@ class Recorder(SchemaCheckMode):
         before = torch.get_rng_state()
         states = _other_random_states()
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
             stack.enter_context(torch.jit.optimized_execution(False))
             _forget_optimised_scripts(self.model)
@@ -185,9 +189,7 @@ class Recorder(SchemaCheckMode):
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_functions_kept_whole(self))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch._C._EnablePythonDispatcher())
-            stack.enter_context(torch._C._EnablePreDispatch())
-            stack.enter_context(self)
+            stack.enter_context(above_autograd(self))
             stack.enter_context(_ValueReads(self))
             try:
                 yield
@@ -206,15 +208,47 @@ class Recorder(SchemaCheckMode):
         if self.silent:
             return func(*args, **kwargs)
         if self.inside is not None:
-            self._check_closure(args, kwargs)
+            self._check_closure(func, args, kwargs)
             return func(*args, **kwargs)
+        if draws(func, args, kwargs):
+            return self._drawn(func, args, kwargs)
         refs, named = self.refs(args), self.refs(kwargs)
         self._refuse_values(func, refs, named)
-        refuse_random(func, args, kwargs, self.refuse)
         out = func(*args, **kwargs)
         if func._schema.is_mutable and self.aliases.changed(func, args, kwargs, refs, named):
             return out
         self.note(func, refs, named, out)
+        return out
+
+    def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Computes what draws random numbers of numbers from a counter, and notes both."""
+        compute = replacement(func)
+        refuse_draw(func, kwargs, compute is not None, self.refuse)
+        assert compute is not None
+        with self:
+            return compute(self, by_name(func, args, kwargs))
+
+    def numbers(self, noise: Noise, like: Tensor | None, device: torch.device) -> Tensor:
+        """Notes a draw; where it takes its shape from a value of the batch, other batches may give it another one."""
+        noise = replace(noise, number=self.recording.draws)
+        self.recording.draws += 1
+        read = () if like is None else (self._ref(like),)
+        self.silent = True
+        value = Draw(noise).numbers(torch.zeros(1, dtype=torch.int64, device=device), 0)
+        self.silent = False
+        ref = self.emit(Draw(noise), read, {}, [value])[0]
+        self.traits[ref] = True, False
+        self.drawn.add(ref)
+        self.aliases.enter(value, ref)
+        return value
+
+    def whole(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Notes a call of ``function`` as one operation."""
+        refs = self.refs(tensors)
+        self.silent = True
+        out = function(*tensors)
+        self.silent = False
+        self.note(function, refs, {}, out)
         return out
 
     def note(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -259,6 +293,8 @@ class Recorder(SchemaCheckMode):
         data = any(self.is_data(ref) for ref in sources)
         carries = grad and target not in _DETACHING and any(self.carries(ref) for ref in sources)
         made = [Made(number, part) for part in range(len(results))]
+        if not self.drawn.isdisjoint(sources):
+            self.drawn.update(made)
         for ref, result in zip(made, results, strict=True):
             if isinstance(result, Tensor):
                 self.recording.values[ref] = result.shape, result.dtype
@@ -390,19 +426,24 @@ class Recorder(SchemaCheckMode):
     def _read_value(self, ref: Ref, how: str) -> None:
         if self.is_data(ref):
             raise self.refuse(
-                f"reads a value of the data by {how}",
-                "It may not branch or loop on values of the data, nor turn them into numbers: each task has its own. "
-                "Use torch.where, or decide by what is known before the data comes",
+                f"reads a {'random number' if ref in self.drawn else 'value of the data'} by {how}",
+                "It may not branch or loop on such values, nor turn them into numbers: each task has its own. Use "
+                "torch.where, or decide by what is known before the data comes",
             )
         self.recording.guards += [(tensor, tensor._version) for tensor in self.constants_of(ref)]
 
-    def _check_closure(self, args: Any, kwargs: Any) -> None:
-        """Refuses a Function that reads values which are not among its arguments: they would be lost on the way."""
+    def _check_closure(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuses a Function that draws, or reads values which are not among its arguments: both would be lost."""
+        name = getattr(self.inside, "__name__", "")
+        if draws(func, args, kwargs):
+            raise self.refuse(
+                f"calls {name}, whose forward draws random numbers by {func.overloadpacket.__name__},",
+                "Draw them before and pass them to apply",
+            )
         for tensor in _tensors((args, kwargs)):
             if id(tensor) not in self.allowed and self.aliases.knows(tensor) and self.is_data(self.aliases.ref(tensor)):
                 raise self.refuse(
-                    f"calls {getattr(self.inside, '__name__', '')}, whose forward reads a tensor that is not among its "
-                    "arguments,",
+                    f"calls {name}, whose forward reads a tensor that is not among its arguments,",
                     "Pass it to apply",
                 )
 
