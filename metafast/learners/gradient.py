@@ -269,8 +269,9 @@ class GradientLearner(SettledLearner):
             self._capture_again()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what is made again: a copy has seen no batch."""
-        return {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+        """Leaves out what is made again: a copy has seen no batch, and lists its parts itself."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+        return {**state, **{name: dict(state[name]) for name in ("_modules", "_parameters", "_buffers")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

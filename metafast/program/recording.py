@@ -118,9 +118,10 @@ def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collectio
     leaves, structure = tree_flatten(x)
     recorder = Recorder(model, [leaf.detach().clone() for leaf in leaves])
     recorder.recording.several = isinstance(x, Samples)
-    with recorder.watching(), unchanged(model, ignored) as state:
-        returned = call(model, tree_unflatten(recorder.inputs, structure))
-        recorder.finish(picked(returned, part, model))
+    with unchanged(model, ignored) as state:
+        with recorder.watching():
+            returned = call(model, tree_unflatten(recorder.inputs, structure))
+            recorder.finish(picked(returned, part, model))
         recorder.recording.changes_module = state.changed()
         recorder.recording.assigned = state.assigned()
     return recorder.recording
