@@ -25,7 +25,7 @@ SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,
 LIBASAN := $(wildcard $(shell g++ -print-file-name=libasan.so 2>/dev/null))
 SANITIZED := build/sanitize/lib
 
-.PHONY: setup demo test test-device-versions sanitize lint bench gpu-check gpu-pack clean
+.PHONY: setup demo test test-device-versions sanitize fuzz lint bench gpu-check gpu-pack clean
 
 setup: $(STAMP)
 
@@ -99,6 +99,12 @@ build/headers/checked: $(OLDER_HEADERS:%=%/unpacked) $(SOURCES)
 	  csrc/torch/*.cpp || exit 1; \
 	done; done
 	touch $@
+
+# Holds random programs against the oracle, for the night: make fuzz COUNT=10000 SEED=0. make test runs the first 300.
+COUNT ?= 10000
+SEED ?= 0
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(COUNT) --seed $(SEED)
 
 lint: setup $(if $(METAFAST_CPU),build/headers/checked)
 	$(BIN)/ruff check .

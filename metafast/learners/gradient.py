@@ -26,11 +26,13 @@ from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import Outside
+from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import SettledLearner, check_whole
 from metafast.program import Program
 from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
+from metafast.program.noise import given_numbers
 from metafast.program.recording import call
 from metafast.program.running_statistics import track
 from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
@@ -160,6 +162,7 @@ class GradientLearner(SettledLearner):
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
         choice = self._choice_for(tasks, judged=False)
+        tasks = with_seeds(self.program, tasks)
         steps = self.steps if steps is None else steps
         check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
         with torch.no_grad():
@@ -266,8 +269,9 @@ class GradientLearner(SettledLearner):
             self._capture_again()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what is made again: a copy has seen no batch."""
-        return {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+        """Leaves out what is made again: a copy has seen no batch, and lists its parts itself."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+        return {**state, **{name: dict(state[name]) for name in ("_modules", "_parameters", "_buffers")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -394,5 +398,8 @@ class GradientLearner(SettledLearner):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
+            seeds = None if tasks.seeds is None else tasks.seeds[:1, 0]
+            with (
+                self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(), given_numbers(seeds),
+            ):  # fmt: skip
                 call(self.model, first_task(batch.support_x))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from operator import is_
+from operator import attrgetter, is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch.nn.modules import module as torch_module
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.Size)
 """Values that cannot change and still be themselves; equal ones are the same."""
+_TRAINED = attrgetter("requires_grad")
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 """The attributes of every module, which torch itself keeps; what they hold is looked at one by one."""
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
 """Packages whose objects are taken to be the same inside as long as they are the same."""
+_OWN = ("metafast.inner", "metafast.learners")
+"""Modules of these packages change by themselves in no way that matters here."""
 _LEAVES = 1000
 """The most values inside of one attribute that are looked at."""
 _DEPTH = 6
@@ -61,7 +64,7 @@ class ModuleSnapshot:
         self._names = [name for registry in self._registries for name in registry]
         self._items = [item for registry in self._registries for item in registry.values()]
         self._of_parameters = {id(m._parameters) for m in modules}
-        others = [m for m in modules if m is not owner]
+        others = [m for m in modules if m is not owner and not type(m).__module__.startswith(_OWN)]
         self._others, self._types = others, [type(m) for m in others]
         self._attributes = [*(m.__dict__ for m in others), *_classes(self._types)]
         self._left_out = [{name for home, name in ignored if home == id(home_)} for home_ in self._attributes]
@@ -69,6 +72,16 @@ class ModuleSnapshot:
         self._values = [
             tuple(_kept(name, value) for name, value in home.items() if name not in out) for home, out in pairs
         ]
+        numbers = [
+            (home, name, value)
+            for home, out in pairs
+            for name, value in home.items()
+            if isinstance(home, dict) and isinstance(value, int | float) and name not in {*out, *_OF_ANY_MODULE}
+        ]
+        self._number_homes = [home for home, _, _ in numbers]
+        self._number_names = [name for _, name, _ in numbers]
+        self._number_kinds = [type(value) for _, _, value in numbers]
+        self._views = [home.values() for home in self._attributes]
         inside = {id(v): v for home, out in pairs for name, v in home.items() if name not in {*out, *_OF_ANY_MODULE}}
         inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
         self._copies = [(value, deepcopy(value)) for value in inside.values() if _is_plain(value)]
@@ -80,8 +93,8 @@ class ModuleSnapshot:
         items = map(dict.get, self._homes, self._names)
         if not (
             all(map(is_, items, self._items))
-            and [len(registry) for registry in self._registries] == self._sizes
-            and [p.requires_grad for p in self.parameters] == self._trained
+            and [*map(len, self._registries)] == self._sizes
+            and [*map(_TRAINED, self.parameters)] == self._trained
             and [*map(type, self._others)] == self._types
         ):
             return True
@@ -104,7 +117,7 @@ class ModuleSnapshot:
             if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
                 return False
             swapped = True
-        sizes = [len(registry) for registry in self._registries]
+        sizes = [*map(len, self._registries)]
         same = sizes == self._sizes and [*map(type, self._others)] == self._types
         return swapped and same and not self._attributes_changed()
 
@@ -124,10 +137,20 @@ class ModuleSnapshot:
             for home, name, other, _ in swapped:
                 home[name] = other
 
+    def _some_values(self) -> list[tuple[Any, ...]]:
+        """Returns the values of the attributes that are not left out."""
+        pairs = zip(self._attributes, self._left_out, strict=True)
+        return [tuple(value for name, value in home.items() if name not in out) for home, out in pairs]
+
+    def _kinds_changed(self) -> bool:
+        """Says whether some number is of another kind: ``True`` equals ``1.0``, but it is not the same to ``is``."""
+        return [*map(type, map(dict.get, self._number_homes, self._number_names))] != self._number_kinds
+
     def _attributes_changed(self) -> bool:
         try:
             return (
-                self._values != [*map(_values, self._attributes, self._left_out)]
+                self._kinds_changed()
+                or self._values != (self._some_values() if any(self._left_out) else [*map(tuple, self._views)])
                 or any(value != copy for value, copy in self._copies)
                 or any(image != _image(value) for value, image in self._images)
             )
@@ -152,13 +175,6 @@ def _classes(types: Iterable[type]) -> list[Mapping[str, Any]]:
     """Returns the attributes of the classes, and of those below them, that are the user's own."""
     found = dict.fromkeys(base for cls in types for base in cls.__mro__ if not _is_foreign(base))
     return [vars(cls) for cls in found]
-
-
-def _values(home: Mapping[str, Any], left_out: Collection[str]) -> tuple[Any, ...]:
-    """Returns the values of a module's attributes."""
-    if left_out:
-        return tuple(value for name, value in home.items() if name not in left_out)
-    return tuple(home.values())
 
 
 def _kept(name: str, value: Any) -> Any:
