@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -398,6 +399,10 @@ class GradientLearner(SettledLearner):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
-                with given_numbers(None if batch.seeds is None else batch.seeds[:1, 0]):
-                    call(self.model, first_task(batch.support_x))
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(), _numbers_of(batch):
+                call(self.model, first_task(batch.support_x))
+
+
+def _numbers_of(tasks: TaskBatch) -> AbstractContextManager[None]:
+    """Makes the model draw what the Program draws for the first task's support set."""
+    return given_numbers(None if tasks.seeds is None else tasks.seeds[:1, 0])

@@ -164,6 +164,7 @@ class Recorder(SchemaCheckMode, Source):
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
         self.drawn: set[Ref] = set()
+        self.refusal: CaptureError | None = None
         self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
@@ -194,10 +195,12 @@ class Recorder(SchemaCheckMode, Source):
             stack.enter_context(_ValueReads(self))
             try:
                 yield
-            except CaptureError:
-                raise
             except Exception as error:
+                if self.refusal is not None or isinstance(error, CaptureError):
+                    raise self.refusal or error from None
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
+        if self.refusal is not None:  # and the module caught it
+            raise self.refusal
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
         if states != _other_random_states():
@@ -215,6 +218,8 @@ class Recorder(SchemaCheckMode, Source):
             return self._drawn(func, args, kwargs)
         refs, named = self.refs(args), self.refs(kwargs)
         self._refuse_values(func, refs, named)
+        if func._schema.is_mutable:
+            self.aliases.check(func, args, kwargs)
         out = func(*args, **kwargs)
         if func._schema.is_mutable and self.aliases.changed(func, args, kwargs, refs, named):
             return out
@@ -353,7 +358,10 @@ class Recorder(SchemaCheckMode, Source):
 
     def refuse(self, what: str, remedy: str) -> CaptureError:
         """Makes the error that says why the run cannot become a Program."""
-        return CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        # It is kept, because what raises it may be caught on its way: an arithmetic operator of torch turns it into
+        # Python's own error of operands.
+        self.refusal = CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        return self.refusal
 
     def function(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a ``torch.autograd.Function`` and notes it as one operation, which has the Function's own derivative."""

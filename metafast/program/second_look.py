@@ -195,9 +195,9 @@ def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
     """Returns the largest difference over ``scale``, or over the largest number that is wanted."""
     if not wanted.numel():
         return 0.0
-    if scale is None:
-        scale = float(wanted.detach().abs().max())
     found, wanted = found.detach(), wanted.detach()
+    if scale is None:
+        scale = float(wanted.abs().max())
     both = torch.isnan(found) & torch.isnan(wanted) | (found == wanted)
     difference = (found - wanted).masked_fill(both, 0.0)
     return float(difference.abs().max()) / max(scale, 1e-30)
