@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,7 @@ class Recorder(SchemaCheckMode, Source):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before = torch.get_rng_state()
+        before, seed = torch.get_rng_state(), torch.initial_seed()
         states = _other_random_states()
         with ExitStack() as stack:
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
@@ -201,8 +202,14 @@ class Recorder(SchemaCheckMode, Source):
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
         if self.refusal is not None:  # and the module caught it
             raise self.refusal
+        sets_seed = torch.initial_seed() != seed
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
+        if sets_seed:
+            raise CaptureError(
+                f"{type(self.model).__name__} calls torch.manual_seed in its forward pass, so that all its numbers are "
+                "the same in each pass. Draw them once in __init__ and register them as a buffer"
+            )
         if states != _other_random_states():
             raise RandomState(type(self.model).__name__)
 
@@ -492,9 +499,12 @@ def _functions_kept_whole(recorder: Recorder) -> Iterator[None]:
     """Sends the calls of all ``torch.autograd.Function``s to the recorder."""
     original = vars(torch.autograd.Function)["apply"]
 
+    thread = threading.get_ident()
+
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         run = original.__get__(None, cls)
-        return run(*args, **kwargs) if recorder.inside else recorder.function(cls, run, args, kwargs)
+        elsewhere = recorder.inside is not None or threading.get_ident() != thread
+        return run(*args, **kwargs) if elsewhere else recorder.function(cls, run, args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
