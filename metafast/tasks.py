@@ -128,15 +128,18 @@ class Batch(NamedTuple):
         x: the inputs ``[T, n, ...]``: a tensor, or ``Samples``.
         y: the targets: class indices ``[T, n]`` or values ``[T, n, ...]``.
         mask: bool ``[T, n]``, true where a sample counts and false where it is padding; ``None`` where all count.
+        seeds: int64 ``[T]``, from which the random numbers of a model follow; ``None`` where it draws none.
     """
 
     x: Any
     y: Tensor
     mask: Tensor | None = None
+    seeds: Tensor | None = None
 
     def tasks(self, chosen: slice) -> Batch:
         """Returns the samples of a range of tasks."""
-        return Batch(self.x[chosen], self.y[chosen], None if self.mask is None else self.mask[chosen])
+        mask, seeds = (None if rows is None else rows[chosen] for rows in (self.mask, self.seeds))
+        return Batch(self.x[chosen], self.y[chosen], mask, seeds)
 
 
 class TaskShapes(NamedTuple):
@@ -209,6 +212,8 @@ class TaskBatch:
         query_y: class indices ``[T, m]`` (int64), or regression targets ``[T, m, ...]``.
         support_mask: bool ``[T, n]``, false where a sample of a ragged task is padding; ``None`` where all count.
         query_mask: bool ``[T, m]``, likewise for the query sets.
+        seeds: int64 ``[T, 2]``, from which all random numbers follow that a model draws for the support and for the
+            query set of each task; ``None``: every call of a learner draws them by torch's default generator.
 
     Raises:
         TypeError: something is no tensor, or inputs are pictures of bytes.
@@ -222,6 +227,7 @@ class TaskBatch:
     query_y: Tensor
     support_mask: Tensor | None = None
     query_mask: Tensor | None = None
+    seeds: Tensor | None = None
 
     def __post_init__(self) -> None:
         for part in ("support", "query"):
@@ -239,6 +245,12 @@ class TaskBatch:
                 f"a support sample has shape {', '.join(map(str, support))} and a query sample "
                 f"{', '.join(map(str, query))}; both go through the same model, so they must match"
             )
+        seeds = self.seeds
+        if seeds is not None and (seeds.dtype != torch.int64 or seeds.shape != (len(self), 2)):
+            raise ValueError(
+                f"seeds has dtype {seeds.dtype} and shape {tuple(seeds.shape)}; it must be torch.int64 of shape "
+                f"{(len(self), 2)}"
+            )
 
     def __len__(self) -> int:
         return self.support_x.shape[0]
@@ -246,12 +258,12 @@ class TaskBatch:
     @property
     def support(self) -> Batch:
         """Returns the support sets."""
-        return Batch(self.support_x, self.support_y, self.support_mask)
+        return Batch(self.support_x, self.support_y, self.support_mask, self._seeds(0))
 
     @property
     def query(self) -> Batch:
         """Returns the query sets."""
-        return Batch(self.query_x, self.query_y, self.query_mask)
+        return Batch(self.query_x, self.query_y, self.query_mask, self._seeds(1))
 
     @property
     def shapes(self) -> TaskShapes:
@@ -280,6 +292,9 @@ class TaskBatch:
                     value.to(*args, **kwargs) if isinstance(value, Samples) else moved(value, *args, **kwargs)
                 )
         return TaskBatch(**found)
+
+    def _seeds(self, part: int) -> Tensor | None:
+        return None if self.seeds is None else self.seeds[:, part]
 
     def tasks(self, chosen: slice) -> TaskBatch:
         """Returns a range of the tasks."""

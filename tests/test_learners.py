@@ -313,8 +313,7 @@ def test_a_module_that_has_changed_is_captured_again():
     assert float(model[2].weight.grad.norm()) > 0
     assert not torch.equal(learner(tasks).losses, before)
     learner.train()
-    with pytest.raises(mf.CaptureError, match=r"random numbers at module '1' \(Dropout\).*model\.eval\(\)"):
-        learner(tasks)
+    assert not torch.equal(learner(tasks).losses, learner(tasks).losses), "dropout draws anew in each call"
     learner.eval()
     assert not torch.equal(learner(tasks).losses, before)
 

@@ -76,7 +76,11 @@ def program_around(case):
 def foreign(case):
     """What it leaves to others: groups, values that are neither vectors nor images, broadcasting."""
     ranks = [len(shape) for shape in case.inputs]
-    if any(rank not in (2, 4) for rank in ranks) or len(set(case.inputs)) > 1 or case.layer.kind == "derived":
+    if (
+        any(rank not in (2, 4) for rank in ranks)
+        or len(set(case.inputs)) > 1
+        or case.layer.kind in ("derived", "dropout")
+    ):
         return True
     layer = case.layer
     part = {

@@ -21,7 +21,8 @@ class RuleContext:
     """What one node remembers between its rules during one pass over a batch.
 
     ``step`` is the inner step that the pass belongs to, ``mask`` ``[T, n]`` marks the samples that count (``None``:
-    all), ``needs_inputs`` and ``needs_params`` say which adjoints are wanted. Rules add attributes of their own.
+    all), ``needs_inputs`` and ``needs_params`` say which adjoints are wanted, and ``seeds`` int64 ``[T]`` are those of
+    each task's random numbers (``None``: it has none). Rules add attributes of their own.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class RuleContext:
         mask: Tensor | None,
         needs_inputs: tuple[bool, ...],
         needs_params: tuple[bool, ...],
+        seeds: Tensor | None = None,
     ) -> None:
         self.step = step
         self.mask = mask
         self.needs_inputs = needs_inputs
         self.needs_params = needs_params
+        self.seeds = seeds
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"this pass has not kept {name!r}: a rule ran before the one that keeps it")
@@ -49,6 +52,8 @@ class Layer:
     kind: ClassVar[str]
     varies: ClassVar[bool] = False
     """Does the map change from inner step to inner step by itself? Its parameters then have a row for each."""
+    carries_gradient: ClassVar[bool] = True
+    """Has the output a derivative in the inputs? Where it has none, only ``forward`` is called."""
     keeps_channels: ClassVar[bool] = False
     """Does each channel of the output follow from the same channel of the input, at any size of an image?"""
     input_rank: ClassVar[int | None] = None

@@ -22,13 +22,14 @@ class Pattern:
             that it asks for by the names in the operator's schema (``input`` is the first one). ``input_shape``,
             ``[n, ...]``, and ``bn``, the mode of batch norm that holds for the module, are there for those who
             ask.
-        operators: names of torch's operators with their overloads, such as ``"linear.default"``.
+        operators: names of torch's operators with their overloads, such as ``"linear.default"``, or functions that
+            stand for an operation in a recording.
         inputs: the arguments that are values of the batch, in the order in which the rules take them.
         unread: arguments that may be tensors although the layer has no use for them.
     """
 
     read: Callable[..., Layer | None]
-    operators: tuple[str, ...]
+    operators: tuple[str | Callable[..., Any], ...]
     inputs: tuple[str, ...] = ("input",)
     unread: tuple[str, ...] = ()
 

@@ -91,8 +91,13 @@ class Executor(ABC):
         """Makes the ``plan`` in the executor's own precision."""
 
     @abstractmethod
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        """Computes the outputs ``[T, n, ...]`` for ``x [T, n, ...]``."""
+    def predict(
+        self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
+    ) -> Tensor:
+        """Computes the outputs ``[T, n, ...]`` for ``x [T, n, ...]``.
+
+        ``seeds`` int64 ``[T]`` are those of a ``program`` that draws random numbers.
+        """
 
     @abstractmethod
     def loss_and_grad(

@@ -64,7 +64,9 @@ class PythonLoss(Executor):
     def plan_own(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> ExecutionPlan | str:
         return self.inner.plan_own(program, loop, shapes)
 
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+    def predict(
+        self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
+    ) -> Tensor:
         return self.inner.outputs(program, params, Batch(x, x), step)
 
     @torch.no_grad()

@@ -102,8 +102,9 @@ def versions(program: Program) -> list[int]:
 
 
 def flattened(tasks: TaskBatch) -> tuple[Any, list[Any]]:
-    """Returns the tensors of a batch, and how they belong together; ``None`` masks are among the tensors."""
-    fields = [tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, tasks.support_mask, tasks.query_mask]
+    """Returns the tensors of a batch, and how they belong together; ``None`` masks and seeds are among the tensors."""
+    inputs = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
+    fields = [*inputs, tasks.support_mask, tasks.query_mask, tasks.support.seeds, tasks.query.seeds]
     if isinstance(tasks.support_x, Tensor):
         return None, fields
     leaves, spec = tree_flatten(fields)
@@ -112,8 +113,8 @@ def flattened(tasks: TaskBatch) -> tuple[Any, list[Any]]:
 
 def _sets(spec: Any, tensors: Sequence[Any]) -> Sets:
     """Undoes :func:`flattened`."""
-    support_x, support_y, query_x, query_y, *masks = tensors if spec is None else tree_unflatten(tensors, spec)
-    return Sets(Batch(support_x, support_y, masks[0]), Batch(query_x, query_y, masks[1]))
+    support_x, support_y, query_x, query_y, *rest = tensors if spec is None else tree_unflatten(tensors, spec)
+    return Sets(Batch(support_x, support_y, rest[0], rest[2]), Batch(query_x, query_y, rest[1], rest[3]))
 
 
 class _Fused(torch.autograd.Function):

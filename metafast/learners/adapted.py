@@ -9,6 +9,7 @@ from torch import Tensor
 from metafast.executors import Executor
 from metafast.inner.autocast import in_own_dtype
 from metafast.learners.captures import Captures
+from metafast.learners.seeds import drawn_seeds
 from metafast.program import Program
 from metafast.tasks import as_samples, parts_of
 
@@ -52,7 +53,9 @@ class Adapted:
                 f"x.to({str(theta.device)!r}, {theta.dtype})"
             )
         program = self.captures.extended(self.program, x)
-        return self.executor.predict(program, self.parameters, x.contiguous(), self.step)
+        seeds = drawn_seeds(program, len(theta), theta.device)
+        of_query = None if seeds is None else seeds[:, 1]
+        return self.executor.predict(program, self.parameters, x.contiguous(), self.step, of_query)
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
         """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.

@@ -75,7 +75,8 @@ def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
         for padding in (0, 1):
             x = each_part(partial(_padded, mask=batch.mask, value=padding), batch.x)
             theta, nothing = params.expand(len(tasks), -1), (False,) * len(program.parameters)
-            run = Pass(program, theta, Batch(x, batch.y, batch.mask), 0, nothing)
+            seeds = torch.arange(len(tasks), device=params.device) if program.draws else None
+            run = Pass(program, theta, Batch(x, batch.y, batch.mask, seeds), 0, nothing)
             outputs.append(run.forward()[batch.mask])
         if not torch.equal(*outputs):
             derived = [node.name for node in program.nodes if node.layer.kind == "derived"]

@@ -13,6 +13,7 @@ from metafast.learners.batch_norm import in_modes
 from metafast.learners.captures import Captures
 from metafast.program import Program
 from metafast.program.capture import Layout, node_values
+from metafast.program.noise import given_numbers
 from metafast.program.recording import call, picked, unchanged
 from metafast.program.second_look import Difference, Truth, check, first_difference, truth_of
 from metafast.tasks import TaskBatch
@@ -26,9 +27,10 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
     """
     for x in [tasks.support_x] if not program.by_samples else [tasks.support_x, tasks.query_x]:
         task = _another_task(x)
-        truth = run_module(captures, task, captures.recording(x).is_coarse)
+        seeds = torch.ones(1, dtype=torch.int64, device=theta.device) if program.draws else None
+        truth = run_module(captures, task, seeds, captures.recording(x).is_coarse)
         difference = check(program.at(x.shape[1]), theta, truth)
-        if difference is not None and not _agrees_in_double(captures, x, task):
+        if difference is not None and not _agrees_in_double(captures, x, task, seeds):
             where = _first(captures, program.at(x.shape[1]), theta, truth, x)
             raise Difference(
                 f"what was captured of {type(captures.model).__name__} is not what it computes: {difference}, first at "
@@ -37,12 +39,12 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
             )
 
 
-def run_module(captures: Captures, x: Any, coarse: bool = False) -> Truth:
+def run_module(captures: Captures, x: Any, seeds: Tensor | None, coarse: bool = False) -> Truth:
     """Runs the model itself on one task's samples, and differentiates its outputs."""
     model = captures.model
-    with in_modes(model, captures.modes()), unchanged(model), torch.enable_grad():
+    with in_modes(model, captures.modes()), unchanged(model), torch.enable_grad(), given_numbers(seeds):
         outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings.output, model)
-        return truth_of(outputs, dict(model.named_parameters()), x, coarse)
+        return truth_of(outputs, dict(model.named_parameters()), x, coarse, seeds)
 
 
 def _another_task(x: Any) -> Any:
@@ -56,7 +58,7 @@ def _another_task(x: Any) -> Any:
     return tree_map_only(Tensor, other, x)
 
 
-def _agrees_in_double(captures: Captures, x: Any, task: Any) -> bool:
+def _agrees_in_double(captures: Captures, x: Any, task: Any, seeds: Tensor | None) -> bool:
     """Says whether a copy of the model in float64 agrees with its Program, so that rounding is all that differs."""
     if any(p.dtype == torch.float64 for p in captures.model.parameters()):
         return False
@@ -66,7 +68,7 @@ def _agrees_in_double(captures: Captures, x: Any, task: Any) -> bool:
         program = twin.of_samples(wide)
         named = dict(twin.model.named_parameters())
         theta = torch.cat([named[p.name].detach().flatten() for p in program.parameters])
-        return check(program, theta, run_module(twin, task)) is None
+        return check(program, theta, run_module(twin, task, seeds)) is None
     except Exception:  # a model that is no model of float64 cannot tell
         return False
 

@@ -19,6 +19,7 @@ from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.gradient import GradientLearner
 from metafast.learners.outside_gradients import Outside
+from metafast.learners.seeds import with_seeds
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.tasks import Batch, TaskBatch
@@ -125,6 +126,7 @@ class MAML(GradientLearner):
                 raise RuntimeError(f"{self._inner} is recorded by autograd; call the learner uncompiled for it")
             return self._compiled(tasks, self._weights, self.first_order, create_graph)
         choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
         outside = self._outside(choice, tasks)
@@ -173,6 +175,7 @@ class MAML(GradientLearner):
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         if self._outside(choice, tasks).names or self._now.is_recorded or not self._inner.is_plain:
             with torch.enable_grad():
                 return super().backward(tasks)

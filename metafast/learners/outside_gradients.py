@@ -134,7 +134,8 @@ class LossProbe:
             with outside_transforms():
                 theta = torch.cat([plain(p).detach().reshape(-1) for p in where.parameters])
                 x = getattr(plain_batch(tasks), part).x[:1].detach()
-                outputs = where.choice.executor.predict(where.program, theta, x)[0]
+                seeds = torch.zeros(1, dtype=torch.int64, device=x.device) if where.program.draws else None
+                outputs = where.choice.executor.predict(where.program, theta, x, 0, seeds)[0]
             self._outputs[part, tasks.shapes] = where.program, outputs
             if len(self._outputs) > _KINDS:
                 del self._outputs[next(iter(self._outputs))]

@@ -13,6 +13,7 @@ from metafast.inner.rates import Rate
 from metafast.learners.base import LearnerOutput, LearnerRecipe, rate_beside
 from metafast.learners.gradient import GradientLearner
 from metafast.learners.outside_gradients import NOTHING, Outside, refuse
+from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import check_whole
 from metafast.program.losses import LossLike
 from metafast.tasks import Batch, TaskBatch
@@ -114,6 +115,7 @@ class Reptile(GradientLearner):
             ValueError: something beside the parameters requires a gradient.
         """
         choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         if torch.is_grad_enabled():
             refuse("Reptile", self._outside(choice, tasks))
         with torch.no_grad():
@@ -124,6 +126,7 @@ class Reptile(GradientLearner):
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
         choice = self._choice_for(tasks)
+        tasks = with_seeds(self.program, tasks)
         refuse("Reptile", self._outside(choice, tasks))
         self._track_statistics(tasks)
         adapted = self._adapted(choice, tasks.support, self.steps, NOTHING)
@@ -158,4 +161,4 @@ class Reptile(GradientLearner):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         chosen = order[(torch.arange(self.batch_size) + step * self.batch_size) % n].to(support.x.device)
         mask = None if support.mask is None else support.mask[:, chosen]
-        return Batch(support.x[:, chosen], support.y[:, chosen], mask)
+        return Batch(support.x[:, chosen], support.y[:, chosen], mask, support.seeds)

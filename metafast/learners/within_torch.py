@@ -34,6 +34,10 @@ _CREATE_GRAPH = (
     "create_graph=True records plain operations of unknown number, which a compiled graph cannot hold; call the "
     "learner uncompiled for it"
 )
+_DRAWS = (
+    "the model draws random numbers, and a compiled graph has no place for their seeds; call the learner uncompiled, "
+    "or call eval() on it"
+)
 _FIRST_ORDER_ALONE = (
     "under torch.func this learner has derivatives of first order alone, in parameters, inputs and loss modules: the "
     "rules of some operations are found by torch.autograd, which torch.func does not differentiate. For higher orders, "
@@ -137,11 +141,13 @@ class WithinTorch(Learner):
         """Checks a batch and says what computes it; where it ``trains``, the model's buffers move.
 
         Raises:
-            RuntimeError: a loss reads a tensor that a compiled graph does not see.
+            RuntimeError: a loss reads a tensor that a compiled graph does not see, or the model draws random numbers.
         """
         choice = self._choice_for(tasks)
         if has_own_derivatives(self.program):
             raise RuntimeError(_FUNCTIONS)
+        if self.program.draws:
+            raise RuntimeError(_DRAWS)
         if self._loss_probe.needed:
             self._loss_probe.check_compiled(Surroundings(choice, self.program, self._sources), tasks)
         if trains:

@@ -131,8 +131,10 @@ class TimedExecutor(Executor):
         plan = self.inner.plan_own(program, loop, shapes)
         return plan if isinstance(plan, str) else replace(plan, executor=self)
 
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
-        return self.inner.predict(program, params, x, step)
+    def predict(
+        self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
+    ) -> Tensor:
+        return self.inner.predict(program, params, x, step, seeds)
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
@@ -198,8 +200,13 @@ class _TimedLayer(Layer):
     def varies(self) -> bool:
         return self.layer.varies
 
+    @property
+    def carries_gradient(self) -> bool:
+        return self.layer.carries_gradient
+
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
-        with self.executor.timing("forward", self.node, ctx, inputs[0].shape[0]):
+        tasks = next(given.shape[0] for given in (*inputs, *params, ctx.seeds) if given is not None)
+        with self.executor.timing("forward", self.node, ctx, tasks):
             return self.layer.forward(ctx, params, inputs, constants)
 
     def backward(self, ctx: RuleContext, params: Tensors, g_y: Tensor) -> tuple[Tangents, Tangents]:

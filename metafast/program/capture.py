@@ -8,7 +8,7 @@ a buffer may change between calls.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from metafast.kernels.contract.layer import Layer, Loss
 from metafast.kernels.derived import Derived
 from metafast.kernels.input_part import InputPart
+from metafast.kernels.noise import Noise
 from metafast.program import Node, Parameter, Program
 from metafast.program.derive import Cone, Slot, Step, as_step
+from metafast.program.noise import Draw
 from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.patterns import Match, match
 from metafast.program.recording import Recording, record
@@ -157,6 +159,10 @@ class _Builder:
 
     def finish(self, model: str, loss: Loss) -> Program:
         """Makes the Program; parameters lie in the flat vector in the order of the layout."""
+        if not self._is_value(self.recording.output):
+            raise CaptureError(
+                f"{model}.forward returns a tensor that does not depend on its input; the loss needs one that does"
+            )
         offset = 0
         parameters = []
         for name in self.layout.names:
@@ -188,9 +194,20 @@ class _Builder:
         self.varying[number] = self.data[number] or bool(weights) or any(self.varying[r.operation] for r in made)
         adapted = any(r.name in self.layout.adapted for r in weights)
         self.moving[number] = adapted or any(self.moving[r.operation] for r in made)
+        if isinstance(operation.target, Draw):
+            self.data[number] = self.varying[number] = self.moving[number] = True
+            self.matches[number] = self._noise(operation.target.noise, reads)
+            self.reads[number] = list(self.matches[number].inputs)
+            return
         found = match(operation, self._shape, self._is_value, self.modes.get(operation.path) or self._mode(operation))
         if found is not None:
             self.matches[number] = found
+
+    def _noise(self, noise: Noise, reads: Sequence[Ref]) -> Match:
+        """Returns the layer that draws; it takes its shape from the value that it has it from, if there is one."""
+        if any(self._is_value(ref) for ref in reads):
+            return Match(replace(noise, shape=None), reads)
+        return Match(noise, ())
 
     @staticmethod
     def _mode(operation: Operation) -> str:
@@ -306,6 +323,8 @@ class _Names:
         """Returns a name for the node of ``operations``, of which ``operation`` is the last."""
         inside = bool(operation.path) and all(o.path == operation.path for o in operations)
         name = operation.path if inside and operation.leaf else operation.name
+        if isinstance(operation.target, Draw):
+            name = f"{operation.path}.noise" if operation.path else "noise"
         count = self.taken.get(name, 0)
         self.taken[name] = count + 1
         return name if count == 0 else f"{name}_{count}"

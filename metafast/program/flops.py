@@ -157,7 +157,9 @@ def program_cost(program: Program, samples: torch.Tensor) -> ProgramCost:
     """
     count = samples.shape[0]
     x = torch.zeros_like(samples)[None]
-    run = Pass(program, x.new_zeros(1, program.size), Batch(x, x), 0, (True,) * len(program.parameters))
+    seeds = torch.zeros(1, dtype=torch.int64, device=x.device)
+    everything = (True,) * len(program.parameters)
+    run = Pass(program, x.new_zeros(1, program.size), Batch(x, x, None, seeds), 0, everything)
     run.forward()
     nodes = []
     for i, node in enumerate(program.nodes):
@@ -182,7 +184,7 @@ def _products(run: Pass, i: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # imports 80 MB, and so only where it is used
 
     node = run.program.nodes[i]
-    ctx = RuleContext(0, None, (False,) * len(node.inputs), (False,) * len(node.params))
+    ctx = RuleContext(0, None, (False,) * len(node.inputs), (False,) * len(node.params), run.batch.seeds)
     params = [run.params[k] for k in node.params]
     inputs = [run.values[v] for v in node.inputs]
     with FlopCounterMode(display=False) as counter:

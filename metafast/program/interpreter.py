@@ -138,7 +138,7 @@ class Pass:
         for i, node in enumerate(self.program.nodes):
             d_params = self._params_of(i, directions)
             d_inputs = [self.tangents.get(v) for v in node.inputs]
-            if any(d is not None for d in (*d_params, *d_inputs)):
+            if node.layer.carries_gradient and any(d is not None for d in (*d_params, *d_inputs)):
                 params = self._params_of(i, self.params)
                 self.tangents[i + 1] = node.layer.tangent_forward(self.contexts[i], params, d_params, d_inputs)
         return self.tangents.get(self.program.output)
@@ -184,7 +184,8 @@ class Pass:
     def _run(self, i: int) -> None:
         """Computes the value of node ``i``."""
         node = self.program.nodes[i]
-        ctx = RuleContext(self.step, self.batch.mask, (False,) * len(node.inputs), (False,) * len(node.params))
+        needs = (False,) * len(node.inputs), (False,) * len(node.params)
+        ctx = RuleContext(self.step, self.batch.mask, *needs, self.batch.seeds)
         inputs = [self.values[v] for v in node.inputs]
         try:
             self.values[i + 1] = node.layer.forward(ctx, self._params_of(i, self.params), inputs, node.constants)
@@ -220,5 +221,6 @@ def _depends(program: Program, wanted: tuple[bool, ...]) -> list[bool]:
     """Says for each value whether it depends on a wanted parameter."""
     depends = [False]
     for node in program.nodes:
-        depends.append(any(depends[v] for v in node.inputs) or any(wanted[k] for k in node.params))
+        found = any(depends[v] for v in node.inputs) or any(wanted[k] for k in node.params)
+        depends.append(found and node.layer.carries_gradient)
     return depends

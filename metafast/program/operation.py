@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -104,16 +107,23 @@ class Operation:
 
         The first one, which torch calls ``self``, is ``input``.
         """
-        schema = getattr(self.target, "_schema", None)
-        if schema is None:
-            return {}
-        found = {}
-        for position, argument in enumerate(schema.arguments):
-            value = self.args[position] if position < len(self.args) else self.kwargs.get(
-                argument.name, argument.default_value if argument.has_default_value() else None
-            )  # fmt: skip
-            found["input" if argument.name == "self" else argument.name] = value
-        return found
+        return by_name(self.target, self.args, self.kwargs)
+
+
+def by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by name, the defaults among them; empty where nobody knows the names."""
+    if isinstance(target, FunctionType):
+        return dict(inspect.signature(target).bind(*args, **kwargs).arguments)
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return {}
+    found = {}
+    for position, argument in enumerate(schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(
+            argument.name, argument.default_value if argument.has_default_value() else None
+        )  # fmt: skip
+        found["input" if argument.name == "self" else argument.name] = value
+    return found
 
 
 @dataclass(frozen=True)

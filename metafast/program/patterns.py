@@ -47,12 +47,16 @@ def catalogue() -> dict[Any, Pattern]:
     for reference in modules("reference"):
         for pattern in getattr(reference, "PATTERNS", ()):
             for name in pattern.operators:
-                packet, overload = name.split(".")
-                operator = getattr(getattr(torch.ops.aten, packet), overload)
+                operator = name if callable(name) else _operator(name)
                 if operator in found:
                     raise ValueError(f"{name} is matched by two patterns of metafast.kernels; take it out of one")
                 found[operator] = pattern
     return found
+
+
+def _operator(name: str) -> Any:
+    packet, overload = name.split(".")
+    return getattr(getattr(torch.ops.aten, packet), overload)
 
 
 def match(

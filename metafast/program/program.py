@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metafast.kernels.contract.layer import Layer, Loss
+from metafast.kernels.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,13 @@ class Program:
                 or any(self.parameters[k].adapted for k in node.params)
             )
         return tuple(moving)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Says whether it draws random numbers, so that batches need seeds."""
+        return any(isinstance(node.layer, Noise) for node in self.nodes) or any(
+            program.draws for program in self.by_samples.values()
+        )
 
     def holding_constants(self) -> Program:
         """Returns the Program with copies of its constants; it itself, where it has none."""

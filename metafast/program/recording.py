@@ -12,7 +12,8 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from metafast.kernels.noise import Noise
 from metafast.program.aliases import Aliases
+from metafast.program.noise import Draw, Source, above_autograd, draws, replacement
 from metafast.program.operation import (
     CaptureError,
     Constant,
@@ -33,10 +36,11 @@ from metafast.program.operation import (
     Operation,
     Ref,
     Weight,
+    by_name,
     refs_in,
 )
-from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_random, value_reader
-from metafast.program.user_lines import error_line, user_line
+from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_draw, value_reader
+from metafast.program.user_lines import error_line, line_behind, user_line
 from metafast.tasks import Samples
 
 
@@ -53,6 +57,7 @@ class Recording:
         values: shape and dtype of each value that an operation made.
         guards: buffers and constants whose numbers Python has read, with the version that it has read.
         changes_module: whether the run left buffers or attributes of the module other than it found them.
+        draws: how often random numbers were drawn.
         assigned: the attributes that the run set to something else than a plain value, such as a tensor to be looked at
             later: the ``id`` of the module's dictionary, and the name.
     """
@@ -65,6 +70,7 @@ class Recording:
     values: dict[Made, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
     guards: list[tuple[Tensor, int]] = field(default_factory=list)
     changes_module: bool = False
+    draws: int = 0
     assigned: frozenset[tuple[int, str]] = frozenset()
 
     @property
@@ -99,11 +105,12 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers, or changes what it may not change. The text names the line and the remedy.
     """
+    run = partial(_record, model, x, part, ignored)
     try:
-        return _record(model, x, part, ignored)
+        return run()
     except RandomState:
         # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
-        return _record(model, x, part, ignored)
+        return line_behind(run, _other_random_states, _random_state)
 
 
 def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collection[Tensor]) -> Recording:
@@ -131,7 +138,7 @@ class RandomState(CaptureError):
     """Is raised where a run has drawn random numbers of Python or NumPy."""
 
 
-class Recorder(SchemaCheckMode):
+class Recorder(SchemaCheckMode, Source):
     """Notes each operation of a run (see ``record``).
 
     torch lets three classes of modes in at the PreDispatch key; this one takes the place of ``SchemaCheckMode``.
@@ -156,6 +163,8 @@ class Recorder(SchemaCheckMode):
         self.paths = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
+        self.drawn: set[Ref] = set()
+        self.refusal: CaptureError | None = None
         self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
@@ -173,34 +182,29 @@ class Recorder(SchemaCheckMode):
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
         before = torch.get_rng_state()
-        self.tossed, self.random = "", _other_random_states()
+        states = _other_random_states()
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
             stack.enter_context(torch.jit.optimized_execution(False))
+            _forget_optimised_scripts(self.model)
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_functions_kept_whole(self))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch._C._EnablePythonDispatcher())
-            stack.enter_context(torch._C._EnablePreDispatch())
-            stack.enter_context(self)
+            stack.enter_context(above_autograd(self))
             stack.enter_context(_ValueReads(self))
             try:
                 yield
-            except CaptureError:
-                raise
             except Exception as error:
+                if self.refusal is not None or isinstance(error, CaptureError):
+                    raise self.refusal or error from None
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
+        if self.refusal is not None:  # and the module caught it
+            raise self.refusal
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-        self.look_at_coins()
-        if self.tossed:
-            raise RandomState(
-                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy at or before "
-                f"{self.tossed}; each pass would have to draw the same. Draw by torch, or in __init__"
-            )
+        if states != _other_random_states():
+            raise RandomState(type(self.model).__name__)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` and notes it."""
@@ -208,15 +212,49 @@ class Recorder(SchemaCheckMode):
         if self.silent:
             return func(*args, **kwargs)
         if self.inside is not None:
-            self._check_closure(args, kwargs)
+            self._check_closure(func, args, kwargs)
             return func(*args, **kwargs)
+        if draws(func, args, kwargs):
+            return self._drawn(func, args, kwargs)
         refs, named = self.refs(args), self.refs(kwargs)
         self._refuse_values(func, refs, named)
-        refuse_random(func, args, kwargs, self.refuse)
+        if func._schema.is_mutable:
+            self.aliases.check(func, args, kwargs)
         out = func(*args, **kwargs)
         if func._schema.is_mutable and self.aliases.changed(func, args, kwargs, refs, named):
             return out
         self.note(func, refs, named, out)
+        return out
+
+    def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Computes what draws random numbers of numbers from a counter, and notes both."""
+        compute = replacement(func)
+        refuse_draw(func, kwargs, compute is not None, self.refuse)
+        assert compute is not None
+        with self:
+            return compute(self, by_name(func, args, kwargs))
+
+    def numbers(self, noise: Noise, like: Tensor | None, device: torch.device) -> Tensor:
+        """Notes a draw; where it takes its shape from a value of the batch, other batches may give it another one."""
+        noise = replace(noise, number=self.recording.draws)
+        self.recording.draws += 1
+        read = () if like is None else (self._ref(like),)
+        self.silent = True
+        value = Draw(noise).numbers(torch.zeros(1, dtype=torch.int64, device=device), 0)
+        self.silent = False
+        ref = self.emit(Draw(noise), read, {}, [value])[0]
+        self.traits[ref] = True, False
+        self.drawn.add(ref)
+        self.aliases.enter(value, ref)
+        return value
+
+    def whole(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Notes a call of ``function`` as one operation."""
+        refs = self.refs(tensors)
+        self.silent = True
+        out = function(*tensors)
+        self.silent = False
+        self.note(function, refs, {}, out)
         return out
 
     def note(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -242,7 +280,6 @@ class Recorder(SchemaCheckMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, results: Sequence[Any]) -> list[Made]:
         """Adds an operation that makes ``results`` and returns their values."""
-        self.look_at_coins()
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
@@ -262,18 +299,13 @@ class Recorder(SchemaCheckMode):
         data = any(self.is_data(ref) for ref in sources)
         carries = grad and target not in _DETACHING and any(self.carries(ref) for ref in sources)
         made = [Made(number, part) for part in range(len(results))]
+        if not self.drawn.isdisjoint(sources):
+            self.drawn.update(made)
         for ref, result in zip(made, results, strict=True):
             if isinstance(result, Tensor):
                 self.recording.values[ref] = result.shape, result.dtype
                 self.traits[ref] = data, carries and result.is_floating_point()
         return made
-
-    def look_at_coins(self) -> None:
-        """Takes note of the line behind which Python or NumPy have drawn a random number."""
-        state = _other_random_states()
-        if state != self.random:
-            self.random = state
-            self.tossed = self.tossed or self.where()
 
     def refs(self, tree: Any) -> Any:
         """Replaces the tensors among arguments by the values that they are."""
@@ -326,7 +358,10 @@ class Recorder(SchemaCheckMode):
 
     def refuse(self, what: str, remedy: str) -> CaptureError:
         """Makes the error that says why the run cannot become a Program."""
-        return CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        # It is kept, because what raises it may be caught on its way: an arithmetic operator of torch turns it into
+        # Python's own error of operands.
+        self.refusal = CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        return self.refusal
 
     def function(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a ``torch.autograd.Function`` and notes it as one operation, which has the Function's own derivative."""
@@ -400,19 +435,24 @@ class Recorder(SchemaCheckMode):
     def _read_value(self, ref: Ref, how: str) -> None:
         if self.is_data(ref):
             raise self.refuse(
-                f"reads a value of the data by {how}",
-                "It may not branch or loop on values of the data, nor turn them into numbers: each task has its own. "
-                "Use torch.where, or decide by what is known before the data comes",
+                f"reads a {'random number' if ref in self.drawn else 'value of the data'} by {how}",
+                "It may not branch or loop on such values, nor turn them into numbers: each task has its own. Use "
+                "torch.where, or decide by what is known before the data comes",
             )
         self.recording.guards += [(tensor, tensor._version) for tensor in self.constants_of(ref)]
 
-    def _check_closure(self, args: Any, kwargs: Any) -> None:
-        """Refuses a Function that reads values which are not among its arguments: they would be lost on the way."""
+    def _check_closure(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuses a Function that draws, or reads values which are not among its arguments: both would be lost."""
+        name = getattr(self.inside, "__name__", "")
+        if draws(func, args, kwargs):
+            raise self.refuse(
+                f"calls {name}, whose forward draws random numbers by {func.overloadpacket.__name__},",
+                "Draw them before and pass them to apply",
+            )
         for tensor in _tensors((args, kwargs)):
             if id(tensor) not in self.allowed and self.aliases.knows(tensor) and self.is_data(self.aliases.ref(tensor)):
                 raise self.refuse(
-                    f"calls {getattr(self.inside, '__name__', '')}, whose forward reads a tensor that is not among its "
-                    "arguments,",
+                    f"calls {name}, whose forward reads a tensor that is not among its arguments,",
                     "Pass it to apply",
                 )
 
@@ -544,6 +584,26 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
 def _tensors(tree: Any) -> list[Tensor]:
     """Lists the tensors among arguments."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _random_state(error: Exception, line: str) -> CaptureError:
+    """Makes the error that says where random numbers of Python or NumPy are drawn."""
+    return CaptureError(
+        f"{error} draws random numbers by Python's random or by NumPy at {line or 'an unknown line'}; each pass would "
+        "have to draw the same. Draw by torch, or in __init__"
+    )
+
+
+def _forget_optimised_scripts(model: nn.Module) -> None:
+    """Makes TorchScript interpret its graphs again, where it has run them so often that it optimised them."""
+    functions: Any = torch.jit._state._python_cu.get_functions
+    for function in functions():
+        function._debug_flush_compilation_cache()
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "forward"):
+            flush = getattr(module.forward, "_debug_flush_compilation_cache", None)
+            if flush is not None:
+                flush()
 
 
 def _other_random_states() -> tuple[Any, ...]:

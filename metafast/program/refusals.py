@@ -1,4 +1,4 @@
-"""Says which operations no Program can hold, because what they do differs from run to run."""
+"""Says which operations no Program can hold, because what they do differs from task to task or from run to run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ DROPOUT = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_
 PASSING_ON = {aten.contiguous, aten.to, aten.alias, aten.lift_fresh, aten.expand, aten.expand_as, aten.view,
               aten.reshape, aten.flatten, aten.squeeze}  # fmt: skip
 """Operations that may return their input as it is."""
-_RATES = {"dropout_p", "dropout"}
 
 
 def value_reader(func: Any) -> str:
@@ -29,28 +28,19 @@ def value_reader(func: Any) -> str:
     return _READERS.get(name, f"torch.{name}")
 
 
-def refuse_random(func: Any, args: Any, kwargs: Any, refuse: Callable[[str, str], Exception]) -> None:
-    """Raises what ``refuse`` makes where ``func`` draws random numbers."""
-    packet = func.overloadpacket
-    if packet in DROPOUT:
-        p, training = (*args[1:], *kwargs.values())[:2]
-        drawing = bool(training) and p > 0
-    else:
-        drawing = torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs)
-    if drawing:
+def refuse_draw(func: Any, kwargs: Any, known: bool, refuse: Callable[[str, str], Exception]) -> None:
+    """Raises what ``refuse`` makes where a call that draws random numbers has no place in a Program.
+
+    ``known`` says whether the numbers can be taken from a counter.
+    """
+    name = func.overloadpacket.__name__
+    if not known:
         raise refuse(
-            "draws random numbers",
-            "Dropout in training mode and other noise have no exact meta-gradient; call model.eval() on it, or take it "
-            "out",
+            f"draws random numbers by {name}, which cannot be repeated on the way back",
+            "Use dropout, or draw by torch.rand, torch.randn, torch.bernoulli or torch.randint and compute the rest",
         )
-
-
-def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Says whether a call that can draw does: attention and recurrent layers draw where they drop something."""
-    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    rates = [named[name] for name in _RATES if name in named]
-    if rates:
-        return bool(named.get("train", named.get("training", True))) and any(rate > 0 for rate in rates)
-    if any(a.name in _RATES for a in func._schema.arguments):
-        return False
-    return bool(named.get("training", True))
+    if kwargs.get("generator") is not None:
+        raise refuse(
+            f"draws random numbers by {name} from a generator of its own",
+            "Leave generator= out: each call of a learner draws seeds from torch's default generator",
+        )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metafast.program.capture import needed
 from metafast.program.derive import Slot, as_step
+from metafast.program.noise import Draw
 from metafast.program.operation import Constant, Input, Made, Operation, Ref, Weight, refs_in
 from metafast.program.recording import Recording
 from metafast.tasks import parts_of
@@ -19,10 +20,13 @@ def reads(operation: Operation) -> list[Ref]:
     return refs_in((operation.args, operation.kwargs))
 
 
-def replay(recording: Recording, parameters: Mapping[str, Tensor], x: Any) -> dict[Ref, Any]:
+def replay(
+    recording: Recording, parameters: Mapping[str, Tensor], x: Any, seeds: Tensor | None = None, step: int = 0
+) -> dict[Ref, Any]:
     """Returns each value that goes into the output, for one task's samples ``x [n, ...]`` and parameters by name.
 
-    Where autograd is on, it records the operations as it records those of the module itself.
+    ``seeds`` int64 ``[1]`` and the inner ``step`` decide the random numbers. Where autograd is on, it records the
+    operations as it records those of the module itself.
     """
     leaves = parts_of(x)
     slots: dict[Ref, Slot] = {}
@@ -34,6 +38,9 @@ def replay(recording: Recording, parameters: Mapping[str, Tensor], x: Any) -> di
 
     for number in needed(recording):
         operation = recording.operations[number]
+        if isinstance(operation.target, Draw):
+            enter(Made(number), operation.target.numbers(seeds, step))
+            continue
         for ref in reads(operation):
             if ref not in slots:
                 enter(ref, _outside(ref, leaves, parameters))

@@ -14,8 +14,8 @@ from metafast.program import Node, Program
 from metafast.program.one_thread import one_thread
 from metafast.tasks import Batch
 
-Predict = Callable[[Program, Tensor, Tensor], Tensor]
-"""Computes the outputs ``[T, n, ...]`` of a Program at ``params [P]`` for ``x [T, n, ...]``."""
+Predict = Callable[[Program, Tensor, Tensor, int, Tensor | None], Tensor]
+"""Computes the outputs ``[T, n, ...]`` of a Program at ``params [P]`` for ``x [T, n, ...]``, a step, and seeds."""
 
 
 @torch.no_grad()
@@ -26,7 +26,8 @@ def track(program: Program, predict: Predict, params: Tensor, batch: Batch) -> N
     ``x`` its input at ``params [P]`` for the samples of all tasks: this is what ``torch.nn.BatchNorm`` does in training
     mode. The executor that runs the inner loop computes ``x``, so that it depends on threads as little as all else.
     """
-    inputs = [batch.x if before is None else predict(before, params, batch.x) for _, before in _norms(program)]
+    given = params, batch.x, 0, batch.seeds
+    inputs = [batch.x if before is None else predict(before, *given) for _, before in _norms(program)]
     for (node, _), x in zip(_norms(program), inputs, strict=True):
         by_channel = (x if batch.mask is None else x[batch.mask][None]).transpose(0, 2).flatten(1)
         with one_thread():

@@ -38,6 +38,7 @@ class Truth:
         g: a random cotangent of the shape of the outputs.
         grads: the gradients of ``<outputs, g>`` by the names of the parameters.
         coarse: whether some of it was computed in less than float32.
+        seeds: int64 ``[1]``, from which its random numbers followed; ``None`` where it drew none.
     """
 
     x: Any
@@ -45,9 +46,12 @@ class Truth:
     g: Tensor
     grads: dict[str, Tensor]
     coarse: bool = False
+    seeds: Tensor | None = None
 
 
-def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any, coarse: bool = False) -> Truth:
+def truth_of(
+    outputs: Tensor, parameters: dict[str, Tensor], x: Any, coarse: bool = False, seeds: Tensor | None = None
+) -> Truth:
     """Differentiates what the module returned in those of its ``parameters`` that require a gradient."""
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
@@ -56,7 +60,7 @@ def truth_of(outputs: Tensor, parameters: dict[str, Tensor], x: Any, coarse: boo
     if outputs.requires_grad and live:
         grads = torch.autograd.grad(outputs, list(live.values()), g, allow_unused=True)
     found = {n: torch.zeros_like(p) if d is None else d for (n, p), d in zip(live.items(), grads, strict=True)}
-    return Truth(x, outputs.detach(), g, found, coarse)
+    return Truth(x, outputs.detach(), g, found, coarse, seeds)
 
 
 def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str | None:
@@ -90,8 +94,9 @@ def first_difference(
     """
     allowed = 10 * _allowed(theta, truth)[0]
     named = dict(zip((p.name for p in program.parameters), program.unflatten(theta), strict=True))
+    leaves = {name: t.detach().requires_grad_() for name, t in named.items()}
     with torch.enable_grad():
-        values = replay(recording, {name: t.detach().requires_grad_() for name, t in named.items()}, truth.x)
+        values = replay(recording, leaves, truth.x, truth.seeds)
     _, _, run = _run(program, theta, truth, step)
     number: dict[Made, int] = {}
     for ref in made:
@@ -106,9 +111,9 @@ def first_difference(
         found = adjoints.get(number[ref])
         zero = torch.zeros_like(values[ref])
         if not _close(zero if found is None else found[0], zero if adjoint is None else adjoint, 1e4 * allowed):
-            return _name(recording, _last_reader(recording, ref, made) or ref)
+            return _culprit(recording, _last_reader(recording, ref, made) or ref, made)
     worst = _worst_parameter(program, theta, truth, step)
-    return _name(recording, _last_reader(recording, Weight(worst), made) or made[0])
+    return _culprit(recording, _last_reader(recording, Weight(worst), made) or made[0], made)
 
 
 def _allowed(theta: Tensor, truth: Truth) -> tuple[float, float]:
@@ -131,7 +136,7 @@ def _last_reader(recording: Recording, ref: Ref, made: Sequence[Made]) -> Made |
 def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
     """Runs the Program on the truth's task; returns outputs, gradients by name, and the pass."""
     x = each_part(lambda part: part[None], truth.x)
-    run = Pass(program, theta[None], Batch(x, x), step, (True,) * len(program.parameters))
+    run = Pass(program, theta[None], Batch(x, x, None, truth.seeds), step, (True,) * len(program.parameters))
     with torch.no_grad():
         outputs = run.forward()[0]
         grads = run.vjp(truth.g[None]) if outputs.shape == truth.outputs.shape else {}
@@ -143,7 +148,7 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
     """Returns the adjoint of each value of a pass."""
     adjoints = {program.output: g}
     for i in reversed(range(len(program.nodes))):
-        if i + 1 not in adjoints:
+        if i + 1 not in adjoints or not program.nodes[i].layer.carries_gradient:
             continue
         node, ctx = program.nodes[i], run.contexts[i]
         ctx.needs_inputs, ctx.needs_params = (True,) * len(node.inputs), (True,) * len(node.params)
@@ -155,17 +160,23 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
 
 
 def _sources(recording: Recording, ref: Made, made: Sequence[Made]) -> set[Ref]:
-    """Returns the values of other nodes, and the parameters, that the node of ``ref`` reads."""
+    """Returns all values that go into the node of ``ref``: those of other nodes, parameters, and those inside."""
     known = set(made)
     found: set[Ref] = set()
     waiting: list[Ref] = reads(recording.operations[ref.operation])
     while waiting:
         source = waiting.pop()
-        if source in known or isinstance(source, Weight):
-            found.add(source)
-        elif isinstance(source, Made):
+        found.add(source)
+        if isinstance(source, Made) and source not in known:
             waiting += reads(recording.operations[source.operation])
     return found
+
+
+def _culprit(recording: Recording, ref: Made, made: Sequence[Made]) -> str:
+    """Names what is wrong with a gradient in the node of ``ref``: where there is one, what no gradient goes through."""
+    inside = _sources(recording, ref, made) - set(made)
+    without = [r for r in inside if isinstance(r, Made) and not recording.operations[r.operation].grad]
+    return _name(recording, max(without, key=lambda r: r.operation, default=ref))
 
 
 def _name(recording: Recording, ref: Made) -> str:
@@ -184,9 +195,9 @@ def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
     """Returns the largest difference over ``scale``, or over the largest number that is wanted."""
     if not wanted.numel():
         return 0.0
+    found, wanted = found.detach(), wanted.detach()
     if scale is None:
         scale = float(wanted.abs().max())
-    found, wanted = found.detach(), wanted.detach()
     both = torch.isnan(found) & torch.isnan(wanted) | (found == wanted)
     difference = (found - wanted).masked_fill(both, 0.0)
     return float(difference.abs().max()) / max(scale, 1e-30)

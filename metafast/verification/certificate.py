@@ -17,6 +17,7 @@ from metafast.executors.base import hvp_by_adapt_vjp
 from metafast.inner.rates import Rate
 from metafast.learners import MAML
 from metafast.learners.batch_norm import BatchNormMode
+from metafast.learners.seeds import with_seeds
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
@@ -169,6 +170,9 @@ def verify(
     learner = MAML(deepcopy(model), **options)
     learner.captures.second_look = False
     learner.backward(tasks)  # raises where the model or the tasks are wrong
+    if learner.program.draws and (tasks.support_mask is not None or tasks.query_mask is not None):
+        raise ValueError("the model draws random numbers: verify it on tasks of one size, without masks")
+    tasks = with_seeds(learner.program, tasks)
     executor = choose(learner.program, learner.loop, tasks.shapes, backend).executor
     truth = Truth(learner)
     checks: list[Check] = []

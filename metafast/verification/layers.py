@@ -164,6 +164,6 @@ def _with_random_targets(part: Program, theta: Tensor, batch: Batch) -> Batch:
     """Returns the same samples with random targets in the shape of what ``part`` puts out."""
     from metafast.executors import ReferenceExecutor
 
-    shape = ReferenceExecutor().predict(part, theta, batch.x).shape
+    shape = ReferenceExecutor().predict(part, theta, batch.x, 0, batch.seeds).shape
     targets = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return Batch(batch.x, targets.to(theta), batch.mask)
+    return batch._replace(y=targets.to(theta))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from metafast.kernels.input_part import InputPart
 from metafast.learners import MAML
 from metafast.learners.batch_norm import in_modes
 from metafast.program.capture import Layout, node_values
+from metafast.program.noise import given_numbers
 from metafast.program.operation import Made
 from metafast.program.recording import Recording, picked, record
 from metafast.program.replay import replay
@@ -62,14 +63,14 @@ class Truth:
         self.by_step = [p.shape != shapes[p.name] for p in self.program.parameters]
         self.recordings: dict[Any, tuple[Recording, list[Made]]] = {}
 
-    def value(self, node: int, theta: Tensor, x: Any, step: int = 0) -> Tensor:
-        """Returns the value of node ``node`` of the Program on the samples ``x [n, ...]``, in inner step ``step``."""
+    def value(self, node: int, theta: Tensor, x: Any, seed: Tensor | None) -> Tensor:
+        """Returns the value of node ``node`` of the Program on the samples ``x [n, ...]``, in the first inner step."""
         layer = self.program.nodes[node].layer
         if isinstance(layer, InputPart):
             return parts_of(x)[layer.number]
         recording, made = self._recorded(x)
         at = node - sum(isinstance(n.layer, InputPart) for n in self.program.nodes)
-        value: Tensor = replay(recording, self._named(theta, step), x)[made[at]]
+        value: Tensor = replay(recording, self._named(theta, 0), x, seed)[made[at]]
         return value
 
     def _named(self, theta: Tensor, step: int) -> dict[str, Tensor]:
@@ -90,22 +91,22 @@ class Truth:
             self.recordings[key] = recording, node_values(recording, layout, self.modes)
         return self.recordings[key]
 
-    def outputs(self, theta: Tensor, x: Any, step: int) -> Tensor:
-        """Returns the model's outputs on the samples ``x [n, ...]``."""
+    def outputs(self, theta: Tensor, x: Any, step: int, seed: Tensor | None) -> Tensor:
+        """Returns the model's outputs on the samples ``x [n, ...]``; random numbers follow from ``seed [1]``."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         kwargs = x.by_name if isinstance(x, Samples) else {}
         args = () if kwargs else tuple(parts_of(x))
-        with in_modes(self.model, self.modes):
+        with in_modes(self.model, self.modes), given_numbers(seed, step):
             returned = functional_call(self.model, {**self._named(theta, step), **buffers}, args, kwargs)
         return picked(returned, self.output, self.model)
 
     def derivatives(self, node: int, loss: Any, batch: Batch, u: Tensor) -> Derivatives:
         """Differentiates ``loss`` on the value of node ``node`` twice, the second time along ``u [P]``."""
         parts = []
-        for x, y in _samples(batch):
+        for x, y, seed in _samples(batch):
             theta = self.theta.clone().requires_grad_()
             last = node == self.program.output - 1
-            outputs = self.outputs(theta, x, 0) if last else self.value(node, theta, x)
+            outputs = self.outputs(theta, x, 0, seed) if last else self.value(node, theta, x, seed)
             value = loss(outputs, y)
             grad = _gradient(value, theta, create_graph=True)
             parts.append((outputs.detach(), value.detach(), grad.detach(), _gradient(grad @ u, theta)))
@@ -128,17 +129,15 @@ class Truth:
         total = sum(self._task_loss(theta, *pair, recorded=False).item() for pair in pairs)
         return total / len(tasks)
 
-    def _task_loss(
-        self, theta: Tensor, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], recorded: bool
-    ) -> Tensor:
+    def _task_loss(self, theta: Tensor, support: _Task, query: _Task, recorded: bool) -> Tensor:
         adapted = self.program.adapted
         for step in range(self.steps):
             if not recorded:
                 theta = theta.detach().requires_grad_()
-            loss = self.loss(self.outputs(theta, support[0], step), support[1])
+            loss = self.loss(self.outputs(theta, support.x, step, support.seed), support.y)
             rate = self.rates[min(step, self.rates.shape[0] - 1)]
             theta = theta - rate * adapted * _gradient(loss, theta, create_graph=recorded)
-        return self.query_loss(self.outputs(theta, query[0], self.steps), query[1])
+        return self.query_loss(self.outputs(theta, query.x, self.steps, query.seed), query.y)
 
 
 def in_double(loss: Function) -> Function:
@@ -158,14 +157,23 @@ def _gradient(value: Tensor, theta: Tensor, create_graph: bool = False) -> Tenso
     return grad
 
 
-def _samples(batch: Batch) -> list[tuple[Any, Tensor]]:
+class _Task(NamedTuple):
+    """The samples ``[n, ...]`` of one task, their targets, and the seed ``[1]`` of its random numbers."""
+
+    x: Any
+    y: Tensor
+    seed: Tensor | None
+
+
+def _samples(batch: Batch) -> list[_Task]:
     """Returns each task's samples and targets in float64, without those that are masked out."""
     x, y = each_part(_wide, batch.x), _wide(batch.y)
     tasks = range(len(y))
+    seeds = [None if batch.seeds is None else batch.seeds[t : t + 1].cpu() for t in tasks]
     if batch.mask is None:
-        return [(x[t], y[t]) for t in tasks]
+        return [_Task(x[t], y[t], seeds[t]) for t in tasks]
     mask = batch.mask.cpu()
-    return [(x[t][mask[t]], y[t][mask[t]]) for t in tasks]
+    return [_Task(x[t][mask[t]], y[t][mask[t]], seeds[t]) for t in tasks]
 
 
 def _wide(t: Tensor) -> Tensor:

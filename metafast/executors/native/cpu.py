@@ -122,7 +122,9 @@ class CpuExecutor(Executor):
         peak = itemsize * (tasks * each + (cores - tasks) * needed["team_workspace"])
         return MemoryPlan(min(cores * (needed["lanes"] or 1), shapes.tasks), keep, peak)
 
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+    def predict(
+        self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
+    ) -> Tensor:
         return self.outputs(program, params, Batch(x, x), step)
 
     def loss_and_grad(

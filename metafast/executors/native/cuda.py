@@ -168,7 +168,9 @@ class CudaExecutor(Executor):
         cluster, _ = model.fit(self.limits(shapes.device), (*samples, False), shapes.dtype)
         return Launch(threads, blocks, cluster, shared, record)
 
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+    def predict(
+        self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
+    ) -> Tensor:
         model = self._models.of(program, x.shape[2:])
         head = self._head(model, x, 0, x.shape[1], predicts=True)
         outputs = call_op(torch.ops.metafast.cuda_predict, *head, as_input(params), as_input(x), step)

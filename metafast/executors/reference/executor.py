@@ -70,13 +70,14 @@ class ReferenceExecutor(Executor):
         return ExecutionPlan(self, lambda: layers, f"executor {self.name!r} may wait for the host", lambda: None)
 
     @torch.no_grad()
-    def predict(self, program: Program, params: Tensor, x: Any, step: int = 0) -> Tensor:
+    def predict(self, program: Program, params: Tensor, x: Any, step: int = 0, seeds: Tensor | None = None) -> Tensor:
         program = self.wrap(program)
         theta = _by_task(params, x)
         nothing = (False,) * len(program.parameters)
+        batch = Batch(x, theta, None, seeds)
 
         def chunk(tasks: slice) -> Tensor:
-            return Pass(program, theta[tasks], Batch(x[tasks], theta[tasks]), step, nothing).forward()
+            return Pass(program, theta[tasks], batch.tasks(tasks), step, nothing).forward()
 
         return torch.cat(self._in_chunks(program, theta, x, chunk))
 
@@ -175,7 +176,8 @@ def _elements(program: Program, params: Tensor, x: Any) -> int:
     def count() -> int:
         one = each_part(lambda part: torch.zeros_like(part[:1]), x)
         theta = params.new_zeros(1, program.size)
-        run = Pass(program, theta, Batch(one, theta), 0, (False,) * len(program.parameters))
+        seeds = torch.zeros(1, dtype=torch.int64, device=params.device)
+        run = Pass(program, theta, Batch(one, theta, None, seeds), 0, (False,) * len(program.parameters))
         run.forward()
         return sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
 

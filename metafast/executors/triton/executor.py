@@ -97,6 +97,8 @@ class TritonExecutor(Executor):
             return "Triton is not installed: pip install 'metafast[triton]'"
         if shapes.device.type != "cuda" and not self.interpreted:
             return f"the batch is on {shapes.device}: it needs an NVIDIA GPU"
+        if program.draws:
+            return "random numbers: only the reference draws them"
         norms = [node.layer for node in program.nodes if isinstance(node.layer, BatchNorm)]
         if shapes.ragged and not all(norm.fixed_statistics for norm in norms):
             return "ragged tasks in a batch norm that measures its statistics"
@@ -116,7 +118,9 @@ class TritonExecutor(Executor):
         obstacle = derived and f"{derived}: a function of PyTorch's or the user's that may read values"
         return ExecutionPlan(self, layers, obstacle, lambda: self._describe_memory(program, loop, shapes))
 
-    def predict(self, program: Program, params: Tensor, x: Tensor, step: int = 0) -> Tensor:
+    def predict(
+        self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
+    ) -> Tensor:
         lowered = self._lowered(program, x.device)
         inner = self._layered(program, x.device)
         with _on_device(x.device):

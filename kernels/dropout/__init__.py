@@ -1,0 +1,3 @@
+from .reference import Dropout, dropped
+
+__all__ = ["Dropout", "dropped"]

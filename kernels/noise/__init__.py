@@ -1,0 +1,3 @@
+from .reference import Noise
+
+__all__ = ["Noise"]
