@@ -347,8 +347,8 @@ class GradientLearner(SettledLearner):
         theta = _flatten_dense_tensors(parameters).detach()
         if tasks.shapes.ragged:
             check_padding(program, theta, tasks)
-        output = self._output_shape(tasks.support_x)
-        self._output_shape(tasks.query_x)
+        output = self.captures.output_shape(tasks.support_x)
+        self.captures.output_shape(tasks.query_x)
         if self.captures.second_look and not self.rows:
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
@@ -361,17 +361,6 @@ class GradientLearner(SettledLearner):
             self._look()
         recorded = has_own_derivatives(program)
         return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
-
-    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Returns the shape of a sample's output."""
-        shape = self.captures.recording(x).output_shape
-        if shape[:1] != x.shape[1:2]:
-            given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
-            raise ValueError(
-                f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
-                "axis n"
-            )
-        return tuple(shape[1:])
 
     def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         known.program.loss.check(known.output, tasks.support_y, "support_y")
