@@ -37,7 +37,8 @@ class Draw:
 
     def numbers(self, seeds: Tensor | None, step: int) -> Tensor:
         """Returns the numbers of the task with the one seed ``[1]``, in the recorded shape."""
-        assert seeds is not None and self.noise.shape is not None
+        assert seeds is not None
+        assert self.noise.shape is not None
         return self.noise.values(seeds, step, self.noise.shape)[0]
 
 

@@ -102,7 +102,7 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
     Raises:
         ValueError: the module fails on these samples.
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
-            numbers, or changes what it may not change. The text names the line and the remedy.
+            numbers that cannot be repeated, or changes what it may not change. The text names the line and the remedy.
     """
     try:
         return _record(model, x, part, ignored)
@@ -129,6 +129,10 @@ def call(model: nn.Module, x: Any) -> Any:
     if not isinstance(x, Samples):
         return model(x)
     return model(*x.parts) if x.names is None else model(**x.by_name)
+
+
+_UNLIKELY = 0x6D65_7461_6661_7374
+"""A seed that no model sets by itself."""
 
 
 class RandomState(CaptureError):
@@ -178,6 +182,8 @@ class Recorder(SchemaCheckMode, Source):
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
         before = torch.get_rng_state()
+        torch.default_generator.manual_seed(_UNLIKELY)
+        self.generator = torch.get_rng_state()
         self.tossed, self.random = "", _other_random_states()
         with ExitStack() as stack:
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
@@ -194,8 +200,10 @@ class Recorder(SchemaCheckMode, Source):
                 raise
             except Exception as error:
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
+            finally:
+                self.silent = True
+                torch.set_rng_state(before)
+                self.silent = False
         self.look_at_coins()
         if self.tossed:
             raise RandomState(
@@ -224,7 +232,10 @@ class Recorder(SchemaCheckMode, Source):
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Computes what draws random numbers of numbers from a counter, and notes both."""
         compute = replacement(func)
-        refuse_draw(func, kwargs, compute is not None, self.refuse)
+        self.silent = True
+        seeded = not torch.equal(self.generator, torch.get_rng_state())
+        self.silent = False
+        refuse_draw(func, kwargs, (compute is not None, seeded), self.refuse)
         assert compute is not None
         with self:
             return compute(self, by_name(func, args, kwargs))
@@ -306,9 +317,8 @@ class Recorder(SchemaCheckMode, Source):
     def look_at_coins(self) -> None:
         """Takes note of the line behind which Python or NumPy have drawn a random number."""
         state = _other_random_states()
-        before, self.random = self.random, state
-        # A library that is loaded on the way is no coin.
-        if any(now != then for now, then in zip(state, before, strict=True) if then is not None):
+        if state != self.random:
+            self.random = state
             self.tossed = self.tossed or self.where()
 
     def refs(self, tree: Any) -> Any:
