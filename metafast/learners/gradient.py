@@ -397,6 +397,6 @@ class GradientLearner(SettledLearner):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept():
-                with given_numbers(None if batch.seeds is None else batch.seeds[:1, 0]):
-                    call(self.model, first_task(batch.support_x))
+            seed = None if tasks.seeds is None else tasks.seeds[:1, 0]
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(), given_numbers(seed):
+                call(self.model, first_task(batch.support_x))
