@@ -49,11 +49,23 @@ def smoothed(outputs, targets):
     return F.cross_entropy(outputs, targets, label_smoothing=0.1)
 
 
+class Scaled(nn.Module):
+    """A learned loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        return self.scale * F.cross_entropy(outputs, targets)
+
+
 COMMON = {"loss": "cross_entropy", "lr": 0.1, "steps": 2}
 LEARNERS = {
     "MAML": lambda m: mf.MAML(m, **COMMON),
     "MAML by name": lambda m: mf.MAML(m, **COMMON, backend="reference"),
     "MAML by an executor": lambda m: mf.MAML(m, **COMMON, backend=ReferenceExecutor(max_tasks=2)),
+    "MAML with learned losses": lambda m: mf.MAML(m, **{**COMMON, "loss": Scaled()}, query_loss=Scaled()),
     "FOMAML": lambda m: mf.FOMAML(m, **{**COMMON, "loss": smoothed}),
     "ANIL": lambda m: mf.ANIL(m, head="head", **{**COMMON, "lr": mf.Rate(0.1, "layer", learn=True)}),
     "Meta-SGD": lambda m: mf.MetaSGD(m, **COMMON),

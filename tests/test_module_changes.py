@@ -243,6 +243,18 @@ def test_modes_take_effect():
     held(learner)
 
 
+@pytest.mark.parametrize("bn", [None, "task", "running", "frozen"])
+def test_statistics_that_move_are_no_change(bn):
+    """A model whose own forward writes into its buffers is captured once."""
+    learner = maml(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double(), bn=bn)
+    learner.backward(batch())
+    program, mean = learner.program, learner.model[1].running_mean.clone()
+    for run in (learner.backward, learner):
+        run(batch())
+        assert learner.program is program
+    assert torch.equal(learner.model[1].running_mean, mean) == (bn in ("task", "frozen"))
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_learner_in_evaluation_keeps_the_batch_norm_that_it_was_trained_with(trained):
     """``eval()`` of the learner is no change of what its batch norms are; that of the module alone is one."""
@@ -259,7 +271,7 @@ def test_a_learner_in_evaluation_keeps_the_batch_norm_that_it_was_trained_with(t
         torch.testing.assert_close(learner(batch()).losses, wanted)
         learner.eval()
         torch.testing.assert_close(learner(batch()).losses, wanted)
-        learner.training = True  # the learner alone: its module says what it does
+        learner.train()
         model[1].train(not trained)
         torch.testing.assert_close(learner(batch()).losses, other)
 

@@ -33,11 +33,11 @@ def test_every_gradient_based_algorithm_builds_for_every_recipe(name, algorithm)
     learner = build_learner(chosen, build_model(chosen, seed=0), "auto")
     assert type(learner) is learners.by_name(algorithm)
     assert len(learner.outer_optimizer(chosen.lr).param_groups[0]["params"]) == len(list(learner.parameters()))
-    adapted = {p.name for p in learner.program.parameters if p.adapted}
     if algorithm == "anil":
-        assert adapted == {"head.weight", "head.bias"}
+        assert learner.adapted_names == {"head.weight", "head.bias"}
     elif algorithm != "reptile":
-        assert adapted == {p.name for p in learner.program.parameters if not p.name.startswith("norm")}
+        names = {name for name, _ in learner.model.named_parameters()}
+        assert learner.adapted_names == {name for name in names if not name.startswith("norm")}
 
 
 def test_overrides_replace_fields_and_none_does_not():

@@ -130,6 +130,31 @@ def test_settings_that_are_set_are_held_to_the_truth():
     assert (learner.steps, learner.lr, learner.backend) == (1, 0.25, "reference")
 
 
+class Scaled(nn.Module):
+    """A learned loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        return self.scale * F.cross_entropy(outputs, targets)
+
+
+def test_a_learned_loss_that_is_set_later_is_learned():
+    for name in ("loss", "query_loss"):
+        learner, own = maml(), Scaled()
+        learner.backward(batch())
+        setattr(learner, name, own)
+        found, wanted = gradients(learner), gradients(maml(**{name: Scaled()}))
+        assert float(own.scale.grad) != 0
+        same(found, wanted)
+        assert any(p is own.scale for p in learner.parameters())
+        setattr(learner, name, None if name == "query_loss" else "cross_entropy")
+        same(gradients(learner), gradients(maml()))
+        assert not any(p is own.scale for p in learner.parameters())
+
+
 def test_batch_norm_modes_are_set_later():
     for mode in ("frozen", "running", "task", {"1": "frozen"}, None):
         learner = maml(normed)
@@ -189,6 +214,7 @@ REFUSED = {
     "model": (lambda le: setattr(le, "model", normed()), AttributeError, "make a learner of the other module"),
     "rate": (lambda le: setattr(le, "rate", 0.1), AttributeError, r"set learner\.lr"),
     "rows themselves": (lambda le: setattr(le, "rows", None), AttributeError, "cannot be replaced"),
+    "loss modules": (lambda le: setattr(le, "loss_modules", None), AttributeError, r"set learner\.loss or"),
     "captures": (lambda le: setattr(le, "captures", None), AttributeError, "cannot be replaced"),
     "program": (lambda le: setattr(le, "program", None), AttributeError, "was captured"),
     "adapted_names": (lambda le: setattr(le, "adapted_names", ["0"]), AttributeError, r"set learner\.adapt "),

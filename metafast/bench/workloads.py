@@ -178,7 +178,15 @@ WORKLOADS = {
         _pictures("mini5w5s-5", *_MINI, ways=5, shots=5, queries=15, tasks=4, steps=5, lr=0.002),
         # PyTorch publishes one time of MAML: that of this workload with a rate of 0.1 and an Adam step behind it.
         Workload(
-            "torchbench-maml", unpadded, "cross_entropy", (1, 28, 28), ways=5, shots=5, queries=15, tasks=32, steps=5,
+            "torchbench-maml",
+            unpadded,
+            "cross_entropy",
+            (1, 28, 28),
+            ways=5,
+            shots=5,
+            queries=15,
+            tasks=32,
+            steps=5,
             lr=0.003,
         ),
     )

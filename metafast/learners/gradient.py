@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -269,8 +270,9 @@ class GradientLearner(SettledLearner):
             self._capture_again()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what is made again: a copy has seen no batch."""
-        return {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+        """Leaves out what is made again: a copy has seen no batch, and lists its parts itself."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
+        return {**state, **{name: dict(state[name]) for name in ("_modules", "_parameters", "_buffers")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -397,6 +399,10 @@ class GradientLearner(SettledLearner):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            seed = None if tasks.seeds is None else tasks.seeds[:1, 0]
-            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(), given_numbers(seed):
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(), _numbers_of(batch):
                 call(self.model, first_task(batch.support_x))
+
+
+def _numbers_of(tasks: TaskBatch) -> AbstractContextManager[None]:
+    """Makes the model draw what the Program draws for the first task's support set."""
+    return given_numbers(None if tasks.seeds is None else tasks.seeds[:1, 0])

@@ -72,6 +72,15 @@ class ModuleSnapshot:
         self._values = [
             tuple(_kept(name, value) for name, value in home.items() if name not in out) for home, out in pairs
         ]
+        numbers = [
+            (home, name, value)
+            for home, out in pairs
+            for name, value in home.items()
+            if isinstance(home, dict) and isinstance(value, int | float) and name not in {*out, *_OF_ANY_MODULE}
+        ]
+        self._number_homes = [home for home, _, _ in numbers]
+        self._number_names = [name for _, name, _ in numbers]
+        self._number_kinds = [type(value) for _, _, value in numbers]
         self._views = [home.values() for home in self._attributes]
         inside = {id(v): v for home, out in pairs for name, v in home.items() if name not in {*out, *_OF_ANY_MODULE}}
         inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
@@ -133,10 +142,15 @@ class ModuleSnapshot:
         pairs = zip(self._attributes, self._left_out, strict=True)
         return [tuple(value for name, value in home.items() if name not in out) for home, out in pairs]
 
+    def _kinds_changed(self) -> bool:
+        """Says whether some number is of another kind: ``True`` equals ``1.0``, but it is not the same to ``is``."""
+        return [*map(type, map(dict.get, self._number_homes, self._number_names))] != self._number_kinds
+
     def _attributes_changed(self) -> bool:
         try:
             return (
-                self._values != (self._some_values() if any(self._left_out) else [*map(tuple, self._views)])
+                self._kinds_changed()
+                or self._values != (self._some_values() if any(self._left_out) else [*map(tuple, self._views)])
                 or any(value != copy for value, copy in self._copies)
                 or any(image != _image(value) for value, image in self._images)
             )

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 from metafast.program.operation import Constant, Input, Made, Ref, Weight
 
 aten = torch.ops.aten
+_LABELS = ("aten::requires_grad_", "aten::detach_")
+"""Operations in place that leave the numbers of a tensor as they are."""
 
 
 @dataclass
@@ -92,6 +94,13 @@ class Aliases:
             entry.ref, entry.version = self._shown(tensor, base), base.version
         return entry.ref
 
+    def check(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuses writes that have no place in a Program, before ``func`` writes to its arguments."""
+        if func._schema.name not in _LABELS:
+            for tensor in _written(func, args, kwargs):
+                entry = self._known[id(tensor)]
+                self._check_write(tensor, entry.base or entry)
+
     def changed(self, func: Any, args: Any, kwargs: Any, refs: Any, named: Any) -> bool:
         """Notes what ``func`` has written to its arguments, as a call of the operator that makes new tensors.
 
@@ -100,7 +109,7 @@ class Aliases:
         written = _written(func, args, kwargs)
         if not written:
             return False
-        if func._schema.name == "aten::requires_grad_" or func._schema.name == "aten::detach_":
+        if func._schema.name in _LABELS:
             return self._detached_in_place(func, written[0])
         if len(written) > 1:
             raise self.refuse(f"changes several tensors at once by {func}", "Use operations that return new tensors")
@@ -111,7 +120,6 @@ class Aliases:
         """Gives ``tensor`` the value that ``func`` would have returned in the place of writing it."""
         entry = self._known[id(tensor)]
         base = entry.base or entry
-        self._check_write(tensor, base)
         name = func._schema.name.split("::")[-1]
         if name == "copy_":
             value = self._copied(refs[1], tensor)

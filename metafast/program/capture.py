@@ -159,6 +159,10 @@ class _Builder:
 
     def finish(self, model: str, loss: Loss) -> Program:
         """Makes the Program; parameters lie in the flat vector in the order of the layout."""
+        if not self._is_value(self.recording.output):
+            raise CaptureError(
+                f"{model}.forward returns a tensor that does not depend on its input; the loss needs one that does"
+            )
         offset = 0
         parameters = []
         for name in self.layout.names:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from metafast.program.operation import (
     refs_in,
 )
 from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_draw, value_reader
-from metafast.program.user_lines import error_line, user_line
+from metafast.program.user_lines import error_line, line_behind, user_line
 from metafast.tasks import Samples
 
 
@@ -104,11 +105,12 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
             numbers that cannot be repeated, or changes what it may not change. The text names the line and the remedy.
     """
+    run = partial(_record, model, x, part, ignored)
     try:
-        return _record(model, x, part, ignored)
+        return run()
     except RandomState:
         # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
-        return _record(model, x, part, ignored)
+        return line_behind(run, _other_random_states, _random_state)
 
 
 def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collection[Tensor]) -> Recording:
@@ -116,9 +118,10 @@ def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collectio
     leaves, structure = tree_flatten(x)
     recorder = Recorder(model, [leaf.detach().clone() for leaf in leaves])
     recorder.recording.several = isinstance(x, Samples)
-    with recorder.watching(), unchanged(model, ignored) as state:
-        returned = call(model, tree_unflatten(recorder.inputs, structure))
-        recorder.finish(picked(returned, part, model))
+    with unchanged(model, ignored) as state:
+        with recorder.watching():
+            returned = call(model, tree_unflatten(recorder.inputs, structure))
+            recorder.finish(picked(returned, part, model))
         recorder.recording.changes_module = state.changed()
         recorder.recording.assigned = state.assigned()
     return recorder.recording
@@ -165,6 +168,7 @@ class Recorder(SchemaCheckMode, Source):
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
         self.drawn: set[Ref] = set()
+        self.refusal: CaptureError | None = None
         self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
@@ -184,10 +188,11 @@ class Recorder(SchemaCheckMode, Source):
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(_UNLIKELY)
         self.generator = torch.get_rng_state()
-        self.tossed, self.random = "", _other_random_states()
+        states = _other_random_states()
         with ExitStack() as stack:
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
             stack.enter_context(torch.jit.optimized_execution(False))
+            _forget_optimised_scripts(self.model)
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_functions_kept_whole(self))
@@ -196,20 +201,18 @@ class Recorder(SchemaCheckMode, Source):
             stack.enter_context(_ValueReads(self))
             try:
                 yield
-            except CaptureError:
-                raise
             except Exception as error:
+                if self.refusal is not None or isinstance(error, CaptureError):
+                    raise self.refusal or error from None
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
             finally:
                 self.silent = True
                 torch.set_rng_state(before)
                 self.silent = False
-        self.look_at_coins()
-        if self.tossed:
-            raise RandomState(
-                f"{type(self.model).__name__} draws random numbers by Python's random or by NumPy at or before "
-                f"{self.tossed}; each pass would have to draw the same. Draw by torch, or in __init__"
-            )
+        if self.refusal is not None:  # and the module caught it
+            raise self.refusal
+        if states != _other_random_states():
+            raise RandomState(type(self.model).__name__)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` and notes it."""
@@ -223,6 +226,8 @@ class Recorder(SchemaCheckMode, Source):
             return self._drawn(func, args, kwargs)
         refs, named = self.refs(args), self.refs(kwargs)
         self._refuse_values(func, refs, named)
+        if func._schema.is_mutable:
+            self.aliases.check(func, args, kwargs)
         out = func(*args, **kwargs)
         if func._schema.is_mutable and self.aliases.changed(func, args, kwargs, refs, named):
             return out
@@ -286,7 +291,6 @@ class Recorder(SchemaCheckMode, Source):
 
     def emit(self, target: Any, args: Any, kwargs: Any, results: Sequence[Any]) -> list[Made]:
         """Adds an operation that makes ``results`` and returns their values."""
-        self.look_at_coins()
         number = len(self.recording.operations)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self.recording.operations.append(
@@ -313,13 +317,6 @@ class Recorder(SchemaCheckMode, Source):
                 self.recording.values[ref] = result.shape, result.dtype
                 self.traits[ref] = data, carries and result.is_floating_point()
         return made
-
-    def look_at_coins(self) -> None:
-        """Takes note of the line behind which Python or NumPy have drawn a random number."""
-        state = _other_random_states()
-        if state != self.random:
-            self.random = state
-            self.tossed = self.tossed or self.where()
 
     def refs(self, tree: Any) -> Any:
         """Replaces the tensors among arguments by the values that they are."""
@@ -372,7 +369,10 @@ class Recorder(SchemaCheckMode, Source):
 
     def refuse(self, what: str, remedy: str) -> CaptureError:
         """Makes the error that says why the run cannot become a Program."""
-        return CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        # It is kept, because what raises it may be caught on its way: an arithmetic operator of torch turns it into
+        # Python's own error of operands.
+        self.refusal = CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
+        return self.refusal
 
     def function(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a ``torch.autograd.Function`` and notes it as one operation, which has the Function's own derivative."""
@@ -595,6 +595,26 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
 def _tensors(tree: Any) -> list[Tensor]:
     """Lists the tensors among arguments."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _random_state(error: Exception, line: str) -> CaptureError:
+    """Makes the error that says where random numbers of Python or NumPy are drawn."""
+    return CaptureError(
+        f"{error} draws random numbers by Python's random or by NumPy at {line or 'an unknown line'}; each pass would "
+        "have to draw the same. Draw by torch, or in __init__"
+    )
+
+
+def _forget_optimised_scripts(model: nn.Module) -> None:
+    """Makes TorchScript interpret its graphs again, where it has run them so often that it optimised them."""
+    functions: Any = torch.jit._state._python_cu.get_functions
+    for function in functions():
+        function._debug_flush_compilation_cache()
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "forward"):
+            flush = getattr(module.forward, "_debug_flush_compilation_cache", None)
+            if flush is not None:
+                flush()
 
 
 def _other_random_states() -> tuple[Any, ...]:

@@ -111,9 +111,9 @@ def first_difference(
         found = adjoints.get(number[ref])
         zero = torch.zeros_like(values[ref])
         if not _close(zero if found is None else found[0], zero if adjoint is None else adjoint, 1e4 * allowed):
-            return _name(recording, _last_reader(recording, ref, made) or ref)
+            return _culprit(recording, _last_reader(recording, ref, made) or ref, made)
     worst = _worst_parameter(program, theta, truth, step)
-    return _name(recording, _last_reader(recording, Weight(worst), made) or made[0])
+    return _culprit(recording, _last_reader(recording, Weight(worst), made) or made[0], made)
 
 
 def _allowed(theta: Tensor, truth: Truth) -> tuple[float, float]:
@@ -160,17 +160,23 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
 
 
 def _sources(recording: Recording, ref: Made, made: Sequence[Made]) -> set[Ref]:
-    """Returns the values of other nodes, and the parameters, that the node of ``ref`` reads."""
+    """Returns all values that go into the node of ``ref``: those of other nodes, parameters, and those inside."""
     known = set(made)
     found: set[Ref] = set()
     waiting: list[Ref] = reads(recording.operations[ref.operation])
     while waiting:
         source = waiting.pop()
-        if source in known or isinstance(source, Weight):
-            found.add(source)
-        elif isinstance(source, Made):
+        found.add(source)
+        if isinstance(source, Made) and source not in known:
             waiting += reads(recording.operations[source.operation])
     return found
+
+
+def _culprit(recording: Recording, ref: Made, made: Sequence[Made]) -> str:
+    """Names what is wrong with a gradient in the node of ``ref``: where there is one, what no gradient goes through."""
+    inside = _sources(recording, ref, made) - set(made)
+    without = [r for r in inside if isinstance(r, Made) and not recording.operations[r.operation].grad]
+    return _name(recording, max(without, key=lambda r: r.operation, default=ref))
 
 
 def _name(recording: Recording, ref: Made) -> str:
@@ -189,9 +195,9 @@ def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
     """Returns the largest difference over ``scale``, or over the largest number that is wanted."""
     if not wanted.numel():
         return 0.0
+    found, wanted = found.detach(), wanted.detach()
     if scale is None:
         scale = float(wanted.abs().max())
-    found, wanted = found.detach(), wanted.detach()
     both = torch.isnan(found) & torch.isnan(wanted) | (found == wanted)
     difference = (found - wanted).masked_fill(both, 0.0)
     return float(difference.abs().max()) / max(scale, 1e-30)

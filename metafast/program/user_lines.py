@@ -6,6 +6,9 @@ import linecache
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,3 +38,36 @@ def error_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((_TORCH, _OWN, "<"))]
     return f"{own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
+
+
+Found = TypeVar("Found")
+
+
+def line_behind(
+    run: Callable[[], Found], state: Callable[[], Any], error: Callable[[Exception, str], Exception]
+) -> Found:
+    """Calls ``run`` while it looks, line by line, for the one that changes what ``state`` returns.
+
+    Raises:
+        Exception: ``run`` has raised; it is what ``error`` makes of that and of the line.
+    """
+    found, known, last = "", state(), ""
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal found, last
+        name = frame.f_code.co_filename
+        if name.startswith((_TORCH, _OWN, "<")):
+            return None
+        if not found and state() != known:
+            found = last
+        last = f"{name}:{frame.f_lineno} ({linecache.getline(name, frame.f_lineno).strip()})"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return run()
+    except Exception as raised:
+        raise error(raised, found or last) from None
+    finally:
+        sys.settrace(before)

@@ -65,14 +65,13 @@ def compare(learner: MAML, tasks: TaskBatch, lr: float) -> SpeedComparison:
     """Times one meta-gradient by ``learner``, whose inner rate is ``lr``, and by the loop, after comparing the two."""
     device = tasks.support_x.device.type
     loss = learner.loss.function
-    adapted = {parameter.name for parameter in learner.program.parameters if parameter.adapted}
 
     def by_metafast() -> Tensor:
         learner.zero_grad()
         return learner.backward(tasks).losses
 
     def by_loop() -> tuple[Tensor, Mapping[str, Tensor]]:
-        return torch_loop.meta_gradient(learner.model, loss, tasks, lr, learner.steps, adapted)
+        return torch_loop.meta_gradient(learner.model, loss, tasks, lr, learner.steps, learner.adapted_names)
 
     mean = by_metafast().mean()
     gradient = {name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None}
