@@ -104,7 +104,7 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
     Raises:
         ValueError: the module fails on these samples.
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
-            numbers, or changes what it may not change. The text names the line and the remedy.
+            numbers that cannot be repeated, or changes what it may not change. The text names the line and the remedy.
     """
     run = partial(_record, model, x, part, ignored)
     try:
@@ -133,6 +133,10 @@ def call(model: nn.Module, x: Any) -> Any:
     if not isinstance(x, Samples):
         return model(x)
     return model(*x.parts) if x.names is None else model(**x.by_name)
+
+
+_UNLIKELY = 0x6D65_7461_6661_7374
+"""A seed that no model sets by itself."""
 
 
 class RandomState(CaptureError):
@@ -182,7 +186,9 @@ class Recorder(SchemaCheckMode, Source):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
-        before, seed = torch.get_rng_state(), torch.initial_seed()
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(_UNLIKELY)
+        self.generator = torch.get_rng_state()
         states = _other_random_states()
         with ExitStack() as stack:
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
@@ -200,16 +206,12 @@ class Recorder(SchemaCheckMode, Source):
                 if self.refusal is not None or isinstance(error, CaptureError):
                     raise self.refusal or error from None
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
+            finally:
+                self.silent = True
+                torch.set_rng_state(before)
+                self.silent = False
         if self.refusal is not None:  # and the module caught it
             raise self.refusal
-        sets_seed = torch.initial_seed() != seed
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
-        if sets_seed:
-            raise CaptureError(
-                f"{type(self.model).__name__} calls torch.manual_seed in its forward pass, so that all its numbers are "
-                "the same in each pass. Draw them once in __init__ and register them as a buffer"
-            )
         if states != _other_random_states():
             raise RandomState(type(self.model).__name__)
 
@@ -236,7 +238,10 @@ class Recorder(SchemaCheckMode, Source):
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Computes what draws random numbers of numbers from a counter, and notes both."""
         compute = replacement(func)
-        refuse_draw(func, kwargs, compute is not None, self.refuse)
+        self.silent = True
+        seeded = not torch.equal(self.generator, torch.get_rng_state())
+        self.silent = False
+        refuse_draw(func, kwargs, (compute is not None, seeded), self.refuse)
         assert compute is not None
         with self:
             return compute(self, by_name(func, args, kwargs))
