@@ -433,6 +433,9 @@ REFUSED = {
         lambda m, x: x * torch.rand(6, generator=GENERATOR, dtype=x.dtype),
         ["generator of its own", "generator=", "out"]
     ),
+    "a seed of its own": (
+        lambda m, x: (torch.manual_seed(0), F.dropout(x, 0.3))[1], ["set the seed", "by dropout", "buffer"]
+    ),
     "a branch on it": (
         lambda m, x: x if torch.rand(()) < 0.5 else 2 * x, ["reads a random number", "torch.where"]
     ),
@@ -713,3 +716,15 @@ def test_running_statistics_behind_dropout():
             hidden.append(model[1](model[0](tasks.support_x[t])))
     mf.MAML(model, loss="mse", lr=0.1, steps=2, bn="running").backward(tasks)
     torch.testing.assert_close(model[2].running_mean, 0.1 * torch.cat(hidden).mean(0))
+
+
+def test_a_rate_that_is_raised_later_is_noticed():
+    torch.manual_seed(0)
+    model = Call(lambda m, x: m.drop(x), drop=nn.Dropout(0.0)).double()
+    learner, tasks = mf.MAML(model, loss="mse", lr=0.1, steps=2), tasks_of()
+    learner.backward(tasks)
+    assert not learner.program.draws
+    model.drop.p = 0.4
+    model.zero_grad()
+    out = learner.backward(tasks)
+    assert_agree(model, out.losses, truth(model, tasks))

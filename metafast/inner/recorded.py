@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.inner.autocast import in_own_dtype
+from metafast.inner.rules import PLAIN, SGD
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop, rates_by_step
 from metafast.program.interpreter import Pass
@@ -38,14 +39,14 @@ class Sets(NamedTuple):
 @in_own_dtype
 def recorded(
     program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, sets: Sets,
-    own: Sequence[OwnParameter] = (),
+    own: Sequence[OwnParameter] = (), rule: SGD = PLAIN,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes losses ``[T]`` and outputs ``[T, m, ...]`` while autograd records every inner step.
 
     The results can be differentiated to any order, in all that they are made of. ``params`` are ``[P]``,
     ``rates [1 or S, 1 or P]``.
     """
-    trajectory = recorded_adapt(program, loop, params, rates, sets.support, own)
+    trajectory = recorded_adapt(program, loop, params, rates, sets.support, own, rule)
     nothing = (False,) * len(program.parameters)
     losses = params.new_zeros(trajectory[0].shape[0])
     for step, weight in loop.judged_steps:
@@ -57,12 +58,14 @@ def recorded(
 
 @in_own_dtype
 def recorded_adapt(
-    program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch, own: Sequence[OwnParameter] = ()
-) -> list[Tensor]:
+    program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch,
+    own: Sequence[OwnParameter] = (), rule: SGD = PLAIN,
+) -> list[Tensor]:  # fmt: skip
     """Takes the inner steps from ``params [P]`` and returns ``theta_0 .. theta_S``, each ``[T, P]``."""
     adapted = tuple(p.adapted for p in program.parameters)
     theta = params.expand(support.x.shape[0], -1)
     trajectory = [theta]
+    velocity: Tensor | None = None
     prefix = Pass(program, theta, support, 0, adapted).forward_prefix()
     for step, rate in enumerate(rates_by_step(rates, loop.steps)):
         run = Pass(program, trajectory[-1], support, step, adapted, prefix)
@@ -73,7 +76,10 @@ def recorded_adapt(
             gradient = _with_own(program, gradient, losses, own)
         if loop.first_order:
             gradient = gradient.detach()
-        trajectory.append(torch.addcmul(trajectory[-1], rate, gradient, value=-1))
+        direction = gradient
+        if not rule.is_plain:
+            direction, velocity = rule.direction(trajectory[-1], gradient, velocity, program.adapted.to(theta.device))
+        trajectory.append(torch.addcmul(trajectory[-1], rate, direction, value=-1))
     return trajectory
 
 

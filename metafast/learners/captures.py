@@ -17,7 +17,7 @@ from metafast.learners.batch_norm import BatchNormMode, in_modes, modes_of, norm
 from metafast.program import Program
 from metafast.program.capture import Layout, program_of, used_parameters
 from metafast.program.recording import Recording, record
-from metafast.tasks import TaskBatch
+from metafast.tasks import TaskBatch, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered; older ones are captured again when they come back."""
@@ -116,6 +116,21 @@ class Captures:
             while len(self.recordings) > _KINDS:
                 self.recordings.popitem(last=False)
         return found
+
+    def output_shape(self, x: Any) -> tuple[int, ...]:
+        """Returns the shape of a sample's output.
+
+        Raises:
+            ValueError: the first axis of the outputs is not that of the samples.
+        """
+        shape = self.recording(x).output_shape
+        if shape[:1] != x.shape[1:2]:
+            given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
+            raise ValueError(
+                f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
+                "axis n"
+            )
+        return tuple(shape[1:])
 
     def modes(self) -> dict[str, str]:
         """Returns the mode of each batch norm by name."""

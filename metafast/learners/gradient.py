@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -346,8 +347,8 @@ class GradientLearner(SettledLearner):
         theta = _flatten_dense_tensors(parameters).detach()
         if tasks.shapes.ragged:
             check_padding(program, theta, tasks)
-        output = self._output_shape(tasks.support_x)
-        self._output_shape(tasks.query_x)
+        output = self.captures.output_shape(tasks.support_x)
+        self.captures.output_shape(tasks.query_x)
         if self.captures.second_look and not self.rows:
             double_check(self.captures, program, theta, tasks)
         choice = self._choose(program, tasks.shapes)
@@ -360,17 +361,6 @@ class GradientLearner(SettledLearner):
             self._look()
         recorded = has_own_derivatives(program)
         return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
-
-    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Returns the shape of a sample's output."""
-        shape = self.captures.recording(x).output_shape
-        if shape[:1] != x.shape[1:2]:
-            given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
-            raise ValueError(
-                f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
-                "axis n"
-            )
-        return tuple(shape[1:])
 
     def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         known.program.loss.check(known.output, tasks.support_y, "support_y")
@@ -398,8 +388,10 @@ class GradientLearner(SettledLearner):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with (
-                self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(),
-                given_numbers(None if batch.seeds is None else batch.seeds[:1, 0]),
-            ):  # fmt: skip
+            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(), _numbers_of(batch):
                 call(self.model, first_task(batch.support_x))
+
+
+def _numbers_of(tasks: TaskBatch) -> AbstractContextManager[None]:
+    """Makes the model draw what the Program draws for the first task's support set."""
+    return given_numbers(None if tasks.seeds is None else tasks.seeds[:1, 0])

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from metafast.executors import Choice
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.autograd import MetaLoss, flattened
 from metafast.inner.rates import Rate
-from metafast.inner.recorded import Sets, recorded
+from metafast.inner.recorded import Sets, recorded, recorded_adapt
+from metafast.inner.rules import PLAIN, SGD
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.gradient import GradientLearner
@@ -20,7 +22,7 @@ from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import with_seeds
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
-from metafast.tasks import TaskBatch
+from metafast.tasks import Batch, TaskBatch
 
 
 class MAML(GradientLearner):
@@ -33,6 +35,8 @@ class MAML(GradientLearner):
     Args:
         first_order: drop the Hessian terms (FOMAML).
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step.
+        inner: what an inner step makes of the gradient: ``mf.SGD(momentum=0.9)``. All but plain steps are recorded by
+            autograd, in the place of an executor's own way back: slower and larger, and as exact.
         **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
@@ -49,11 +53,13 @@ class MAML(GradientLearner):
         steps: int = 1,
         first_order: bool = False,
         step_weights: Iterable[float] | None = None,
+        inner: SGD = PLAIN,
         **options: Any,
     ) -> None:
         super().__init__(model, loss=loss, lr=lr, steps=steps, **options)
         self.first_order = first_order
         self.step_weights = step_weights
+        self.inner = inner
 
     @classmethod
     def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
@@ -70,6 +76,17 @@ class MAML(GradientLearner):
         if not isinstance(first_order, bool):
             raise TypeError(f"first_order={first_order!r}: give True, which drops the Hessian terms, or False")
         self._first_order = first_order
+
+    @property
+    def inner(self) -> SGD:
+        """What an inner step makes of the gradient."""
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: SGD) -> None:
+        if not isinstance(inner, SGD):
+            raise TypeError(f"inner={inner!r}: give an mf.SGD, such as mf.SGD(momentum=0.9)")
+        self._inner = inner
 
     @property
     def step_weights(self) -> list[float]:
@@ -105,6 +122,8 @@ class MAML(GradientLearner):
             TypeError, ValueError: the batch does not fit the model.
         """
         if torch.compiler.is_compiling():
+            if not self._inner.is_plain:
+                raise RuntimeError(f"{self._inner} is recorded by autograd; call the learner uncompiled for it")
             return self._compiled(tasks, self._weights, self.first_order, create_graph)
         choice = self._choice_for(tasks)
         tasks = with_seeds(self.program, tasks)
@@ -115,7 +134,7 @@ class MAML(GradientLearner):
             with torch.enable_grad():  # the first step differentiates the loss in these parameters
                 return self._recorded(tasks, outside).detach()
         must = outside.must_be_recorded() or self._now.is_recorded
-        if create_graph or outside.own or (torch.is_grad_enabled() and must):
+        if create_graph or outside.own or not self._inner.is_plain or (torch.is_grad_enabled() and must):
             out = self._recorded(tasks, outside)
         else:
             theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
@@ -133,14 +152,31 @@ class MAML(GradientLearner):
         theta, rate = self.flat_parameters(), self.inner_rates()
         sets = Sets(tasks.support, tasks.query)
         with self._recording():
-            return LearnerOutput(*recorded(self._held_program(), self.loop, theta, rate, sets, outside.own))
+            found = recorded(self._held_program(), self.loop, theta, rate, sets, outside.own, self._inner)
+            return LearnerOutput(*found)
+
+    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
+        if self._inner.is_plain:
+            return super()._adapted(choice, support, steps, outside)
+        loop, theta, rates = InnerLoop.judged_last(steps), self.flat_parameters(), self.inner_rates()
+        with torch.set_grad_enabled(bool(outside.own)):
+            return recorded_adapt(self.program, loop, theta, rates, support, outside.own, self._inner)[-1].detach()
+
+    def explain(self, x: Tensor | None = None) -> str:
+        """Says what it says of any gradient-based learner, and how inner steps that are not plain are computed."""
+        said = super().explain(x)
+        return said if self._inner.is_plain else f"{said}\n  inner steps: {self._inner}, recorded by autograd"
+
+    def graph_obstacle(self, tasks: TaskBatch) -> str | None:
+        """Says what it says of any gradient-based learner, and that autograd records inner steps that are not plain."""
+        return super().graph_obstacle(tasks) if self._inner.is_plain else f"{self._inner} is recorded by autograd"
 
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._choice_for(tasks)
         tasks = with_seeds(self.program, tasks)
-        if self._outside(choice, tasks).names or self._now.is_recorded:
+        if self._outside(choice, tasks).names or self._now.is_recorded or not self._inner.is_plain:
             with torch.enable_grad():
                 return super().backward(tasks)
         self._track_statistics(tasks)

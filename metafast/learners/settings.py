@@ -251,7 +251,7 @@ class SettledLearner(WithinTorch, metaclass=_Sealing):
     def _close(cls, name: str) -> list[str]:
         """Returns the setting that ``name`` is most likely meant to be, if any."""
         settings = cls._settings()
-        words = [s for s in settings if s in name.lower().split("_")]
+        words = [word for word in reversed(name.lower().split("_")) if word in settings]
         return words[:1] or difflib.get_close_matches(name.lower(), settings, 1, 0.55)
 
     @classmethod

@@ -43,7 +43,7 @@ def capture(
 
     Raises:
         CaptureError: the forward pass depends on values of the data, changes its input in place, or draws random
-            numbers.
+            numbers that cannot be repeated.
     """
     recording = record(model, x)
     names = used_parameters(recording, model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -103,7 +104,7 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
     Raises:
         ValueError: the module fails on these samples.
         CaptureError: the run cannot be told from one task to the next: it depends on values of the data, draws random
-            numbers, or changes what it may not change. The text names the line and the remedy.
+            numbers that cannot be repeated, or changes what it may not change. The text names the line and the remedy.
     """
     run = partial(_record, model, x, part, ignored)
     try:
@@ -132,6 +133,10 @@ def call(model: nn.Module, x: Any) -> Any:
     if not isinstance(x, Samples):
         return model(x)
     return model(*x.parts) if x.names is None else model(**x.by_name)
+
+
+_UNLIKELY = 0x6D65_7461_6661_7374
+"""A seed that no model sets by itself."""
 
 
 class RandomState(CaptureError):
@@ -163,8 +168,8 @@ class Recorder(SchemaCheckMode, Source):
         self.paths = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.traits: dict[Made, tuple[bool, bool]] = {}
-        self.refusal: CaptureError | None = None
         self.drawn: set[Ref] = set()
+        self.refusal: CaptureError | None = None
         self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
         self.silent = False
@@ -182,6 +187,8 @@ class Recorder(SchemaCheckMode, Source):
     def watching(self) -> Iterator[None]:
         """Records all that is done in the ``with`` block."""
         before = torch.get_rng_state()
+        torch.default_generator.manual_seed(_UNLIKELY)
+        self.generator = torch.get_rng_state()
         states = _other_random_states()
         with ExitStack() as stack:
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
@@ -199,10 +206,12 @@ class Recorder(SchemaCheckMode, Source):
                 if self.refusal is not None or isinstance(error, CaptureError):
                     raise self.refusal or error from None
                 raise _failed(self.model, self._place_of(error), self.inputs, error) from error
+            finally:
+                self.silent = True
+                torch.set_rng_state(before)
+                self.silent = False
         if self.refusal is not None:  # and the module caught it
             raise self.refusal
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
         if states != _other_random_states():
             raise RandomState(type(self.model).__name__)
 
@@ -229,7 +238,10 @@ class Recorder(SchemaCheckMode, Source):
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Computes what draws random numbers of numbers from a counter, and notes both."""
         compute = replacement(func)
-        refuse_draw(func, kwargs, compute is not None, self.refuse)
+        self.silent = True
+        seeded = not torch.equal(self.generator, torch.get_rng_state())
+        self.silent = False
+        refuse_draw(func, kwargs, (compute is not None, seeded), self.refuse)
         assert compute is not None
         with self:
             return compute(self, by_name(func, args, kwargs))
@@ -492,9 +504,12 @@ def _functions_kept_whole(recorder: Recorder) -> Iterator[None]:
     """Sends the calls of all ``torch.autograd.Function``s to the recorder."""
     original = vars(torch.autograd.Function)["apply"]
 
+    thread = threading.get_ident()
+
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         run = original.__get__(None, cls)
-        return run(*args, **kwargs) if recorder.inside else recorder.function(cls, run, args, kwargs)
+        elsewhere = recorder.inside is not None or threading.get_ident() != thread
+        return run(*args, **kwargs) if elsewhere else recorder.function(cls, run, args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:

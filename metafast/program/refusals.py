@@ -28,11 +28,12 @@ def value_reader(func: Any) -> str:
     return _READERS.get(name, f"torch.{name}")
 
 
-def refuse_draw(func: Any, kwargs: Any, known: bool, refuse: Callable[[str, str], Exception]) -> None:
+def refuse_draw(func: Any, kwargs: Any, how: tuple[bool, bool], refuse: Callable[[str, str], Exception]) -> None:
     """Raises what ``refuse`` makes where a call that draws random numbers has no place in a Program.
 
-    ``known`` says whether the numbers can be taken from a counter.
+    ``how`` says whether the numbers can be taken from a counter, and whether the model has set torch's generator.
     """
+    known, seeded = how
     name = func.overloadpacket.__name__
     if not known:
         raise refuse(
@@ -43,4 +44,10 @@ def refuse_draw(func: Any, kwargs: Any, known: bool, refuse: Callable[[str, str]
         raise refuse(
             f"draws random numbers by {name} from a generator of its own",
             "Leave generator= out: each call of a learner draws seeds from torch's default generator",
+        )
+    if seeded:
+        raise refuse(
+            f"draws random numbers by {name} after it has set the seed of torch's generator",
+            "Leave the seed alone: the numbers follow from those of the batch. Numbers that stay the same belong in a "
+            "buffer that __init__ draws",
         )

@@ -300,10 +300,3 @@ CASES.one(
     lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, CLASSES)),
     change=lambda m, l, t: setattr(m[2], "weight", m[0].weight),
 )
-# Dropout starts to draw.
-CASES.one(
-    "dropout that is raised",
-    lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.Linear(8, CLASSES)),
-    change=lambda m, l, t: setattr(m[1], "p", 0.5),
-    refused=("ropout",),
-)

@@ -19,9 +19,6 @@ import metafast as mf
 FILES = (contexts, modules, parameters, shapes, values, layers, changes, calls, refusals)
 CASES = [case for file in FILES for case in file.CASES]
 # Cases that are right and that metafast does not serve yet, with what they wait for.
-LATER = {
-    "an inner loop with momentum": "inner rules",
-}
 # What machinery says that no user has asked for, and what Python says when nobody has looked.
 INTERNAL = (
     r"\bvmap\b|functorch|\bfx\b|\bexport(ed)?\b|Proxy|aten::|Could not guard|Batching rule|setup_context|NoneType|"
@@ -34,7 +31,6 @@ RAW = (KeyError, AttributeError, NameError, IndexError, AssertionError, Recursio
 def test_every_case_has_a_name_of_its_own():
     names = [case.name for case in CASES]
     assert len(names) == len(set(names)) > 190
-    assert set(LATER) <= set(names)
 
 
 def made(case):
@@ -84,9 +80,7 @@ def learn(case) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of what torch warns, the module is the cause
 @pytest.mark.parametrize("case", [case for case in CASES if case.refused is None], ids=str)
-def test_the_gradient_is_that_of_the_module(case, request):
-    if case.name in LATER:
-        request.applymarker(pytest.mark.xfail(reason=LATER[case.name], strict=True))
+def test_the_gradient_is_that_of_the_module(case):
     try:
         model, tasks, learner = made(case)
         if case.change is not None:
@@ -133,7 +127,7 @@ def test_what_has_no_right_answer_is_refused_in_words(case):
 IN_FLOAT32 = [
     case for case in CASES
     if case.refused is None and case.dtype == torch.float64 and case.leaves is no_leaves and
-    case.name not in LATER and "autocast" not in case.name
+    "autocast" not in case.name
 ]  # fmt: skip
 
 
