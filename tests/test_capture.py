@@ -312,6 +312,11 @@ def _closure(m, x):
         Twice.other = None
 
 
+def _doubled_weight(m, x):
+    with torch.no_grad():
+        return x @ Twice.apply(m.first.weight, True)
+
+
 def _drawn_by_python(m, x):
     return x * random.random()
 
@@ -336,6 +341,7 @@ REFUSALS = [
     ("a foreign leaf", lambda: Call(lambda m, x: x * OUTSIDE), ["not registered", "nn.Parameter"]),
     ("a Function that reads beside its arguments", lambda: Call(_closure), ["Twice", "Pass it to apply"]),
     ("a Function in place", lambda: Call(lambda m, x: Twice.apply(torch.tanh(x), True)), ["Twice", "in place"]),
+    ("a Function that changes a parameter", lambda: Call(_doubled_weight), ["Twice", "in place", "x.mul_(2)"]),
     ("a sparse tensor", lambda: Call(lambda m, x: torch.sparse.mm(torch.eye(5).to_sparse(), x)), ["to_dense()"]),
     ("tuple of outputs", lambda: Call(lambda m, x: (x, x)), ["Call.forward returns", "one tensor", "output="]),
     ("dict of outputs", lambda: Call(lambda m, x: {"y": x}), ["Call.forward returns", "['y']", "output="]),

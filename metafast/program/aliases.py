@@ -97,7 +97,7 @@ class Aliases:
     def check(self, func: Any, args: Any, kwargs: Any) -> None:
         """Refuses writes that have no place in a Program, before ``func`` writes to its arguments."""
         if func._schema.name not in _LABELS:
-            for tensor in _written(func, args, kwargs):
+            for tensor in written(func, args, kwargs):
                 entry = self._known[id(tensor)]
                 self._check_write(tensor, entry.base or entry)
 
@@ -106,14 +106,14 @@ class Aliases:
 
         It returns whether there was such a write.
         """
-        written = _written(func, args, kwargs)
-        if not written:
+        changed = written(func, args, kwargs)
+        if not changed:
             return False
         if func._schema.name in _LABELS:
-            return self._detached_in_place(func, written[0])
-        if len(written) > 1:
+            return self._detached_in_place(func, changed[0])
+        if len(changed) > 1:
             raise self.refuse(f"changes several tensors at once by {func}", "Use operations that return new tensors")
-        self._write(written[0], func, refs, named)
+        self._write(changed[0], func, refs, named)
         return True
 
     def _write(self, tensor: Tensor, func: Any, refs: Any, named: Any) -> None:
@@ -198,7 +198,7 @@ def _places(tensor: Tensor, base: Tensor) -> Tensor:
     return place[memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())]
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """Lists the arguments that ``func`` writes to."""
     found: list[Tensor] = []
     for position, argument in enumerate(func._schema.arguments):

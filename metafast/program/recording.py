@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metafast.kernels.noise import Noise
-from metafast.program.aliases import Aliases
+from metafast.program.aliases import Aliases, written
 from metafast.program.noise import Draw, Source, above_autograd, draws, replacement
 from metafast.program.operation import (
     CaptureError,
@@ -382,14 +382,11 @@ class Recorder(SchemaCheckMode, Source):
             return run(*rest)
         refs, named = self.refs(args), self.refs(kwargs)
         given = _tensors((args, kwargs))
-        versions = [tensor._version for tensor in given]
         self.inside, self.allowed = cls, {id(tensor) for tensor in given}
         try:
             out = apply(*args, **kwargs)
         finally:
             self.inside = None
-        if versions != [tensor._version for tensor in given]:
-            raise self.refuse(f"calls {cls.__name__}, which changes its input in place,", "Return a new tensor instead")
         self.note(FunctionCall(cls), refs, named, out)
         return out
 
@@ -454,13 +451,15 @@ class Recorder(SchemaCheckMode, Source):
         self.recording.guards += [(tensor, tensor._version) for tensor in self.constants_of(ref)]
 
     def _check_closure(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Refuses a Function that draws, or reads values which are not among its arguments: both would be lost."""
+        """Refuses a Function that draws, writes to tensors from outside, or reads others than its arguments."""
         name = getattr(self.inside, "__name__", "")
         if draws(func, args, kwargs):
             raise self.refuse(
                 f"calls {name}, whose forward draws random numbers by {func.overloadpacket.__name__},",
                 "Draw them before and pass them to apply",
             )
+        if func._schema.is_mutable and any(map(self.aliases.shares, written(func, args, kwargs))):
+            raise self.refuse(f"calls {name}, which changes its input in place,", "Return a new tensor instead")
         for tensor in _tensors((args, kwargs)):
             if id(tensor) not in self.allowed and self.aliases.knows(tensor) and self.is_data(self.aliases.ref(tensor)):
                 raise self.refuse(
