@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,16 +199,17 @@ def test_buffers_are_read_at_each_call_and_their_numbers_are_looked_at_again():
 
 
 class Counting(nn.Module):
-    """Leaves a sum in a buffer, the number of calls in an attribute, and its latest values in a list."""
+    """Leaves a sum in a buffer, the number of calls in an attribute, its latest input, and sizes in a list."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.calls, self.latest = nn.Linear(4, 4), 0, None
+        self.first, self.calls, self.latest, self.sizes = nn.Linear(4, 4), 0, None, []
         self.register_buffer("total", torch.zeros(4, dtype=torch.float64))
 
     def forward(self, x):
         self.calls += 1
         self.latest = x
+        self.sizes.append(len(x))
         self.total += x.detach().sum(0)
         return torch.sin(self.first(x))
 
@@ -218,7 +221,7 @@ def test_a_batch_leaves_the_traces_of_one_call():
     twin.load_state_dict({**model.state_dict(), "total": torch.zeros(4)})
     torch.testing.assert_close(found, unrolled(twin, tasks), rtol=1e-9, atol=1e-11)
     for calls in (1, 2):
-        assert model.calls == calls
+        assert (model.calls, model.sizes) == (calls, [5] * calls)
         torch.testing.assert_close(model.total, calls * tasks.support_x[0].sum(0))
         learner.backward(tasks)
     learner.eval()
@@ -229,19 +232,21 @@ def test_a_batch_leaves_the_traces_of_one_call():
 def test_capture_alone_leaves_no_trace():
     model = Counting().double()
     program_of(model)
-    assert (model.calls, model.latest, float(model.total.abs().sum())) == (0, None, 0.0)
+    assert (model.calls, model.latest, model.sizes, float(model.total.abs().sum())) == (0, None, [], 0.0)
+
+
+CALLS = itertools.count(1)
 
 
 class Alternating(nn.Module):
-    """Does not do twice the same."""
+    """Does not do twice the same, by what lies outside of it."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.state = nn.Linear(4, 4), [0]
+        self.first = nn.Linear(4, 4)
 
     def forward(self, x):
-        self.state.append(0)
-        return self.first(x) * len(self.state)
+        return self.first(x) * next(CALLS)
 
 
 def test_a_second_look_sees_what_changes_from_call_to_call():

@@ -16,7 +16,8 @@ from metafast.kernels.contract.layer import Loss
 from metafast.learners.batch_norm import BatchNormMode, in_modes, modes_of, norms_of, statistics_of
 from metafast.program import Program
 from metafast.program.capture import Layout, program_of, used_parameters
-from metafast.program.recording import Recording, record
+from metafast.program.operation import Recording
+from metafast.program.recording import record
 from metafast.tasks import TaskBatch, parts_of
 
 _KINDS = 64

@@ -13,8 +13,8 @@ from metafast.learners.batch_norm import in_modes
 from metafast.learners.captures import Captures
 from metafast.program import Program
 from metafast.program.capture import Layout, node_values
+from metafast.program.module_run import call, picked, unchanged
 from metafast.program.noise import given_numbers
-from metafast.program.recording import call, picked, unchanged
 from metafast.program.second_look import Difference, Truth, check, first_difference, truth_of
 from metafast.tasks import TaskBatch
 

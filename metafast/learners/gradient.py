@@ -33,8 +33,8 @@ from metafast.program import Program
 from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
+from metafast.program.module_run import call
 from metafast.program.noise import given_numbers
-from metafast.program.recording import call
 from metafast.program.running_statistics import track
 from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
 

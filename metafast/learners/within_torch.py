@@ -23,7 +23,7 @@ from metafast.learners.layout import layout_of
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, Surroundings, batch_requires_grad
 from metafast.program import Program
-from metafast.program.recording import picked
+from metafast.program.module_run import picked
 from metafast.tasks import TaskBatch
 
 _FUNCTIONS = (

@@ -52,6 +52,11 @@ class Aliases:
         self._known: dict[int, _Known] = {}
         self._bases: dict[int, _Known] = {}
 
+    def forget(self) -> None:
+        """Lets go of all tensors."""
+        self._known.clear()
+        self._bases.clear()
+
     def knows(self, tensor: Tensor) -> bool:
         """Says whether ``tensor`` has been entered."""
         return id(tensor) in self._known

@@ -20,9 +20,9 @@ from metafast.kernels.noise import Noise
 from metafast.program import Node, Parameter, Program
 from metafast.program.derive import Cone, Slot, Step, as_step
 from metafast.program.noise import Draw
-from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Ref, Weight, refs_in
+from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Recording, Ref, Weight, refs_in
 from metafast.program.patterns import Match, match
-from metafast.program.recording import Recording, record
+from metafast.program.recording import record
 
 __all__ = ["CaptureError", "capture", "program_of"]
 

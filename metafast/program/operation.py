@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -138,3 +138,50 @@ class FunctionCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function.apply(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Recording:
+    """Holds what one run of a module did.
+
+    Attributes:
+        operations: the operations in their order; none of them changes a tensor.
+        output: the value that the module returned.
+        inputs: the shape of each tensor that the module was given.
+        dtypes: the dtype of each.
+        several: whether these are the parts of ``Samples``.
+        values: shape and dtype of each value that an operation made.
+        guards: buffers and constants whose numbers Python has read, with the version that it has read.
+        changes_module: whether the run left buffers or attributes of the module other than it found them.
+        draws: how often random numbers were drawn.
+        assigned: the attributes that the run set to something else than a plain value, such as a tensor to be looked at
+            later: the ``id`` of the module's dictionary, and the name.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    output: Ref = field(default_factory=lambda: Input(0))
+    inputs: list[torch.Size] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    several: bool = False
+    values: dict[Made, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    guards: list[tuple[Tensor, int]] = field(default_factory=list)
+    changes_module: bool = False
+    draws: int = 0
+    assigned: frozenset[tuple[int, str]] = frozenset()
+
+    @property
+    def output_shape(self) -> torch.Size:
+        """Returns the shape of the output ``[n, ...]``."""
+        if isinstance(self.output, Made):
+            return self.values[self.output][0]
+        return self.inputs[self.output.number] if isinstance(self.output, Input) else torch.Size()
+
+    @property
+    def is_coarse(self) -> bool:
+        """Says whether some operation computes in less than float32, as under autocast."""
+        halves = (torch.bfloat16, torch.float16)
+        return any(o.autocast for o in self.operations) or any(dtype in halves for _, dtype in self.values.values())
+
+    def stale(self) -> bool:
+        """Says whether a number that Python has read has changed since."""
+        return any(tensor._version != version for tensor, version in self.guards)

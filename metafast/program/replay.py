@@ -10,8 +10,7 @@ from torch import Tensor
 from metafast.program.capture import needed
 from metafast.program.derive import Slot, as_step
 from metafast.program.noise import Draw
-from metafast.program.operation import Constant, Input, Made, Operation, Ref, Weight, refs_in
-from metafast.program.recording import Recording
+from metafast.program.operation import Constant, Input, Made, Operation, Recording, Ref, Weight, refs_in
 from metafast.tasks import parts_of
 
 

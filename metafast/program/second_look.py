@@ -14,8 +14,7 @@ from torch import Tensor
 
 from metafast.program import Program
 from metafast.program.interpreter import Pass
-from metafast.program.operation import Made, Ref, Weight
-from metafast.program.recording import Recording
+from metafast.program.operation import Made, Recording, Ref, Weight
 from metafast.program.replay import reads, replay
 from metafast.tasks import Batch, each_part
 

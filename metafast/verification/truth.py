@@ -17,9 +17,10 @@ from metafast.kernels.input_part import InputPart
 from metafast.learners import MAML
 from metafast.learners.batch_norm import in_modes
 from metafast.program.capture import Layout, node_values
+from metafast.program.module_run import picked
 from metafast.program.noise import given_numbers
-from metafast.program.operation import Made
-from metafast.program.recording import Recording, picked, record
+from metafast.program.operation import Made, Recording
+from metafast.program.recording import record
 from metafast.program.replay import replay
 from metafast.tasks import Batch, Samples, TaskBatch, each_part, moved, parts_of
 
