@@ -88,10 +88,10 @@ class Captures:
         return self._program(found, self._names(found), x)
 
     @contextmanager
-    def statistics_kept(self) -> Iterator[None]:
-        """Keeps a call of the model from moving running statistics, where ``bn`` says what becomes of them."""
+    def as_called(self) -> Iterator[None]:
+        """Lets the model be called without a graph; running statistics stay where ``bn`` says what becomes of them."""
         given = self.settings.bn is not None
-        with in_modes(self.model, dict.fromkeys(norms_of(self.model), "frozen") if given else {}):
+        with torch.no_grad(), in_modes(self.model, dict.fromkeys(norms_of(self.model), "frozen") if given else {}):
             yield
 
     def extended(self, program: Program, x: Any) -> Program:

@@ -35,6 +35,7 @@ from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.program.module_run import call
 from metafast.program.noise import given_numbers
+from metafast.program.one_thread import one_thread
 from metafast.program.running_statistics import track
 from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
 
@@ -388,7 +389,8 @@ class GradientLearner(SettledLearner):
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
-            with self._plainly(tasks) as batch, torch.no_grad(), self.captures.statistics_kept(), _numbers_of(batch):
+            # One thread, because torch's means have other bits with other numbers of threads.
+            with self._plainly(tasks) as batch, self.captures.as_called(), _numbers_of(batch), one_thread():
                 call(self.model, first_task(batch.support_x))
 
 
