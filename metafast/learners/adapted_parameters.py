@@ -16,7 +16,9 @@ def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn
         ValueError: a name or module that the model does not have, or one without parameters.
     """
     items = [chosen] if isinstance(chosen, str | nn.Module) else list(chosen)
-    parameters = [name for name, _ in model.named_parameters()]
+    # A parameter that several modules share counts under the first of its names.
+    first = {id(p): name for name, p in model.named_parameters()}
+    parameters = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     modules = {module: name for name, module in model.named_modules()}
     found: set[str] = set()
     for item in items:
@@ -26,7 +28,9 @@ def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn
             if item not in modules:
                 raise ValueError(f"{type(item).__name__} is not a module of this model; pass one of its own, or a name")
             item = modules[item]
-        covered = {name for name in parameters if name == item or item == "" or name.startswith(item + ".")}
+        covered = {
+            known for name, known in parameters.items() if name == item or item == "" or name.startswith(item + ".")
+        }
         if not covered:
             holders = [name for module, name in modules.items() if name and any(True for _ in module.parameters())]
             known = [*holders, *parameters]

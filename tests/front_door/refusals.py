@@ -226,7 +226,7 @@ def a_number_in_a_text(net, x):
     return net.head(torch.tanh(net.body(x)) * float(text))
 
 
-@CASES.forward(the_last_differs, refused=("torch.manual_seed", "register them as a buffer"))
+@CASES.forward(the_last_differs, refused=("refusals.py", "the seed of torch's generator"))
 def a_seed_that_forward_sets(net, x):
     torch.manual_seed(0)
     return net.head(torch.tanh(net.body(x + 0.1 * torch.randn(x.shape, dtype=x.dtype))))
