@@ -132,7 +132,8 @@ class CustomLoss(Loss):
             ) from error
         if not isinstance(loss, Tensor):
             raise ValueError(
-                f"{_described(self.function)} returned a {type(loss).__name__} for {shapes}; it must return a scalar "
+                f"{_described(self.function)} returned {'nothing' if loss is None else f'a {type(loss).__name__}'} for "
+                f"{shapes}; it must return a scalar "
                 "tensor, without .item()"
             )
         if loss.dim():

@@ -1,3 +1,3 @@
-from .reference import Derived
+from .reference import Derived, compute_task_by_task
 
-__all__ = ["Derived"]
+__all__ = ["Derived", "compute_task_by_task"]

@@ -145,6 +145,14 @@ class Derived(Layer):
         )
 
 
+def compute_task_by_task(layer: Layer) -> bool:
+    """Has a derived layer computed without torch.vmap from now on; it says whether that is news."""
+    if not isinstance(layer, Derived) or layer.function in _TASK_BY_TASK:
+        return False
+    _TASK_BY_TASK.add(layer.function)
+    return True
+
+
 def _leaf(t: Tensor) -> Tensor:
     """A tensor with the values of ``t`` to differentiate with respect to; it belongs to the graph of ``t``, if any."""
     if not t.is_floating_point():

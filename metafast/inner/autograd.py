@@ -25,8 +25,8 @@ ONLY_ONCE = (
     "For higher orders call learner(tasks, create_graph=True): it records the reference path, which has every order"
 )
 STATISTICS_CHANGED = (
-    "the running statistics of batch norm have changed since learner(tasks) was called; call loss.backward() before "
-    "the next batch, or use learner.backward(tasks), which does both"
+    "a buffer that the model reads, such as the running statistics of batch norm, has changed since learner(tasks) was "
+    "called; call loss.backward() before the next batch, or use learner.backward(tasks), which does both"
 )
 _NO_FORWARD_MODE = (
     "a learner's loss has no derivative in forward mode: its inner loop is fused. Use reverse mode (torch.autograd, "

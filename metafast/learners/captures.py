@@ -18,7 +18,7 @@ from metafast.program import Program
 from metafast.program.capture import Layout, program_of, used_parameters
 from metafast.program.operation import Recording
 from metafast.program.recording import record
-from metafast.tasks import TaskBatch, parts_of
+from metafast.tasks import TaskBatch, each_part, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered; older ones are captured again when they come back."""
@@ -59,6 +59,8 @@ class Captures:
         second_look: whether each Program is compared with the module; what compares more does without.
         recordings: what has been recorded of this module, by the kind of samples.
         programs: the Programs made of them.
+        alike: for kinds of samples of which there are many, the kind with fewer that was recorded in their place.
+        doubted: the kinds that are recorded themselves, because others were not like them.
     """
 
     model: nn.Module
@@ -67,6 +69,8 @@ class Captures:
     second_look: bool = True
     recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
     programs: dict[Any, Program] = field(default_factory=dict)
+    alike: dict[Any, Any] = field(default_factory=dict)
+    doubted: set[Any] = field(default_factory=set)
 
     def of(self, tasks: TaskBatch) -> Program:
         """Returns the Program for batches like ``tasks``.
@@ -74,13 +78,40 @@ class Captures:
         Raises:
             CaptureError: the module cannot become a Program.
         """
-        support, query = self.recording(tasks.support_x), self.recording(tasks.query_x)
+        support = self.recording(tasks.support_x)
+        self._spare(tasks.query_x, tasks.support_x)
+        query = self.recording(tasks.query_x)
         names = self._names(support, query)
         first = self._program(support, names, tasks.support_x)
         second = self._program(query, names, tasks.query_x)
         if first is second:
             return first
         return replace(first, by_samples={_samples(tasks.support_x): first, _samples(tasks.query_x): second})
+
+    def is_spared(self, x: Any) -> bool:
+        """Says whether the module has not run on as many samples as ``x`` has, because fewer showed what it does."""
+        return _kind(x) in self.alike
+
+    def doubt(self, x: Any) -> bool:
+        """Has the module run on samples like ``x`` themselves, the next time; it says whether that is news."""
+        self.doubted.add(_kind(x))
+        self.programs = {key: program for key, program in self.programs.items() if key[0] != _kind(x)}
+        return self.alike.pop(_kind(x), None) is not None
+
+    def _spare(self, query: Any, support: Any) -> None:
+        """Lets few query samples stand for many where the module does the same with two numbers of samples.
+
+        A run takes as long as a forward pass, and query sets may be large. The second look sees whether they differ.
+        """
+        few, kind = _samples(support) + 1, _kind(query)
+        looked_at = self.second_look and "per_step" not in self.modes().values()
+        if not looked_at or _samples(query) <= few or kind in self.recordings or kind in self.doubted:
+            return
+        short = each_part(lambda part: part[:, :few], query)
+        one, other = self.recording(support), self.recording(short)
+        names = self._names(one, other)
+        if self._program(one, names, support) is self._program(other, names, short):
+            self.alike[kind] = _kind(short)
 
     def of_samples(self, x: Any) -> Program:
         """Returns the Program for support and query samples that are both like ``x [T, n, ...]``."""
@@ -107,7 +138,7 @@ class Captures:
 
     def recording(self, x: Any) -> Recording:
         """Returns what the module does with samples like ``x [T, n, ...]``: it runs once on those of the first task."""
-        key = _kind(x)
+        key = self.alike.get(_kind(x), _kind(x))
         found = self.recordings.get(key)
         if found is None:
             ignored = statistics_of(self.model) if self.settings.bn is not None else []
@@ -124,8 +155,9 @@ class Captures:
         Raises:
             ValueError: the first axis of the outputs is not that of the samples.
         """
-        shape = self.recording(x).output_shape
-        if shape[:1] != x.shape[1:2]:
+        recording = self.recording(x)
+        shape = recording.output_shape
+        if shape[:1] != recording.inputs[0][:1]:
             given = ", ".join(str(list(part.shape[1:])) for part in parts_of(x))
             raise ValueError(
                 f"for samples [n, ...] = {given} the model gives {list(shape)}; its first axis must stay the sample "
@@ -142,7 +174,7 @@ class Captures:
         return any(recording.guards and recording.stale() for recording in self.recordings.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": OrderedDict(), "programs": {}}
+        return {**self.__dict__, "recordings": OrderedDict(), "programs": {}, "alike": {}, "doubted": set()}
 
     def _names(self, *recordings: Recording) -> tuple[str, ...]:
         """Lists the parameters that any of the recordings uses, in the model's order."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import partial
 from operator import attrgetter, is_
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -216,10 +218,31 @@ def _parts(value: Any) -> Iterable[Any] | None:
         return [value.shape, str(value.dtype), value.tobytes()] if value.size <= _LEAVES else None
     if is_dataclass(value) and not isinstance(value, type | nn.Module):
         return [getattr(value, field.name, None) for field in fields(value)]
+    if isinstance(value, deque):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.items()]
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    if isinstance(value, nn.Module):  # one that is kept out of torch's sight, in a list for instance
+        return [value.training, *value._parameters.items(), *value._buffers.items(), *_own(value)]
     own = isinstance(value, SimpleNamespace | argparse.Namespace) or not _is_foreign(type(value))
-    if not own or callable(value) or isinstance(value, torch.Tensor | nn.Module):
-        return None
-    return [part for pair in getattr(value, "__dict__", {}).items() for part in pair]
+    return None if not own or isinstance(value, torch.Tensor | type) else _own(value)
+
+
+def _own(value: Any) -> list[Any]:
+    """Returns the attributes of an object, by ``__dict__`` and by slots; of a module those that are not every one's."""
+    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    named = {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in slots}}
+    inner = list(value._modules.items()) if isinstance(value, nn.Module) else []
+    return [*inner, *((name, part) for name, part in named.items() if name not in _OF_ANY_MODULE)]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _is_foreign(cls: type) -> bool:

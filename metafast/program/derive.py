@@ -15,7 +15,6 @@ aten = torch.ops.aten
 _KINKED = {aten.linalg_vector_norm, aten.norm, aten.linalg_norm, aten.cosine_similarity, aten.cdist, aten.dist,
            aten.pairwise_distance, aten.frobenius_norm, aten.renorm, aten.std, aten.std_mean}  # fmt: skip
 """Functions that are not smooth at zero: there forward mode gives no number where reverse mode gives zero."""
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: 
     return scaled
 
 
+def embedding(weight: Tensor, indices: Tensor, padding: int = -1, *options: Any) -> Tensor:
+    """Looks up the rows ``indices`` of ``weight``; that of ``padding`` gets no gradient.
+
+    torch's own function forgets the padding where it is mapped over several weights.
+    """
+    if padding >= 0:
+        row = torch.arange(weight.shape[0], device=weight.device) == padding
+        weight = torch.where(row[:, None], weight.detach(), weight)
+    return aten.embedding.default(weight, indices, -1, *options)
+
+
 def as_step(operation: Operation, slots: dict[Ref, Slot]) -> Step:
     """Returns the step that repeats an operation, with the slot of each value that it reads."""
     arguments = operation.arguments()
@@ -143,9 +153,13 @@ def as_step(operation: Operation, slots: dict[Ref, Slot]) -> Step:
     statistics = _statistics_taken_anew(operation, arguments)
     if statistics is not None:
         args, kwargs = statistics, {}
-    target = attention if operation.target is _ATTENTION else operation.target
+    target = _REPLACED.get(operation.target, operation.target)
     named = tuple((name, _frozen(value, slots)) for name, value in kwargs.items())
     return Step(target, _frozen(args, slots), named, operation.grad, operation.autocast)
+
+
+_REPLACED = {aten.scaled_dot_product_attention.default: attention, aten.embedding.default: embedding}
+"""Operators in whose place others are called, which can be differentiated twice and mapped."""
 
 
 def _statistics_taken_anew(operation: Operation, arguments: dict[str, Any]) -> tuple[Any, ...] | None:

@@ -57,6 +57,8 @@ class ValueReads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__) and self.recorder.inside is None:
             self.recorder.read(args[0], f".{name}()")
+        elif self.recorder.inside is not None:
+            pass  # what a Function does inside of itself is its own
         elif func is Tensor.register_hook:
             raise self.recorder.refuse("registers a hook for a gradient", _NO_HOOKS)
         elif func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):

@@ -45,6 +45,7 @@ class unchanged:
     def __init__(self, model: nn.Module, ignored: Collection[Tensor] = ()) -> None:
         self.model = model
         self.ignored = {id(buffer) for buffer in ignored}
+        self.parameters = [(p, p.data, p.data_ptr()) for p in model.parameters()]
         self.buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self.homes = [m.__dict__ for m in modules]
@@ -75,6 +76,23 @@ class unchanged:
             for name, value in now.items()
             if then.get(name, pairs) is not value and not isinstance(value, _PLAIN)
         )
+
+    def check_parameters(self) -> None:
+        """Puts back parameters whose ``.data`` the run has replaced.
+
+        Raises:
+            CaptureError: there was one.
+        """
+        replaced = [p for p, _, place in self.parameters if p.data_ptr() != place]
+        for p, data, _ in self.parameters:
+            p.data = data if any(p is r for r in replaced) else p.data
+        names = [name for name, p in self.model.named_parameters() if any(p is r for r in replaced)]
+        if names:
+            raise CaptureError(
+                f"{type(self.model).__name__} replaces the .data of its parameter {names[0]!r} in its forward pass. "
+                "Parameters are the inner loop's to move; compute a new tensor from it, or use "
+                "torch.nn.utils.parametrize"
+            )
 
     def __exit__(self, *error: object) -> None:
         with torch.no_grad():

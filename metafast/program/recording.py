@@ -56,6 +56,7 @@ def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collectio
             with recorder.watching():
                 returned = call(model, tree_unflatten(recorder.inputs, structure))
                 recorder.finish(picked(returned, part, model))
+            state.check_parameters()
             recording.changes_module = state.changed()
             recording.assigned = state.assigned()
     finally:

@@ -105,11 +105,12 @@ def first_difference(
         number[ref] = like[-1]
     live = [r for r in made if values[r].requires_grad]  # what no gradient goes through has none to compare
     wanted = torch.autograd.grad(values[recording.output], [values[r] for r in live], truth.g, allow_unused=True)
-    adjoints = _adjoints(program, run, truth.g[None])
+    copies = run.values[program.output].shape[0]
+    adjoints = _adjoints(program, run, truth.g.expand(copies, *truth.g.shape))
     for ref, adjoint in reversed(list(zip(live, wanted, strict=True))):
         found = adjoints.get(number[ref])
         zero = torch.zeros_like(values[ref])
-        if not _close(zero if found is None else found[0], zero if adjoint is None else adjoint, 1e4 * allowed):
+        if not _close(zero if found is None else found[-1], zero if adjoint is None else adjoint, 1e4 * allowed):
             return _culprit(recording, _last_reader(recording, ref, made) or ref, made)
     worst = _worst_parameter(program, theta, truth, step)
     return _culprit(recording, _last_reader(recording, Weight(worst), made) or made[0], made)
@@ -133,13 +134,19 @@ def _last_reader(recording: Recording, ref: Ref, made: Sequence[Made]) -> Made |
 
 
 def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tensor, dict[str, Tensor], Pass]:
-    """Runs the Program on the truth's task; returns outputs, gradients by name, and the pass."""
-    x = each_part(lambda part: part[None], truth.x)
-    run = Pass(program, theta[None], Batch(x, x, None, truth.seeds), step, (True,) * len(program.parameters))
+    """Runs the Program on the truth's task; returns outputs, gradients by name, and the pass.
+
+    Where functions are mapped over tasks there are two of them, since a single one does not show what mapping may do.
+    """
+    copies = 2 if program.derived else 1
+    x = each_part(lambda part: part.expand(copies, *part.shape), truth.x)
+    seeds = None if truth.seeds is None else truth.seeds.expand(copies)
+    run = Pass(program, theta.expand(copies, -1), Batch(x, x, None, seeds), step, (True,) * len(program.parameters))
     with torch.no_grad():
-        outputs = run.forward()[0]
-        grads = run.vjp(truth.g[None]) if outputs.shape == truth.outputs.shape else {}
-    return outputs, {program.parameters[k].name: d[0] for k, d in grads.items()}, run
+        outputs = run.forward()[-1]
+        differentiable = truth.grads and outputs.shape == truth.outputs.shape
+        grads = run.vjp(truth.g.expand(copies, *truth.g.shape)) if differentiable else {}
+    return outputs, {program.parameters[k].name: d[-1] for k, d in grads.items()}, run
 
 
 @torch.no_grad()
@@ -186,8 +193,8 @@ def _name(recording: Recording, ref: Made) -> str:
 
 
 def _is_like(value: Any, wanted: Tensor, allowed: float) -> bool:
-    """Says whether a value ``[1, ...]`` of a pass holds what is wanted."""
-    return isinstance(value, Tensor) and value.shape[1:] == wanted.shape and _close(value[0], wanted, allowed)
+    """Says whether the value ``[T, ...]`` of a pass holds what is wanted for its last task."""
+    return isinstance(value, Tensor) and value.shape[1:] == wanted.shape and _close(value[-1], wanted, allowed)
 
 
 def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:

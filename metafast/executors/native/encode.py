@@ -109,6 +109,8 @@ def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:
 
     It returns ``None`` where C++ runs the whole program on such samples.
     """
+    if program.by_samples:
+        return "what it computes depends on the number of samples"
     for node in program.nodes:
         layer: Any = node.layer
         if layer.kind not in FACTS["kinds"]:
