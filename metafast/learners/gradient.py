@@ -233,7 +233,7 @@ class GradientLearner(SettledLearner):
 
     def _new_captures(self, trained: dict[str, bool], second_look: bool = True) -> Captures:
         losses = self.loss, self.query_loss
-        settings = CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
+        settings = CaptureSettings(*losses, self.adapted_names, self._bn, self.steps, self.output)
         return Captures(self.model, settings, trained, second_look)
 
     def _start(self) -> None:
