@@ -201,3 +201,20 @@ def rates_by_name(oracle, leaf, learner):
         offset += shape.numel()
     unused = {n: torch.zeros(learner.steps, *p.shape) for n, p in oracle.parameters.items() if n not in by_name}
     return by_name | unused
+
+
+def regression(tasks=4, support=6, query=5, dtype=torch.float64):
+    return make_tasks(Setup("", models.mlp, support=support), tasks, query).to(dtype)
+
+
+def classification(tasks=3):
+    return make_tasks(Setup("", models.Embedded, IMAGE, 3), tasks).to(torch.float64)
+
+
+def perceptron(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return models.mlp().to(dtype)
+
+
+def grads(learner):
+    return [p.grad.clone() for p in learner.model.parameters()]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch.nn.functional as F
+from torch.func import functional_call
 from typer.main import get_command
 
 from metafast.bench import WORKLOADS
@@ -38,6 +42,18 @@ def test_commands_have_the_options_that_are_shown(page: str, line: str) -> None:
 
 def test_there_are_commands_of_every_kind() -> None:
     assert {line.split()[1] for _, line in commands()} >= {"bench", "profile", "verify", "train", "eval", "adapt"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page follow one another; the page is the module that they stand in."""
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    vars(module).update(cross_entropy=F.cross_entropy, functional_call=functional_call)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 1
+    for block in blocks:
+        exec(compile(block, page, "exec"), vars(module))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -171,6 +171,16 @@ def test_settings_survive_a_copy():
         assert twin.step_weights == [0.0, *mf.multi_step_weights(3, 2, 9)]
 
 
+@pytest.mark.parametrize("way", COPIES)
+def test_modes_of_single_batch_norms_survive_a_copy(way):
+    learner = make("MAML")
+    learner.bn = {"": "task"}
+    found = learner(batch()).losses
+    twin = COPIES[way](learner)
+    assert twin.bn == {"": "task"}
+    assert torch.equal(twin(batch()).losses, found)
+
+
 def test_executors_can_be_copied():
     for executor in (CpuExecutor(budget=7), ReferenceExecutor(max_tasks=2), TritonExecutor("float32", True, budget=5)):
         for way in COPIES.values():

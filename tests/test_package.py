@@ -22,6 +22,7 @@ SOURCES = [
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and not path.is_symlink()
 ]  # fmt: skip
 EXTRAS = ("typer", "rich", "safetensors", "PIL", "matplotlib", "tensorboard", "triton", "pytest", "hypothesis", "ninja")
+RULES_OF_GRADIENTS = ("backward", "tangent_forward", "tangent_backward")
 
 
 def run(code):
@@ -88,18 +89,28 @@ def test_sources_are_short():
 
 
 def test_every_layer_has_its_folder():
-    """Its ``reference.py`` has classes of the folder's kind, by themselves or by their base, and all have cases."""
-    references, tables = kernels.modules("reference"), kernels.modules("cases")
-    assert [m.__name__.split(".")[-2] for m in references] == [m.__name__.split(".")[-2] for m in tables]
-    kinds = []
-    for reference, table in zip(references, tables, strict=True):
+    """Its ``reference.py`` has classes of the folder's kind, by themselves or by their base.
+
+    All that carry a gradient have cases; the others have no rules but ``forward``.
+    """
+    tables = {table.__name__.split(".")[-2]: table.CASES for table in kernels.modules("cases")}
+    kinds, forward_alone = [], set()
+    for reference in kernels.modules("reference"):
         folder = reference.__name__.split(".")[-2]
         classes = {c for c in vars(reference).values() if inspect.isclass(c) and c.__module__ == reference.__name__}
         classes = {c for c in classes if issubclass(c, Layer | Loss)}
-        assert classes == {type(getattr(case, "layer", None) or case.loss) for case in table.CASES}, folder
+        assert classes, folder
+        without = {c for c in classes if not getattr(c, "carries_gradient", True)}
+        forward_alone |= {c.kind for c in without}
+        for found in without:
+            assert all(getattr(found, rule) is getattr(Layer, rule) for rule in RULES_OF_GRADIENTS), found
+        cases = tables.pop(folder, [])
+        assert classes - without == {type(getattr(case, "layer", None) or case.loss) for case in cases}, folder
         for found in classes:
             assert folder in {getattr(base, "kind", None) for base in found.__mro__}, f"{found} in {folder}"
         kinds += [found.kind for found in classes]
+    assert tables == {}
+    assert forward_alone == {"noise", "input_part"}
     assert len(kinds) >= 18
     assert len(set(kinds)) == len(kinds)
 

@@ -53,7 +53,7 @@ class Layer:
     varies: ClassVar[bool] = False
     """Does the map change from inner step to inner step by itself? Its parameters then have a row for each."""
     carries_gradient: ClassVar[bool] = True
-    """Has the output a derivative in the inputs? Where it has none, only ``forward`` is called."""
+    """Goes an adjoint of the output on to the inputs? Where none does, only ``forward`` is called."""
     keeps_channels: ClassVar[bool] = False
     """Does each channel of the output follow from the same channel of the input, at any size of an image?"""
     input_rank: ClassVar[int | None] = None

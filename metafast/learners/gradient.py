@@ -55,15 +55,20 @@ class GradientLearner(SettledLearner):
     any time: it takes effect with the next batch, or says why it cannot.
 
     Args:
-        model: any ``nn.Module`` that maps ``[n, ...]`` to one tensor; it stays untouched.
+        model: any ``nn.Module`` that maps the samples of a task, ``[n, ...]``, to a tensor ``[n, ...]``. It is
+            captured by running it on the first batch of each kind, and stays untouched.
         loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs, targets) -> scalar for one task, which sees the
-            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised.
+            samples that count. ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and their functions are recognised, with their
+            options; the parameters of any other module are learned too.
         query_loss: the loss that judges the query sets, likewise; ``None``: the same as ``loss``.
         lr: inner learning rate: a number, or a :class:`Rate`.
         steps: S, the number of inner steps.
         adapt: what the inner loop moves: names of parameters or modules, or modules; ``None``: every parameter that
             requires a gradient.
-        bn: where batch norm takes its statistics from: ``"task"``, ``"per_step"``, ``"frozen"`` or ``"running"``.
+        bn: where batch norm takes its statistics from: ``"task"``, ``"per_step"``, ``"frozen"`` or ``"running"``, or a
+            dictionary of these by names of modules; ``None``: a module in training from the samples of each pass, and
+            one in evaluation from its running statistics.
+        output: which part counts of what the model returns, by name or number; ``None``: all of it, one tensor.
         backend: the name of an executor, or one itself, or ``"auto"`` for the fastest that can run the model.
         precision: ``"float32"``, or where an executor offers them ``"tf32x3"``, as exact on tensor cores, or ``"tf32"``
             or ``"bf16"``, which put a meta-gradient of several steps off by several per cent and more.
@@ -234,7 +239,7 @@ class GradientLearner(SettledLearner):
 
     def _new_captures(self, trained: dict[str, bool], second_look: bool = True) -> Captures:
         losses = self.loss, self.query_loss
-        settings = CaptureSettings(*losses, self.adapted_names, self.bn, self.steps, self.output)
+        settings = CaptureSettings(*losses, self.adapted_names, self._bn, self.steps, self.output)
         return Captures(self.model, settings, trained, second_look)
 
     def _start(self) -> None:

@@ -37,7 +37,7 @@ class MAML(GradientLearner):
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step.
         inner: what an inner step makes of the gradient: ``mf.SGD(momentum=0.9)``. All but plain steps are recorded by
             autograd, in the place of an executor's own way back: slower and larger, and as exact.
-        **options: ``query_loss``, ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, ``adapt``, ``bn``, ``output``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
 

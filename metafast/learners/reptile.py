@@ -30,7 +30,7 @@ class Reptile(GradientLearner):
             ``m <- 0.999 m + 0.001 g^2``, ``theta <- theta - lr g / (sqrt(m / (1 - 0.999^k)) + 1e-8)``, fresh by task.
         batch_size: samples of the support set that each inner step sees, in a fixed shuffled order that starts again
             where it ends; ``None``: all.
-        **options: ``query_loss``, which only judges, ``adapt``, ``bn``, ``backend`` and ``precision`` of
+        **options: ``query_loss``, which only judges, ``adapt``, ``bn``, ``output``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`.
 
     Raises:

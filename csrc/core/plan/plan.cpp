@@ -6,6 +6,7 @@
 #include "description.h"
 #include "fusion.h"
 #include "planned_kinds.h"
+#include "reading.h"
 
 namespace metafast {
 
@@ -34,11 +35,9 @@ class PlanBuilder {
   }
 
   void run() {
-    find_live();
-    count_readers();
-    choose_input();
+    place_input();
     for (size_t k = 0; k < nodes.size(); ++k) {
-      if (live[k]) add_node(static_cast<int>(k));
+      if (reading.lives(k)) add_node(static_cast<int>(k));
     }
     if (plan.reads_labels() && flat[output] && !plan.layout_.rows) make_vector(output, output - 1);
     plan.ops_ = fused(plan.ops_, value_of[output]);
@@ -46,71 +45,15 @@ class PlanBuilder {
   }
 
  private:
-  void find_live() {
-    live.assign(nodes.size(), false);
-    std::vector<bool> wanted(nodes.size() + 1, false);
-    wanted[output] = true;
-    for (size_t k = nodes.size(); k-- > 0;) {
-      if (!wanted[k + 1]) continue;
-      live[k] = true;
-      for (int v : nodes[k].input) {
-        if (v >= 0) wanted[v] = true;
-      }
-    }
-  }
-
-  void count_readers() {
-    readers.assign(parameters.size(), 0);
-    for (size_t k = 0; k < nodes.size(); ++k) {
-      for (int p : nodes[k].param) {
-        if (live[k] && p >= 0) ++readers[p];
-      }
-    }
-  }
-
-  // Does another node read a parameter of this one too? Then it must lie as that one wants it.
-  bool shares(const Node& n) const {
-    return std::any_of(std::begin(n.param), std::end(n.param), [&](int p) { return p >= 0 && readers[p] > 1; });
-  }
-
-  // The input is stored without padding channels where only contractions with weights of their own read it, and with a
-  // border of zeros where they all want the same one.
-  void choose_input() {
-    const int lanes = plan.layout_.lanes;
-    bool contractions = true, border = input.c < lanes;
-    int py = -1, px = -1;
-    std::vector<bool> reads(nodes.size() + 1, false);
-    reads[0] = true;
-    for (size_t k = 0; k < nodes.size(); ++k) {
-      const Node& n = nodes[k];
-      const bool reader = live[k] && ((n.input[0] >= 0 && reads[n.input[0]]) || (n.input[1] >= 0 && reads[n.input[1]]));
-      if (!reader) continue;
-      if (n.kind == Kind::flatten) {
-        reads[k + 1] = true;
-        border = false;
-      } else if (shares(n)) {
-        contractions = false;
-      } else if (n.kind == Kind::linear) {
-        border = false;
-      } else if (n.kind == Kind::conv2d) {
-        const auto [y, x] = planning::Conv2d::padding(n.options);
-        if (py >= 0 && (y != py || x != px)) border = false;
-        py = y;
-        px = x;
-      } else {
-        contractions = false;
-      }
-    }
-    if (reads[output]) refuse("the model hands on its input unchanged");
-    const bool dense = !plan.layout_.rows && (input.c < lanes || input.h * input.w == 1);
-    input.ld = contractions && dense && !plan.layout_.task_per_lane ? input.c : padded(input.c);
+  void place_input() {
+    const InputPlacement placement = chosen_input(given, reading, plan.layout_);
+    Grid input = given.input;
+    input.ld = placement.packed ? input.c : padded(input.c);
     Program& p = plan.program_;
-    if (contractions && border && py >= 0) {
-      p.border_y = py;
-      p.border_x = px;
-      input.h += 2 * py;
-      input.w += 2 * px;
-    }
+    p.border_y = placement.border_y;
+    p.border_x = placement.border_x;
+    input.h += 2 * p.border_y;
+    input.w += 2 * p.border_x;
     p.input = input;
     plan.grids_ = {input};
     value_of.assign(nodes.size() + 1, 0);
@@ -247,7 +190,7 @@ class PlanBuilder {
   bool wants_vectors(const Node& n) const {
     const int a = n.input[0], b = n.input[1];
     if (!flat[a] || plan.layout_.rows) return false;
-    if (b < 0) return n.kind == Kind::batch_norm || shares(n);
+    if (b < 0) return n.kind == Kind::batch_norm || reading.shares(n);
     const Grid &x = grid_of(a), &y = grid_of(b);
     return flat[b] && (x.h != y.h || x.w != y.w || x.c != y.c);
   }
@@ -415,13 +358,12 @@ class PlanBuilder {
   Plan& plan;
   const Description given;
   const int output = given.output;
-  Grid input = given.input;
   const std::vector<Parameter>& parameters = given.parameters;
   const std::vector<Node>& nodes = given.nodes;
   const std::vector<bool> divisible = given.divisible();
-  std::vector<bool> live, flat, moves, depends;
+  const Reading reading{given};
+  std::vector<bool> flat, moves, depends;
   std::vector<int> value_of;  // by value of the description
-  std::vector<int> readers;   // by parameter: live nodes
   std::map<int, std::pair<Placement, int64_t>> placed;
   int64_t size = 0, own = 0;  // of parameters that all blocks have, and of those that they share
   size_t uses = 0;            // of parameters, by layers
