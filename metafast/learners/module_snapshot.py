@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from operator import attrgetter, is_
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,11 +80,14 @@ class ModuleSnapshot:
             for name, value in home.items()
             if isinstance(home, dict) and isinstance(value, int | float) and name not in {*out, *_OF_ANY_MODULE}
         ]
+        read = [(home, name) for base in _bases(self._types) for home, name in _globals_of(base)]
+        self._globals = [(home, name, _kept("", home[name])) for home, name in read]
         self._number_homes = [home for home, _, _ in numbers]
         self._number_names = [name for _, name, _ in numbers]
         self._number_kinds = [type(value) for _, _, value in numbers]
         self._views = [home.values() for home in self._attributes]
         inside = {id(v): v for home, out in pairs for name, v in home.items() if name not in {*out, *_OF_ANY_MODULE}}
+        inside |= {id(home[name]): home[name] for home, name in read}
         inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
         self._copies = [(value, deepcopy(value)) for value in inside.values() if _is_plain(value)]
         images = [(value, _image(value)) for value in inside.values() if not _is_plain(value)]
@@ -153,6 +156,7 @@ class ModuleSnapshot:
             return (
                 self._kinds_changed()
                 or self._values != (self._some_values() if any(self._left_out) else [*map(tuple, self._views)])
+                or any(kept != home.get(name) for home, name, kept in self._globals)
                 or any(value != copy for value, copy in self._copies)
                 or any(image != _image(value) for value, image in self._images)
             )
@@ -175,8 +179,27 @@ class _Itself:
 
 def _classes(types: Iterable[type]) -> list[Mapping[str, Any]]:
     """Returns the attributes of the classes, and of those below them, that are the user's own."""
-    found = dict.fromkeys(base for cls in types for base in cls.__mro__ if not _is_foreign(base))
-    return [vars(cls) for cls in found]
+    return [vars(cls) for cls in _bases(types)]
+
+
+def _bases(types: Iterable[type]) -> list[type]:
+    """Returns the classes, and those below them, that are the user's own, each once."""
+    return list(dict.fromkeys(base for cls in types for base in cls.__mro__ if not _is_foreign(base)))
+
+
+def _globals_of(cls: type) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields the globals that functions of a class read, each as the dictionary of its module and a name.
+
+    They are plain values and what holds such; functions, classes and modules are taken to stay.
+    """
+    for function in vars(cls).values():
+        if isinstance(function, FunctionType):
+            home = function.__globals__
+            for name in function.__code__.co_names:
+                value = home.get(name)
+                stays = value is None or isinstance(value, type | FunctionType | ModuleType | nn.Module)
+                if not stays and (isinstance(value, _PLAIN) or _parts(value) is not None):
+                    yield home, name
 
 
 def _kept(name: str, value: Any) -> Any:

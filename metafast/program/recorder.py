@@ -331,6 +331,8 @@ class Recorder(SchemaCheckMode, Source):
         """Says whether the shape that ``func`` makes follows from values of the data."""
         if func.overloadpacket is torch.ops.aten.linalg_lstsq:
             return False
+        if func.overloadpacket is torch.ops.aten.masked_select:
+            return self.is_data(args[1])
         if func.overloadpacket is torch.ops.aten.one_hot:
             return len(args) < 2 or args[1] < 0
         if func.overloadpacket is torch.ops.aten.index:
