@@ -239,8 +239,14 @@ class TaskBatch:
                 f"support_x has {self.support_x.shape[0]} tasks and query_x has {self.query_x.shape[0]}; "
                 "the leading axis is the task axis T and must be the same on every tensor"
             )
+        names = [getattr(x, "names", None) for x in (self.support_x, self.query_x)]
+        if names[0] != names[1]:
+            raise ValueError(
+                f"support_x has the tensors {names[0]} and query_x {names[1]}; both go through the same model, so "
+                "their names must match"
+            )
         support, query = ([tuple(p.shape[2:]) for p in parts_of(x)] for x in (self.support_x, self.query_x))
-        if support != query or getattr(self.support_x, "names", None) != getattr(self.query_x, "names", None):
+        if support != query:
             raise ValueError(
                 f"a support sample has shape {', '.join(map(str, support))} and a query sample "
                 f"{', '.join(map(str, query))}; both go through the same model, so they must match"
@@ -305,10 +311,14 @@ class TaskBatch:
 def _check_part(part: str, x: Any, y: Tensor, mask: Tensor | None) -> None:
     """Checks the tensors of the support sets or of the query sets (``part``) against one another."""
     several = isinstance(x, Samples)
+    if several and not x.parts:
+        raise ValueError(f"{part}_x is empty: it needs at least one tensor")
     names = [f"{part}_x[{name!r}]" for name in (x.names or range(len(x.parts)))] if several else [f"{part}_x"]
     for name, value in (*zip(names, parts_of(x), strict=True), (f"{part}_y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor (torch.as_tensor makes one)")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name} is sparse; use {name}.to_dense()")
         if value.dim() < 2:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; it needs the task axis T and the sample axis n first "

@@ -14,7 +14,10 @@ def resolve_names(model: nn.Module, chosen: Iterable[str | nn.Module] | str | nn
 
     Raises:
         ValueError: a name or module that the model does not have, or one without parameters.
+        TypeError: something is neither.
     """
+    if not isinstance(chosen, str | nn.Module | Iterable):
+        raise TypeError(f"adapt={chosen!r}: it takes names of parameters and modules, or modules")
     items = [chosen] if isinstance(chosen, str | nn.Module) else list(chosen)
     # A parameter that several modules share counts under the first of its names.
     first = {id(p): name for name, p in model.named_parameters()}

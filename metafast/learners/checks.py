@@ -18,7 +18,7 @@ def check_batch(tasks: TaskBatch) -> None:
     """Raises TypeError for anything but a TaskBatch."""
     if not isinstance(tasks, TaskBatch):
         raise TypeError(
-            f"a learner takes a TaskBatch, not a {type(tasks).__name__}: "
+            f"a learner takes a TaskBatch, not {'None' if tasks is None else f'a {type(tasks).__name__}'}: "
             "mf.TaskBatch(support_x, support_y, query_x, query_y)"
         )
 

@@ -54,7 +54,13 @@ def run_module(
     with in_modes(model, captures.modes()), unchanged(model), grad, given_numbers(seeds):
         outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings.output, model)
         named: dict[str, Tensor] = {} if outputs_alone else dict(model.named_parameters())
-        return truth_of(outputs, named, x, coarse, seeds)
+        try:
+            return truth_of(outputs, named, x, coarse, seeds)
+        except RuntimeError as error:
+            text = str(error).split("\n")[0]
+            raise ValueError(
+                f"torch itself cannot differentiate {type(model).__name__} in its parameters: {text}"
+            ) from error
 
 
 def _another_task(x: Any) -> Any:

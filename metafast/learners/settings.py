@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABCMeta
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from types import FunctionType, MappingProxyType
 from typing import Any
 
@@ -262,5 +263,5 @@ class SettledLearner(WithinTorch, metaclass=_Sealing):
 
 def check_whole(name: str, value: Any, least: int, what: str) -> None:
     """Raises ValueError where ``value`` is no whole number or below ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: {what}, at least {least}")

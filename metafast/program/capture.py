@@ -173,6 +173,11 @@ class _Builder:
             offset += parameters[-1].size
         if not parameters:
             raise CaptureError(f"{model} uses no parameters; there is nothing to meta-learn")
+        if not self.layout.adapted:
+            raise CaptureError(
+                f"no parameter of {model} requires a gradient, so that the inner loop has none to move; call "
+                "requires_grad_() on those that it may, or name them by adapt="
+            )
         if not any(p.adapted for p in parameters):
             raise CaptureError(
                 f"the forward pass of {model} uses none of the parameters to adapt, {sorted(self.layout.adapted)}; it "

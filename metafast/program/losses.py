@@ -57,7 +57,8 @@ def as_loss(loss: LossLike) -> Loss:
         raise TypeError(f"loss={loss.__name__} is a class; pass an instance: {loss.__name__}()")
     if callable(loss):
         return _recognise(loss) or CustomLoss(loss)
-    raise TypeError(f"loss is a {type(loss).__name__}; pass a name from {sorted(_BY_NAME)} or a callable")
+    what = "None" if loss is None else f"a {type(loss).__name__}"
+    raise TypeError(f"loss is {what}; pass a name from {sorted(_BY_NAME)} or a callable")
 
 
 def _recognise(loss: Callable[..., Tensor]) -> Loss | None:

@@ -68,7 +68,8 @@ def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str |
     outputs_allowed, gradient_allowed = _allowed(theta, truth)
     if outputs.shape != truth.outputs.shape or not _close(outputs, truth.outputs, outputs_allowed):
         return f"its outputs differ by {_error(outputs, truth.outputs):.1e}"
-    largest = max((float(d.abs().max()) for d in truth.grads.values() if d.numel()), default=0.0)
+    numbers = [d.nan_to_num(0.0, 0.0, 0.0) for d in truth.grads.values() if d.numel()]
+    largest = max((float(d.abs().max()) for d in numbers), default=0.0)
     worst = ("", 0.0)
     for name, wanted in truth.grads.items():
         found = grads.get(name, torch.zeros_like(wanted))
@@ -203,7 +204,7 @@ def _error(found: Tensor, wanted: Tensor, scale: float | None = None) -> float:
         return 0.0
     found, wanted = found.detach(), wanted.detach()
     if scale is None:
-        scale = float(wanted.abs().max())
+        scale = float(wanted.nan_to_num(0.0, 0.0, 0.0).abs().max())
     both = torch.isnan(found) & torch.isnan(wanted) | (found == wanted)
     difference = (found - wanted).masked_fill(both, 0.0)
     return float(difference.abs().max()) / max(scale, 1e-30)
