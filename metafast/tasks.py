@@ -59,6 +59,12 @@ class Samples:
         """Counts the bytes of all of them."""
         return sum(part.nbytes for part in self.parts)
 
+    def in_order(self, names: tuple[str, ...] | None) -> Samples:
+        """Returns the same with the tensors in the order of ``names``, where these are their names."""
+        if self.names is None or names is None or set(self.names) != set(names):
+            return self
+        return Samples(tuple(self.by_name[name] for name in names), names)
+
     def dim(self) -> int:
         """Returns 2: the axes of tasks and samples."""
         return 2
@@ -239,6 +245,8 @@ class TaskBatch:
                 f"support_x has {self.support_x.shape[0]} tasks and query_x has {self.query_x.shape[0]}; "
                 "the leading axis is the task axis T and must be the same on every tensor"
             )
+        if isinstance(self.query_x, Samples) and isinstance(self.support_x, Samples):
+            object.__setattr__(self, "query_x", self.query_x.in_order(self.support_x.names))
         names = [getattr(x, "names", None) for x in (self.support_x, self.query_x)]
         if names[0] != names[1]:
             raise ValueError(

@@ -132,7 +132,7 @@ class Captures:
             return program
         names = tuple(p.name for p in program.parameters)
         made = self._program(self.recording(x), names, x)
-        if not program.by_samples and made.computes_as(program):
+        if not program.by_samples and made.computes_as(program.held_from or program):
             return program
         return replace(made.with_loss(program.loss), by_samples={})
 

@@ -176,7 +176,7 @@ class GradientLearner(SettledLearner):
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x))
-        return Adapted(self.captures, self.program, choice.executor, theta, steps, sample)
+        return Adapted(self.captures, self.program.holding_constants(), choice.executor, theta, steps, sample)
 
     @property
     def program(self) -> Program:

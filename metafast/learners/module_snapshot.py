@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.Size)
 """Values that cannot change and still be themselves; equal ones are the same."""
-_TRAINED = attrgetter("requires_grad")
+_TRAINED = attrgetter("requires_grad", "_backward_hooks")
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 """The attributes of every module, which torch itself keeps; what they hold is looked at one by one."""
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
@@ -54,7 +54,7 @@ class ModuleSnapshot:
         # A scripted module keeps its parts out of Python's sight, and cannot change but for its parameters' values.
         modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self.parameters = list(module.parameters())
-        self._trained = [p.requires_grad for p in self.parameters]
+        self._trained = [*map(_TRAINED, self.parameters)]
         self._registries = [
             registry
             for m in modules

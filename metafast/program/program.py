@@ -75,6 +75,7 @@ class Program:
         output: the number of the value that the loss reads.
         loss: the loss.
         query_loss: the loss of the query sets, where it is another one than that of the support sets.
+        held_from: the Program of which this one has copies of the constants, if it has.
         by_samples: where some node depends on the number of samples, the Program for each number that is known.
     """
 
@@ -83,6 +84,7 @@ class Program:
     output: int
     loss: Loss
     query_loss: Loss | None = None
+    held_from: Program | None = None
     by_samples: Mapping[int, Program] = field(default_factory=dict)
 
     def at(self, samples: int) -> Program:
@@ -163,7 +165,8 @@ class Program:
         if not any(node.constants for node in self.nodes):
             return self
         nodes = tuple(replace(node, constants=tuple(c.clone() for c in node.constants)) for node in self.nodes)
-        return replace(self, nodes=nodes, by_samples={n: p.holding_constants() for n, p in self.by_samples.items()})
+        others = {n: p.holding_constants() for n, p in self.by_samples.items()}
+        return replace(self, nodes=nodes, held_from=self, by_samples=others)
 
     @property
     def query(self) -> Program:
