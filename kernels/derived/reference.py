@@ -103,7 +103,10 @@ class Derived(Layer):
     def _traced(self, ctx: RuleContext) -> tuple[list[Tensor], Tensor]:
         """Parameters and inputs as leaves, one after another, and ``y`` with its graph from them."""
         with torch.enable_grad():
-            leaves = [_leaf(t) for t in (*ctx.p, *ctx.x)]
+            along = vars(ctx).get("d") or [None] * len(ctx.p + ctx.x)
+            needs = zip((*ctx.needs_params, *ctx.needs_inputs), along, strict=True)
+            wanted = [needed or d is not None for needed, d in needs]
+            leaves = [_leaf(t) if w else t for t, w in zip((*ctx.p, *ctx.x), wanted, strict=True)]
             return leaves, self._over_tasks(ctx, tuple(leaves[: len(ctx.p)]), tuple(leaves[len(ctx.p) :]))
 
     def _pushed(self, ctx: RuleContext) -> Tensor:

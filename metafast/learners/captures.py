@@ -104,8 +104,7 @@ class Captures:
         A run takes as long as a forward pass, and query sets may be large. The second look sees whether they differ.
         """
         few, kind = _samples(support) + 1, _kind(query)
-        looked_at = self.second_look and "per_step" not in self.modes().values()
-        if not looked_at or _samples(query) <= few or kind in self.recordings or kind in self.doubted:
+        if not self.second_look or _samples(query) <= few or kind in self.recordings or kind in self.doubted:
             return
         short = each_part(lambda part: part[:, :few], query)
         one, other = self.recording(support), self.recording(short)

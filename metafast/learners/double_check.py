@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -31,7 +33,8 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
         task = _another_task(x)
         seeds = torch.ones(1, dtype=torch.int64, device=theta.device) if program.draws else None
         outputs_alone = spared and x is tasks.query_x  # its gradient has been compared on the support set
-        truth = run_module(captures, task, seeds, captures.recording(x).is_coarse, outputs_alone)
+        with _first_rows(captures, program, theta):
+            truth = run_module(captures, task, seeds, captures.recording(x).is_coarse, outputs_alone)
         difference = check(program.at(x.shape[1]), theta, truth)
         if difference is not None:  # torch.vmap may be what is wrong
             news = [compute_task_by_task(node.layer) for node in program.derived]
@@ -61,6 +64,24 @@ def run_module(
             raise ValueError(
                 f"torch itself cannot differentiate {type(model).__name__} in its parameters: {text}"
             ) from error
+
+
+@contextmanager
+def _first_rows(captures: Captures, program: Program, theta: Tensor) -> Iterator[None]:
+    """Gives parameters that have a row for each inner step the row of the first one, while the ``with`` block runs."""
+    named = dict(captures.model.named_parameters())
+    pairs = zip(program.parameters, program.unflatten(theta), strict=True)
+    rows = [(named[p.name], rows[0]) for p, rows in pairs if rows.dim() > named[p.name].dim()]
+    kept = [parameter.detach().clone() for parameter, _ in rows]
+    with torch.no_grad():
+        for parameter, row in rows:
+            parameter.copy_(row)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), value in zip(rows, kept, strict=True):
+                parameter.copy_(value)
 
 
 def _another_task(x: Any) -> Any:

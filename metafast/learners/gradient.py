@@ -356,7 +356,7 @@ class GradientLearner(SettledLearner):
             check_padding(program, theta, tasks)
         output = self.captures.output_shape(tasks.support_x)
         self.captures.output_shape(tasks.query_x)
-        if self.captures.second_look and not self.rows:
+        if self.captures.second_look:
             try:
                 double_check(self.captures, program, theta, tasks)
             except (Difference, ValueError, RuntimeError):

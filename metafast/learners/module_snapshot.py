@@ -234,7 +234,7 @@ def _parts(value: Any) -> Iterable[Any] | None:
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, dict):
-        return [part for pair in value.items() for part in pair]
+        return _flat(value)
     if isinstance(value, set | frozenset):
         return [len(value), *sorted(value, key=hash)] if all(isinstance(v, _PLAIN) for v in value) else None
     if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
@@ -244,11 +244,11 @@ def _parts(value: Any) -> Iterable[Any] | None:
     if isinstance(value, deque):
         return list(value)
     if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.items()]
+        return [value.func, *value.args, *_flat(value.keywords)]
     if isinstance(value, FunctionType):
         return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     if isinstance(value, nn.Module):  # one that is kept out of torch's sight, in a list for instance
-        return [value.training, *value._parameters.items(), *value._buffers.items(), *_own(value)]
+        return [value.training, *_flat(value._parameters), *_flat(value._buffers), *_own(value)]
     own = isinstance(value, SimpleNamespace | argparse.Namespace) or not _is_foreign(type(value))
     return None if not own or isinstance(value, torch.Tensor | type) else _own(value)
 
@@ -257,8 +257,13 @@ def _own(value: Any) -> list[Any]:
     """Returns the attributes of an object, by ``__dict__`` and by slots; of a module those that are not every one's."""
     slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
     named = {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in slots}}
-    inner = list(value._modules.items()) if isinstance(value, nn.Module) else []
-    return [*inner, *((name, part) for name, part in named.items() if name not in _OF_ANY_MODULE)]
+    inner = _flat(value._modules) if isinstance(value, nn.Module) else []
+    return [*inner, *_flat({name: part for name, part in named.items() if name not in _OF_ANY_MODULE})]
+
+
+def _flat(named: Mapping[str, Any]) -> list[Any]:
+    """Returns names and values one after another, rather than in pairs, which would be new objects each time."""
+    return [part for pair in named.items() for part in pair]
 
 
 def _is_filled(cell: Any) -> bool:

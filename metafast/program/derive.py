@@ -129,21 +129,29 @@ class Cone:
         return kinked or self.calls_functions
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
+) -> Tensor:
     """Computes ``softmax(q k' / sqrt d) v`` by operations that can be differentiated twice."""
-    scaled: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(query, key, value, *args, **options)[0]
-    return scaled
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    math = aten._scaled_dot_product_attention_math.default
+    return math(query, key, value, mask, *args, **options)[0]
 
 
 def embedding(weight: Tensor, indices: Tensor, padding: int = -1, *options: Any) -> Tensor:
     """Looks up the rows ``indices`` of ``weight``; that of ``padding`` gets no gradient.
 
-    torch's own function forgets the padding where it is mapped over several weights.
+    torch's own function forgets the padding where it is mapped over several weights, and takes an index beyond the last
+    row for one of the next weight's. Here it gives no number.
     """
+    inside = (indices >= 0) & (indices < weight.shape[0])
+    indices = indices.clamp(0, weight.shape[0] - 1)
     if padding >= 0:
         row = torch.arange(weight.shape[0], device=weight.device) == padding
         weight = torch.where(row[:, None], weight.detach(), weight)
-    return aten.embedding.default(weight, indices, -1, *options)
+    found = aten.embedding.default(weight, indices, -1, *options)
+    return torch.where(inside[..., None], found, float("nan"))
 
 
 def as_step(operation: Operation, slots: dict[Ref, Slot]) -> Step:

@@ -192,9 +192,10 @@ class Pass:
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(str(list(value.shape[1:])) for value in inputs)
             samples = ", ".join(str(list(part.shape[2:])) for part in parts_of(self.batch.x))
+            where = f" at {node.line}" if node.line else ""
             raise ValueError(
-                f"layer {node.name!r} ({node.layer.kind}) cannot take an input of shape {shapes} [n, ...]: {error}. "
-                f"The samples have shape {samples}; check it against the model's first layer"
+                f"layer {node.name!r} ({node.layer.kind}){where} cannot take an input of shape {shapes} [n, ...]: "
+                f"{error}. The samples have shape {samples}; check it against the model's first layer"
             ) from error
         self.contexts[i] = ctx
 

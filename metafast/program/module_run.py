@@ -25,9 +25,12 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
     name = type(model).__name__
     if part is not None:
         try:
-            returned = getattr(returned, part) if isinstance(part, str) and hasattr(returned, part) else returned[part]
+            if isinstance(returned, Tensor):
+                raise KeyError(part)
+            named = isinstance(part, str) and not isinstance(returned, Mapping)
+            returned = getattr(returned, str(part)) if named else returned[part]
         except (KeyError, IndexError, TypeError, AttributeError):
-            known = sorted(returned) if isinstance(returned, Mapping) else type(returned).__name__
+            known = sorted(returned) if isinstance(returned, Mapping) else f"a {type(returned).__name__}"
             raise CaptureError(f"output={part!r}: {name}.forward returns {known}, which has no such part") from None
     if not isinstance(returned, Tensor):
         what = f"a {type(returned).__name__}" if returned is not None else "None"

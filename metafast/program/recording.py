@@ -8,6 +8,7 @@ become new values (:mod:`metafast.program.aliases`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from functools import partial
 from typing import Any
@@ -21,6 +22,9 @@ from metafast.program.operation import Recording
 from metafast.program.recorder import Recorder
 from metafast.program.user_lines import line_behind
 from metafast.tasks import Samples
+
+_ONE_AT_A_TIME = threading.RLock()
+"""A recording stands in for torch's own ``Function.apply``, which all threads share."""
 
 
 def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Collection[Tensor] = ()) -> Recording:
@@ -38,11 +42,12 @@ def record(model: nn.Module, x: Any, part: str | int | None = None, ignored: Col
             numbers that cannot be repeated, or changes what it may not change. The text names the line and the remedy.
     """
     run = partial(_record, model, x, part, ignored)
-    try:
-        return run()
-    except OtherCoins:
-        # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
-        return line_behind(run, other_random_states, coins_refused)
+    with _ONE_AT_A_TIME:
+        try:
+            return run()
+        except OtherCoins:
+            # What is imported on the way, as torch's own parts are, may toss coins too, but only once.
+            return line_behind(run, other_random_states, coins_refused)
 
 
 def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collection[Tensor]) -> Recording:
