@@ -171,7 +171,7 @@ ERRORS = [
         labelled(query_y=labels(T, M) + 2)), ValueError, ["query_y contains the label 5"]),
     # losses
     ("unknown loss", lambda: learner(loss="crossentropy"), ValueError, ["'crossentropy'", "cross_entropy", "mse"]),
-    ("no loss", lambda: learner(loss=None), TypeError, ["NoneType", "cross_entropy"]),
+    ("no loss", lambda: learner(loss=None), TypeError, ["loss is None", "cross_entropy"]),
     ("loss of every sample", lambda: learner(loss=squares)(batch()), ValueError, ["shape (4, 2)", "scalar", ".mean()"]),
     ("loss as a Python number", lambda: learner(loss=lambda o, t: squares(o, t).mean().item())(batch()), ValueError,
      ["returned a float", "outputs of shape (4, 2)", ".item()"]),

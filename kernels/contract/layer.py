@@ -8,6 +8,7 @@ tangent of that adjoint ``gd_x``. A tangent of ``None`` is zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -135,7 +136,12 @@ class Loss:
 
         ``shape [T, n, ...]`` and ``dtype`` are those of the targets.
         """
-        return not self.options
+        return self._stays_usual or not self.options
+
+    @cached_property
+    def _stays_usual(self) -> bool:
+        """Is it without options now, and is there no module of the user's that could give it some?"""
+        return self.module is None and not self.options
 
     def check(self, output: tuple[int, ...], targets: Tensor, name: str) -> None:
         """Looks at ``targets [T, n, ...]``, which the user knows as ``name``, beside outputs of samples ``output``.

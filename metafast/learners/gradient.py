@@ -154,7 +154,7 @@ class GradientLearner(SettledLearner):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does what any module's does, without its walk through all modules where none has changed."""
-        if set_to_none and not self._snapshot.changed():
+        if set_to_none and not self._snapshot.parts_changed():
             for parameter in self._snapshot.parameters:
                 parameter.grad = None
         else:

@@ -175,18 +175,22 @@ class MAML(GradientLearner):
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
         choice = self._choice_for(tasks)
-        tasks = with_seeds(self.program, tasks)
-        if self._outside(choice, tasks).names or self._now.is_recorded or not self._inner.is_plain:
+        known = self._now
+        if known.program.draws:
+            tasks = with_seeds(known.program, tasks)
+        if self._outside(choice, tasks).names or known.is_recorded or not self._inner.is_plain:
             with torch.enable_grad():
                 return super().backward(tasks)
-        self._track_statistics(tasks)
+        if known.tracks_statistics:
+            self._track_statistics(tasks)
         rate = self.inner_rates()
         loop = self._loop(learns_rates=rate.requires_grad)
-        found = choice.executor.meta_gradient(self.program, loop, self._sources, rate, tasks)
+        found = choice.executor.meta_gradient(known.program, loop, known.parameters, rate, tasks)
         self._add_gradients(found.grads)
         if rate.requires_grad:
             rate.backward(found.rates_grad)
-        self._leave_traces(tasks)
+        if known.leaves_traces:
+            self._leave_traces(tasks)
         return LearnerOutput(found.losses, found.outputs)
 
     @property

@@ -78,10 +78,12 @@ class ModuleSnapshot:
             (home, name, value)
             for home, out in pairs
             for name, value in home.items()
-            if isinstance(home, dict) and isinstance(value, int | float) and name not in {*out, *_OF_ANY_MODULE}
+            if isinstance(home, dict) and isinstance(value, int | float) and value in (0, 1) and name not in out
+            if name not in _OF_ANY_MODULE
         ]
         read = [(home, name) for base in _bases(self._types) for home, name in _globals_of(base)]
         self._globals = [(home, name, _kept("", home[name])) for home, name in read]
+        # ``True`` equals ``1.0``, but is another to ``is``: such numbers are looked at for their kinds too.
         self._number_homes = [home for home, _, _ in numbers]
         self._number_names = [name for _, name, _ in numbers]
         self._number_kinds = [type(value) for _, _, value in numbers]
@@ -91,19 +93,23 @@ class ModuleSnapshot:
         inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
         self._copies = [(value, deepcopy(value)) for value in inside.values() if _is_plain(value)]
         images = [(value, _image(value)) for value in inside.values() if not _is_plain(value)]
+        self._leaves_out = any(self._left_out)
         self._images = [(value, image) for value, image in images if type(image) is not _Itself]
+        self._looks_inside = bool(self._globals or self._copies or self._images)
 
     def changed(self) -> bool:
         """Says whether anything has been replaced, added or taken away, switched or set to another value."""
-        items = map(dict.get, self._homes, self._names)
-        if not (
-            all(map(is_, items, self._items))
-            and [*map(len, self._registries)] == self._sizes
-            and [*map(_TRAINED, self.parameters)] == self._trained
+        if self.parts_changed() or not (
+            [*map(_TRAINED, self.parameters)] == self._trained
             and [*map(type, self._others)] == self._types
         ):
             return True
         return self._attributes_changed()
+
+    def parts_changed(self) -> bool:
+        """Says whether a parameter, buffer, module or hook has been replaced, added or taken away."""
+        items = map(dict.get, self._homes, self._names)
+        return not all(map(is_, items, self._items)) or [*map(len, self._registries)] != self._sizes
 
     def only_values_changed(self) -> bool:
         """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
@@ -147,18 +153,23 @@ class ModuleSnapshot:
         pairs = zip(self._attributes, self._left_out, strict=True)
         return [tuple(value for name, value in home.items() if name not in out) for home, out in pairs]
 
-    def _kinds_changed(self) -> bool:
-        """Says whether some number is of another kind: ``True`` equals ``1.0``, but it is not the same to ``is``."""
+    def _number_kinds_changed(self) -> bool:
         return [*map(type, map(dict.get, self._number_homes, self._number_names))] != self._number_kinds
+
+    def _inside_changed(self) -> bool:
+        """Says whether globals, or what lists, dicts and other objects hold, have changed."""
+        return (
+            any(kept != home.get(name) for home, name, kept in self._globals)
+            or any(value != copy for value, copy in self._copies)
+            or any(image != _image(value) for value, image in self._images)
+        )
 
     def _attributes_changed(self) -> bool:
         try:
             return (
-                self._kinds_changed()
-                or self._values != (self._some_values() if any(self._left_out) else [*map(tuple, self._views)])
-                or any(kept != home.get(name) for home, name, kept in self._globals)
-                or any(value != copy for value, copy in self._copies)
-                or any(image != _image(value) for value, image in self._images)
+                self._values != (self._some_values() if self._leaves_out else [*map(tuple, self._views)])
+                or (self._number_kinds and self._number_kinds_changed())
+                or (self._looks_inside and self._inside_changed())
             )
         except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
             return True

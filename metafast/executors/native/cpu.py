@@ -167,8 +167,8 @@ class CpuExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        one_loss = program.query is program
-        if not (one_loss and has_rules(program.loss, tasks.support_y) and has_rules(program.loss, tasks.query_y)):
+        in_rules = has_rules(program.loss, tasks.support_y) and has_rules(program.loss, tasks.query_y)
+        if not in_rules or program.query_loss is not None:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
         x = tasks.support_x
         dtype = parameters[0].dtype
