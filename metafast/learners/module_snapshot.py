@@ -28,6 +28,7 @@ _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
 """Packages whose objects are taken to be the same inside as long as they are the same."""
 _OWN = ("metafast.inner", "metafast.learners")
 """Modules of these packages change by themselves in no way that matters here."""
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _LEAVES = 1000
 """The most values inside of one attribute that are looked at."""
 _DEPTH = 6
@@ -66,7 +67,7 @@ class ModuleSnapshot:
         self._names = [name for registry in self._registries for name in registry]
         self._items = [item for registry in self._registries for item in registry.values()]
         self._of_parameters = {id(m._parameters) for m in modules}
-        others = [m for m in modules if m is not owner and not type(m).__module__.startswith(_OWN)]
+        others = [m for m in modules if m is not owner and not _says_nothing(m)]
         self._others, self._types = others, [type(m) for m in others]
         self._attributes = [*(m.__dict__ for m in others), *_classes(self._types)]
         self._left_out = [{name for home, name in ignored if home == id(home_)} for home_ in self._attributes]
@@ -186,6 +187,13 @@ class _Itself:
 
     def __eq__(self, other: object) -> bool:
         return other is self.value or (type(other) is _Itself and other.value is self.value)
+
+
+def _says_nothing(module: nn.Module) -> bool:
+    """Says whether the attributes of a module matter to nobody: it is a part of a learner, or an empty container."""
+    if type(module).__module__.startswith(_OWN):
+        return True
+    return type(module) in _CONTAINERS and not module._modules and not module._parameters
 
 
 def _classes(types: Iterable[type]) -> list[Mapping[str, Any]]:
