@@ -20,7 +20,10 @@ def verify(
     adapt: Annotated[
         list[str] | None, typer.Option(help="Module or parameter that the inner loop moves; may be repeated.")
     ] = None,
-    bn: Annotated[str, typer.Option(help="Batch norm: task, per_step, frozen or running.")] = "task",
+    bn: Annotated[
+        str | None,
+        typer.Option(help="Batch norm: task, per_step, frozen or running; by each module's own mode if not given."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the certificate to this file.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     device: options.Device = "auto",
