@@ -189,3 +189,25 @@ def test_the_learner_of_the_page_can_be_trained(monkeypatch):
     learner = build_learner(chosen, build_model(chosen, seed=0), "auto")
     assert learner.first_order
     assert learner.adapted_names == {"head.weight", "head.bias"}
+
+
+def test_a_forward_of_its_own_counts_in_backward():
+    """And a hook on the learner does."""
+
+    class Doubled(mf.MAML):
+        def forward(self, tasks, create_graph=False):
+            out = super().forward(tasks, create_graph)
+            return mf.LearnerOutput(2 * out.losses, out.outputs)
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    tasks = mf.TaskBatch(*(torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 2, dtype=torch.float64)) * 2)
+    options = {"loss": "mse", "lr": 0.1}
+    plain, doubled, hooked = mf.MAML(model, **options), Doubled(model, **options), mf.MAML(model, **options)
+    hooked.register_forward_hook(lambda module, args, out: mf.LearnerOutput(3 * out.losses, out.outputs))
+    grads = []
+    for learner in (plain, doubled, hooked):
+        learner.zero_grad()
+        learner.backward(tasks)
+        grads.append(model[0].weight.grad)
+    torch.testing.assert_close(grads[1], 2 * grads[0])
+    torch.testing.assert_close(grads[2], 3 * grads[0])

@@ -173,12 +173,16 @@ class MAML(GradientLearner):
 
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
-        """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor."""
+        """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor.
+
+        It goes through ``forward`` where a subclass has one of its own, or where hooks watch the learner.
+        """
         choice = self._choice_for(tasks)
         known = self._now
         if known.program.draws:
             tasks = with_seeds(known.program, tasks)
-        if self._outside(choice, tasks).names or known.is_recorded or not self._inner.is_plain:
+        watched = self._forward_hooks or self._forward_pre_hooks or type(self).forward is not MAML.forward
+        if watched or self._outside(choice, tasks).names or known.is_recorded or not self._inner.is_plain:
             with torch.enable_grad():
                 return super().backward(tasks)
         if known.tracks_statistics:
