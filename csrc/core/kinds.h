@@ -161,16 +161,17 @@ METAFAST_HOST_DEVICE constexpr bool offers(uint32_t primitives, SomeKind kind) {
 }
 
 template <class Rules>
-constexpr bool agrees(Rules*, SecondDerivative) {
+constexpr bool agrees(Rules*, Reads, SecondDerivative) {
   return true;
 }
 template <class Activation>
-constexpr bool agrees(Pointwise<Activation>*, SecondDerivative second) {
-  return Activation::has_second_derivative == (second == SecondDerivative::nonzero);
+constexpr bool agrees(Pointwise<Activation>*, Reads reads, SecondDerivative second) {
+  return reads == (Activation::reads_output ? Reads::output : Reads::input) &&
+         Activation::has_second_derivative == (second == SecondDerivative::nonzero);
 }
-#define METAFAST_AGREES(kind, rules, reads, adjoint, second, ...)               \
-  static_assert(agrees(static_cast<rules*>(nullptr), SecondDerivative::second), \
-                #kind ": its row in kinds.h and its header differ about the second derivative");
+#define METAFAST_AGREES(kind, rules, reads, adjoint, second, ...)                             \
+  static_assert(agrees(static_cast<rules*>(nullptr), Reads::reads, SecondDerivative::second), \
+                #kind ": its row in kinds.h and its header differ about what its derivatives read or are");
 METAFAST_KINDS(METAFAST_AGREES)
 #undef METAFAST_AGREES
 

@@ -81,4 +81,15 @@ FINDINGS: dict[str, Sample] = {
         "nn.Sequential(nn.Conv2d(1, 2, 1), nn.AvgPool2d(2, 2, 1, count_include_pad=True), nn.Flatten(), "
         "nn.Linear(2, 2))", (1, 1, 1), 2, support=3,
     ),
+    "a leaky ReLU beside another reader of its input": Sample(
+        "nn.Sequential(nn.Linear(5, 12), nn.Linear(12, 6), SumOf(nn.Linear(6, 3), nn.Sequential(nn.LeakyReLU(0.3), "
+        "nn.Linear(6, 3, bias=False))), nn.Linear(3, 5))", (5,), 5, support=7, query=8, dtype="float32",
+        backend="twin",
+    ),
+    "a gradient that a later batch norm cancels, alone": Sample(
+        "nn.Sequential(nn.BatchNorm2d(2, eps=0.001), nn.MaxPool2d(3, (2, 1)), nn.Flatten(), "
+        "nn.BatchNorm1d(16, eps=0.1, affine=False), nn.BatchNorm1d(16, eps=0.001, affine=False), nn.Linear(16, 3))",
+        (2, 9, 4), steps=2, frozen=("0.weight", "5.bias", "5.weight"), bn="task", tasks=7, support=8, query=7,
+        seed=1003768, **CLASSES,
+    ),
 }  # fmt: skip

@@ -34,6 +34,12 @@ def test_what_was_found(name, backend):
     assert said is None, said
 
 
+@pytest.mark.parametrize("name", [name for name, sample in FINDINGS.items() if sample.backend == "twin"])
+def test_what_was_found_on_the_twin(name):
+    said = fault(FINDINGS[name])
+    assert said is None, said
+
+
 def test_the_seeds_draw_every_kind():
     samples = [draw(seed) for seed in SEEDS]
     models = " ".join(sample.model for sample in samples)

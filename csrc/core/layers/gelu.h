@@ -6,7 +6,7 @@ namespace METAFAST_NAMESPACE {
 
 struct GELU {
   METAFAST_DEVICE explicit GELU(const Op&) {}
-  static constexpr bool keeps_zero = true, has_second_derivative = true;
+  static constexpr bool keeps_zero = true, has_second_derivative = true, reads_output = false;
 
   template <class Node>
   static void make(Node&, Op&) {}
@@ -17,12 +17,12 @@ struct GELU {
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack x) const {
     return g * (distribution<M>(x) + x * density<M>(x));
   }
 
   template <class M>
-  METAFAST_DEVICE auto second_derivative(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack x) const {
     return density<M>(x) * (2 - x * x);
   }
 

@@ -6,7 +6,7 @@ namespace METAFAST_NAMESPACE {
 struct LeakyReLU {
   double negative_slope;
   METAFAST_DEVICE explicit LeakyReLU(const Op& op) : negative_slope(op.number) {}
-  static constexpr bool keeps_zero = true, has_second_derivative = false;
+  static constexpr bool keeps_zero = true, has_second_derivative = false, reads_output = false;
 
   template <class Node>
   static void make(Node& node, Op& op) {
@@ -15,16 +15,16 @@ struct LeakyReLU {
 
   template <class M>
   METAFAST_DEVICE auto value(typename M::Pack x) const {
-    return times_derivative<M>(x, x, x);
+    return times_derivative<M>(x, x);
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack x) const {
     return M::select(x > 0, g, g * typename M::Real(negative_slope));
   }
 
   template <class M>
-  METAFAST_DEVICE auto second_derivative(typename M::Pack x, typename M::Pack) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack x) const {
     return x * 0;
   }
 };

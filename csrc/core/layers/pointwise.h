@@ -1,5 +1,5 @@
-// y = f(x): g_x = f' g, yd = f' xd, gd_x = f' gd + f'' xd g. An activation gives its value and its two derivatives,
-// from x and y.
+// y = f(x): g_x = f' g, yd = f' xd, gd_x = f' gd + f'' xd g. An activation gives its value, and its two derivatives
+// from either x or y (`reads_output`): the other one's place may hold something else by then.
 #pragma once
 #include "context.h"
 
@@ -38,12 +38,11 @@ struct Pointwise {
     if (!ctx.gd_x[0]) return;
     multiply_by_derivative(ctx, ctx.gd_y, ctx.gd_x[0], ctx.op.add[0]);
     if (!Activation::has_second_derivative || !ctx.xd[0]) return;
-    const auto *x = ctx.x[0], *y = ctx.y, *xd = ctx.xd[0], *g = ctx.g_y;
+    const auto *v = derivative_reads(ctx), *xd = ctx.xd[0], *g = ctx.g_y;
     auto* gd_x = ctx.gd_x[0];
     const Activation a(ctx.op);
     ctx.m.each(size(ctx), [=](long i) {
-      const auto product =
-          a.template second_derivative<M>(M::load(x + i), M::load(y + i)) * M::load(xd + i) * M::load(g + i);
+      const auto product = a.template second_derivative<M>(M::load(v + i)) * M::load(xd + i) * M::load(g + i);
       M::put(gd_x + i, product, true);
     });
   }
@@ -55,13 +54,17 @@ struct Pointwise {
   }
 
   template <class M>
+  METAFAST_DEVICE static const typename M::Real* derivative_reads(const RuleContext<M>& ctx) {
+    return Activation::reads_output ? ctx.y : ctx.x[0];
+  }
+
+  template <class M>
   METAFAST_DEVICE static void multiply_by_derivative(const RuleContext<M>& ctx, const typename M::Real* in,
                                                      typename M::Real* out, bool add) {
-    const auto *x = ctx.x[0], *y = ctx.y;
+    const auto* v = derivative_reads(ctx);
     const Activation a(ctx.op);
-    ctx.m.each(size(ctx), [=](long i) {
-      M::put(out + i, a.template times_derivative<M>(M::load(in + i), M::load(x + i), M::load(y + i)), add);
-    });
+    ctx.m.each(size(ctx),
+               [=](long i) { M::put(out + i, a.template times_derivative<M>(M::load(in + i), M::load(v + i)), add); });
   }
 };
 

@@ -5,7 +5,7 @@ namespace METAFAST_NAMESPACE {
 
 struct ReLU {
   METAFAST_DEVICE explicit ReLU(const Op&) {}
-  static constexpr bool keeps_zero = true, has_second_derivative = false;
+  static constexpr bool keeps_zero = true, has_second_derivative = false, reads_output = true;
 
   template <class Node>
   static void make(Node&, Op&) {}
@@ -16,13 +16,13 @@ struct ReLU {
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack y) const {
     return M::select(y > 0, g, M::broadcast(0));
   }
 
   template <class M>
-  METAFAST_DEVICE auto second_derivative(typename M::Pack x, typename M::Pack) const {
-    return x * 0;
+  METAFAST_DEVICE auto second_derivative(typename M::Pack y) const {
+    return y * 0;
   }
 };
 

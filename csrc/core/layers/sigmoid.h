@@ -6,7 +6,7 @@ namespace METAFAST_NAMESPACE {
 
 struct Sigmoid {
   METAFAST_DEVICE explicit Sigmoid(const Op&) {}
-  static constexpr bool keeps_zero = false, has_second_derivative = true;
+  static constexpr bool keeps_zero = false, has_second_derivative = true, reads_output = true;
 
   template <class Node>
   static void make(Node&, Op&) {}
@@ -17,12 +17,12 @@ struct Sigmoid {
   }
 
   template <class M>
-  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto times_derivative(typename M::Pack g, typename M::Pack y) const {
     return g * (y * (1 - y));
   }
 
   template <class M>
-  METAFAST_DEVICE auto second_derivative(typename M::Pack, typename M::Pack y) const {
+  METAFAST_DEVICE auto second_derivative(typename M::Pack y) const {
     return y * (1 - y) * (1 - 2 * y);
   }
 };
