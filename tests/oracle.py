@@ -36,7 +36,7 @@ class Oracle:
     """The unrolled inner loop of one model.
 
     Args:
-        model: the user's module; a float64 copy is used.
+        model: the user's module; a copy of it in ``dtype`` is used.
         loss: a name or a callable for one task.
         steps: S.
         adapted: names of the parameters that the inner loop moves; ``None``: all.
@@ -44,6 +44,7 @@ class Oracle:
         weights: ``w_1 .. w_S``; ``None``: the last alone.
         query_loss: the loss of the query sets, likewise; ``None``: the same.
         bn: ``task``, ``per_step`` (a row of the affine map for each of the steps ``0..S``), ``frozen`` or ``running``.
+        dtype: another one than float64 is no truth: it shows what rounding does to it.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Oracle:
         weights: Sequence[float] | None = None,
         query_loss: str | Callable[[Tensor, Tensor], Tensor] | None = None,
         bn: str = "task",
+        dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.model = copy.deepcopy(model).double()
+        self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.query_loss = LOSSES[query_loss] if isinstance(query_loss, str) else query_loss or self.loss
         self.steps, self.first_order = steps, first_order
@@ -107,10 +109,10 @@ class Oracle:
         """Weighted query losses ``[T]``, with their graph, and the outputs of each task at the last step."""
         losses, outputs = [], []
         for t in range(len(tasks)):
-            x, y = _samples(tasks.support_x[t], tasks.support_y[t], tasks.support_mask, t)
-            qx, qy = _samples(tasks.query_x[t], tasks.query_y[t], tasks.query_mask, t)
+            x, y = self._samples(tasks.support_x[t], tasks.support_y[t], tasks.support_mask, t)
+            qx, qy = self._samples(tasks.query_x[t], tasks.query_y[t], tasks.query_mask, t)
             trajectory = self.adapt(self.parameters, rates, x, y)
-            total = torch.zeros((), dtype=torch.float64)
+            total = torch.zeros((), dtype=self.dtype)
             for step, weight in enumerate(self.weights, start=1):
                 out = self.predict(trajectory[step], qx, step)
                 total = total + weight * self.query_loss(out, qy)
@@ -128,7 +130,7 @@ class Oracle:
     def hessian_vector(self, x: Tensor, y: Tensor, direction: Mapping[str, Tensor], step: int = 0) -> Parameters:
         """``H u`` of one task's loss at the parameters, ``u`` by name (absent: zero)."""
         names = list(self.parameters)
-        loss = self.support_loss(self.parameters, *_samples(x, y, None, 0), step)
+        loss = self.support_loss(self.parameters, *self._samples(x, y, None, 0), step)
         grads = torch.autograd.grad(
             loss, [self.parameters[n] for n in names], create_graph=True, materialize_grads=True
         )
@@ -136,6 +138,10 @@ class Oracle:
         return dict(
             zip(names, torch.autograd.grad(along, list(self.parameters.values()), materialize_grads=True), strict=True)
         )
+
+    def _samples(self, x: Tensor, y: Tensor, mask: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
+        x, y = x.to(self.dtype), y.to(self.dtype) if y.is_floating_point() else y
+        return (x, y) if mask is None else (x[mask[t]], y[mask[t]])
 
 
 def _batch_norm(module: _BatchNorm, given: bool, x: Tensor) -> Tensor:
@@ -146,11 +152,6 @@ def _batch_norm(module: _BatchNorm, given: bool, x: Tensor) -> Tensor:
     variance = module.running_var if given else x.var(axes, unbiased=False)
     y = (x - mean.view(shape)) / torch.sqrt(variance.view(shape) + module.eps)
     return y * module.weight.view(shape) + module.bias.view(shape) if module.affine else y
-
-
-def _samples(x: Tensor, y: Tensor, mask: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
-    x, y = x.double(), y.double() if y.is_floating_point() else y
-    return (x, y) if mask is None else (x[mask[t]], y[mask[t]])
 
 
 def directional_derivative(function: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor, h: float = 1e-6):

@@ -13,12 +13,14 @@ from setups import rates_by_name
 
 import metafast as mf
 from metafast.executors.native.cuda import BlockLimits, CudaExecutor
-from metafast.verification.agreement import agreement
+from metafast.verification.agreement import Agreement, agreement
 
 EXACT = 1e-8
 """Of the largest gradient. What float64 rounds away in these programs is below 1e-10."""
 DIVERGED = 1e6
 """A gradient this large, or infinite, is that of an inner loop that has run away: rounding decides it."""
+ROUNDING = 10
+"""How many times as far from the truth as plain autograd in float32 another order of sums may be."""
 Answer = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -40,7 +42,7 @@ def _difference(sample: Sample) -> str | None:
     wanted = truth.losses, {n: truth.grads[n] for n in found[0][1]}
     for answer in found:
         said = _compared(sample, answer, wanted)
-        if said is not None:
+        if said is not None and not _is_rounding(sample, learner, tasks, answer, wanted):
             return said
     return None
 
@@ -98,16 +100,39 @@ def _gradients(learner: mf.MAML) -> dict[str, torch.Tensor]:
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
 
 
-def _truth(sample: Sample, learner: mf.MAML, tasks: mf.TaskBatch) -> Truth:
+def _is_rounding(sample: Sample, learner: mf.MAML, tasks: mf.TaskBatch, answer: Answer, wanted: Answer) -> bool:
+    """Says whether a float32 answer differs because rounding decides: autograd's does so too, and float64 is exact.
+
+    A norm of features that hardly differ from sample to sample multiplies what rounding does by hundreds.
+    """
+    if sample.dtype != "float32":
+        return False
+    plain = _truth(sample, learner, tasks, torch.float32)
+    seen = _agreement(answer, wanted)
+    rounding = _agreement((plain.losses, {n: plain.grads[n] for n in wanted[1]}), wanted)
+    like_plain = (
+        seen.losses <= ROUNDING * rounding.losses
+        and seen.gradient <= ROUNDING * rounding.gradient
+        and seen.parameter_error <= ROUNDING * rounding.parameter_error
+    )
+    return like_plain and _difference(sample.with_settings(dtype="float64")) is None
+
+
+def _agreement(answer: Answer, wanted: Answer) -> Agreement:
+    as_arrays = [(a[0].double().numpy(), {n: g.double().numpy() for n, g in a[1].items()}) for a in (answer, wanted)]
+    return agreement(*as_arrays)
+
+
+def _truth(sample: Sample, learner: mf.MAML, tasks: mf.TaskBatch, dtype: torch.dtype = torch.float64) -> Truth:
     model = learner.model
     adapted = [n for n, p in model.named_parameters() if p.requires_grad] if sample.adapt is None else sample.adapt
     oracle = Oracle(
         model, sample.make_loss(), sample.steps, adapted=adapted, first_order=sample.first_order,
-        weights=sample.step_weights, bn=sample.bn or "task",
+        weights=sample.step_weights, bn=sample.bn or "task", dtype=dtype,
     )  # fmt: skip
     for key, row in learner.rows.items():
-        oracle.parameters[key.replace("/", ".")] = row.detach().double().requires_grad_()
-    leaf = learner.rate.value.detach().double().requires_grad_()
+        oracle.parameters[key.replace("/", ".")] = row.detach().to(dtype, copy=True).requires_grad_()
+    leaf = learner.rate.value.detach().to(dtype, copy=True).requires_grad_()
     return oracle.gradient(tasks, rates_by_name(oracle, leaf, learner), rate=leaf)
 
 
@@ -116,12 +141,9 @@ def _compared(sample: Sample, answer: Answer, wanted: Answer) -> str | None:
     if not largest < DIVERGED:
         return None
     if sample.dtype == "float32":
-        as_arrays = [
-            (a[0].double().numpy(), {n: g.double().numpy() for n, g in a[1].items()}) for a in (answer, wanted)
-        ]
         if largest < 1e-6:
             return None  # nothing but rounding
-        seen = agreement(*as_arrays)
+        seen = _agreement(answer, wanted)
         return None if seen.agrees else str(seen)
     off = {n: float((answer[1][n] - g).abs().max()) / max(largest, 1e-6) for n, g in wanted[1].items()}
     off["the losses"] = float((answer[0] - wanted[0]).abs().max()) / max(float(wanted[0].abs().max()), 1e-6)

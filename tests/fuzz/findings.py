@@ -92,4 +92,11 @@ FINDINGS: dict[str, Sample] = {
         (2, 9, 4), steps=2, frozen=("0.weight", "5.bias", "5.weight"), bn="task", tasks=7, support=8, query=7,
         seed=1003768, **CLASSES,
     ),
+    "norms of features that hardly differ, which rounding decides": Sample(
+        "nn.Sequential(nn.InstanceNorm2d(2, eps=0.01, affine=True), nn.BatchNorm2d(2, eps=0.1), nn.LeakyReLU(0.3), "
+        "Call(lambda x: x.mean((2, 3))), Tied(2, 7, False), nn.Linear(2, 3), nn.LayerNorm([3]), "
+        "nn.BatchNorm1d(3, affine=False), nn.LeakyReLU(), nn.Linear(3, 5))", (2, 3, 6), 5, loss="half_sum",
+        rate="mf.Rate((0.01, 0.05), ('step',), learn=True)", tasks=9, support=8, query=7, dtype="float32",
+        seed=1009349,
+    ),
 }  # fmt: skip
