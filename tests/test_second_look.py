@@ -17,7 +17,7 @@ from metafast.kernels.linear import Linear
 from metafast.kernels.pointwise.reference import ReLU, Tanh
 from metafast.learners.double_check import double_check
 from metafast.program import Program
-from metafast.program.second_look import Difference
+from metafast.program.second_look import Difference, check, truth_of
 
 aten = torch.ops.aten
 Plant = Callable[[Program], Program]
@@ -246,3 +246,22 @@ def test_a_learner_raises_what_the_second_look_finds(monkeypatch):
     for _ in range(2):
         with pytest.raises(Difference, match="leaky_relu"):
             fresh.backward(tasks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_small_wrong_gradient_beside_large_ones_of_frozen_parameters_is_found(dtype):
+    """Frozen gradients of a thousand and more times its size forgive rounding and nothing else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).to(dtype)
+    with torch.no_grad():
+        model[1].weight.mul_(1e-4)
+    model[1].requires_grad_(False)
+    x = torch.randn(6, 4, dtype=dtype)
+    learner = mf.MAML(model, loss="mse", lr=0.1)
+    y = torch.zeros(1, 6, 3, dtype=dtype)
+    learner.backward(mf.TaskBatch(x[None], y, x[None], y))
+    program, theta = learner.program, learner.flat_parameters().detach()
+    truth = truth_of(model(x), dict(model.named_parameters()), x)
+    assert check(program.at(6), theta, truth) is None
+    wrong = replace(truth, grads={**truth.grads, "0.weight": 2 * truth.grads["0.weight"]})
+    assert "its gradient of '0.weight' differs" in check(program.at(6), theta, wrong)

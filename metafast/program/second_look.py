@@ -68,7 +68,7 @@ def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str |
     outputs_allowed, gradient_allowed = _allowed(theta, truth)
     if outputs.shape != truth.outputs.shape or not _close(outputs, truth.outputs, outputs_allowed):
         return f"its outputs differ by {_error(outputs, truth.outputs):.1e}"
-    largest = _largest_gradient(truth, grads)
+    largest = _largest_gradient(truth, grads, gradient_allowed)
     worst = ("", 0.0)
     for name, wanted in truth.grads.items():
         found = grads.get(name, torch.zeros_like(wanted))
@@ -81,13 +81,14 @@ def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str |
     return None
 
 
-def _largest_gradient(truth: Truth, grads: dict[str, Tensor]) -> float:
-    """Returns what the gradients' differences are relative to.
+def _largest_gradient(truth: Truth, grads: dict[str, Tensor], allowed: float) -> float:
+    """Returns what the gradients' differences are relative to: the largest of the module's.
 
-    Gradients that cancel, such as that of a bias before a batch norm, leave rounding of the size of the others, frozen
-    parameters' and outputs' among them.
+    Gradients that cancel, such as that of a bias before a batch norm, leave rounding of what they are summed from. It
+    is some units in the last place of the others, frozen parameters' and outputs' among them, and no more is forgiven.
     """
-    numbers = [*truth.grads.values(), *grads.values(), 1e-3 * truth.g]
+    rounding = 100 * torch.finfo(truth.g.dtype).eps / allowed
+    numbers = [*truth.grads.values(), *(rounding * d for d in (*grads.values(), truth.g))]
     return max((float(d.nan_to_num(0.0, 0.0, 0.0).abs().max()) for d in numbers if d.numel()), default=0.0)
 
 
