@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,7 @@ def compile_cuda(monkeypatch, tmp_path):
 
 def test_gpus_that_nvcc_does_not_know_are_left_out_by_default(compile_cuda):
     told = compile_cuda()
-    assert "arch=compute_80,code=[sm_80] " in told
-    assert "arch=compute_90,code=[sm_90,compute_90] " in told
-    assert "100" not in told  # which is in compute_103's name only
+    assert re.findall(r"arch=\S+", told) == ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[sm_90,compute_90]"]
 
 
 def test_named_gpus_alone_are_compiled_for(compile_cuda, monkeypatch):

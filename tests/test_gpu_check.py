@@ -14,14 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from gpu_runs import PASSED, make_job, states, written
 
 from benchmarks.gpu import command, plans, process, report, results
 from benchmarks.gpu.clock import FakeClock
 from benchmarks.gpu.job import ROOT
 from benchmarks.gpu.runner import RESERVE, SPARE, Plan, Step, run_plan
+from metafast.executors.native.encode import extension
 
 PLANS = plans.PLANS.values()
+has_cuda = extension is not None and torch.ops.metafast.cuda_built()
+needs_cuda = pytest.mark.skipif(not has_cuda, reason="the first step looks for the extension with its CUDA part")
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +148,7 @@ def test_without_a_build_nothing_else_runs(tmp_path):
 
 
 @pytest.mark.slow
+@needs_cuda
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_report_and_logs(tmp_path, number):
     """The command itself, as a process of its own, stopped in the middle of a step."""
@@ -275,6 +280,7 @@ def test_it_starts_before_anything_is_installed(tmp_path):
     assert not {"torch", "numpy", "metafast", "triton"} & set(run.stdout.split())
 
 
+@needs_cuda
 @pytest.mark.slow
 def test_the_rehearsal_runs_the_steps(tmp_path, capsys):
     """One of each kind: all of them run with ``gpu_check.py --rehearse``."""

@@ -258,11 +258,12 @@ def test_findings_go_with_their_program_and_the_oldest_goes_first():
     kept: ByProgram[int] = ByProgram()
     calls = []
 
-    def find(number):
-        return lambda: calls.append(number) or number
+    def find(program, number):
+        calls.append(number)
+        return number
 
     for number in (*range(65), 64, 1, 0):
-        assert kept.of(learner.program, number, find(number)) == number
+        assert kept.of(learner.program, number, find) == number
     assert calls == [*range(65), 0]
     del learner
     gc.collect()

@@ -55,7 +55,7 @@ struct Job {
   bool v_everywhere;
   T* grads;      // user's [T, P]
   T* products;   // user's [T, P]: Hessians times v
-  T* sums;       // inner, a vector [size] for each chunk of tasks: the sum of its gradients; the run clears them
+  T* sums;       // inner, a vector [size] for each chunk of tasks: the sum of its gradients, which the run writes
   T* rate_sums;  // inner, [rate_rows, size] for each chunk: likewise of the rates
 };
 

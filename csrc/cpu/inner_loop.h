@@ -69,18 +69,19 @@ class InnerLoopRun {
   }
 
   // To be called before the first task of a chunk.
-  void clear_sums(T* sums, T* rate_sums) const {
+  void clear_rate_sums(T* rate_sums) const {
     machine.once([&] {
-      if (sums) std::memset(sums, 0, program.size * sizeof(T));
       if (rate_sums) std::memset(rate_sums, 0, job.rate_rows * program.size * sizeof(T));
     });
   }
 
   // The adjoint of theta_0, of the task that ran last.
-  const T* adjoint() const { return mem.v; }
+  const T* adjoint() const { return v; }
 
-  void run(int64_t task, T* sums, T* rate_sums) {
+  // The adjoint of the `first` task of a chunk is computed where the sum is to be, and the others are added to it.
+  void run(int64_t task, T* sums, T* rate_sums, bool first) {
     t = task;
+    v = sums && first ? sums : mem.v;
     if (machine.trace) {
       machine.trace->task = static_cast<int32_t>(t);
       machine.trace->tasks = M::tasks;
@@ -143,8 +144,8 @@ class InnerLoopRun {
 
   void loss_and_grad() {
     load_params(job.params, mem.theta);
-    from_zero(mem.v, [&] { set_loss(query_pass(mem.theta, job.step, mem.v, true)); });
-    export_user(mem.v, job.grads, 0);
+    from_zero(v, [&] { set_loss(query_pass(mem.theta, job.step, v, true)); });
+    export_user(v, job.grads, 0);
   }
 
   void adapt() {
@@ -154,7 +155,7 @@ class InnerLoopRun {
   }
 
   void adapt_vjp(T* rate_sums) {
-    import_user(job.v, job.v_everywhere ? job.steps : 0, mem.v);
+    import_user(job.v, job.v_everywhere ? job.steps : 0, v);
     for (int s = job.steps - 1; s >= 0; --s) {
       machine.begin(SpanKind::reverse_step, s);
       import_user(job.trajectory, s, mem.theta);
@@ -165,24 +166,24 @@ class InnerLoopRun {
       machine.end();
       if (!job.v_everywhere) continue;
       import_user(job.v, s, mem.u);
-      add(mem.v, 1, mem.u);
+      add(v, 1, mem.u);
     }
-    export_user(mem.v, job.grads, 0);
+    export_user(v, job.grads, 0);
   }
 
   void meta_gradient(T* sums, T* rate_sums) {
     load_params(job.params, mem.theta);
     adapt_steps();
     const bool whole = job.weights[job.steps] == 1;
-    if (!whole) clear(mem.v);
+    if (!whole) clear(v);
     Loss loss{};
     for (int s = job.steps; s >= 0; --s) {
       if (whole && s == job.steps) {
-        from_zero(mem.v, [&] { loss += query_pass(theta(s), s, mem.v, true); });
+        from_zero(v, [&] { loss += query_pass(theta(s), s, v, true); });
       } else if (job.weights[s] != 0 || s == job.steps) {
         from_zero(mem.product,
                   [&] { M::add_weighted(loss, job.weights[s], query_pass(theta(s), s, mem.product, s == job.steps)); });
-        add(mem.v, static_cast<T>(job.weights[s]), mem.product);
+        add(v, static_cast<T>(job.weights[s]), mem.product);
       }
       if (s == 0) break;
       const int step = s - 1;
@@ -193,7 +194,7 @@ class InnerLoopRun {
       machine.end();
     }
     set_loss(loss);
-    if (sums) add(sums, 1, mem.v);
+    if (sums && v != sums) add(sums, 1, v);
   }
 
   void adapt_steps() {
@@ -240,7 +241,7 @@ class InnerLoopRun {
   // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
   void reverse_step(int s, T* tape, const T* at, const T* g, T* rate_sums) {
     const T* alpha = rate(s);
-    T *v = mem.v, *u = mem.u;
+    T *v = this->v, *u = mem.u;
     if (job.learns_rates) {
       T* out = rate_sums + row(s) * program.size;
       machine.each(program.size,
@@ -356,6 +357,7 @@ class InnerLoopRun {
   Pass<M> pass;
   LoadedSamples<T> support, query;
   int64_t t;
+  T* v;  // the adjoint of theta_s
   const PassLayout *support_layout, *query_layout;
 };
 

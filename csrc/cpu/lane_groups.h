@@ -9,6 +9,12 @@
 
 namespace metafast {
 
+// Makes an array of zeros: a call of memset, which std::vector's constructor is not.
+template <class T>
+std::unique_ptr<T[]> zeros(int64_t count) {
+  return std::make_unique<T[]>(count);
+}
+
 // Does the way back read what the inner loop leaves?
 template <class T>
 bool needs_tapes(const Job<T>& job) {
@@ -43,11 +49,11 @@ class LaneGroups {
     groups_.count = count;
   }
 
-  // Adds up what the groups have summed, `rows` vectors each, and writes it into `to` in the layout `inner` of tasks
-  // that run alone.
-  void collect(T* sums, int64_t rows, const int32_t* inner, std::vector<T>& to) const {
+  // Adds up what the groups have summed, `rows` vectors each, and returns it in the layout `inner` of tasks that run
+  // alone.
+  std::unique_ptr<T[]> collect(T* sums, int64_t rows, const int32_t* inner) const {
     const int64_t width = job.program->size / lanes, stride = groups_.stride;
-    to.assign(rows * stride, T(0));
+    auto to = zeros<T>(rows * stride);
     for (int64_t r = 0; r < rows; ++r) {
       T* const sum = sums + r * stride;
       for (int64_t k = 1; k < groups_.count; ++k) {
@@ -56,6 +62,7 @@ class LaneGroups {
       }
       for (int64_t i = 0; i < job.n_params; ++i) to[r * stride + inner[i]] = sum[element(i)];
     }
+    return to;
   }
 
   // The groups, for threads that take them in turns by `next`.
@@ -104,21 +111,21 @@ class LaneGroups {
       for (int64_t i = 0; i < all.n_params; ++i) to[element(i)] = from[all.inner[i]];
     };
     if (!all.params_per_task && all.params) {
-      params_.assign(size, T(0));
-      move(all.params, params_.data());
-      job.params = params_.data();
+      params_ = zeros<T>(size);
+      move(all.params, params_.get());
+      job.params = params_.get();
     }
     if (!all.alpha) return;
-    alpha_.assign(all.rate_rows * size, T(0));
-    for (int64_t r = 0; r < all.rate_rows; ++r) move(all.alpha + r * groups_.stride, alpha_.data() + r * size);
-    job.alpha = alpha_.data();
+    alpha_ = zeros<T>(all.rate_rows * size);
+    for (int64_t r = 0; r < all.rate_rows; ++r) move(all.alpha + r * groups_.stride, alpha_.get() + r * size);
+    job.alpha = alpha_.get();
   }
 
   Groups groups_;
   int shift_ = 0;
   std::shared_ptr<Plan> plan_;
   std::vector<const PassLayout*> support_, query_;
-  std::vector<T> params_, alpha_;
+  std::unique_ptr<T[]> params_, alpha_;
 };
 
 }  // namespace metafast

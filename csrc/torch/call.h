@@ -56,7 +56,7 @@ class CpuCall {
     int64_t count = 0;
     for (const Tensor& part : parts) count += part.numel();
     if (count != job.n_params) fail_count("params", count, job.n_params);
-    inner_params.assign(job.program->size, T(0));
+    inner_params = zeros<T>(job.program->size);
     const int32_t* to = job.inner;
     for (const Tensor& part : parts) {
       const Tensor dense = part.is_contiguous() ? part : torch::stable::contiguous(part);
@@ -64,7 +64,7 @@ class CpuCall {
       const T* from = data<T>(dense);
       for (const T* const end = from + dense.numel(); from < end; ++from) inner_params[*to++] = *from;
     }
-    job.params = inner_params.data();
+    job.params = inner_params.get();
   }
 
   void direction(const Tensor& u) {
@@ -78,18 +78,19 @@ class CpuCall {
     expect<T>(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
     job.steps = static_cast<int32_t>(steps);
     job.rate_rows = static_cast<int32_t>(rows);
-    alpha.assign(rows * size, T(0));
+    alpha = zeros<T>(rows * size);
     const T* given = data<T>(rates);
     for (int64_t r = 0; r < rows; ++r, given += width) {
-      T* const row = alpha.data() + r * size;
+      T* const row = alpha.get() + r * size;
       if (width == 1) {
         const uint8_t* const moved = plan->moved().data();
-        for (int64_t i = 0; i < size; ++i) row[i] = moved[i] ? given[0] : T(0);
+        const T rate = given[0];  // the compiler cannot know that no row holds it
+        for (int64_t i = 0; i < size; ++i) row[i] = moved[i] ? rate : T(0);
       } else {
         for (int64_t i = 0; i < job.n_params; ++i) row[job.inner[i]] = plan->adapted()[i] ? given[i] : T(0);
       }
     }
-    job.alpha = alpha.data();
+    job.alpha = alpha.get();
   }
 
   // `sizes` are the samples of each task, [T], or empty where all have n.
@@ -124,6 +125,7 @@ class CpuCall {
   TaskPassLayouts pass_layouts(const Samples<T>& s, PassKind kind) {
     auto& of = layouts_[kind == PassKind::gradient_and_tangent];
     TaskPassLayouts all{};
+    of.reserve(job.tasks);
     for (int64_t t = 0; t < job.tasks; ++t) {
       const int n = static_cast<int>(s.counts ? s.counts[t] : s.n);
       of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass_layout(n, kind));
@@ -223,11 +225,11 @@ class CpuCall {
 
   // Adds the sums of the groups, and on top of them those of the chunks behind.
   void collect(LaneGroups<T>& groups, int64_t chunks) {
-    const auto all = [&](T*& sums, int64_t rows, std::vector<T>& sum) {
+    const auto all = [&](T*& sums, int64_t rows, std::unique_ptr<T[]>& sum) {
       if (!sums) return;
-      groups.collect(sums, rows, job.inner, sum);
-      total(sums, groups.chunks(), chunks, rows * job.program->size, sum.data());
-      sums = sum.data();
+      sum = groups.collect(sums, rows, job.inner);
+      total(sums, groups.chunks(), chunks, rows * job.program->size, sum.get());
+      sums = sum.get();
     };
     all(job.sums, 1, sums_);
     all(job.rate_sums, job.rate_rows, rate_sums_);
@@ -297,7 +299,8 @@ class CpuCall {
   }
 
   const std::vector<double> description_;
-  std::vector<T> constants_, inner_params, alpha, sums_, rate_sums_;
+  std::vector<T> constants_;
+  std::unique_ptr<T[]> inner_params, alpha, sums_, rate_sums_;
   const int64_t team_from_, rank_;
   std::optional<Arena> partial;  // the sums of each chunk
   std::vector<const PassLayout*> layouts_[2];

@@ -23,17 +23,18 @@ class ByProgram(Generic[Found]):
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Program, dict[Hashable, Found]] = WeakKeyDictionary()
 
-    def of(self, program: Program, key: Hashable, find: Callable[[], Found]) -> Found:
-        """Returns what was found of ``program`` under ``key``; ``find`` is called where nothing was yet."""
+    def of(self, program: Program, key: Any, find: Callable[[Program, Any], Found]) -> Found:
+        """Returns what was found of ``program`` under ``key``: the result of ``find(program, key)``."""
         known = self._known.get(program)
         if known is None:
             known = self._known[program] = {}
-        if key not in known:
-            found = find()
+        found = known.get(key)
+        if found is None:
+            found = find(program, key)
             if len(known) >= _LIMIT:
                 del known[next(iter(known))]
             known[key] = found
-        return known[key]
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()

@@ -22,6 +22,8 @@ from metafast.tasks import TaskBatch, each_part, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered; older ones are captured again when they come back."""
+_SEEN = ("recordings", "programs", "alike", "doubted", "_guarded")
+"""What a copy of captures does not take over."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Captures:
     programs: dict[Any, Program] = field(default_factory=dict)
     alike: dict[Any, Any] = field(default_factory=dict)
     doubted: set[Any] = field(default_factory=set)
+    _guarded: list[Recording] = field(default_factory=list)
 
     def of(self, tasks: TaskBatch) -> Program:
         """Returns the Program for batches like ``tasks``.
@@ -146,6 +149,7 @@ class Captures:
             self.recordings[key] = found
             while len(self.recordings) > _KINDS:
                 self.recordings.popitem(last=False)
+            self._guarded = [recording for recording in self.recordings.values() if recording.guards]
         return found
 
     def output_shape(self, x: Any) -> tuple[int, ...]:
@@ -170,10 +174,11 @@ class Captures:
 
     def stale(self) -> bool:
         """Says whether a number has changed that some recording has read of a buffer."""
-        return any(recording.guards and recording.stale() for recording in self.recordings.values())
+        return bool(self._guarded) and any(recording.stale() for recording in self._guarded)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": OrderedDict(), "programs": {}, "alike": {}, "doubted": set()}
+        """Leaves out what has been seen."""
+        return {**self.__dict__, **{name: type(getattr(self, name))() for name in _SEEN}}
 
     def _names(self, *recordings: Recording) -> tuple[str, ...]:
         """Lists the parameters that any of the recordings uses, in the model's order."""

@@ -169,7 +169,7 @@ class GradientLearner(SettledLearner):
         ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
         """
         tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
-        choice = self._choice_for(tasks, judged=False)
+        choice = self._known_for(tasks, judged=False).choice
         tasks = with_seeds(self.program, tasks)
         steps = self.steps if steps is None else steps
         check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
@@ -217,7 +217,7 @@ class GradientLearner(SettledLearner):
             CaptureError: the model's forward pass cannot become a Program.
             TypeError, ValueError: the batch does not fit the model.
         """
-        self._choice_for(tasks)
+        self._known_for(tasks)
 
     @property
     def loop(self) -> InnerLoop:
@@ -314,15 +314,15 @@ class GradientLearner(SettledLearner):
         named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
         return [named[p.name] for p in program.parameters]
 
-    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
-        """Checks a batch against the model and chooses the executor, once for each kind of batch.
+    def _known_for(self, tasks: TaskBatch, judged: bool = True) -> KnownBatch:
+        """Checks a batch against the model and returns what is known of its kind, which the first of them shows.
 
         The query sets are looked at where the batch is ``judged``.
         """
         check_batch(tasks)
         self._follow_changes()
         self._refuse_mapped(tasks)
-        key = (*self._kind(tasks), judged)
+        key = self._kind(tasks, judged)
         known = self._known.get(key)
         if known is None:
             with self._as_it_was(tasks) as batch:
@@ -335,12 +335,12 @@ class GradientLearner(SettledLearner):
         elif known.checks_targets:
             self._check_targets(known, tasks, judged)
         self.__dict__["_latest"] = known  # nn.Module's own way to set an attribute takes longer than all the rest
-        return known.choice
+        return known
 
-    def _kind(self, tasks: TaskBatch) -> tuple[object, ...]:
+    def _kind(self, tasks: TaskBatch, judged: bool) -> tuple[object, ...]:
         """Returns all that decides whether a batch fits and what runs it, but for the values of its labels."""
         own = self._snapshot.parameters[0]
-        return tasks.shapes, own.dtype, own.device
+        return tasks.shapes, own.dtype, own.device, judged
 
     def _choose(self, program: Program, shapes: TaskShapes) -> Choice:
         return choose(program, self.loop, shapes, self.backend, self.precision)
@@ -383,7 +383,8 @@ class GradientLearner(SettledLearner):
         """Adds the gradient of each meta-parameter of the model to its ``.grad``."""
         for parameter, gradient in zip(self._sources, gradients, strict=True):
             if parameter.requires_grad:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.detach() + gradient
+                before = parameter.grad
+                parameter.grad = gradient if before is None else before.detach() + gradient
 
     def _held_program(self) -> Program:
         """Returns the Program, with copies of its constants where the model itself is about to change them."""

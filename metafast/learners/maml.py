@@ -125,22 +125,22 @@ class MAML(GradientLearner):
             if not self._inner.is_plain:
                 raise RuntimeError(f"{self._inner} is recorded by autograd; call the learner uncompiled for it")
             return self._compiled(tasks, self._weights, self.first_order, create_graph)
-        choice = self._choice_for(tasks)
-        tasks = with_seeds(self.program, tasks)
+        known = self._known_for(tasks)
+        tasks = with_seeds(known.program, tasks)
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
-        outside = self._outside(choice, tasks)
+        outside = self._outside(known.choice, tasks)
         if outside.own and not torch.is_grad_enabled():
             with torch.enable_grad():  # the first step differentiates the loss in these parameters
                 return self._recorded(tasks, outside).detach()
-        must = outside.must_be_recorded() or self._now.is_recorded
+        must = outside.must_be_recorded() or known.is_recorded
         if create_graph or outside.own or not self._inner.is_plain or (torch.is_grad_enabled() and must):
             out = self._recorded(tasks, outside)
         else:
             theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
             spec, tensors = flattened(tasks)
             losses, outputs, *_ = MetaLoss.apply(
-                theta, rate, choice.executor, program, self.loop, spec, self.loss_modules, *tensors,
+                theta, rate, known.choice.executor, program, self.loop, spec, self.loss_modules, *tensors,
                 *self.loss_modules.parameters(),
             )  # fmt: skip
             out = LearnerOutput(losses, outputs)
@@ -177,19 +177,18 @@ class MAML(GradientLearner):
 
         It goes through ``forward`` where a subclass has one of its own, or where hooks watch the learner.
         """
-        choice = self._choice_for(tasks)
-        known = self._now
+        known = self._known_for(tasks)
         if known.program.draws:
             tasks = with_seeds(known.program, tasks)
         watched = self._forward_hooks or self._forward_pre_hooks or type(self).forward is not MAML.forward
-        if watched or self._outside(choice, tasks).names or known.is_recorded or not self._inner.is_plain:
+        if watched or self._outside(known.choice, tasks).names or known.is_recorded or not self._inner.is_plain:
             with torch.enable_grad():
                 return super().backward(tasks)
         if known.tracks_statistics:
             self._track_statistics(tasks)
         rate = self.inner_rates()
         loop = self._loop(learns_rates=rate.requires_grad)
-        found = choice.executor.meta_gradient(known.program, loop, known.parameters, rate, tasks)
+        found = known.choice.executor.meta_gradient(known.program, loop, known.parameters, rate, tasks)
         self._add_gradients(found.grads)
         if rate.requires_grad:
             rate.backward(found.rates_grad)

@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
@@ -21,7 +21,8 @@ from torch.nn.modules import module as torch_module
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.Size)
 """Values that cannot change and still be themselves; equal ones are the same."""
-_TRAINED = attrgetter("requires_grad", "_backward_hooks")
+_TRAINED = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_HOOKS_OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 """The attributes of every module, which torch itself keeps; what they hold is looked at one by one."""
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
@@ -55,17 +56,17 @@ class ModuleSnapshot:
         # A scripted module keeps its parts out of Python's sight, and cannot change but for its parameters' values.
         modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self.parameters = list(module.parameters())
-        self._trained = [*map(_TRAINED, self.parameters)]
-        self._registries = [
-            registry
-            for m in modules
-            for registry in (m._parameters, m._buffers, m._modules, m._forward_hooks, m._forward_pre_hooks)
-        ]
-        self._registries += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-        self._sizes = [len(registry) for registry in self._registries]
-        self._homes: list[dict[Any, Any]] = [registry for registry in self._registries for _ in registry]
-        self._names = [name for registry in self._registries for name in registry]
-        self._items = [item for registry in self._registries for item in registry.values()]
+        self._trained = [tuple(map(copy, _TRAINED(parameter))) for parameter in self.parameters]
+        registries = [registry for m in modules for registry in (m._parameters, m._buffers, m._modules)]
+        registries += [getattr(m, hooks) for m in modules for hooks in _HOOKS_OF_MODULES]
+        registries += [getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS_OF_MODULES]
+        # Most of them are empty, which one call sees of all together.
+        self._empty = [registry for registry in registries if not registry]
+        self._filled = [registry for registry in registries if registry]
+        self._sizes = [len(registry) for registry in self._filled]
+        self._homes: list[dict[Any, Any]] = [registry for registry in self._filled for _ in registry]
+        self._names = [name for registry in self._filled for name in registry]
+        self._items = [item for registry in self._filled for item in registry.values()]
         self._of_parameters = {id(m._parameters) for m in modules}
         others = [m for m in modules if m is not owner and not _says_nothing(m)]
         self._others, self._types = others, [type(m) for m in others]
@@ -73,14 +74,15 @@ class ModuleSnapshot:
         self._left_out = [{name for home, name in ignored if home == id(home_)} for home_ in self._attributes]
         pairs = [*zip(self._attributes, self._left_out, strict=True)]
         self._values = [
-            tuple(_kept(name, value) for name, value in home.items() if name not in out) for home, out in pairs
+            {name: _kept(name, value) for name, value in home.items() if name not in out} for home, out in pairs
         ]
+        known = {id(m.__dict__): _constants(type(m)) for m in others}
         numbers = [
             (home, name, value)
             for home, out in pairs
             for name, value in home.items()
-            if isinstance(home, dict) and isinstance(value, int | float) and value in (0, 1) and name not in out
-            if name not in _OF_ANY_MODULE
+            if isinstance(home, dict) and isinstance(value, int | float) and value in (0, 1)
+            if name not in {*out, *_OF_ANY_MODULE, *known[id(home)]}
         ]
         read = [(home, name) for base in _bases(self._types) for home, name in _globals_of(base)]
         self._globals = [(home, name, _kept("", home[name])) for home, name in read]
@@ -88,7 +90,6 @@ class ModuleSnapshot:
         self._number_homes = [home for home, _, _ in numbers]
         self._number_names = [name for _, name, _ in numbers]
         self._number_kinds = [type(value) for _, _, value in numbers]
-        self._views = [home.values() for home in self._attributes]
         inside = {id(v): v for home, out in pairs for name, v in home.items() if name not in {*out, *_OF_ANY_MODULE}}
         inside |= {id(home[name]): home[name] for home, name in read}
         inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
@@ -110,7 +111,7 @@ class ModuleSnapshot:
     def parts_changed(self) -> bool:
         """Says whether a parameter, buffer, module or hook has been replaced, added or taken away."""
         items = map(dict.get, self._homes, self._names)
-        return not all(map(is_, items, self._items)) or [*map(len, self._registries)] != self._sizes
+        return any(self._empty) or not all(map(is_, items, self._items)) or [*map(len, self._filled)] != self._sizes
 
     def only_values_changed(self) -> bool:
         """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
@@ -129,9 +130,8 @@ class ModuleSnapshot:
             if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
                 return False
             swapped = True
-        sizes = [*map(len, self._registries)]
-        same = sizes == self._sizes and [*map(type, self._others)] == self._types
-        return swapped and same and not self._attributes_changed()
+        same = [*map(len, self._filled)] == self._sizes and [*map(type, self._others)] == self._types
+        return swapped and same and not any(self._empty) and not self._attributes_changed()
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
@@ -149,10 +149,10 @@ class ModuleSnapshot:
             for home, name, other, _ in swapped:
                 home[name] = other
 
-    def _some_values(self) -> list[tuple[Any, ...]]:
+    def _some_values(self) -> list[dict[str, Any]]:
         """Returns the values of the attributes that are not left out."""
         pairs = zip(self._attributes, self._left_out, strict=True)
-        return [tuple(value for name, value in home.items() if name not in out) for home, out in pairs]
+        return [{name: value for name, value in home.items() if name not in out} for home, out in pairs]
 
     def _number_kinds_changed(self) -> bool:
         return [*map(type, map(dict.get, self._number_homes, self._number_names))] != self._number_kinds
@@ -168,7 +168,7 @@ class ModuleSnapshot:
     def _attributes_changed(self) -> bool:
         try:
             return (
-                self._values != (self._some_values() if self._leaves_out else [*map(tuple, self._views)])
+                self._values != (self._some_values() if self._leaves_out else self._attributes)
                 or (self._number_kinds and self._number_kinds_changed())
                 or (self._looks_inside and self._inside_changed())
             )
@@ -194,6 +194,11 @@ def _says_nothing(module: nn.Module) -> bool:
     if type(module).__module__.startswith(_OWN):
         return True
     return type(module) in _CONTAINERS and not module._modules and not module._parameters
+
+
+def _constants(cls: type) -> Collection[str]:
+    """Returns the options of a layer of torch's own, such as ``inplace``, which only their values matter of."""
+    return getattr(cls, "__constants__", ()) if _is_foreign(cls) else ()
 
 
 def _classes(types: Iterable[type]) -> list[Mapping[str, Any]]:

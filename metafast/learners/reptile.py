@@ -114,7 +114,7 @@ class Reptile(GradientLearner):
         Raises:
             ValueError: something beside the parameters requires a gradient.
         """
-        choice = self._choice_for(tasks)
+        choice = self._known_for(tasks).choice
         tasks = with_seeds(self.program, tasks)
         if torch.is_grad_enabled():
             refuse("Reptile", self._outside(choice, tasks))
@@ -125,7 +125,7 @@ class Reptile(GradientLearner):
     @torch.no_grad()
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds ``theta - mean_t theta_S,t`` to ``.grad``; returns the query losses of the adapted models."""
-        choice = self._choice_for(tasks)
+        choice = self._known_for(tasks).choice
         tasks = with_seeds(self.program, tasks)
         refuse("Reptile", self._outside(choice, tasks))
         self._track_statistics(tasks)

@@ -19,6 +19,7 @@ from metafast.inner.transforms import outside_transforms, plain, plain_batch, tr
 from metafast.kernels.contract.layer import Loss
 from metafast.learners.base import Learner, LearnerOutput
 from metafast.learners.captures import has_own_derivatives
+from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, Surroundings, batch_requires_grad
@@ -84,7 +85,7 @@ class WithinTorch(Learner):
         super().__setstate__(state)
         self.number = register(self)
 
-    def _choice_for(self, tasks: TaskBatch, judged: bool = True) -> Choice:
+    def _known_for(self, tasks: TaskBatch, judged: bool = True) -> KnownBatch:
         raise NotImplementedError
 
     def _track_statistics(self, tasks: TaskBatch) -> None:
@@ -143,7 +144,7 @@ class WithinTorch(Learner):
         Raises:
             RuntimeError: a loss reads a tensor that a compiled graph does not see, or the model draws random numbers.
         """
-        choice = self._choice_for(tasks)
+        choice = self._known_for(tasks).choice
         if has_own_derivatives(self.program):
             raise RuntimeError(_FUNCTIONS)
         if self.program.draws:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from metafast.program.operation import CaptureError
@@ -22,7 +23,9 @@ _NO_HOOKS = (
 
 
 def refuse_backward_hooks(model: nn.Module) -> None:
-    """Raises CaptureError where a hook waits for the gradient of a module or of a parameter."""
+    """Raises CaptureError where a hook waits for the gradient of a module, of all modules or of a parameter."""
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        raise CaptureError(f"a backward hook is registered for all modules. {_NO_HOOKS}")
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(f"{type(module).__name__} {name!r} has a backward hook. {_NO_HOOKS}")

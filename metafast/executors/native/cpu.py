@@ -133,7 +133,7 @@ class CpuExecutor(Executor):
         if not has_rules(program.loss, batch.y):
             return PythonLoss(self).loss_and_grad(program, params, batch, step)
         model = self._models.of(program, batch.x.shape[2:])
-        return self._loss_and_grad(model, params, batch, targets(program, batch), step)
+        return self._loss_and_grad(model, params, batch, targets(program.loss, batch.y, batch.x.dtype), step)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         if not has_rules(program.loss, support.y):
@@ -142,8 +142,7 @@ class CpuExecutor(Executor):
         packing = RaggedPacking(support.mask)
         trajectory: Tensor = call_op(
             torch.ops.metafast.cpu_adapt, *self._head(model, params.dtype), as_input(params),
-            as_input(rates.to(params.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
-            packing.sizes, loop.steps,
+            as_input(rates.to(params.dtype)), *packing.samples(program.loss, support.x, support.y), loop.steps,
         )  # fmt: skip
         return trajectory
 
@@ -156,8 +155,8 @@ class CpuExecutor(Executor):
         packing = RaggedPacking(support.mask)
         grads, rates_grad = call_op(
             torch.ops.metafast.cpu_adapt_vjp, *self._head(model, trajectory.dtype), as_input(trajectory),
-            as_input(rates.to(trajectory.dtype)), packing.pack(support.x), packing.pack(targets(program, support)),
-            packing.sizes, as_input(v), loop.first_order, loop.learns_rates,
+            as_input(rates.to(trajectory.dtype)), *packing.samples(program.loss, support.x, support.y),
+            as_input(v), loop.first_order, loop.learns_rates,
         )  # fmt: skip
         return grads, rates_grad if loop.learns_rates else None
 
@@ -167,10 +166,10 @@ class CpuExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        in_rules = has_rules(program.loss, tasks.support_y) and has_rules(program.loss, tasks.query_y)
+        loss, x = program.loss, tasks.support_x
+        in_rules = has_rules(loss, tasks.support_y) and has_rules(loss, tasks.query_y)
         if not in_rules or program.query_loss is not None:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
-        x = tasks.support_x
         dtype = parameters[0].dtype
         model = self._models.of(program, x.shape[2:])
         support = RaggedPacking(tasks.support_mask)
@@ -178,8 +177,7 @@ class CpuExecutor(Executor):
         losses, outputs, grads, rates_grad = call_op(
             _META_GRADIENT, *self._head(model, dtype), parameters,
             as_input(rates if rates.dtype == dtype else rates.to(dtype)),
-            support.pack(x), support.pack(targets(program, tasks.support)), support.sizes,
-            query.pack(tasks.query_x), query.pack(targets(program, tasks.query)), query.sizes,
+            *support.samples(loss, x, tasks.support_y), *query.samples(loss, tasks.query_x, tasks.query_y),
             loop.step_weights, loop.first_order, loop.learns_rates, self.budget,
         )  # fmt: skip
         return MetaGradient(losses, query.unpack(outputs), grads, rates_grad if loop.learns_rates else None)
@@ -245,8 +243,9 @@ class CpuExecutor(Executor):
 
     def _head(self, model: Model, dtype: torch.dtype) -> tuple[Tensor, int, int, int, Tensor]:
         """Returns the arguments with which every operator begins: the model and how it is run."""
-        constants = [c.detach().to(dtype).reshape(-1) for c in model.constants]
-        numbers = torch.cat(constants) if constants else _empty(dtype)
+        numbers = _empty(dtype)
+        if model.constants:
+            numbers = torch.cat([c.detach().to(dtype).reshape(-1) for c in model.constants])
         return model.description, self._build, self.team_from, model.rank, numbers
 
 

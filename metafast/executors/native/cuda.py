@@ -315,7 +315,7 @@ class _Model(Model):
 
 def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns inputs and targets as operators take them."""
-    return as_input(batch.x), as_input(targets(program, batch))
+    return as_input(batch.x), as_input(targets(program.loss, batch.y, batch.x.dtype))
 
 
 def _memory_obstacle(cluster: int, needed: int, limits: BlockLimits) -> str | None:

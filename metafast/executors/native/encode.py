@@ -14,7 +14,7 @@ from metafast.executors.base import losses_with_targets
 from metafast.executors.by_program import ByProgram
 from metafast.kernels.contract.layer import Loss
 from metafast.program import Node, Program
-from metafast.tasks import Batch, TaskShapes
+from metafast.tasks import TaskShapes
 
 try:
     import metafast._C as extension
@@ -35,6 +35,7 @@ FACTS: dict[str, Any] = {"kinds": {}, "losses": {}} if extension is None else js
 """What the extension says of itself (csrc/torch/facts.h): names, numbers and layouts of which Python keeps no copy."""
 LOSSES = tuple(name for name, loss in FACTS["losses"].items() if loss["reads"] != "gradient")
 """The losses that have rules in C++. Python computes any other and hands C++ its gradient in the outputs."""
+_LABELLED = {name for name, loss in FACTS["losses"].items() if loss["reads"] == "labels"}
 LEFT_OUT = -100
 """The label that PyTorch's cross-entropy leaves out if nothing else is said; C++ knows of none."""
 _ALL = torch.empty(0, dtype=torch.int64)
@@ -74,7 +75,7 @@ class Models(Generic[SomeModel]):
 
     def of(self, program: Program, sample: tuple[int, ...]) -> SomeModel:
         """Returns the model of ``program`` for samples of the shape ``sample``; it is made once."""
-        return self._kept.of(program, sample, lambda: self._make(program, sample))
+        return self._kept.of(program, sample, self._make)
 
 
 class RaggedPacking:
@@ -98,6 +99,10 @@ class RaggedPacking:
     def pack(self, x: Tensor) -> Tensor:
         """Returns ``x [T, n, ...]`` with the samples that count first."""
         return as_input(x) if self._at is None else as_input(x[self._at])
+
+    def samples(self, loss: Loss, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns inputs, targets and sizes as operators take them."""
+        return self.pack(x), self.pack(targets(loss, y, x.dtype)), self.sizes
 
     def unpack(self, x: Tensor) -> Tensor:
         """Puts the samples of ``x [T, n, ...]`` back into the order that they had before ``pack``."""
@@ -141,7 +146,7 @@ def has_rules(loss: Loss, targets: Tensor) -> bool:
     """Says whether C++ computes the loss on these ``targets``, which are on the CPU: none of them is left out."""
     if loss.kind not in LOSSES or not loss.of_kind_alone(targets.shape, targets.dtype):
         return False
-    return FACTS["losses"][loss.kind]["reads"] != "labels" or int(targets.min()) != LEFT_OUT
+    return loss.kind not in _LABELLED or int(targets.min()) != LEFT_OUT
 
 
 def as_input(x: Tensor) -> Tensor:
@@ -149,16 +154,16 @@ def as_input(x: Tensor) -> Tensor:
     return (x.detach() if x.requires_grad else x).contiguous()
 
 
-def targets(program: Program, batch: Batch) -> Tensor:
-    """Returns the targets of ``batch`` in the dtype in which the loss in C++ reads them.
+def targets(loss: Loss, y: Tensor, real: torch.dtype) -> Tensor:
+    """Returns the targets ``y`` as the loss in C++ reads them: labels in int64, and values in the dtype ``real``.
 
     Raises:
         ValueError: C++ has no rules for this loss; the executor that ``plan`` returns computes it in Python.
     """
-    if program.loss.kind not in LOSSES:
-        raise ValueError(f"no rules in C++ for the loss {program.loss.kind!r}: call the executor that plan() gives")
-    dtype = torch.int64 if FACTS["losses"][program.loss.kind]["reads"] == "labels" else batch.x.dtype
-    return batch.y if batch.y.dtype == dtype else batch.y.to(dtype)
+    if loss.kind not in LOSSES:
+        raise ValueError(f"no rules in C++ for the loss {loss.kind!r}: call the executor that plan() gives")
+    dtype = torch.int64 if loss.kind in _LABELLED else real
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 @cache

@@ -173,7 +173,7 @@ _COUNTS: ByProgram[int] = ByProgram()
 def _elements(program: Program, params: Tensor, x: Any) -> int:
     """Counts the elements of all values of a pass on one task's samples like ``x [T, n, ...]``, by running one."""
 
-    def count() -> int:
+    def count(program: Program, key: Any) -> int:
         one = each_part(lambda part: torch.zeros_like(part[:1]), x)
         theta = params.new_zeros(1, program.size)
         seeds = torch.zeros(1, dtype=torch.int64, device=params.device)

@@ -70,10 +70,11 @@ _LOWERED: ByProgram[Lowered] = ByProgram()
 
 def lower(program: Program, precision: str, device: torch.device) -> Lowered:
     """Lowers ``program``; ``precision`` is that of the operands of products, ``device`` that of the parameters."""
-    return _LOWERED.of(program, (precision, device), lambda: _lower(program, precision, device))
+    return _LOWERED.of(program, (precision, device), _lower)
 
 
-def _lower(program: Program, precision: str, device: torch.device) -> Lowered:
+def _lower(program: Program, target: tuple[str, torch.device]) -> Lowered:
+    precision, device = target
     convolved = _convolved(program)
     flattened = _flattened(program)
     channels = {program.nodes[i].params[0]: program.parameters[program.nodes[i].params[0]].shape[1] for i in convolved}
