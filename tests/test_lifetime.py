@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Scaled
 from torch import nn
 
 import metafast as mf
@@ -47,17 +48,6 @@ def batch(samples: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0) -
 
 def smoothed(outputs, targets):
     return F.cross_entropy(outputs, targets, label_smoothing=0.1)
-
-
-class Scaled(nn.Module):
-    """A learned loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def forward(self, outputs, targets):
-        return self.scale * F.cross_entropy(outputs, targets)
 
 
 COMMON = {"loss": "cross_entropy", "lr": 0.1, "steps": 2}

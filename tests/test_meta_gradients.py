@@ -226,6 +226,19 @@ def test_running_statistics_move_as_torch_moves_them():
     close(moved["1.running_var"], torch_model.state_dict()["1.running_var"], 1e-12)
 
 
+@pytest.mark.parametrize("shaped", [(), (nn.Flatten(),)], ids=["the samples", "flattened samples"])
+def test_running_statistics_of_the_samples_themselves(shaped):
+    """No operation comes before the norm."""
+    sample = (1, 5, 2) if shaped else (10,)
+    model, plain = nn.Sequential(*shaped, nn.BatchNorm1d(10), nn.Linear(10, 3)).double(), nn.BatchNorm1d(10).double()
+    learner = mf.MAML(model, loss="cross_entropy", lr=0.1, bn="running")
+    x, y = torch.randn(2, 6, *sample, dtype=torch.float64), torch.randint(3, (2, 6))
+    learner.backward(mf.TaskBatch(x, y, x, y))
+    plain(x.reshape(12, 10))
+    close(model[-2].running_mean, plain.running_mean, 1e-12)
+    close(model[-2].running_var, plain.running_var, 1e-12)
+
+
 def test_running_statistics_that_moved_before_backward_are_noticed():
     setup = next(s for s in SETUPS if s.name == "batch norm running")
     learner, tasks = make_learner(setup), make_tasks(setup).to(torch.float64)

@@ -313,18 +313,6 @@ def test_a_meta_loss_on_the_outputs_alone_of_ragged_tasks():
             torch.testing.assert_close(p.grad, want, rtol=1e-9, atol=1e-11)
 
 
-def test_rates_of_layers_get_their_gradient_under_no_grad():
-    model, (x, qx), (y, qy) = mlp(), data(4), labels()
-    learner = mf.MAML(model, loss="cross_entropy", lr=mf.Rate(0.1, ("layer", "step"), learn=True), steps=STEPS)
-    tasks = mf.TaskBatch(x, y, qx, qy)
-    learner.backward(tasks)
-    wanted = [p.grad.clone() for p in learner.parameters()]
-    learner.zero_grad()
-    with torch.no_grad():
-        learner.backward(tasks)
-    assert all(torch.equal(p.grad, want) for p, want in zip(learner.parameters(), wanted, strict=True))
-
-
 def test_second_derivatives_of_recorded_inputs():
     model, (x, qx), (y, qy) = mlp(), data(4), labels()
     x.requires_grad_()

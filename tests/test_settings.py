@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Scaled
 from torch import nn
 from unrolled import check, unrolled
 
@@ -128,17 +129,6 @@ def test_settings_that_are_set_are_held_to_the_truth():
     learner.steps = 1
     check(learner, tasks, smoothed, 0.25, 1)
     assert (learner.steps, learner.lr, learner.backend) == (1, 0.25, "reference")
-
-
-class Scaled(nn.Module):
-    """A learned loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def forward(self, outputs, targets):
-        return self.scale * F.cross_entropy(outputs, targets)
 
 
 def test_a_learned_loss_that_is_set_later_is_learned():

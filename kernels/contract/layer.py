@@ -103,13 +103,10 @@ class Loss:
     """
 
     kind: ClassVar[str]
+    function: Callable[..., Tensor]
+    """What the loss stands for: PyTorch's or the user's function of one task's outputs and targets, or their module."""
     reads_targets: ClassVar[bool] = True
     """Does ``check`` depend on the values of the targets, not on their shape and dtype alone?"""
-
-    @property
-    def function(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What the loss stands for: PyTorch's or the user's function of one task's outputs and targets."""
-        raise NotImplementedError
 
     @property
     def module(self) -> nn.Module | None:

@@ -23,7 +23,7 @@ class CrossEntropy(Loss):
 
     Args:
         weight, label_smoothing, ignore_index, reduction: as in ``torch.nn.functional.cross_entropy``.
-        source: the user's own module or function, of which the options were read.
+        function: the user's own module or function, of which the options were read.
     """
 
     kind = "cross_entropy"
@@ -31,14 +31,10 @@ class CrossEntropy(Loss):
     label_smoothing: float = 0.0
     ignore_index: int = -100
     reduction: str = "mean"
-    source: Callable[..., Tensor] = F.cross_entropy
+    function: Callable[..., Tensor] = F.cross_entropy
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
-
-    @property
-    def function(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return self.source
 
     @property
     def options(self) -> dict[str, Any]:

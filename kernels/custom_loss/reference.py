@@ -30,13 +30,9 @@ class CustomLoss(Loss):
     reads_targets = False
 
     def __init__(self, function: Function) -> None:
-        self._function = function
+        self.function = function
         self._together: bool | None = None
         self._only_once = False
-
-    @property
-    def function(self) -> Function:
-        return self._function
 
     def forward(self, ctx: RuleContext, outputs: Tensor, targets: Tensor) -> Tensor:
         ctx.recorded = torch.is_grad_enabled()

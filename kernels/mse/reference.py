@@ -21,20 +21,16 @@ class MSE(Loss):
 
     Args:
         reduction: ``"mean"`` or ``"sum"``.
-        source: the user's own module or function, of which the options were read.
+        function: the user's own module or function, of which the options were read.
     """
 
     kind = "mse"
     reads_targets = False
     reduction: str = "mean"
-    source: Callable[..., Tensor] = F.mse_loss
+    function: Callable[..., Tensor] = F.mse_loss
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
-
-    @property
-    def function(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return self.source
 
     @property
     def options(self) -> dict[str, Any]:

@@ -75,4 +75,4 @@ def _recognise(loss: Callable[..., Tensor]) -> Loss | None:
         return None
     if isinstance(loss, nn.Module):
         options = {name: getattr(loss, name) for name in names}
-    return make(**options, source=loss) if options.keys() <= set(names) else None
+    return make(**options, function=loss) if options.keys() <= set(names) else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metafast.kernels.batch_norm import BatchNorm
+from metafast.kernels.contract.layer import RuleContext
 from metafast.kernels.mse import MSE
 from metafast.program import Node, Program
 from metafast.program.one_thread import one_thread
@@ -26,8 +27,10 @@ def track(program: Program, predict: Predict, params: Tensor, batch: Batch) -> N
     ``x`` its input at ``params [P]`` for the samples of all tasks: this is what ``torch.nn.BatchNorm`` does in training
     mode. The executor that runs the inner loop computes ``x``, so that it depends on threads as little as all else.
     """
-    given = params, batch.x, 0, batch.seeds
-    inputs = [batch.x if before is None else predict(before, *given) for _, before in _norms(program)]
+    inputs = []
+    for _, before in _norms(program):
+        x = _reshaped(before, before.output, batch.x)  # executors refuse a model that computes nothing
+        inputs.append(predict(before, params, batch.x, 0, batch.seeds) if x is None else x)
     for (node, _), x in zip(_norms(program), inputs, strict=True):
         by_channel = (x if batch.mask is None else x[batch.mask][None]).transpose(0, 2).flatten(1)
         with one_thread():
@@ -36,23 +39,27 @@ def track(program: Program, predict: Predict, params: Tensor, batch: Batch) -> N
             constant.lerp_(moment.to(constant.dtype), node.layer.momentum)
 
 
-_known: WeakKeyDictionary[Program, list[tuple[Node, Program | None]]] = WeakKeyDictionary()
+def _reshaped(program: Program, value: int, x: Tensor) -> Tensor | None:
+    """Returns a value of ``program`` where it is the input ``x`` in some shape, and ``None`` where it is computed."""
+    if value == 0:
+        return x
+    node = program.nodes[value - 1]
+    before = _reshaped(program, node.inputs[0], x) if node.layer.kind == "flatten" else None
+    return None if before is None else node.layer.forward(RuleContext(0, None, (False,), ()), (), (before,))
 
 
-def _norms(program: Program) -> list[tuple[Node, Program | None]]:
+_known: WeakKeyDictionary[Program, list[tuple[Node, Program]]] = WeakKeyDictionary()
+
+
+def _norms(program: Program) -> list[tuple[Node, Program]]:
     """Lists the batch norms to track, each with the part of ``program`` that makes its input.
 
-    It is ``None`` where that is the input of the model. Executors plan each part once, so parts live as long as the
-    whole.
+    Executors plan each part once, so parts live as long as the whole.
     """
     if program not in _known:
-        norms = [
-            (i, node)
+        _known[program] = [
+            (node, Program(program.nodes[:i], program.parameters, node.inputs[0], MSE()))
             for i, node in enumerate(program.nodes)
             if isinstance(node.layer, BatchNorm) and node.layer.mode == "running"
-        ]
-        _known[program] = [
-            (node, Program(program.nodes[:i], program.parameters, node.inputs[0], MSE()) if node.inputs[0] else None)
-            for i, node in norms
         ]
     return _known[program]

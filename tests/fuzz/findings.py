@@ -7,6 +7,10 @@ from fuzz.sample import Sample
 CLASSES = {"outputs": 3, "loss": '"cross_entropy"', "classes": True}
 
 FINDINGS: dict[str, Sample] = {
+    "running statistics of the samples themselves": Sample(
+        "nn.Sequential(nn.Flatten(), nn.BatchNorm1d(10), nn.Linear(10, 3))", (1, 5, 2), bn="running", backend="cpu",
+        **CLASSES,
+    ),
     "no_grad around the body": Sample(
         "nn.Sequential(Frozen(nn.Sequential(nn.Linear(4, 6), nn.ReLU())), nn.Linear(6, 3))", (4,), steps=2, **CLASSES
     ),

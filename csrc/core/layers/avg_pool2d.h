@@ -1,10 +1,10 @@
 // Means over windows, fixed or adaptive: y = A x, g_x = A' g.
 #pragma once
-#include "context.h"
+#include "linear_map.h"
 
 namespace METAFAST_NAMESPACE {
 
-struct AvgPool2d {
+struct AvgPool2d : LinearMap<AvgPool2d> {
   // Options: kernel, stride, padding (y and x of each), ceil mode, does it count padding, a divisor (0: what it
   // counts).
   template <class Node>
@@ -18,29 +18,9 @@ struct AvgPool2d {
     op.y = node.pooled(op.x, w, ceil);
   }
 
-  static int64_t saved_elements(const Op&, const PlannedPass&) { return 0; }
-
-  template <class M>
-  static void forward(const RuleContext<M>& ctx) {
-    gather(ctx, ctx.x[0], ctx.y);
-  }
-
-  template <class M>
-  static void backward(const RuleContext<M>& ctx) {
-    if (ctx.g_x[0]) scatter(ctx, ctx.g_y, ctx.g_x[0]);
-  }
-
-  template <class M>
-  static void tangent_forward(const RuleContext<M>& ctx) {
-    gather(ctx, ctx.xd[0], ctx.yd);
-  }
-
-  template <class M>
-  static void tangent_backward(const RuleContext<M>& ctx) {
-    if (ctx.gd_x[0]) scatter(ctx, ctx.gd_y, ctx.gd_x[0]);
-  }
-
  private:
+  friend LinearMap<AvgPool2d>;
+
   // Rows and columns [y0, y1) x [x0, x1) of the input that an output pixel is a mean of, and 1 / (what it divides by).
   struct Cell {
     int y0, y1, x0, x1;

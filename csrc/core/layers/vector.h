@@ -1,34 +1,14 @@
 // An image as the vector that its user makes of it: y[c, h, w] = x[h, w, c]. Products read flattened images as they lie
 // in memory, with their weights in the same order; this is for what must know which feature is which.
 #pragma once
-#include "context.h"
+#include "linear_map.h"
 
 namespace METAFAST_NAMESPACE {
 
-struct Vector {
-  static int64_t saved_elements(const Op&, const PlannedPass&) { return 0; }
-
-  template <class M>
-  static void forward(const RuleContext<M>& ctx) {
-    gather(ctx, ctx.x[0], ctx.y);
-  }
-
-  template <class M>
-  static void backward(const RuleContext<M>& ctx) {
-    if (ctx.g_x[0]) scatter(ctx, ctx.g_y, ctx.g_x[0]);
-  }
-
-  template <class M>
-  static void tangent_forward(const RuleContext<M>& ctx) {
-    gather(ctx, ctx.xd[0], ctx.yd);
-  }
-
-  template <class M>
-  static void tangent_backward(const RuleContext<M>& ctx) {
-    if (ctx.gd_x[0]) scatter(ctx, ctx.gd_y, ctx.gd_x[0]);
-  }
-
+struct Vector : LinearMap<Vector> {
  private:
+  friend LinearMap<Vector>;
+
   template <class M, class T>
   static void gather(const RuleContext<M>& ctx, const T* x, T* y) {
     const Grid &image = ctx.op.x, &vector = ctx.op.y;
