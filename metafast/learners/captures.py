@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from metafast.kernels.contract.layer import Loss
@@ -22,7 +22,7 @@ from metafast.tasks import TaskBatch, each_part, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered; older ones are captured again when they come back."""
-_SEEN = ("recordings", "programs", "alike", "doubted", "_guarded")
+_SEEN = ("recordings", "programs", "alike", "doubted", "_guards")
 """What a copy of captures does not take over."""
 
 
@@ -61,7 +61,7 @@ class Captures:
         second_look: whether each Program is compared with the module; what compares more does without.
         recordings: what has been recorded of this module, by the kind of samples.
         programs: the Programs made of them.
-        alike: for kinds of samples of which there are many, the kind with fewer that was recorded in their place.
+        alike: for kinds of samples of which there are many, how many of them show what the module does with all.
         doubted: the kinds that are recorded themselves, because others were not like them.
     """
 
@@ -71,9 +71,9 @@ class Captures:
     second_look: bool = True
     recordings: OrderedDict[Any, Recording] = field(default_factory=OrderedDict)
     programs: dict[Any, Program] = field(default_factory=dict)
-    alike: dict[Any, Any] = field(default_factory=dict)
+    alike: dict[Any, int] = field(default_factory=dict)
     doubted: set[Any] = field(default_factory=set)
-    _guarded: list[Recording] = field(default_factory=list)
+    _guards: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def of(self, tasks: TaskBatch) -> Program:
         """Returns the Program for batches like ``tasks``.
@@ -95,6 +95,11 @@ class Captures:
         """Says whether the module has not run on as many samples as ``x`` has, because fewer showed what it does."""
         return _kind(x) in self.alike
 
+    def shown(self, x: Any) -> Any:
+        """Returns as many samples of ``x`` as the module runs on to show what it does with all of them."""
+        few = self.alike.get(_kind(x))
+        return x if few is None else _first_samples(x, few)
+
     def doubt(self, x: Any) -> bool:
         """Has the module run on samples like ``x`` themselves, the next time; it says whether that is news."""
         self.doubted.add(_kind(x))
@@ -109,11 +114,26 @@ class Captures:
         few, kind = _samples(support) + 1, _kind(query)
         if not self.second_look or _samples(query) <= few or kind in self.recordings or kind in self.doubted:
             return
-        short = each_part(lambda part: part[:, :few], query)
-        one, other = self.recording(support), self.recording(short)
-        names = self._names(one, other)
-        if self._program(one, names, support) is self._program(other, names, short):
-            self.alike[kind] = _kind(short)
+        short = _first_samples(query, few)
+        if self._does_the_same(support, short):
+            self.alike[kind] = few
+
+    def _does_the_same(self, x: Any, other: Any) -> bool:
+        """Says whether the module does the same with samples like ``x`` as with ``other``, of another number."""
+        one, two = self.recording(x), self.recording(other)
+        names = self._names(one, two)
+        return self._program(one, names, x) is self._program(two, names, other)
+
+    def dependence_on_size(self, tasks: TaskBatch) -> str | None:
+        """Says in words where what the module computes of a sample depends on how many there are, or ``None``."""
+        for name, x in (("support_x", tasks.support_x), ("query_x", tasks.query_x)):
+            n = _samples(x)
+            if n > 1 and not self._does_the_same(x, _first_samples(x, n - 1)):
+                return (
+                    f"what {type(self.model).__name__} computes of a sample of {name} depends on how many there are: "
+                    f"{n - 1} give something else than {n}. Use tasks of one size with this model"
+                )
+        return None
 
     def of_samples(self, x: Any) -> Program:
         """Returns the Program for support and query samples that are both like ``x [T, n, ...]``."""
@@ -140,7 +160,8 @@ class Captures:
 
     def recording(self, x: Any) -> Recording:
         """Returns what the module does with samples like ``x [T, n, ...]``: it runs once on those of the first task."""
-        key = self.alike.get(_kind(x), _kind(x))
+        x = self.shown(x)
+        key = _kind(x)
         found = self.recordings.get(key)
         if found is None:
             ignored = statistics_of(self.model) if self.settings.bn is not None else []
@@ -149,7 +170,7 @@ class Captures:
             self.recordings[key] = found
             while len(self.recordings) > _KINDS:
                 self.recordings.popitem(last=False)
-            self._guarded = [recording for recording in self.recordings.values() if recording.guards]
+            self._guards |= {(id(tensor), version): tensor for tensor, version in found.guards}
         return found
 
     def output_shape(self, x: Any) -> tuple[int, ...]:
@@ -174,7 +195,7 @@ class Captures:
 
     def stale(self) -> bool:
         """Says whether a number has changed that some recording has read of a buffer."""
-        return bool(self._guarded) and any(recording.stale() for recording in self._guarded)
+        return bool(self._guards) and any(t._version != version for (_, version), t in self._guards.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what has been seen."""
@@ -204,11 +225,7 @@ class Captures:
 def _kind(x: Any) -> tuple[Any, ...]:
     """Returns all that a recording depends on besides the module: the shapes of one task's samples, and dtypes."""
     leaves, structure = tree_flatten(x)
-    return (
-        str(structure),
-        *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
-        torch.is_autocast_enabled(),
-    )
+    return str(structure), *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves)
 
 
 def has_own_derivatives(program: Program) -> bool:
@@ -219,6 +236,11 @@ def has_own_derivatives(program: Program) -> bool:
 def first_task(x: Any) -> Any:
     """Returns the samples of the first task."""
     return tree_map(lambda leaf: leaf[0], x)
+
+
+def _first_samples(x: Any, count: int) -> Any:
+    """Returns the first samples of each task."""
+    return each_part(lambda part: part[:, :count], x)
 
 
 def _samples(x: Any) -> int:

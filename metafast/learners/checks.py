@@ -64,26 +64,45 @@ def _check_like(name: str, x: Tensor, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_padding(tasks: TaskBatch, unpaddable: str | None) -> None:
+    """Raises ValueError where the batch has padding and the model is ``unpaddable``, for the reason that this says."""
+    for name in ("support_mask", "query_mask"):
+        mask = getattr(tasks, name)
+        if unpaddable is not None and mask is not None and not bool(mask.all()):
+            raise ValueError(f"{name} leaves samples out, which cannot be: {unpaddable}")
+
+
 @torch.no_grad()
-def check_padding(program: Program, params: Tensor, tasks: TaskBatch) -> None:
-    """Raises ValueError where padded samples reach the outputs of the others, through a layer that mixes samples and
-    does not see the mask. Only derived layers can; one run with other padding shows it."""
+def mixing(program: Program, params: Tensor, tasks: TaskBatch) -> str | None:
+    """Says in words which layer lets padding reach the outputs of other samples; ``None`` where none does.
+
+    Only derived layers can, which do not see the mask. Runs in which the last sample of each task is padding show it,
+    for the masks of all batches to come.
+    """
     for name, batch in (("support", tasks.support), ("query", tasks.query)):
-        if batch.mask is None or all(node.layer.kind != "derived" for node in program.nodes):
+        if all(node.layer.kind != "derived" for node in program.nodes):
             continue
-        outputs = []
+        mask, outputs = _without_last(batch), []
         for padding in (0, 1):
-            x = each_part(partial(_padded, mask=batch.mask, value=padding), batch.x)
+            x = each_part(partial(_padded, mask=mask, value=padding), batch.x)
             theta, nothing = params.expand(len(tasks), -1), (False,) * len(program.parameters)
             seeds = torch.arange(len(tasks), device=params.device) if program.draws else None
-            run = Pass(program, theta, Batch(x, batch.y, batch.mask, seeds), 0, nothing)
-            outputs.append(run.forward()[batch.mask])
+            run = Pass(program, theta, Batch(x, batch.y, mask, seeds), 0, nothing)
+            outputs.append(run.forward()[mask])
         if not torch.equal(*outputs):
             derived = [node.name for node in program.nodes if node.layer.kind == "derived"]
-            raise ValueError(
-                f"the padding of {name}_x changes the outputs of the samples that {name}_mask keeps: one of {derived} "
+            return (
+                f"the padding of {name}_x would change the outputs of the samples that count, since one of {derived} "
                 "mixes the samples of a task and does not see the mask. Use tasks of one size with this model"
             )
+    return None
+
+
+def _without_last(batch: Batch) -> Tensor:
+    """Returns a mask ``[T, n]`` that leaves out a further sample of each task that has several."""
+    mask = torch.ones(batch.y.shape[:2], dtype=torch.bool, device=batch.y.device) if batch.mask is None else batch.mask
+    last = mask.shape[1] - 1 - mask.flip(1).byte().argmax(1)
+    return mask.scatter(1, last[:, None], mask.sum(1, keepdim=True) == 1)
 
 
 def _padded(x: Tensor, mask: Tensor, value: int) -> Tensor:

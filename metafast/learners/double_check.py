@@ -28,13 +28,12 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
     Raises:
         Difference: they do not agree; the text names the first operation that differs.
     """
-    spared = captures.is_spared(tasks.query_x)
-    for x in [tasks.support_x, tasks.query_x] if program.by_samples or spared else [tasks.support_x]:
+    both = program.by_samples or captures.is_spared(tasks.query_x)
+    for x in [tasks.support_x, tasks.query_x] if both else [tasks.support_x]:
         task = _another_task(x)
         seeds = torch.ones(1, dtype=torch.int64, device=theta.device) if program.draws else None
-        outputs_alone = spared and x is tasks.query_x  # its gradient has been compared on the support set
         with _first_rows(captures, program, theta):
-            truth = run_module(captures, task, seeds, captures.recording(x).is_coarse, outputs_alone)
+            truth = run_module(captures, task, seeds, captures.recording(x).is_coarse)
         difference = check(program.at(x.shape[1]), theta, truth)
         if difference is not None:  # torch.vmap may be what is wrong
             news = [compute_task_by_task(node.layer) for node in program.derived]
@@ -48,17 +47,13 @@ def double_check(captures: Captures, program: Program, theta: Tensor, tasks: Tas
             )
 
 
-def run_module(
-    captures: Captures, x: Any, seeds: Tensor | None, coarse: bool = False, outputs_alone: bool = False
-) -> Truth:
-    """Runs the model itself on one task's samples, and differentiates its outputs unless they are wanted alone."""
+def run_module(captures: Captures, x: Any, seeds: Tensor | None, coarse: bool = False) -> Truth:
+    """Runs the model itself on one task's samples, and differentiates its outputs."""
     model = captures.model
-    grad = torch.set_grad_enabled(not outputs_alone)
-    with in_modes(model, captures.modes()), unchanged(model), grad, given_numbers(seeds):
+    with in_modes(model, captures.modes()), unchanged(model), torch.enable_grad(), given_numbers(seeds):
         outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings.output, model)
-        named: dict[str, Tensor] = {} if outputs_alone else dict(model.named_parameters())
         try:
-            return truth_of(outputs, named, x, coarse, seeds)
+            return truth_of(outputs, dict(model.named_parameters()), x, coarse, seeds)
         except RuntimeError as error:
             text = str(error).split("\n")[0]
             raise ValueError(
@@ -101,7 +96,7 @@ def _agrees_in_double(captures: Captures, x: Any, task: Any, seeds: Tensor | Non
         return False
     try:
         twin = Captures(deepcopy(captures.model).double(), captures.settings, captures.trained)
-        wide, task = (tree_map_only(Tensor, _in_double, tree) for tree in (x, task))
+        wide, task = (tree_map_only(Tensor, _in_double, tree) for tree in (captures.shown(x), task))
         program = twin.of_samples(wide)
         named = dict(twin.model.named_parameters())
         theta = torch.cat([named[p.name].detach().flatten() for p in program.parameters])

@@ -20,7 +20,7 @@ from metafast.learners.adapted import Adapted
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import STATISTICS, BatchNormMode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task, has_own_derivatives
-from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding
+from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding, mixing
 from metafast.learners.double_check import double_check
 from metafast.learners.explanation import explained
 from metafast.learners.known_batch import KnownBatch
@@ -147,6 +147,7 @@ class GradientLearner(SettledLearner):
         modes = dict.fromkeys(modes_of(self.model, self.bn, self.captures.trained).values())
         return "; ".join(STATISTICS[mode] for mode in modes)
 
+    @in_own_dtype
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
         """Says why the executor of such batches cannot run under a CUDA graph; it is ``None`` where it can."""
         self._follow_changes()
@@ -198,6 +199,7 @@ class GradientLearner(SettledLearner):
         """The parameters of the model in the order of ``program``."""
         return self._now.parameters
 
+    @in_own_dtype
     def explain(self, x: Tensor | None = None) -> str:
         """Says which executor runs each layer, and why. Pass ``x [T, n, ...]`` before the first batch has been seen."""
         if x is not None:
@@ -210,6 +212,7 @@ class GradientLearner(SettledLearner):
             return f"{_UNSEEN}; call explain(support_x)"
         return explained(program, choice, name_of(self.backend))
 
+    @in_own_dtype
     def prepare(self, tasks: TaskBatch) -> None:
         """Captures and checks the model for batches like ``tasks``, which otherwise the first of them waits for.
 
@@ -329,11 +332,15 @@ class GradientLearner(SettledLearner):
                 known = self._latest = self._examine(batch)
             known.parameters[:] = self.parameters_of(known.program)
             self._check_targets(known, tasks, judged)
+            check_padding(tasks, known.unpaddable)
             self._known[key] = known
             if len(self._known) > _KINDS:
                 self._known.popitem(last=False)
-        elif known.checks_targets:
-            self._check_targets(known, tasks, judged)
+        else:
+            if known.checks_targets:
+                self._check_targets(known, tasks, judged)
+            if known.unpaddable is not None:
+                check_padding(tasks, known.unpaddable)
         self.__dict__["_latest"] = known  # nn.Module's own way to set an attribute takes longer than all the rest
         return known
 
@@ -352,8 +359,9 @@ class GradientLearner(SettledLearner):
         program = self.captures.of(tasks)
         parameters = self.parameters_of(program)
         theta = _flatten_dense_tensors(parameters).detach()
+        unpaddable = None
         if tasks.shapes.ragged:
-            check_padding(program, theta, tasks)
+            unpaddable = self.captures.dependence_on_size(tasks) or mixing(program, theta, tasks)
         output = self.captures.output_shape(tasks.support_x)
         self.captures.output_shape(tasks.query_x)
         if self.captures.second_look:
@@ -372,7 +380,7 @@ class GradientLearner(SettledLearner):
         if not self._swapped:
             self._look()
         recorded = has_own_derivatives(program)
-        return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks)
+        return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks, unpaddable)
 
     def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
         known.program.loss.check(known.output, tasks.support_y, "support_y")

@@ -17,7 +17,8 @@ class KnownBatch(NamedTuple):
     ``checks_targets`` says whether the values of the targets are looked at in every batch, ``leaves_traces`` whether a
     call of the model changes its buffers or attributes, ``tracks_statistics`` whether there is a ``"running"`` norm.
     ``is_recorded`` says that autograd records the inner loop, because a ``torch.autograd.Function`` of the model has a
-    derivative that only autograd can differentiate.
+    derivative that only autograd can differentiate. ``unpaddable`` says why samples may be no padding, where the kind
+    has masks and the model is one for which that is so.
     """
 
     program: Program
@@ -28,3 +29,4 @@ class KnownBatch(NamedTuple):
     choice: Choice
     output: tuple[int, ...]
     checks_targets: bool
+    unpaddable: str | None

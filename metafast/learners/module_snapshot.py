@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from operator import attrgetter, is_
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
 """Packages whose objects are taken to be the same inside as long as they are the same."""
 _OWN = ("metafast.inner", "metafast.learners")
 """Modules of these packages change by themselves in no way that matters here."""
+_CALLED = ("forward", "__call__", "__getattr__")
+"""The methods that a call of a module begins with."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _LEAVES = 1000
 """The most values inside of one attribute that are looked at."""
@@ -84,7 +86,9 @@ class ModuleSnapshot:
             if isinstance(home, dict) and isinstance(value, int | float) and value in (0, 1)
             if name not in {*out, *_OF_ANY_MODULE, *known[id(home)]}
         ]
-        read = [(home, name) for base in _bases(self._types) for home, name in _globals_of(base)]
+        called = [value for m in others for value in (*vars(m).values(), *m._forward_hooks.values())]
+        called += [hook for m in others for hook in m._forward_pre_hooks.values()]
+        read = list(_globals_of(_bases(self._types), called))
         self._globals = [(home, name, _kept("", home[name])) for home, name in read]
         # ``True`` equals ``1.0``, but is another to ``is``: such numbers are looked at for their kinds too.
         self._number_homes = [home for home, _, _ in numbers]
@@ -211,19 +215,51 @@ def _bases(types: Iterable[type]) -> list[type]:
     return list(dict.fromkeys(base for cls in types for base in cls.__mro__ if not _is_foreign(base)))
 
 
-def _globals_of(cls: type) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields the globals that functions of a class read, each as the dictionary of its module and a name.
+def _globals_of(classes: Iterable[type], others: Iterable[Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields the globals that ``forward`` of the user's classes reads, each as the dictionary of a module and a name.
 
-    They are plain values and what holds such; functions, classes and modules are taken to stay.
+    What is read by the methods, functions and classes of the user's that it calls counts too, and so do attributes of
+    the user's own modules. ``others`` may be functions that are called beside, such as hooks.
     """
-    for function in vars(cls).values():
-        if isinstance(function, FunctionType):
-            home = function.__globals__
-            for name in function.__code__.co_names:
-                value = home.get(name)
-                stays = value is None or isinstance(value, type | FunctionType | ModuleType | nn.Module)
-                if not stays and (isinstance(value, _PLAIN) or _parts(value) is not None):
-                    yield home, name
+    methods: dict[str, list[FunctionType]] = {}
+    for name, member in (pair for cls in classes for pair in vars(cls).items()):
+        methods.setdefault(name, []).extend(_functions_in([member]))
+    called = [function for name in _CALLED for function in methods.get(name, ())] + _functions_in(others)
+    seen: set[CodeType] = set()
+    while called:
+        function = called.pop()
+        if function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        home, names = function.__globals__, _names_in(function.__code__)
+        called += [method for name in names for method in methods.get(name, ())]
+        homes = [home, *(vars(value) for value in map(home.get, names) if _is_own_module(value))]
+        for where, name in ((where, name) for where in homes for name in names):
+            value = where.get(name)
+            if isinstance(value, type | FunctionType) and not _is_foreign(value):
+                called += _functions_in(vars(value).values() if isinstance(value, type) else [value])
+                yield where, name
+            elif _may_change(value):
+                yield where, name
+
+
+def _functions_in(members: Iterable[Any]) -> list[FunctionType]:
+    """Returns the functions that attributes of a class are, be it as properties, class methods or static ones."""
+    found = (getattr(member, "fget", None) or getattr(member, "__func__", member) for member in members)
+    return [function for function in found if isinstance(function, FunctionType)]
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Returns the names of globals and attributes that a function and the functions inside of it read."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
+def _may_change(value: Any) -> bool:
+    """Says whether a global is a value that another one may take the place of; modules of a model are taken to stay."""
+    if value is None or isinstance(value, type | FunctionType | ModuleType | nn.Module):
+        return False
+    return isinstance(value, (Tensor, *_PLAIN)) or _parts(value) is not None
 
 
 def _kept(name: str, value: Any) -> Any:
@@ -297,8 +333,12 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _is_foreign(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] in _FOREIGN
+def _is_foreign(owner: type | FunctionType) -> bool:
+    return (owner.__module__ or "").partition(".")[0] in _FOREIGN
+
+
+def _is_own_module(value: Any) -> bool:
+    return isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _FOREIGN
 
 
 def _is_plain(value: Any) -> bool:

@@ -181,7 +181,3 @@ class Recording:
         """Says whether some operation computes in less than float32, as under autocast."""
         halves = (torch.bfloat16, torch.float16)
         return any(o.autocast for o in self.operations) or any(dtype in halves for _, dtype in self.values.values())
-
-    def stale(self) -> bool:
-        """Says whether a number that Python has read has changed since."""
-        return any(tensor._version != version for tensor, version in self.guards)

@@ -14,6 +14,7 @@ from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Executor, choose
 from metafast.executors.base import hvp_by_adapt_vjp
+from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate
 from metafast.learners import MAML
 from metafast.learners.batch_norm import BatchNormMode
@@ -132,6 +133,7 @@ class Certificate:
         return "\n".join([*lines, "", f"{'PASSED' if self.passed else 'FAILED'}: {self.verdict}"])
 
 
+@in_own_dtype
 def verify(
     model: nn.Module,
     tasks: TaskBatch,
