@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from metafast.executors import Executor
 from metafast.inner.autocast import in_own_dtype
 from metafast.learners.captures import Captures
+from metafast.learners.module_snapshot import Moment
 from metafast.learners.seeds import drawn_seeds
 from metafast.program import Program
 from metafast.tasks import as_samples, parts_of
+
+_SIZES = 64
+"""How many numbers of samples are remembered."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class Adapted:
     """Holds T adapted models: their ``parameters [T, P]``, and the shape of each tensor of a ``sample``.
 
     They stay what they were made, whatever becomes of the learner; a copy of them, and one that was saved, says the
-    same as they.
+    same as they. What the model does with another number of samples is found by running it, which is refused where it
+    has changed since the ``moment`` of adaptation.
     """
 
     captures: Captures
@@ -28,6 +34,8 @@ class Adapted:
     parameters: Tensor
     step: int
     sample: tuple[tuple[int, ...], ...]
+    moment: Moment
+    _programs: dict[int, Program] = field(default_factory=dict)
 
     @in_own_dtype
     def __call__(self, x: Tensor) -> Tensor:
@@ -36,6 +44,7 @@ class Adapted:
         Raises:
             ValueError: another number of tasks, or samples of another shape.
             TypeError: ``x`` is of another dtype, or on another device.
+            RuntimeError: the model has changed and was not run on so many samples before.
         """
         theta, x = self.parameters, as_samples(x)
         sample = tuple(tuple(part.shape[2:]) for part in parts_of(x))
@@ -52,10 +61,22 @@ class Adapted:
                 f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
                 f"x.to({str(theta.device)!r}, {theta.dtype})"
             )
-        program = self.captures.extended(self.program, x)
+        program = self._program_for(x)
         seeds = drawn_seeds(program, len(theta), theta.device)
         of_query = None if seeds is None else seeds[:, 1]
         return self.executor.predict(program, self.parameters, x.contiguous(), self.step, of_query)
+
+    def _program_for(self, x: Any) -> Program:
+        """Returns the Program for as many samples as ``x`` has."""
+        samples = x.shape[1]
+        found = self._programs.get(samples)
+        if found is None:
+            found = self.captures.extended(self.program, x, self.moment)
+            found = found if found is self.program else found.holding_constants()
+            self._programs[samples] = found
+            if len(self._programs) > _SIZES:
+                del self._programs[next(iter(self._programs))]
+        return found
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
         """Returns one task's parameters under the user's names, for ``model.load_state_dict(..., strict=False)``.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from metafast.kernels.contract.layer import Loss
 from metafast.learners.batch_norm import BatchNormMode, in_modes, modes_of, norms_of, statistics_of
+from metafast.learners.module_snapshot import Moment
 from metafast.program import Program
 from metafast.program.capture import Layout, program_of, used_parameters
 from metafast.program.operation import Recording
@@ -147,16 +148,29 @@ class Captures:
         with torch.no_grad(), in_modes(self.model, dict.fromkeys(norms_of(self.model), "frozen") if given else {}):
             yield
 
-    def extended(self, program: Program, x: Any) -> Program:
-        """Returns ``program``, or where it depends on the number of samples one that also knows that of ``x``."""
+    def extended(self, program: Program, x: Any, made_at: Moment | None = None) -> Program:
+        """Returns ``program``, or where it depends on the number of samples the one for that of ``x``.
+
+        ``made_at`` is when ``program`` was made, if the model may have changed since.
+
+        Raises:
+            RuntimeError: the model has changed since, and would have to run again.
+        """
         samples = _samples(x)
         if samples in program.by_samples:
             return program
-        names = tuple(p.name for p in program.parameters)
-        made = self._program(self.recording(x), names, x)
-        if not program.by_samples and made.computes_as(program.held_from or program):
-            return program
-        return replace(made.with_loss(program.loss), by_samples={})
+        gone = made_at is not None and (made_at.gone() or self.stale())
+        if not gone or _kind(self.shown(x)) in self.recordings:
+            names = tuple(p.name for p in program.parameters)
+            made = self._program(self.recording(x), names, x)
+            if not program.by_samples and made.computes_as(program.held_from or program):
+                return program
+            if not gone and (made_at is None or not made_at.moved()):
+                return replace(made.with_loss(program.loss), by_samples={})
+        raise RuntimeError(
+            f"{type(self.model).__name__} has changed since it was adapted, and was not run on {samples} samples of a "
+            "task before. Predict on so many before the model changes, or adapt again"
+        )
 
     def recording(self, x: Any) -> Recording:
         """Returns what the module does with samples like ``x [T, n, ...]``: it runs once on those of the first task."""

@@ -25,7 +25,7 @@ from metafast.learners.double_check import double_check
 from metafast.learners.explanation import explained
 from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of, rows_per_step
-from metafast.learners.module_snapshot import ModuleSnapshot
+from metafast.learners.module_snapshot import ModuleSnapshot, Moment
 from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import SettledLearner, check_whole
@@ -177,7 +177,8 @@ class GradientLearner(SettledLearner):
         with torch.no_grad():
             theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x))
-        return Adapted(self.captures, self.program.holding_constants(), choice.executor, theta, steps, sample)
+        moment = Moment(self._model_snapshot, self.program.all_constants)
+        return Adapted(self.captures, self.program.holding_constants(), choice.executor, theta, steps, sample, moment)
 
     @property
     def program(self) -> Program:
@@ -347,7 +348,8 @@ class GradientLearner(SettledLearner):
     def _kind(self, tasks: TaskBatch, judged: bool) -> tuple[object, ...]:
         """Returns all that decides whether a batch fits and what runs it, but for the values of its labels."""
         own = self._snapshot.parameters[0]
-        return tasks.shapes, own.dtype, own.device, judged
+        options = self._loss_options() if self._losses_with_modules else ()
+        return tasks.shapes, own.dtype, own.device, judged, options
 
     def _choose(self, program: Program, shapes: TaskShapes) -> Choice:
         return choose(program, self.loop, shapes, self.backend, self.precision)

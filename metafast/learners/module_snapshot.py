@@ -180,6 +180,33 @@ class ModuleSnapshot:
             return True
 
 
+class Moment:
+    """Tells whether a model, and ``buffers`` of it, are still what they were when ``snapshot`` was taken.
+
+    A copy belongs to a copy of the model, which nobody else changes.
+    """
+
+    def __init__(self, snapshot: ModuleSnapshot, buffers: Iterable[Tensor]) -> None:
+        self._snapshot: ModuleSnapshot | None = snapshot
+        self._versions = [(buffer, buffer._version) for buffer in buffers]
+        self._gone = self._moved = False
+
+    def gone(self) -> bool:
+        """Says whether the model has changed since; parameters that others stand in for do not count."""
+        snapshot = self._snapshot
+        changed = snapshot is not None and snapshot.changed() and not snapshot.only_values_changed()
+        self._gone = self._gone or changed
+        return self._gone
+
+    def moved(self) -> bool:
+        """Says whether numbers in the buffers have changed since."""
+        self._moved = self._moved or any(buffer._version != version for buffer, version in self._versions)
+        return self._moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_snapshot": None, "_versions": [], "_gone": self.gone(), "_moved": self.moved()}
+
+
 class _Itself:
     """Stands for an object; it is equal to that object alone."""
 

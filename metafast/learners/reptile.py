@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metafast.executors import Choice
+from metafast.executors import Choice, Executor
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate
 from metafast.learners.base import LearnerOutput, LearnerRecipe, rate_beside
@@ -15,6 +15,7 @@ from metafast.learners.gradient import GradientLearner
 from metafast.learners.outside_gradients import NOTHING, Outside, refuse
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import check_whole
+from metafast.program import Program
 from metafast.program.losses import LossLike
 from metafast.tasks import Batch, TaskBatch
 
@@ -142,17 +143,26 @@ class Reptile(GradientLearner):
             refuse("Reptile", outside)
         if self.optimizer == "sgd" and self.batch_size is None:
             return super()._adapted(choice, support, steps, outside)
+        program, executor = self._of_minibatches(choice, support)
         theta = self.flat_parameters().expand(support.x.shape[0], -1)
         second_moment, lr = torch.zeros_like(theta), self.inner_rates()
         moved = self.program.adapted.to(theta.device)
         for step in range(steps):
-            _, g, _ = choice.executor.loss_and_grad(self.program, theta, self._minibatch(support, step), step)
+            _, g, _ = executor.loss_and_grad(program, theta, self._minibatch(support, step), step)
             rate = lr[min(step, lr.shape[0] - 1)] * moved
             if self.optimizer == "adam":
                 second_moment = 0.999 * second_moment + 0.001 * g * g
                 g = g / ((second_moment / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
             theta = theta - rate * g
         return theta
+
+    def _of_minibatches(self, choice: Choice, support: Batch) -> tuple[Program, Executor]:
+        """Returns what minibatches are computed by: a model may do something else with fewer samples."""
+        x, y, mask, _ = self._minibatch(support, 0)
+        program = self.captures.extended(self.program, x)
+        if program is self.program:
+            return program, choice.executor
+        return program, self._choose(program, TaskBatch(x, y, x, y, mask, mask).shapes).executor
 
     def _minibatch(self, support: Batch, step: int) -> Batch:
         n = support.x.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from metafast.inner.rates import Rates
 from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
 from metafast.kernels.contract.layer import Loss
 from metafast.learners.base import Learner, LearnerOutput
-from metafast.learners.captures import has_own_derivatives
+from metafast.learners.batch_norm import in_modes
+from metafast.learners.captures import Captures, has_own_derivatives
 from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of
 from metafast.learners.module_snapshot import ModuleSnapshot
@@ -38,6 +40,10 @@ _CREATE_GRAPH = (
 _DRAWS = (
     "the model draws random numbers, and a compiled graph has no place for their seeds; call the learner uncompiled, "
     "or call eval() on it"
+)
+_TRACES = (
+    "the model changes buffers or attributes in training and reads buffers, which a compiled graph would find changed; "
+    "call the learner uncompiled, or call eval() on it"
 )
 _FIRST_ORDER_ALONE = (
     "under torch.func this learner has derivatives of first order alone, in parameters, inputs and loss modules: the "
@@ -62,6 +68,7 @@ class WithinTorch(Learner):
     loss_modules: nn.ModuleList
     rows: nn.ParameterDict
     rate: Rates
+    captures: Captures
     output: str | int | None
     _snapshot: ModuleSnapshot
     _swapped: bool
@@ -77,8 +84,14 @@ class WithinTorch(Learner):
     def _set_losses(self, loss: Loss, query_loss: Loss | None = None) -> None:
         """Takes note of the losses."""
         self._loss_probe = LossProbe(loss, query_loss)
+        self._losses_with_modules = [one for one in (loss, query_loss) if one is not None and one.module is not None]
         self._modules["loss_modules"] = self._loss_probe.modules
         self.number = register(self)
+
+    def _loss_options(self) -> tuple[object, ...]:
+        """Lists the options of losses that are modules, which may change at any time; tensors by their numbers."""
+        options = [pair for loss in self._losses_with_modules for pair in loss.options.items()]
+        return tuple((name, id(value) if isinstance(value, Tensor) else value) for name, value in options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Gives a copy a number of its own."""
@@ -142,9 +155,11 @@ class WithinTorch(Learner):
         """Checks a batch and says what computes it; where it ``trains``, the model's buffers move.
 
         Raises:
-            RuntimeError: a loss reads a tensor that a compiled graph does not see, or the model draws random numbers.
+            RuntimeError: a loss reads a tensor that a compiled graph does not see, or the model draws random numbers,
+                or it may change what it reads.
         """
-        choice = self._known_for(tasks).choice
+        known = self._known_for(tasks)
+        choice = known.choice
         if has_own_derivatives(self.program):
             raise RuntimeError(_FUNCTIONS)
         if self.program.draws:
@@ -152,6 +167,8 @@ class WithinTorch(Learner):
         if self._loss_probe.needed:
             self._loss_probe.check_compiled(Surroundings(choice, self.program, self._sources), tasks)
         if trains:
+            if known.leaves_traces and self.training and self.program.all_constants:
+                raise RuntimeError(_TRACES)
             self._track_statistics(tasks)
             self._leave_traces(tasks)
         used = {p.name for p in self.program.parameters}
@@ -167,10 +184,10 @@ class WithinTorch(Learner):
         buffers = {name: x.new_empty(b.shape, dtype=b.dtype) for name, b in self.model.named_buffers()}
         named = {p.name: theta[p.offset : p.offset + p.size].reshape(p.shape) for p in layout_of(self.model, self.rows)}
         parameters = {name: t if t.shape == shapes[name] else t[0] for name, t in named.items()}
-        with torch.no_grad():
-            return tuple(
-                picked(functional_call(self.model, {**parameters, **buffers}, (x,)), self.output, self.model).shape
-            )
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        twin = deepcopy(self.model, {id(t): t for t in tensors})  # what forward may change is the twin's
+        with torch.no_grad(), in_modes(twin, self.captures.modes()):
+            return tuple(picked(functional_call(twin, {**parameters, **buffers}, (x,)), self.output, twin).shape)
 
     def _compiled(
         self, tasks: TaskBatch, step_weights: Sequence[float], first_order: bool, create_graph: bool

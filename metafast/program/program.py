@@ -130,6 +130,12 @@ class Program:
         programs = (self, *self.by_samples.values())
         return tuple(node for program in programs for node in program.nodes if node.layer.kind == "derived")
 
+    @property
+    def all_constants(self) -> list[Tensor]:
+        """Lists the constants of the nodes, for any number of samples."""
+        programs = (self, *self.by_samples.values())
+        return [constant for program in programs for node in program.nodes for constant in node.constants]
+
     @cached_property
     def adapted(self) -> Tensor:
         """Returns the bool mask ``[P]`` that is true where the inner loop moves the parameter."""
