@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy, deepcopy
-from dataclasses import fields, is_dataclass
-from enum import Enum
-from functools import partial
+from copy import copy
+from itertools import chain
 from operator import attrgetter, is_
-from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.Size)
-"""Values that cannot change and still be themselves; equal ones are the same."""
-_TRAINED = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+from metafast.learners.globals_read import globals_of
+from metafast.learners.images import OF_ANY_MODULE, PLAIN, Itself, image_of, is_foreign, is_plain, kept
+
+_TRAINED = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks", "shape")
+_REQUIRES_GRAD = attrgetter("requires_grad")
 _HOOKS_OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_ANY_MODULE = frozenset(nn.Module().__dict__)
-"""The attributes of every module, which torch itself keeps; what they hold is looked at one by one."""
-_FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
-"""Packages whose objects are taken to be the same inside as long as they are the same."""
 _OWN = ("metafast.inner", "metafast.learners")
 """Modules of these packages change by themselves in no way that matters here."""
-_CALLED = ("forward", "__call__", "__getattr__")
-"""The methods that a call of a module begins with."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_LEAVES = 1000
-"""The most values inside of one attribute that are looked at."""
-_DEPTH = 6
-"""How deep into an attribute is looked."""
 
 
 class ModuleSnapshot:
     """Holds the parameters, buffers, sub-modules, modes, hooks and attributes of ``module`` at one moment.
 
-    Parameters are looked at for whether they require a gradient, and attributes, those of its classes too, for being
-    equal where they are plain values and the same object where not. Lists, dicts, sets, dataclasses, namespaces and
-    other objects of the user's are looked into, as far as they hold no more than some hundred values.
+    Parameters are looked at for their shapes and whether they require a gradient, and attributes, those of its classes
+    too, for being equal and of one type where they are plain values and the same object where not. Objects of the
+    user's are looked into (:mod:`~metafast.learners.images`), as are the globals that forward passes read.
 
     Args:
         module: the module to look at, with all that it consists of.
@@ -55,59 +41,73 @@ class ModuleSnapshot:
     def __init__(
         self, module: nn.Module, owner: nn.Module | None = None, ignored: Collection[tuple[int, str]] = ()
     ) -> None:
-        # A scripted module keeps its parts out of Python's sight, and cannot change but for its parameters' values.
-        modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        everything = list(module.modules())
+        # A scripted module keeps its parts out of Python's sight.
+        self._scripted = [m for m in everything if isinstance(m, torch.jit.ScriptModule)]
+        self._scripts = [*map(_of_script, self._scripted)]
+        modules = [m for m in everything if not isinstance(m, torch.jit.ScriptModule)]
         self.parameters = list(module.parameters())
         self._trained = [tuple(map(copy, _TRAINED(parameter))) for parameter in self.parameters]
+        self._take_registries(modules)
+        others = [m for m in modules if m is not owner and not _says_nothing(m)]
+        self._others, self._types = others, [type(m) for m in others]
+        self._take_attributes(ignored)
+        hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+        hooks += [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
+        self._look_inside(hooks)
+
+    def _take_registries(self, modules: list[nn.Module]) -> None:
         registries = [registry for m in modules for registry in (m._parameters, m._buffers, m._modules)]
         registries += [getattr(m, hooks) for m in modules for hooks in _HOOKS_OF_MODULES]
         registries += [getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS_OF_MODULES]
         # Most of them are empty, which one call sees of all together.
         self._empty = [registry for registry in registries if not registry]
         self._filled = [registry for registry in registries if registry]
-        self._sizes = [len(registry) for registry in self._filled]
         self._homes: list[dict[Any, Any]] = [registry for registry in self._filled for _ in registry]
         self._names = [name for registry in self._filled for name in registry]
         self._items = [item for registry in self._filled for item in registry.values()]
         self._of_parameters = {id(m._parameters) for m in modules}
-        others = [m for m in modules if m is not owner and not _says_nothing(m)]
-        self._others, self._types = others, [type(m) for m in others]
-        self._attributes = [*(m.__dict__ for m in others), *_classes(self._types)]
+
+    def _take_attributes(self, ignored: Collection[tuple[int, str]]) -> None:
+        self._attributes = [*(m.__dict__ for m in self._others), *map(vars, _bases(self._types))]
         self._left_out = [{name for home, name in ignored if home == id(home_)} for home_ in self._attributes]
-        pairs = [*zip(self._attributes, self._left_out, strict=True)]
-        self._values = [
-            {name: _kept(name, value) for name, value in home.items() if name not in out} for home, out in pairs
-        ]
-        known = {id(m.__dict__): _constants(type(m)) for m in others}
-        numbers = [
-            (home, name, value)
-            for home, out in pairs
-            for name, value in home.items()
-            if isinstance(home, dict) and isinstance(value, int | float) and value in (0, 1)
-            if name not in {*out, *_OF_ANY_MODULE, *known[id(home)]}
-        ]
-        called = [value for m in others for value in (*vars(m).values(), *m._forward_hooks.values())]
-        called += [hook for m in others for hook in m._forward_pre_hooks.values()]
-        read = list(_globals_of(_bases(self._types), called))
-        self._globals = [(home, name, _kept("", home[name])) for home, name in read]
-        # ``True`` equals ``1.0``, but is another to ``is``: such numbers are looked at for their kinds too.
-        self._number_homes = [home for home, _, _ in numbers]
-        self._number_names = [name for _, name, _ in numbers]
-        self._number_kinds = [type(value) for _, _, value in numbers]
-        inside = {id(v): v for home, out in pairs for name, v in home.items() if name not in {*out, *_OF_ANY_MODULE}}
-        inside |= {id(home[name]): home[name] for home, name in read}
-        inside = {key: value for key, value in inside.items() if not isinstance(value, _PLAIN)}
-        self._copies = [(value, deepcopy(value)) for value in inside.values() if _is_plain(value)]
-        images = [(value, _image(value)) for value in inside.values() if not _is_plain(value)]
         self._leaves_out = any(self._left_out)
-        self._images = [(value, image) for value, image in images if type(image) is not _Itself]
-        self._looks_inside = bool(self._globals or self._copies or self._images)
+        self._values = [
+            {name: value if name in OF_ANY_MODULE else kept(value) for name, value in some.items()}
+            for some in self._some_values()
+        ]
+        # ``True`` equals ``1.0``, but is another to ``is``: types of plain values are looked at too.
+        known = [_constants(cls) for cls in self._types]
+        plain = [
+            (home, name, value)
+            for home, out, constants in zip(self._attributes, self._left_out, known, strict=False)
+            for name, value in home.items()
+            if isinstance(value, int | float | str) and name not in {*out, *OF_ANY_MODULE, *constants}
+        ]
+        self._plain_homes: list[Any] = [home for home, _, _ in plain]
+        self._plain_names = [name for _, name, _ in plain]
+        self._plain_types = [type(value) for _, _, value in plain]
+
+    def _look_inside(self, hooks: list[Any]) -> None:
+        """Takes images of what attributes, hooks and globals hold."""
+        held = [v for some in self._some_values() for name, v in some.items() if name not in OF_ANY_MODULE]
+        read = list(globals_of(_bases(self._types), [*held, *hooks]))
+        self._globals = [(home, name, kept(home.get(name)), type(home.get(name))) for home, name in read]
+        objects = [*held, *hooks, *(home.get(name) for home, name in read)]
+        inside = {id(value): value for value in objects if not isinstance(value, PLAIN)}
+        self._texts = [(value, repr(value)) for value in inside.values() if is_plain(value)]
+        images = [(value, image_of(value)) for value in inside.values() if not is_plain(value)]
+        self._images = [(value, image) for value, image in images if type(image) is not Itself]
+        buffers = [item for item in self._items if isinstance(item, Tensor) and not isinstance(item, nn.Parameter)]
+        self._fixed = [*buffers, *(value for value in held if isinstance(value, Tensor))]
+        self._fixed_flags = [*map(_REQUIRES_GRAD, self._fixed)]
+        self._looks_inside = bool(self._globals or self._texts or self._images)
 
     def changed(self) -> bool:
         """Says whether anything has been replaced, added or taken away, switched or set to another value."""
         if self.parts_changed() or not (
             [*map(_TRAINED, self.parameters)] == self._trained
-            and [*map(type, self._others)] == self._types
+            and [*map(_REQUIRES_GRAD, self._fixed)] == self._fixed_flags
         ):
             return True
         return self._attributes_changed()
@@ -115,7 +115,11 @@ class ModuleSnapshot:
     def parts_changed(self) -> bool:
         """Says whether a parameter, buffer, module or hook has been replaced, added or taken away."""
         items = map(dict.get, self._homes, self._names)
-        return any(self._empty) or not all(map(is_, items, self._items)) or [*map(len, self._filled)] != self._sizes
+        return (
+            any(self._empty)
+            or [*chain.from_iterable(self._filled)] != self._names
+            or not all(map(is_, items, self._items))
+        )
 
     def only_values_changed(self) -> bool:
         """Says whether a change is no more than other tensors in the places of parameters, of the same shape and kind.
@@ -134,8 +138,8 @@ class ModuleSnapshot:
             if (other.shape, other.dtype, other.device) != (item.shape, item.dtype, item.device):
                 return False
             swapped = True
-        same = [*map(len, self._filled)] == self._sizes and [*map(type, self._others)] == self._types
-        return swapped and same and not any(self._empty) and not self._attributes_changed()
+        same = [*chain.from_iterable(self._filled)] == self._names and not any(self._empty)
+        return swapped and same and not self._attributes_changed()
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
@@ -153,31 +157,35 @@ class ModuleSnapshot:
             for home, name, other, _ in swapped:
                 home[name] = other
 
-    def _some_values(self) -> list[dict[str, Any]]:
-        """Returns the values of the attributes that are not left out."""
+    def _some_values(self) -> list[Any]:
+        """Returns the attributes that are not left out."""
+        if not self._leaves_out:
+            return self._attributes
         pairs = zip(self._attributes, self._left_out, strict=True)
         return [{name: value for name, value in home.items() if name not in out} for home, out in pairs]
-
-    def _number_kinds_changed(self) -> bool:
-        return [*map(type, map(dict.get, self._number_homes, self._number_names))] != self._number_kinds
-
-    def _inside_changed(self) -> bool:
-        """Says whether globals, or what lists, dicts and other objects hold, have changed."""
-        return (
-            any(kept != home.get(name) for home, name, kept in self._globals)
-            or any(value != copy for value, copy in self._copies)
-            or any(image != _image(value) for value, image in self._images)
-        )
 
     def _attributes_changed(self) -> bool:
         try:
             return (
-                self._values != (self._some_values() if self._leaves_out else self._attributes)
-                or (self._number_kinds and self._number_kinds_changed())
+                self._values != self._some_values()
+                or [*map(type, self._others)] != self._types
+                or (bool(self._plain_homes) and self._plain_types_changed())
                 or (self._looks_inside and self._inside_changed())
+                or (bool(self._scripted) and [*map(_of_script, self._scripted)] != self._scripts)
             )
         except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
             return True
+
+    def _plain_types_changed(self) -> bool:
+        return [*map(type, map(dict.get, self._plain_homes, self._plain_names))] != self._plain_types
+
+    def _inside_changed(self) -> bool:
+        """Says whether globals, or what lists, dicts and other objects hold, have changed."""
+        return (
+            any(was != (value := home.get(name)) or type(value) is not cls for home, name, was, cls in self._globals)
+            or any(repr(value) != text for value, text in self._texts)
+            or any(image != image_of(value) for value, image in self._images)
+        )
 
 
 class Moment:
@@ -207,19 +215,6 @@ class Moment:
         return {"_snapshot": None, "_versions": [], "_gone": self.gone(), "_moved": self.moved()}
 
 
-class _Itself:
-    """Stands for an object; it is equal to that object alone."""
-
-    __slots__ = ("value",)
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return other is self.value or (type(other) is _Itself and other.value is self.value)
-
-
 def _says_nothing(module: nn.Module) -> bool:
     """Says whether the attributes of a module matter to nobody: it is a part of a learner, or an empty container."""
     if type(module).__module__.startswith(_OWN):
@@ -229,149 +224,17 @@ def _says_nothing(module: nn.Module) -> bool:
 
 def _constants(cls: type) -> Collection[str]:
     """Returns the options of a layer of torch's own, such as ``inplace``, which only their values matter of."""
-    return getattr(cls, "__constants__", ()) if _is_foreign(cls) else ()
-
-
-def _classes(types: Iterable[type]) -> list[Mapping[str, Any]]:
-    """Returns the attributes of the classes, and of those below them, that are the user's own."""
-    return [vars(cls) for cls in _bases(types)]
+    return getattr(cls, "__constants__", ()) if is_foreign(cls) else ()
 
 
 def _bases(types: Iterable[type]) -> list[type]:
     """Returns the classes, and those below them, that are the user's own, each once."""
-    return list(dict.fromkeys(base for cls in types for base in cls.__mro__ if not _is_foreign(base)))
+    return list(dict.fromkeys(base for cls in types for base in cls.__mro__ if not is_foreign(base)))
 
 
-def _globals_of(classes: Iterable[type], others: Iterable[Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields the globals that ``forward`` of the user's classes reads, each as the dictionary of a module and a name.
-
-    What is read by the methods, functions and classes of the user's that it calls counts too, and so do attributes of
-    the user's own modules. ``others`` may be functions that are called beside, such as hooks.
-    """
-    methods: dict[str, list[FunctionType]] = {}
-    for name, member in (pair for cls in classes for pair in vars(cls).items()):
-        methods.setdefault(name, []).extend(_functions_in([member]))
-    called = [function for name in _CALLED for function in methods.get(name, ())] + _functions_in(others)
-    seen: set[CodeType] = set()
-    while called:
-        function = called.pop()
-        if function.__code__ in seen:
-            continue
-        seen.add(function.__code__)
-        home, names = function.__globals__, _names_in(function.__code__)
-        called += [method for name in names for method in methods.get(name, ())]
-        homes = [home, *(vars(value) for value in map(home.get, names) if _is_own_module(value))]
-        for where, name in ((where, name) for where in homes for name in names):
-            value = where.get(name)
-            if isinstance(value, type | FunctionType) and not _is_foreign(value):
-                called += _functions_in(vars(value).values() if isinstance(value, type) else [value])
-                yield where, name
-            elif _may_change(value):
-                yield where, name
-
-
-def _functions_in(members: Iterable[Any]) -> list[FunctionType]:
-    """Returns the functions that attributes of a class are, be it as properties, class methods or static ones."""
-    found = (getattr(member, "fget", None) or getattr(member, "__func__", member) for member in members)
-    return [function for function in found if isinstance(function, FunctionType)]
-
-
-def _names_in(code: CodeType) -> set[str]:
-    """Returns the names of globals and attributes that a function and the functions inside of it read."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))
-
-
-def _may_change(value: Any) -> bool:
-    """Says whether a global is a value that another one may take the place of; modules of a model are taken to stay."""
-    if value is None or isinstance(value, type | FunctionType | ModuleType | nn.Module):
-        return False
-    return isinstance(value, (Tensor, *_PLAIN)) or _parts(value) is not None
-
-
-def _kept(name: str, value: Any) -> Any:
-    """Returns what equals ``value`` for as long as it is plain and equal, or the same object."""
-    return value if isinstance(value, _PLAIN) or name in _OF_ANY_MODULE else _Itself(value)
-
-
-def _image(value: Any) -> Any:
-    """Returns what is equal to the image of ``value`` later on if nothing inside has changed."""
-    image, left = _image_of(value, _DEPTH, _LEAVES)
-    return image if left > 0 else _Itself(value)
-
-
-def _image_of(value: Any, depth: int, left: int) -> tuple[Any, int]:
-    """Returns the image of ``value``, and how many of the ``left`` values may still be looked at."""
-    if isinstance(value, _PLAIN):
-        return value, left - 1
-    parts = _parts(value) if depth and left > 0 else None
-    if parts is None:
-        return _Itself(value), left - 1
-    found: list[Any] = [type(value)]
-    for part in parts:
-        image, left = _image_of(part, depth - 1, left)
-        found.append(image)
-        if left <= 0:
-            break
-    return found, left
-
-
-def _parts(value: Any) -> Iterable[Any] | None:
-    """Returns what an object consists of; it is ``None`` where that is not looked at."""
-    if isinstance(value, list | tuple):
-        return value
-    if isinstance(value, dict):
-        return _flat(value)
-    if isinstance(value, set | frozenset):
-        return [len(value), *sorted(value, key=hash)] if all(isinstance(v, _PLAIN) for v in value) else None
-    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
-        return [value.shape, str(value.dtype), value.tobytes()] if value.size <= _LEAVES else None
-    if is_dataclass(value) and not isinstance(value, type | nn.Module):
-        return [getattr(value, field.name, None) for field in fields(value)]
-    if isinstance(value, deque):
-        return list(value)
-    if isinstance(value, partial):
-        return [value.func, *value.args, *_flat(value.keywords)]
-    if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    if isinstance(value, nn.Module):  # one that is kept out of torch's sight, in a list for instance
-        return [value.training, *_flat(value._parameters), *_flat(value._buffers), *_own(value)]
-    own = isinstance(value, SimpleNamespace | argparse.Namespace) or not _is_foreign(type(value))
-    return None if not own or isinstance(value, torch.Tensor | type) else _own(value)
-
-
-def _own(value: Any) -> list[Any]:
-    """Returns the attributes of an object, by ``__dict__`` and by slots; of a module those that are not every one's."""
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    named = {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in slots}}
-    inner = _flat(value._modules) if isinstance(value, nn.Module) else []
-    return [*inner, *_flat({name: part for name, part in named.items() if name not in _OF_ANY_MODULE})]
-
-
-def _flat(named: Mapping[str, Any]) -> list[Any]:
-    """Returns names and values one after another, rather than in pairs, which would be new objects each time."""
-    return [part for pair in named.items() for part in pair]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _is_foreign(owner: type | FunctionType) -> bool:
-    return (owner.__module__ or "").partition(".")[0] in _FOREIGN
-
-
-def _is_own_module(value: Any) -> bool:
-    return isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _FOREIGN
-
-
-def _is_plain(value: Any) -> bool:
-    """Says whether ``value`` consists of plain values alone, in lists, dicts, sets and tuples."""
-    if type(value) is dict:
-        return len(value) <= _LEAVES and all(map(_is_plain, value.values()))
-    if type(value) in (list, tuple, set):
-        return len(value) <= _LEAVES and all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+def _of_script(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
+    """Returns what is equal as long as a scripted module's mode, tensors and attributes are the same."""
+    kind = getattr(module, "_concrete_type", None)
+    names = [] if kind is None else [n for n in kind.get_attributes() if not isinstance(getattr(module, n), Tensor)]
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return module.training, [*map(Itself, tensors)], [repr(getattr(module, name)) for name in names]
