@@ -15,7 +15,7 @@ from torch import Tensor
 from metafast.program import Program
 from metafast.program.interpreter import Pass
 from metafast.program.operation import Made, Recording, Ref, Weight
-from metafast.program.replay import reads, replay
+from metafast.program.replay import replay
 from metafast.tasks import Batch, each_part
 
 _ALLOWED = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 2e-1)}
@@ -181,14 +181,7 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
 def _sources(recording: Recording, ref: Made, made: Sequence[Made]) -> set[Ref]:
     """Returns all values that go into the node of ``ref``: those of other nodes, parameters, and those inside."""
     known = set(made)
-    found: set[Ref] = set()
-    waiting: list[Ref] = reads(recording.operations[ref.operation])
-    while waiting:
-        source = waiting.pop()
-        found.add(source)
-        if isinstance(source, Made) and source not in known:
-            waiting += reads(recording.operations[source.operation])
-    return found
+    return recording.behind(recording.operations[ref.operation].reads, lambda source: source not in known)
 
 
 def _culprit(recording: Recording, ref: Made, made: Sequence[Made]) -> str:
