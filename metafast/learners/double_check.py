@@ -53,8 +53,8 @@ def run_module(
 ) -> Truth:
     """Runs the model itself on one task's samples, and differentiates its outputs unless they are wanted alone."""
     model = captures.model
-    grad = torch.set_grad_enabled(not outputs_alone)
-    with in_modes(model, captures.modes()), unchanged(model), grad, given_numbers(seeds):
+    grad = torch.set_grad_enabled
+    with in_modes(model, captures.modes()), unchanged(model), grad(not outputs_alone), given_numbers(seeds):
         outputs = picked(call(model, tree_map(Tensor.clone, x)), captures.settings.output, model)
         named: dict[str, Tensor] = {} if outputs_alone else dict(model.named_parameters())
         try:
