@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 import metafast as mf
 from metafast.learners.double_check import run_module
 from metafast.program.recording import record
+from metafast.program.second_look import Difference
 
 
 class Triple(torch.autograd.Function):
@@ -337,3 +340,60 @@ def test_the_generator_is_as_before_after_an_error(error):
     with pytest.raises((ValueError, KeyboardInterrupt)):
         record(model, x)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Pair(NamedTuple):
+    scale: torch.Tensor
+    options: dict
+
+
+class Options(torch.autograd.Function):
+    """Takes tensors in nested arguments, and changes the containers."""
+
+    @staticmethod
+    def forward(ctx, x, options):
+        ctx.scale = options.pop("scales")[0] * options["pair"].scale * options["pair"].options["factor"]
+        ctx.save_for_backward(x)
+        return x * x * ctx.scale
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * g * x * ctx.scale, None
+
+
+def with_options(m, x):
+    pair = Pair(m.scale + 1, {"factor": 0.5, "scale": [m.scale]})
+    return Options.apply(x, {"scales": [m.scale.sin(), (x.detach().mean(),)], "pair": pair})
+
+
+def test_tensors_in_nested_arguments_of_a_function_are_looked_at_again():
+    model, tasks = Call(with_options).double(), batch()
+    model.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    learner, found = gradient(model, tasks)
+    torch.testing.assert_close(found, unrolled(model, tasks), rtol=1e-9, atol=1e-11)
+    model.scale.mul_(2)
+    learner.zero_grad()
+    learner.backward(tasks)
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found, unrolled(model, tasks), rtol=1e-9, atol=1e-11)
+
+
+class Counted(nn.Module):
+    """Does not do twice the same behind a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.first(x)) * next(CALLS)
+
+
+CALLS = itertools.count(1)
+
+
+def test_a_difference_behind_a_norm_with_a_row_for_each_step_is_named():
+    learner = mf.MAML(Counted(), loss="mse", lr=0.1, bn="per_step", steps=2)
+    with pytest.raises(Difference, match=r"its outputs differ by .* first at .*next\(CALLS\)"):
+        learner.backward(batch(dtype=torch.float32))

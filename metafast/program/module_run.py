@@ -124,7 +124,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def _is_elsewhere(parameter: Tensor, data: Tensor) -> bool:
     """Says whether a parameter no longer shows the memory that it showed."""
-    return parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape
+    return any(getattr(parameter, what)() != getattr(data, what)() for what in ("data_ptr", "size", "stride"))
 
 
 def _written(buffer: Tensor, version: int, value: Tensor) -> bool:
