@@ -65,12 +65,14 @@ class Step:
     @cached_property
     def _arguments(self) -> tuple[list[Any], TreeSpec]:
         """Takes the arguments apart once, since a step runs often."""
-        return tree_flatten((self.args, dict(self.kwargs)))
+        return tree_flatten((*self.args, *(value for _, value in self.kwargs)))
 
     def run(self, known: dict[Slot, Any]) -> Any:
         """Calls ``target`` on what is ``known``."""
         leaves, structure = self._arguments
-        args, kwargs = tree_unflatten([known[v] if isinstance(v, Slot) else v for v in leaves], structure)
+        values = tree_unflatten([known[v] if isinstance(v, Slot) else v for v in leaves], structure)
+        args, named = values[: len(self.args)], values[len(self.args) :]
+        kwargs = {name: value for (name, _), value in zip(self.kwargs, named, strict=True)}
         if self.grad and self.autocast is None:
             return self.target(*args, **kwargs)
         with ExitStack() as stack:
