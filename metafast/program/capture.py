@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from metafast.kernels.noise import Noise
 from metafast.program import Node, Parameter, Program
 from metafast.program.derive import Cone, Slot, Step, as_step
 from metafast.program.noise import Draw
-from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Recording, Ref, Weight, refs_in
+from metafast.program.operation import CaptureError, Constant, Input, Made, Operation, Recording, Ref, Weight
 from metafast.program.patterns import Match, match
 from metafast.program.recording import record
 
@@ -72,24 +73,13 @@ class Layout:
 
 def used_parameters(recording: Recording, model: nn.Module) -> list[str]:
     """Lists the names of the parameters that the output depends on, in the model's order."""
-    used: set[str] = set()
-    for number in needed(recording):
-        operation = recording.operations[number]
-        used |= {ref.name for ref in refs_in((operation.args, operation.kwargs)) if isinstance(ref, Weight)}
+    used = {ref.name for ref in recording.behind([recording.output]) if isinstance(ref, Weight)}
     return [name for name, _ in model.named_parameters() if name in used]
 
 
 def needed(recording: Recording) -> list[int]:
     """Lists the numbers of the operations that the output depends on, in their order."""
-    found: set[int] = set()
-    waiting = [recording.output]
-    while waiting:
-        ref = waiting.pop()
-        if isinstance(ref, Made) and ref.operation not in found:
-            found.add(ref.operation)
-            operation = recording.operations[ref.operation]
-            waiting += refs_in((operation.args, operation.kwargs))
-    return sorted(found)
+    return sorted({ref.operation for ref in recording.behind([recording.output]) if isinstance(ref, Made)})
 
 
 def program_of(model: nn.Module, recording: Recording, loss: Loss, layout: Layout, modes: Mapping[str, str]) -> Program:
@@ -130,7 +120,7 @@ class _Builder:
         self.layout = layout
         self.modes = modes
         self.needed = needed(recording)
-        self.reads = {n: refs_in((self.operations[n].args, self.operations[n].kwargs)) for n in self.needed}
+        self.reads = {n: self.operations[n].reads for n in self.needed}
         self.data: dict[int, bool] = {}
         self.varying: dict[int, bool] = {}
         self.moving: dict[int, bool] = {}
@@ -282,8 +272,8 @@ class _Builder:
 
     def _add_cone(self, root: Made, names: _Names) -> None:
         """Makes the node of a derived layer, which computes ``root``."""
-        order: list[int] = []
-        self._collect(root.operation, root, order)
+        inside = [ref for ref in self.recording.behind([root], partial(self._belongs, root)) if isinstance(ref, Made)]
+        order = sorted({ref.operation for ref in inside if self._belongs(root, ref)})
         slots: dict[Ref, Slot] = {Made(n, part): Slot("made", i, part) for i, n in enumerate(order)
                                   for part in range(self.operations[n].results)}  # fmt: skip
         outside: dict[str, list[Any]] = {"input": [], "parameter": [], "constant": []}
@@ -302,18 +292,9 @@ class _Builder:
         self.nodes.append((name, layer, inputs, params, constants, operations[-1].line))
         self.value[root] = len(self.nodes)
 
-    def _collect(self, number: int, root: Made, order: list[int]) -> None:
-        """Adds an operation to a cone, behind those that it reads and that belong to the cone."""
-        if number in order:
-            return
-        for ref in self.reads[number]:
-            if isinstance(ref, Made) and self._belongs(ref, root):
-                self._collect(ref.operation, root, order)
-        order.append(number)
-
-    def _belongs(self, ref: Made, root: Made) -> bool:
+    def _belongs(self, root: Made, ref: Made) -> bool:
         """Says whether the cone of ``root`` computes ``ref`` itself, rather than to be given it."""
-        if not self.varying[ref.operation]:
+        if ref == root or not self.varying[ref.operation]:
             return True
         return ref.operation not in self.matches and ref not in self.roots
 

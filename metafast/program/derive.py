@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from metafast.program.operation import FunctionCall, Operation, Ref
 
@@ -32,17 +34,13 @@ class Slot(Ref):
     part: int = 0
 
 
-class Items(tuple[Any, ...]):
-    """Stands for a list among the arguments of a ``Step``."""
-
-
 @dataclass(frozen=True)
 class Step:
-    """Describes one call of a ``Cone``; it holds no lists, so that nobody can change it.
+    """Describes one call of a ``Cone``.
 
     Attributes:
-        target: what is called.
-        args: its arguments, with a ``Slot`` in the place of each tensor.
+        target: what is called; each time it gets lists and dicts of its own, so that it cannot change these.
+        args: its arguments, with a ``Slot`` in the place of each tensor, also of those in lists and dicts.
         kwargs: likewise, as pairs of name and value.
         grad: whether gradients go through it.
         autocast: device and dtype of the autocast that it runs under.
@@ -56,17 +54,25 @@ class Step:
 
     def __getstate__(self) -> dict[str, Any]:
         """Names an operator of torch, which cannot be pickled itself."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
         target = self.target
-        return {**self.__dict__, "target": target.name() if isinstance(target, torch._ops.OpOverload) else target}
+        return {**state, "target": target.name() if isinstance(target, torch._ops.OpOverload) else target}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         target = state["target"]
         self.__dict__.update(state, target=_operator(target) if isinstance(target, str) else target)
 
+    @cached_property
+    def _arguments(self) -> tuple[list[Any], TreeSpec]:
+        """Takes the arguments apart once, since a step runs often."""
+        return tree_flatten((*self.args, *(value for _, value in self.kwargs)))
+
     def run(self, known: dict[Slot, Any]) -> Any:
         """Calls ``target`` on what is ``known``."""
-        args = _filled(self.args, known)
-        kwargs = {name: _filled(value, known) for name, value in self.kwargs}
+        leaves, structure = self._arguments
+        values = tree_unflatten([known[v] if isinstance(v, Slot) else v for v in leaves], structure)
+        args, named = values[: len(self.args)], values[len(self.args) :]
+        kwargs = {name: value for (name, _), value in zip(self.kwargs, named, strict=True)}
         if self.grad and self.autocast is None:
             return self.target(*args, **kwargs)
         with ExitStack() as stack:
@@ -162,8 +168,8 @@ def as_step(operation: Operation, slots: dict[Ref, Slot]) -> Step:
     if statistics is not None:
         args, kwargs = statistics, {}
     target = _REPLACED.get(operation.target, operation.target)
-    named = tuple((name, _frozen(value, slots)) for name, value in kwargs.items())
-    return Step(target, _frozen(args, slots), named, operation.grad, operation.autocast)
+    args, kwargs = tree_map_only(Ref, slots.__getitem__, (tuple(args), kwargs))
+    return Step(target, args, tuple(kwargs.items()), operation.grad, operation.autocast)
 
 
 _REPLACED = {aten.scaled_dot_product_attention.default: attention, aten.embedding.default: embedding}
@@ -176,21 +182,3 @@ def _statistics_taken_anew(operation: Operation, arguments: dict[str, Any]) -> t
     if not anew or "running_mean" not in arguments:
         return None
     return tuple(None if name in ("running_mean", "running_var") else value for name, value in arguments.items())
-
-
-def _frozen(value: Any, slots: dict[Ref, Slot]) -> Any:
-    """Replaces references by slots."""
-    if isinstance(value, Ref):
-        return slots[value]
-    if isinstance(value, tuple | list):
-        return (Items if isinstance(value, list) else tuple)(_frozen(v, slots) for v in value)
-    return value
-
-
-def _filled(value: Any, known: dict[Slot, Any]) -> Any:
-    """Replaces slots by what is known."""
-    if isinstance(value, Slot):
-        return known[value]
-    if isinstance(value, tuple):
-        return (list if isinstance(value, Items) else tuple)(_filled(v, known) for v in value)
-    return value

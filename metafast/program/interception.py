@@ -73,21 +73,35 @@ class ValueReads(TorchFunctionMode):
 
 @contextmanager
 def functions_kept_whole(recorder: Watcher) -> Iterator[None]:
-    """Sends the calls of all ``torch.autograd.Function``s to the recorder."""
-    original = vars(torch.autograd.Function)["apply"]
+    """Sends the calls of all ``torch.autograd.Function``s to the recorder.
 
+    ``Function.apply`` itself stays as it is, because modules hold it bound, as by ``sign = Sign.apply``; it calls the
+    ``apply`` of the class below, which has none of its own.
+    """
+    base: Any = torch.autograd.function._SingleLevelFunction
     thread = threading.get_ident()
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        run = original.__get__(None, cls)
+        run = super(base, cls).apply
         elsewhere = recorder.inside is not None or threading.get_ident() != thread
         return run(*args, **kwargs) if elsewhere else recorder.function(cls, run, args, kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    base.apply = classmethod(apply)
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        del base.apply
+
+
+def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """Returns a ``hook`` of all modules that leaves alone those that other threads run."""
+    thread = threading.get_ident()
+
+    def run(*args: Any) -> None:
+        if threading.get_ident() == thread:
+            hook(*args)
+
+    return run
 
 
 class OtherCoins(CaptureError):

@@ -43,14 +43,20 @@ def picked(returned: Any, part: str | int | None, model: nn.Module) -> Tensor:
 
 
 class unchanged:
-    """Puts buffers, attributes and modes of a module back to where they were when the ``with`` block is left."""
+    """Puts a module back to what it was when the ``with`` block is left, also by an error.
+
+    Its parameters are those that it had, with the memory that they had; nothing writes to that. Buffers, attributes and
+    modes are what they were.
+    """
 
     def __init__(self, model: nn.Module, ignored: Collection[Tensor] = ()) -> None:
         self.model = model
         self.ignored = {id(buffer) for buffer in ignored}
-        self.parameters = [(p, p.data, p.data_ptr()) for p in model.parameters()]
+        self.parameters = [(name, p, p.data) for name, p in model.named_parameters()]
         self.buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        owners: list[dict[str, Any]] = [m._parameters for m in modules]
+        self.owners = [(owner, dict(owner)) for owner in owners]
         self.homes = [m.__dict__ for m in modules]
         self.attributes = [dict(home) for home in self.homes]
         self.registries = [m._buffers for m in modules]
@@ -81,23 +87,23 @@ class unchanged:
         )
 
     def check_parameters(self) -> None:
-        """Puts back parameters whose ``.data`` the run has replaced.
+        """Refuses parameters whose ``.data`` the run has replaced.
 
         Raises:
             CaptureError: there was one.
         """
-        replaced = [p for p, _, place in self.parameters if p.data_ptr() != place]
-        for p, data, _ in self.parameters:
-            p.data = data if any(p is r for r in replaced) else p.data
-        names = [name for name, p in self.model.named_parameters() if any(p is r for r in replaced)]
-        if names:
-            raise CaptureError(
-                f"{type(self.model).__name__} replaces the .data of its parameter {names[0]!r} in its forward pass. "
-                "Parameters are the inner loop's to move; compute a new tensor from it, or use "
-                "torch.nn.utils.parametrize"
-            )
+        for name, parameter, data in self.parameters:
+            if _is_elsewhere(parameter, data):
+                raise CaptureError(
+                    f"{type(self.model).__name__} replaces the .data of its parameter {name!r} in its forward pass. "
+                    "Parameters are the inner loop's to move; compute a new tensor from it, or use "
+                    "torch.nn.utils.parametrize"
+                )
 
     def __exit__(self, *error: object) -> None:
+        for _, parameter, data in self.parameters:
+            if _is_elsewhere(parameter, data):
+                parameter.data = data
         with torch.no_grad():
             for buffer, version, value in self.buffers:
                 if _written(buffer, version, value):
@@ -106,7 +112,7 @@ class unchanged:
             if _holds_others(container, held):
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(held)
-        for live, kept in [*zip(self.registries, self.registered, strict=True),
+        for live, kept in [*self.owners, *zip(self.registries, self.registered, strict=True),
                            *zip(self.homes, self.attributes, strict=True)]:  # fmt: skip
             if _differ(live, kept):
                 live.clear()
@@ -114,6 +120,11 @@ class unchanged:
 
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def _is_elsewhere(parameter: Tensor, data: Tensor) -> bool:
+    """Says whether a parameter no longer shows the memory that it showed."""
+    return any(getattr(parameter, what)() != getattr(data, what)() for what in ("data_ptr", "size", "stride"))
 
 
 def _written(buffer: Tensor, version: int, value: Tensor) -> bool:

@@ -43,7 +43,22 @@ class Draw:
 
 
 class Source(ABC):
-    """Gives the numbers."""
+    """Gives the numbers.
+
+    Attributes:
+        silent: whether what is done now is its own work, and none of the module's.
+    """
+
+    silent = False
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Takes what is done in the ``with`` block for its own work."""
+        before, self.silent = self.silent, True
+        try:
+            yield
+        finally:
+            self.silent = before
 
     @abstractmethod
     def numbers(self, noise: Noise, like: Tensor | None, device: torch.device) -> Tensor:
@@ -281,7 +296,6 @@ class GivenNumbers(SchemaCheckMode, Source):
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
         self.seed, self.step = seed.reshape(1), step
         self.order: dict[int, int] = {}
-        self.silent = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -301,9 +315,8 @@ class GivenNumbers(SchemaCheckMode, Source):
 
     def numbers(self, noise: Noise, like: Tensor | None, device: torch.device) -> Tensor:
         # What is computed again on the way back finds the generator as it was, and so finds the same draws.
-        self.silent = True
-        position = int(torch.randint(1 << 62, ()))
-        self.silent = False
+        with self.unseen():
+            position = int(torch.randint(1 << 62, ()))
         number = self.order.setdefault(position, len(self.order))
         return Draw(replace(noise, number=number)).numbers(self.seed.to(device), self.step)
 

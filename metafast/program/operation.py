@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 
 class CaptureError(TypeError):
@@ -61,13 +63,7 @@ class Made(Ref):
 
 def refs_in(tree: Any) -> list[Ref]:
     """Lists the references among nested arguments, each once."""
-    if isinstance(tree, Ref):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    if isinstance(tree, tuple | list):
-        return list(dict.fromkeys(ref for part in tree for ref in refs_in(part)))
-    return []
+    return list(dict.fromkeys(leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +91,11 @@ class Operation:
     path: str
     leaf: str
     results: int
+
+    @cached_property
+    def reads(self) -> list[Ref]:
+        """Lists the values that it reads, each once."""
+        return refs_in((self.args, self.kwargs))
 
     @property
     def name(self) -> str:
@@ -168,6 +169,18 @@ class Recording:
     changes_module: bool = False
     draws: int = 0
     assigned: frozenset[tuple[int, str]] = frozenset()
+
+    def behind(self, refs: Iterable[Ref], into: Callable[[Made], bool] = lambda ref: True) -> set[Ref]:
+        """Returns ``refs`` and what they are made of; of values that ``into`` denies, nothing that they are made of."""
+        found: set[Ref] = set()
+        waiting = list(refs)
+        while waiting:
+            ref = waiting.pop()
+            if ref not in found:
+                found.add(ref)
+                if isinstance(ref, Made) and into(ref):
+                    waiting += self.operations[ref.operation].reads
+        return found
 
     @property
     def output_shape(self) -> torch.Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.autograd_function import custom_function_call
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,7 @@ from metafast.program.interception import (
     ValueReads,
     forget_optimised_scripts,
     functions_kept_whole,
+    in_this_thread,
     other_random_states,
     refuse_backward_hooks,
 )
@@ -39,11 +42,11 @@ from metafast.program.operation import (
     by_name,
     refs_in,
 )
-from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, refuse_draw, value_reader
+from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, failure, refuse_draw, selects, value_reader
 from metafast.program.user_lines import error_line, user_line
 
-_UNLIKELY = 0x6D65_7461_6661_7374
-"""A seed that no model sets by itself."""
+_SEEDS = itertools.count(0x6D65_7461_6661_7374)
+"""Seeds that no model sets by itself."""
 
 
 class Recorder(SchemaCheckMode, Source):
@@ -75,7 +78,6 @@ class Recorder(SchemaCheckMode, Source):
         self.refusal: CaptureError | None = None
         self.failure: tuple[BaseException | None, str] = None, ""
         self.inside: type | None = None
-        self.silent = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -88,32 +90,34 @@ class Recorder(SchemaCheckMode, Source):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Records all that is done in the ``with`` block."""
+        """Records all that this thread does in the ``with`` block.
+
+        Meanwhile torch's default generator, which all threads share, has a seed by which one that the model sets is
+        told from it. No two recordings have the same, so that other threads do not draw the same numbers twice; a seed
+        that they set is lost.
+        """
         refuse_backward_hooks(self.model)
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(_UNLIKELY)
-        self.generator = torch.get_rng_state()
         states = other_random_states()
         with ExitStack() as stack:
+            stack.callback(torch.set_rng_state, torch.get_rng_state())
+            self.seed = next(_SEEDS)
+            torch.default_generator.manual_seed(self.seed)
             # TorchScript's optimiser would take gradients into its own hands, where no operation can be seen.
             stack.enter_context(torch.jit.optimized_execution(False))
             forget_optimised_scripts(self.model)
-            stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
-            stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
-            stack.enter_context(functions_kept_whole(self))
+            enter, leave = in_this_thread(self._enter_module), in_this_thread(self._leave_module)
+            stack.callback(register_module_forward_pre_hook(enter).remove)
+            stack.callback(register_module_forward_hook(leave, always_call=True).remove)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(above_autograd(self))
+            stack.enter_context(functions_kept_whole(self))
             stack.enter_context(ValueReads(self))
             try:
                 yield
             except Exception as error:
                 if self.refusal is not None or isinstance(error, CaptureError):
                     raise self.refusal or error from None
-                raise _failed(self.model, self._place_of(error), self.inputs, error) from error
-            finally:
-                self.silent = True
-                torch.set_rng_state(before)
-                self.silent = False
+                raise failure(self.model, self._place_of(error), self.inputs, error) from error
         if self.refusal is not None:  # and the module caught it
             raise self.refusal
         if states != other_random_states():
@@ -144,9 +148,7 @@ class Recorder(SchemaCheckMode, Source):
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Computes what draws random numbers of numbers from a counter, and notes both."""
         compute = replacement(func)
-        self.silent = True
-        seeded = not torch.equal(self.generator, torch.get_rng_state())
-        self.silent = False
+        seeded = torch.default_generator.initial_seed() != self.seed
         refuse_draw(func, kwargs, (compute is not None, seeded), self.refuse)
         assert compute is not None
         with self:
@@ -157,9 +159,8 @@ class Recorder(SchemaCheckMode, Source):
         noise = replace(noise, number=self.recording.draws)
         self.recording.draws += 1
         read = () if like is None else (self._ref(like),)
-        self.silent = True
-        value = Draw(noise).numbers(torch.zeros(1, dtype=torch.int64, device=device), 0)
-        self.silent = False
+        with self.unseen():
+            value = Draw(noise).numbers(torch.zeros(1, dtype=torch.int64, device=device), 0)
         ref = self.emit(Draw(noise), read, {}, [value])[0]
         self.traits[ref] = True, False
         self.drawn.add(ref)
@@ -169,9 +170,8 @@ class Recorder(SchemaCheckMode, Source):
     def whole(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Notes a call of ``function`` as one operation."""
         refs = self.refs(tensors)
-        self.silent = True
-        out = function(*tensors)
-        self.silent = False
+        with self.unseen():
+            out = function(*tensors)
         self.note(function, refs, {}, out)
         return out
 
@@ -233,12 +233,7 @@ class Recorder(SchemaCheckMode, Source):
 
     def constants_of(self, ref: Ref) -> list[Tensor]:
         """Lists the buffers and constants that a value is made of."""
-        if isinstance(ref, Constant):
-            return [ref.tensor]
-        if not isinstance(ref, Made):
-            return []
-        operation = self.recording.operations[ref.operation]
-        return [c for source in refs_in((operation.args, operation.kwargs)) for c in self.constants_of(source)]
+        return [source.tensor for source in self.recording.behind([ref]) if isinstance(source, Constant)]
 
     def read(self, tensor: Tensor, how: str) -> None:
         """Takes note that Python reads the numbers of ``tensor``: it may where they are the same for every task."""
@@ -275,6 +270,10 @@ class Recorder(SchemaCheckMode, Source):
         self.refusal = CaptureError(f"{type(self.model).__name__} {what} at {self.where()}. {remedy}")
         return self.refusal
 
+    def uses_torch_func(self) -> CaptureError:
+        """Makes the error that says that the run maps or differentiates a function."""
+        return self.refuse("uses torch.func", "Write out what it computes, or use torch.autograd.Function")
+
     def function(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a ``torch.autograd.Function`` and notes it as one operation, which has the Function's own derivative."""
         if cls.__module__ == "torch.utils.checkpoint":
@@ -304,41 +303,25 @@ class Recorder(SchemaCheckMode, Source):
     def _ref(self, tensor: Tensor) -> Ref:
         """Returns the value that ``tensor`` holds now."""
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            raise self.refuse("uses torch.func", "Write out what it computes, or use torch.autograd.Function")
+            raise self.uses_torch_func()
         if not self.aliases.knows(tensor) and tensor.requires_grad and not self.aliases.shares(tensor):
             raise self.refuse(
                 "uses a tensor that requires a gradient and is not registered in it",
                 "Make it an nn.Parameter of the model, or detach it",
             )
-        self.silent = True
-        try:
+        with self.unseen():
             return self.aliases.ref(tensor)
-        finally:
-            self.silent = False
 
     def _refuse_values(self, func: Any, args: Any, kwargs: Any) -> None:
         """Refuses operations whose result tells values of the data to Python, or takes its shape from them."""
         if torch.Tag.data_dependent_output in func.tags or func in READS_VALUES:
             for ref in refs_in((args, kwargs)):
                 self._read_value(ref, value_reader(func))
-        elif torch.Tag.dynamic_output_shape in func.tags and self._selects(func, args):
+        elif torch.Tag.dynamic_output_shape in func.tags and selects(func, args, self.is_data, self._dtype):
             raise self.refuse(
                 "makes a tensor whose shape depends on values of the data",
                 "Tasks are computed together: keep the shape and use torch.where, or a product with a mask",
             )
-
-    def _selects(self, func: Any, args: Any) -> bool:
-        """Says whether the shape that ``func`` makes follows from values of the data."""
-        if func.overloadpacket is torch.ops.aten.linalg_lstsq:
-            return False
-        if func.overloadpacket is torch.ops.aten.masked_select:
-            return self.is_data(args[1])
-        if func.overloadpacket is torch.ops.aten.one_hot:
-            return len(args) < 2 or args[1] < 0
-        if func.overloadpacket is torch.ops.aten.index:
-            chosen = [ref for ref in args[1] if isinstance(ref, Ref)]
-            return any(self.is_data(r) and self._dtype(r) in (torch.bool, torch.uint8) for r in chosen)
-        return any(self.is_data(ref) for ref in refs_in(args))
 
     def _dtype(self, ref: Ref) -> torch.dtype:
         if isinstance(ref, Made):
@@ -381,6 +364,12 @@ class Recorder(SchemaCheckMode, Source):
         self.stack.pop()
 
 
+@custom_function_call.py_impl(Recorder)
+def _mapped_function(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+    """Refuses a ``torch.autograd.Function`` inside of torch.vmap and the like, which torch takes apart by itself."""
+    raise recorder.uses_torch_func()
+
+
 _DETACHING = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
 
 
@@ -395,18 +384,3 @@ def _autocast() -> tuple[str, torch.dtype] | None:
         if torch.is_autocast_enabled(device):
             return device, torch.get_autocast_dtype(device)
     return None
-
-
-def _failed(model: nn.Module, where: str, inputs: Sequence[Tensor], error: Exception) -> Exception:
-    """Says that the module itself failed on its samples, or did what cannot be recorded."""
-    name, text = type(model).__name__, str(error).strip().split("\n")[0]
-    if "not registered" in text and "mode" in text:
-        text = "a control-flow operator of torch. Write it with torch.where, or choose before the data comes"
-        return CaptureError(f"{name} uses at {where} {text}")
-    if "more than 1 value per channel" in text:
-        text += "; bn='frozen' takes the running statistics in its place"
-    shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in inputs)
-    return ValueError(
-        f"{name} fails at {where}: {text or type(error).__name__}. It was called on the {len(inputs[0])} samples of "
-        f"one task, which have shape {shapes}; check it against the model's layers"
-    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from metafast.program.operation import CaptureError, Ref, refs_in
 
 aten = torch.ops.aten
 READS_VALUES = (aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default,
@@ -26,6 +29,19 @@ def value_reader(func: Any) -> str:
     """Says in words how ``func`` reads values."""
     name = func.overloadpacket.__name__
     return _READERS.get(name, f"torch.{name}")
+
+
+def selects(func: Any, args: Any, is_data: Callable[[Ref], bool], dtype: Callable[[Ref], torch.dtype]) -> bool:
+    """Says whether the shape that ``func`` makes follows from values of the data."""
+    if func.overloadpacket is aten.linalg_lstsq:
+        return False
+    if func.overloadpacket is aten.masked_select:
+        return is_data(args[1])
+    if func.overloadpacket is aten.one_hot:
+        return len(args) < 2 or args[1] < 0
+    if func.overloadpacket is aten.index:
+        return any(is_data(ref) and dtype(ref) in (torch.bool, torch.uint8) for ref in refs_in(args[1]))
+    return any(map(is_data, refs_in(args)))
 
 
 def refuse_draw(func: Any, kwargs: Any, how: tuple[bool, bool], refuse: Callable[[str, str], Exception]) -> None:
@@ -51,3 +67,18 @@ def refuse_draw(func: Any, kwargs: Any, how: tuple[bool, bool], refuse: Callable
             "Leave the seed alone: the numbers follow from those of the batch. Numbers that stay the same belong in a "
             "buffer that __init__ draws",
         )
+
+
+def failure(model: nn.Module, where: str, inputs: Sequence[Tensor], error: Exception) -> Exception:
+    """Says that the module itself failed on its samples, or did what cannot be recorded."""
+    name, text = type(model).__name__, str(error).strip().split("\n")[0]
+    if "not registered" in text and "mode" in text:
+        text = "a control-flow operator of torch. Write it with torch.where, or choose before the data comes"
+        return CaptureError(f"{name} uses at {where} {text}")
+    if "more than 1 value per channel" in text:
+        text += "; bn='frozen' takes the running statistics in its place"
+    shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in inputs)
+    return ValueError(
+        f"{name} fails at {where}: {text or type(error).__name__}. It was called on the {len(inputs[0])} samples of "
+        f"one task, which have shape {shapes}; check it against the model's layers"
+    )

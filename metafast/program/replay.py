@@ -10,13 +10,8 @@ from torch import Tensor
 from metafast.program.capture import needed
 from metafast.program.derive import Slot, as_step
 from metafast.program.noise import Draw
-from metafast.program.operation import Constant, Input, Made, Operation, Recording, Ref, Weight, refs_in
+from metafast.program.operation import Constant, Input, Made, Recording, Ref, Weight
 from metafast.tasks import parts_of
-
-
-def reads(operation: Operation) -> list[Ref]:
-    """Lists the values that an operation reads."""
-    return refs_in((operation.args, operation.kwargs))
 
 
 def replay(
@@ -40,7 +35,7 @@ def replay(
         if isinstance(operation.target, Draw):
             enter(Made(number), operation.target.numbers(seeds, step))
             continue
-        for ref in reads(operation):
+        for ref in operation.reads:
             if ref not in slots:
                 enter(ref, _outside(ref, leaves, parameters))
         found = as_step(operation, slots).run(filled)

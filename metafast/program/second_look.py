@@ -5,7 +5,7 @@ Outputs and one gradient must agree. Where they do not, the first operation that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from metafast.program import Program
 from metafast.program.interpreter import Pass
 from metafast.program.operation import Made, Recording, Ref, Weight
-from metafast.program.replay import reads, replay
+from metafast.program.replay import replay
 from metafast.tasks import Batch, each_part
 
 _ALLOWED = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 2e-1)}
@@ -71,10 +71,7 @@ def check(program: Program, theta: Tensor, truth: Truth, step: int = 0) -> str |
     largest = _largest_gradient(truth, grads, gradient_allowed)
     worst = ("", 0.0)
     for name, wanted in truth.grads.items():
-        found = grads.get(name, torch.zeros_like(wanted))
-        if found.dim() > wanted.dim():  # it has a row for each inner step
-            found = found[step]
-        error = _error(found, wanted, largest)
+        error = _error(grads.get(name, torch.zeros_like(wanted)), wanted, largest)
         worst = max(worst, (name, error), key=lambda pair: pair[1] if pair[1] == pair[1] else float("inf"))
     if not worst[1] <= gradient_allowed:
         return f"its gradient of {worst[0]!r} differs by {worst[1]:.1e}"
@@ -105,7 +102,7 @@ def first_difference(
         made: the recorded values that the nodes of a Program make, in their order.
     """
     allowed = 10 * _allowed(theta, truth)[0]
-    named = dict(zip((p.name for p in program.parameters), program.unflatten(theta), strict=True))
+    named = _of_step(program, dict(enumerate(program.unflatten(theta))), step)
     leaves = {name: t.detach().requires_grad_() for name, t in named.items()}
     with torch.enable_grad():
         values = replay(recording, leaves, truth.x, truth.seeds)
@@ -159,7 +156,13 @@ def _run(program: Program, theta: Tensor, truth: Truth, step: int) -> tuple[Tens
         outputs = run.forward()[-1]
         differentiable = truth.grads and outputs.shape == truth.outputs.shape
         grads = run.vjp(truth.g.expand(copies, *truth.g.shape)) if differentiable else {}
-    return outputs, {program.parameters[k].name: d[-1] for k, d in grads.items()}, run
+    return outputs, _of_step(program, {k: d[-1] for k, d in grads.items()}, step), run
+
+
+def _of_step(program: Program, tensors: Mapping[int, Tensor], step: int) -> dict[str, Tensor]:
+    """Returns tensors like parameters by name; of those that have a row for each inner step, that of ``step``."""
+    varying = {k for node in program.nodes if node.layer.varies for k in node.params}
+    return {program.parameters[k].name: t[step] if k in varying else t for k, t in tensors.items()}
 
 
 @torch.no_grad()
@@ -181,14 +184,7 @@ def _adjoints(program: Program, run: Pass, g: Tensor) -> dict[int, Tensor]:
 def _sources(recording: Recording, ref: Made, made: Sequence[Made]) -> set[Ref]:
     """Returns all values that go into the node of ``ref``: those of other nodes, parameters, and those inside."""
     known = set(made)
-    found: set[Ref] = set()
-    waiting: list[Ref] = reads(recording.operations[ref.operation])
-    while waiting:
-        source = waiting.pop()
-        found.add(source)
-        if isinstance(source, Made) and source not in known:
-            waiting += reads(recording.operations[source.operation])
-    return found
+    return recording.behind(recording.operations[ref.operation].reads, lambda source: source not in known)
 
 
 def _culprit(recording: Recording, ref: Made, made: Sequence[Made]) -> str:

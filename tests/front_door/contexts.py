@@ -155,6 +155,14 @@ def gradient_reversal(net, x):
     return net.head(Reverse.apply(torch.tanh(net.body(x))))
 
 
+reverse = Reverse.apply
+
+
+@CASES.forward()
+def a_function_that_is_held_by_its_apply(net, x):
+    return net.head(reverse(torch.tanh(net.body(x))))
+
+
 class Sign(Function):
     """A sign whose gradient is passed on where its input is small."""
 
