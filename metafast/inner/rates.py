@@ -102,7 +102,7 @@ class Rates(nn.Module):
     def of(self, parameters: Sequence[Parameter]) -> Tensor:
         """Returns the rates ``[1 or S, 1 or P]`` of some of the parameters, one after another."""
         rates: Tensor = self()
-        if rates.shape[1] == 1 or len(parameters) == len(self.places):
+        if rates.shape[1] == 1 or [p.name for p in parameters] == [*self.places]:
             return rates
         places = [self.places[p.name] for p in parameters]
         return torch.cat([rates[:, p.offset : p.offset + p.size] for p in places], 1)

@@ -74,7 +74,7 @@ class Captures:
     programs: dict[Any, Program] = field(default_factory=dict)
     alike: dict[Any, int] = field(default_factory=dict)
     doubted: set[Any] = field(default_factory=set)
-    _guards: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _guards: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def of(self, tasks: TaskBatch) -> Program:
         """Returns the Program for batches like ``tasks``.
@@ -184,7 +184,7 @@ class Captures:
             self.recordings[key] = found
             while len(self.recordings) > _KINDS:
                 self.recordings.popitem(last=False)
-            self._guards |= {(id(tensor), version): tensor for tensor, version in found.guards}
+            self._guards |= {id(tensor): (tensor, tensor.detach().clone()) for tensor in found.guards}
         return found
 
     def output_shape(self, x: Any) -> tuple[int, ...]:
@@ -209,7 +209,7 @@ class Captures:
 
     def stale(self) -> bool:
         """Says whether a number has changed that some recording has read of a buffer."""
-        return bool(self._guards) and any(t._version != version for (_, version), t in self._guards.items())
+        return bool(self._guards) and not all(torch.equal(*pair) for pair in self._guards.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what has been seen."""

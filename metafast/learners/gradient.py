@@ -23,6 +23,7 @@ from metafast.learners.captures import Captures, CaptureSettings, first_task, ha
 from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding, mixing
 from metafast.learners.double_check import double_check
 from metafast.learners.explanation import explained
+from metafast.learners.images import image_of
 from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot, Moment
@@ -42,7 +43,7 @@ from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered."""
-_MADE_AGAIN = ("_known", "_latest", "_snapshot", "_model_snapshot", "_fixed_rate")
+_MADE_AGAIN = ("_known", "_latest", "_snapshot", "_model_snapshot", "_fixed_rate", "_assigned", "_left")
 """What a copy of a learner does not take over."""
 _UNSEEN = "no batch has been seen yet, or none since a setting has changed"
 
@@ -153,6 +154,13 @@ class GradientLearner(SettledLearner):
         self._follow_changes()
         return self._choose(self.captures.of(tasks), tasks.shapes).plan.graph_obstacle
 
+    def train(self, mode: bool = True) -> Any:
+        """Does what any module's does; in evaluation each batch norm goes on as it last was in training."""
+        ends = self.training and not mode and self._sealed
+        if ends and {name: norm.training for name, norm in norms_of(self.model).items()} != self.captures.trained:
+            self._capture_again()
+        return super().train(mode)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does what any module's does, without its walk through all modules where none has changed."""
         if set_to_none and not self._snapshot.parts_changed():
@@ -255,6 +263,7 @@ class GradientLearner(SettledLearner):
 
     def _plan_again(self) -> None:
         if self._sealed:
+            self._follow_changes()
             self._start()
 
     def _capture_again(self) -> None:
@@ -267,16 +276,16 @@ class GradientLearner(SettledLearner):
 
     def _follow_changes(self) -> None:
         """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
-        if not self._snapshot.changed() and not self.captures.stale():
+        stale = self.captures.stale() or (bool(self._left) and self._left != self._attributes_left())
+        if not stale and not self._snapshot.changed():
             if self._swapped:
                 self._refresh_sources(swapped=False)
             return
-        if self._snapshot.only_values_changed() and not self.captures.stale():
+        if not stale and self._snapshot.only_values_changed():
             self._refresh_sources(swapped=True)
             return
-        same = self.captures.model is self.model and not self._model_snapshot.changed() and not self.captures.stale()
-        if same:  # rates or rows are others
-            self._start()
+        if not stale and self.captures.model is self.model and not self._model_snapshot.changed():
+            self._start()  # rates or rows are others
         else:
             self._capture_again()
 
@@ -287,7 +296,7 @@ class GradientLearner(SettledLearner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._start()
+        self._capture_again()
 
     def _look(self) -> None:
         """Takes note of how the module is now."""
@@ -295,6 +304,13 @@ class GradientLearner(SettledLearner):
         self.__dict__["_fixed_rate"] = self.rate.fixed  # else nn.Module would take it for a parameter of its own
         self._model_snapshot = ModuleSnapshot(self.model, ignored=assigned)
         self._snapshot = ModuleSnapshot(self, owner=self, ignored=assigned)
+        homes = {id(module.__dict__): module.__dict__ for module in self.model.modules()}
+        self._assigned = [(homes[home], name) for home, name in assigned if home in homes]
+        self._left = self._attributes_left()
+
+    def _attributes_left(self) -> list[Any]:
+        """Returns images of the attributes that a call of the model sets, as the last call left them."""
+        return [image_of(home.get(name)) for home, name in self._assigned]
 
     def _refresh_sources(self, swapped: bool) -> None:
         """Looks up the parameters again: where they are ``swapped``, others stand in their places for a while."""
@@ -414,6 +430,7 @@ class GradientLearner(SettledLearner):
             # One thread, because torch's means have other bits with other numbers of threads.
             with self._plainly(tasks) as batch, self.captures.as_called(), _numbers_of(batch), one_thread():
                 call(self.model, first_task(batch.support_x))
+            self._left = self._attributes_left()
 
 
 def _numbers_of(tasks: TaskBatch) -> AbstractContextManager[None]:

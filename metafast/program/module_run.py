@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from metafast.program.operation import CaptureError
 from metafast.tasks import Samples
@@ -76,14 +77,18 @@ class unchanged:
             or any(_holds_others(now, then) for now, then in self.containers)
         )
 
-    def assigned(self) -> frozenset[tuple[int, str]]:
-        """Returns the attributes that have been set to something that is no plain value."""
+    def assigned(self, read: Collection[int]) -> frozenset[tuple[int, str]]:
+        """Returns the attributes that have been set to something that is no plain value.
+
+        What held a tensor that was ``read``, by its ``id``, is left out: the next call reads another one.
+        """
         pairs = zip(self.homes, self.attributes, strict=True)
         return frozenset(
             (id(now), name)
             for now, then in pairs
             for name, value in now.items()
             if then.get(name, pairs) is not value and not isinstance(value, _PLAIN)
+            if not any(id(leaf) in read for leaf in tree_leaves(then.get(name)))
         )
 
     def check_parameters(self) -> None:

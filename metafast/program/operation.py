@@ -152,11 +152,11 @@ class Recording:
         dtypes: the dtype of each.
         several: whether these are the parts of ``Samples``.
         values: shape and dtype of each value that an operation made.
-        guards: buffers and constants whose numbers Python has read, with the version that it has read.
+        guards: buffers and constants whose numbers Python has read.
         changes_module: whether the run left buffers or attributes of the module other than it found them.
         draws: how often random numbers were drawn.
         assigned: the attributes that the run set to something else than a plain value, such as a tensor to be looked at
-            later: the ``id`` of the module's dictionary, and the name.
+            later, and that no operation reads: the ``id`` of the module's dictionary, and the name.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -165,10 +165,15 @@ class Recording:
     dtypes: list[torch.dtype] = field(default_factory=list)
     several: bool = False
     values: dict[Made, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
-    guards: list[tuple[Tensor, int]] = field(default_factory=list)
+    guards: list[Tensor] = field(default_factory=list)
     changes_module: bool = False
     draws: int = 0
     assigned: frozenset[tuple[int, str]] = frozenset()
+
+    def constants(self) -> set[int]:
+        """Returns the ``id`` of each buffer and constant that an operation reads."""
+        refs = (ref for operation in self.operations for ref in operation.reads)
+        return {id(ref.tensor) for ref in refs if isinstance(ref, Constant)}
 
     def behind(self, refs: Iterable[Ref], into: Callable[[Made], bool] = lambda ref: True) -> set[Ref]:
         """Returns ``refs`` and what they are made of; of values that ``into`` denies, nothing that they are made of."""

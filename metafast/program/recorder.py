@@ -335,7 +335,7 @@ class Recorder(SchemaCheckMode, Source):
                 "It may not branch or loop on such values, nor turn them into numbers: each task has its own. Use "
                 "torch.where, or decide by what is known before the data comes",
             )
-        self.recording.guards += [(tensor, tensor._version) for tensor in self.constants_of(ref)]
+        self.recording.guards += self.constants_of(ref)
 
     def _check_closure(self, func: Any, args: Any, kwargs: Any) -> None:
         """Refuses a Function that draws, writes to tensors from outside, or reads others than its arguments."""

@@ -63,7 +63,7 @@ def _record(model: nn.Module, x: Any, part: str | int | None, ignored: Collectio
                 recorder.finish(picked(returned, part, model))
             state.check_parameters()
             recording.changes_module = state.changed()
-            recording.assigned = state.assigned()
+            recording.assigned = state.assigned(recording.constants())
     finally:
         recorder.release()
     return recording
