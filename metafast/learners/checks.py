@@ -34,6 +34,21 @@ def check_initialised(model: nn.Module) -> None:
             )
 
 
+def check_buffers(model: nn.Module) -> None:
+    """Raises ValueError where a buffer is to get a gradient, or where no change of it could be seen."""
+    for name, buffer in model.named_buffers():
+        if buffer.requires_grad:
+            raise ValueError(
+                f"buffer {name!r} requires a gradient, and an inner loop gives none to buffers: make it an "
+                f"nn.Parameter, or call requires_grad_(False) on it"
+            )
+        if buffer.is_inference():
+            raise ValueError(
+                f"buffer {name!r} was made in inference mode, where torch counts no changes: outside of it, set it to "
+                "a clone() of itself"
+            )
+
+
 def check_like(tasks: TaskBatch, learner: nn.Module) -> None:
     """Raises where a tensor of the batch does not live where the learner lives, or in another dtype."""
     tensors = {name: t for name, t in learner.state_dict().items() if t.is_floating_point()}

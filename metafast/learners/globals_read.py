@@ -18,16 +18,17 @@ _CALLED = ("forward", "__call__", "__getattr__")
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 
 
-def globals_of(classes: Iterable[type], values: Iterable[Any]) -> Iterator[Place]:
-    """Yields the globals that ``forward`` of the user's classes reads, and attributes of their classes and modules.
+def globals_of(classes: Iterable[type], values: Iterable[Any]) -> tuple[list[Place], list[FunctionType]]:
+    """Finds the globals that ``forward`` of the user's classes reads, and attributes of their classes and modules.
 
-    What the methods, functions and classes of the user's read that it calls counts too. ``values`` are the attributes
-    and hooks of the modules: some are functions that are called, and some are classes or modules that are read.
+    What the methods, functions and classes of the user's read that it calls counts too; these functions are returned
+    as well. ``values`` are the attributes and hooks of the modules: some are functions that are called, and some are
+    classes or modules that are read.
     """
     search = _Search(classes)
     for value in values:
         search.meet(value)
-    yield from search.run()
+    return list(search.run()), search.functions
 
 
 class _Search:
@@ -36,6 +37,7 @@ class _Search:
     Attributes:
         called: the functions that are still to be looked at.
         read: all names that have been read, of globals and of attributes.
+        functions: the functions that have been looked at.
         holders: the user's classes and modules that have been met, whose attributes count where they are read.
     """
 
@@ -47,6 +49,7 @@ class _Search:
         self.read: set[str] = set()
         self.holders: dict[int, Any] = {}
         self.seen: set[CodeType] = set()
+        self.functions: list[FunctionType] = []
         self.yielded: set[tuple[int, str]] = set()
 
     def run(self) -> Iterator[Place]:
@@ -71,7 +74,8 @@ class _Search:
         if function.__code__ in self.seen:
             return
         self.seen.add(function.__code__)
-        loaded, names = _names_in(function.__code__)
+        self.functions.append(function)
+        loaded, names = names_in(function.__code__)
         self.read |= names
         self.called += [method for name in names for method in self.methods.get(name, ())]
         for name in loaded:
@@ -91,13 +95,13 @@ class _Search:
 
 
 @lru_cache(maxsize=4096)
-def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+def names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """Returns the globals that a function and the functions inside of it load, and all names that they read."""
     loaded = {i.argval for i in dis.get_instructions(code) if i.opname in _LOADS}
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            inner = _names_in(constant)
+            inner = names_in(constant)
             loaded |= inner[0]
             names |= inner[1]
     return frozenset(loaded), frozenset(names)

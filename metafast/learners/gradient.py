@@ -20,14 +20,21 @@ from metafast.learners.adapted import Adapted
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import STATISTICS, BatchNormMode, modes_of, norms_of
 from metafast.learners.captures import Captures, CaptureSettings, first_task, has_own_derivatives
-from metafast.learners.checks import check_batch, check_initialised, check_like, check_padding, mixing
+from metafast.learners.checks import (
+    check_batch,
+    check_buffers,
+    check_initialised,
+    check_like,
+    check_padding,
+    mixing,
+)
 from metafast.learners.double_check import double_check
 from metafast.learners.explanation import explained
 from metafast.learners.images import image_of
 from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of, rows_per_step
 from metafast.learners.module_snapshot import ModuleSnapshot, Moment
-from metafast.learners.outside_gradients import Outside
+from metafast.learners.outside_gradients import Outside, Surroundings
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import SettledLearner, check_whole
 from metafast.program import Program
@@ -340,6 +347,8 @@ class GradientLearner(SettledLearner):
         The query sets are looked at where the batch is ``judged``.
         """
         check_batch(tasks)
+        if self._recognised:
+            self._recognise_again()
         self._follow_changes()
         self._refuse_mapped(tasks)
         key = self._kind(tasks, judged)
@@ -364,7 +373,7 @@ class GradientLearner(SettledLearner):
     def _kind(self, tasks: TaskBatch, judged: bool) -> tuple[object, ...]:
         """Returns all that decides whether a batch fits and what runs it, but for the values of its labels."""
         own = self._snapshot.parameters[0]
-        options = self._loss_options() if self._losses_with_modules else ()
+        options = self._loss_options() if self._recognised else ()
         return tasks.shapes, own.dtype, own.device, judged, options
 
     def _choose(self, program: Program, shapes: TaskShapes) -> Choice:
@@ -373,6 +382,7 @@ class GradientLearner(SettledLearner):
     def _examine(self, tasks: TaskBatch) -> KnownBatch:
         """Captures the model for the first batch of a kind, and checks both."""
         check_like(tasks, self)
+        check_buffers(self.model)
         self.rate.check(layout_of(self.model, self.rows))
         program = self.captures.of(tasks)
         parameters = self.parameters_of(program)
@@ -397,6 +407,9 @@ class GradientLearner(SettledLearner):
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
         if not self._swapped:
             self._look()
+        self._loss_probe.check_left_behind(
+            self.model, Surroundings(choice, program, parameters), tasks, self._assigned
+        )
         recorded = has_own_derivatives(program)
         return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks, unpaddable)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import sysconfig
 from array import array
 from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from types import FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,9 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, t
 """Values that cannot change and still be themselves; equal ones of one type are the same."""
 OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 """The attributes of every module, which torch itself keeps; what they hold is looked at one by one."""
-_FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "metafast"}
-"""Packages whose objects are taken to be the same inside as long as they are the same."""
+_FOREIGN = ("torch", "numpy", "metafast")
+"""Packages whose objects, as Python's own, are taken to be the same inside as long as they are the same."""
+_STDLIB = sysconfig.get_path("stdlib")
 _LEAVES = 20_000
 """The most values inside of one object that are looked at."""
 _DEPTH = 12
@@ -87,7 +89,15 @@ class _Looking:
 def is_foreign(owner: type | FunctionType | ModuleType) -> bool:
     """Says whether a class, a function or a module is none of the user's own."""
     name = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__ or ""
-    return name.partition(".")[0] in _FOREIGN
+    return _is_foreign_package(name.partition(".")[0])
+
+
+@lru_cache
+def _is_foreign_package(name: str) -> bool:
+    if name not in sys.stdlib_module_names:
+        return name in _FOREIGN
+    path = getattr(sys.modules.get(name), "__file__", None)  # a user's trace.py hides Python's own
+    return path is None or path.startswith(_STDLIB)
 
 
 def functions_in(value: Any) -> Iterator[FunctionType]:
@@ -95,7 +105,7 @@ def functions_in(value: Any) -> Iterator[FunctionType]:
     value = getattr(value, "fget", None) or getattr(value, "__func__", None) or getattr(value, "func", value)
     if isinstance(value, FunctionType):
         yield value
-        inside = [getattr(value, "__wrapped__", None), *_contents(value)]
+        inside = [getattr(value, "__wrapped__", None), *contents(value)]
         yield from (inner for inner in inside if isinstance(inner, FunctionType) and inner is not value)
     elif not isinstance(value, type) and not is_foreign(type(value)):
         members = (vars(base).get("__call__") for base in type(value).__mro__)
@@ -110,7 +120,7 @@ def _parts(value: Any) -> Iterable[Any] | None:
     if isinstance(value, type | ModuleType):
         return None if is_foreign(value) or isinstance(value, ModuleType) else _of_class(value)
     if isinstance(value, FunctionType):
-        found = [*_contents(value), value.__defaults__, value.__kwdefaults__, *vars(value).values()]
+        found = [*contents(value), value.__defaults__, value.__kwdefaults__, *vars(value).values()]
         return found if any(part is not None for part in found) else None
     inside = _inside(value)
     if inside is not None:
@@ -143,7 +153,7 @@ def _inside(value: Any) -> list[Any] | None:
     return None
 
 
-def _contents(function: FunctionType) -> list[Any]:
+def contents(function: FunctionType) -> list[Any]:
     """Returns what a function closes over; an empty cell is one too."""
     found = []
     for cell in function.__closure__ or ():

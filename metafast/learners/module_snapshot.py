@@ -16,8 +16,9 @@ from torch.nn.modules import module as torch_module
 from metafast.learners.globals_read import globals_of
 from metafast.learners.images import OF_ANY_MODULE, PLAIN, Itself, image_of, is_foreign, is_plain, kept
 
-_TRAINED = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks", "shape")
+_TRAINED = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks", "shape", "dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_CODE = attrgetter("__code__")
 _HOOKS_OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = ("metafast.inner", "metafast.learners")
 """Modules of these packages change by themselves in no way that matters here."""
@@ -91,7 +92,8 @@ class ModuleSnapshot:
     def _look_inside(self, hooks: list[Any]) -> None:
         """Takes images of what attributes, hooks and globals hold."""
         held = [v for some in self._some_values() for name, v in some.items() if name not in OF_ANY_MODULE]
-        read = list(globals_of(_bases(self._types), [*held, *hooks]))
+        read, self._functions = globals_of(_bases(self._types), [*held, *hooks])
+        self._codes = [*map(_CODE, self._functions)]
         self._globals = [(home, name, kept(home.get(name)), type(home.get(name))) for home, name in read]
         objects = [*held, *hooks, *(home.get(name) for home, name in read)]
         inside = {id(value): value for value in objects if not isinstance(value, PLAIN)}
@@ -170,6 +172,7 @@ class ModuleSnapshot:
                 self._values != self._some_values()
                 or [*map(type, self._others)] != self._types
                 or (bool(self._plain_homes) and self._plain_types_changed())
+                or [*map(_CODE, self._functions)] != self._codes
                 or (self._looks_inside and self._inside_changed())
                 or (bool(self._scripted) and [*map(_of_script, self._scripted)] != self._scripts)
             )

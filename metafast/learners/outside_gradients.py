@@ -7,6 +7,7 @@ finds any lets autograd record the inner loop, or refuses the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from metafast.executors import Choice
 from metafast.inner.recorded import OwnParameter
 from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
 from metafast.kernels.contract.layer import Loss, RuleContext
+from metafast.learners.left_behind import Place, check_left_behind, places_of_hooks
 from metafast.program import Program
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
@@ -108,6 +110,15 @@ class LossProbe:
         values = [value for part in self._losses if (value := self._run(part, where, tasks)) is not None]
         if any(id(leaf) not in seen for value in values for leaf in _leaves(value)):
             raise RuntimeError(_UNSEEN)
+
+    def check_left_behind(self, model: nn.Module, where: Surroundings, tasks: TaskBatch, places: list[Place]) -> None:
+        """Raises ValueError where a loss reads what a run of the model leaves behind, in ``places`` or by a hook."""
+        for part, loss in self._losses.items():
+            function = getattr(loss, "function", None)
+            all_places = [*places, *places_of_hooks(model, function)]
+            if loss.kind == "custom_loss" and all_places:
+                z, y = self._outputs_of_one(part, where, tasks).detach(), getattr(tasks, part).y[0].detach()
+                check_left_behind(all_places, partial(loss.function, z, y))
 
     def _run(self, part: str, where: Surroundings, tasks: TaskBatch) -> Tensor | None:
         """Returns the loss of one task where it requires a gradient although its outputs and targets do not.

@@ -17,7 +17,7 @@ from metafast.kernels.contract.layer import Loss
 from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of
 from metafast.learners.within_torch import WithinTorch
-from metafast.program.losses import LossLike, as_loss
+from metafast.program.losses import LossLike, as_loss, has_become_another
 
 _PARTS = {
     "model": "optimisers and checkpoints hold its parameters; make a learner of the other module, or load its values "
@@ -185,6 +185,14 @@ class SettledLearner(WithinTorch, metaclass=_Sealing):
         if self._sealed:
             self._set_losses(self._loss, self._query_loss)
         self._capture_again()
+
+    def _recognise_again(self) -> None:
+        """Takes losses of torch's for what they are by now: a hook, or another option of a partial, may have come."""
+        for name in ("_loss", "_query_loss"):
+            loss = getattr(self, name)
+            if loss is not None and has_become_another(loss):
+                self.__dict__[name] = as_loss(loss.function)
+                self._follow_losses()
 
     def _follow_steps(self) -> None:
         """Changes what goes with the number of inner steps, which is another one now."""

@@ -26,6 +26,7 @@ from metafast.learners.layout import layout_of
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, Surroundings, batch_requires_grad
 from metafast.program import Program
+from metafast.program.losses import may_become_another
 from metafast.program.module_run import picked
 from metafast.tasks import TaskBatch
 
@@ -84,13 +85,13 @@ class WithinTorch(Learner):
     def _set_losses(self, loss: Loss, query_loss: Loss | None = None) -> None:
         """Takes note of the losses."""
         self._loss_probe = LossProbe(loss, query_loss)
-        self._losses_with_modules = [one for one in (loss, query_loss) if one is not None and one.module is not None]
+        self._recognised = [one for one in (loss, query_loss) if one is not None and may_become_another(one)]
         self._modules["loss_modules"] = self._loss_probe.modules
         self.number = register(self)
 
     def _loss_options(self) -> tuple[object, ...]:
-        """Lists the options of losses that are modules, which may change at any time; tensors by their numbers."""
-        options = [pair for loss in self._losses_with_modules for pair in loss.options.items()]
+        """Lists the options of losses that users hold, which may change at any time; tensors by their numbers."""
+        options = [pair for loss in self._recognised for pair in loss.options.items()]
         return tuple((name, id(value) if isinstance(value, Tensor) else value) for name, value in options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

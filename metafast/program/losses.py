@@ -76,3 +76,21 @@ def _recognise(loss: Callable[..., Tensor]) -> Loss | None:
     if isinstance(loss, nn.Module):
         options = {name: getattr(loss, name) for name in names}
     return make(**options, function=loss) if options.keys() <= set(names) else None
+
+
+def may_become_another(loss: Loss) -> bool:
+    """Says whether the user holds what a loss of torch's was recognised by, and so may change it."""
+    held = loss.module is not None or isinstance(loss.function, functools.partial)
+    return held and loss.kind != CustomLoss.kind
+
+
+def has_become_another(loss: Loss) -> bool:
+    """Says whether what the loss was recognised by is something else now; options of modules are read as they are."""
+    if not may_become_another(loss):
+        return False
+    now = as_loss(loss.function)
+    return type(now) is not type(loss) or (loss.module is None and _as_key(now) != _as_key(loss))
+
+
+def _as_key(loss: Loss) -> list[tuple[str, Any]]:
+    return [(name, id(value) if isinstance(value, Tensor) else value) for name, value in loss.options.items()]

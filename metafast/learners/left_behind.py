@@ -1,0 +1,74 @@
+"""Refuses a loss that reads what a run of the model leaves behind, in an attribute or through a hook.
+
+metafast runs the model when it captures it, and not again for each batch: what lies there is that of another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from metafast.learners.globals_read import names_in
+from metafast.learners.images import contents, functions_in, is_foreign
+
+Place = tuple[Any, Any]
+"""A dictionary or a list, and a key of it or a number in it."""
+
+
+def places_of_hooks(model: nn.Module, loss: Any) -> list[Place]:
+    """Lists where tensors lie that hooks of the model may have put there, and that a loss of the user's can reach."""
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    if not hooks:
+        return []
+    reached = _holders(loss)
+    shared = [holder for hook in hooks for key, holder in _holders(hook).items() if key in reached]
+    keys = [(h, k) for h in shared for k in (list(h) if isinstance(h, dict) else range(len(h)))]
+    return [(holder, key) for holder, key in keys if isinstance(holder[key], Tensor | list | dict)]
+
+
+def check_left_behind(places: Iterable[Place], run: Callable[[], Any]) -> None:
+    """Runs a loss with an object of no use in each place where the model leaves something.
+
+    Raises:
+        ValueError: the loss fails, so that it reads what lies there.
+    """
+    try:
+        run()
+    except Exception:  # the computation itself says what is wrong with it
+        return
+    for home, key in places:
+        there = isinstance(home, list) or key in home
+        left = home[key] if there else None
+        home[key] = object()
+        try:
+            run()
+        except Exception:
+            raise ValueError(
+                f"the loss reads {key!r}, which the model's forward pass or a hook leaves behind. The model is not run "
+                "again for each batch, so that this would be of another one. Let forward return it beside the outputs, "
+                "for instance joined to them, and split them in the loss"
+            ) from None
+        finally:
+            if there:
+                home[key] = left
+            else:
+                del home[key]
+
+
+def _holders(called: Any) -> dict[int, Any]:
+    """Returns the dictionaries and lists that a function can reach, and the attributes of such objects."""
+    owner = getattr(called, "__self__", called)
+    held = [owner, *getattr(called, "args", ())]
+    for function in functions_in(called):
+        loaded, _ = names_in(function.__code__)
+        held += [*contents(function), *(function.__globals__.get(name) for name in loaded)]
+        held += function.__defaults__ or ()
+    found: dict[int, Any] = {}
+    for value in held:
+        own = not isinstance(value, type | nn.Module) and not is_foreign(type(value))
+        holder = vars(value) if own and hasattr(value, "__dict__") else value
+        if isinstance(holder, dict | list):
+            found[id(holder)] = holder
+    return found
