@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from metafast.executors import Executor
+from metafast.executors import Executor, choose
 from metafast.inner.autocast import in_own_dtype
 from metafast.learners.captures import Captures
 from metafast.learners.module_snapshot import Moment
 from metafast.learners.seeds import drawn_seeds
 from metafast.program import Program
-from metafast.tasks import as_samples, parts_of
+from metafast.program.inner_loop import InnerLoop
+from metafast.tasks import TaskShapes, as_samples, parts_of
 
 _SIZES = 64
 """How many numbers of samples are remembered."""
@@ -25,7 +26,7 @@ class Adapted:
 
     They stay what they were made, whatever becomes of the learner; a copy of them, and one that was saved, says the
     same as they. What the model does with another number of samples is found by running it, which is refused where it
-    has changed since the ``moment`` of adaptation.
+    has changed since the ``moment`` of adaptation. ``settings`` are the learner's ``backend`` and ``precision``.
     """
 
     captures: Captures
@@ -35,7 +36,8 @@ class Adapted:
     step: int
     sample: tuple[tuple[int, ...], ...]
     moment: Moment
-    _programs: dict[int, Program] = field(default_factory=dict)
+    settings: tuple[str | Executor, str]
+    _others: dict[int, tuple[Program, Executor]] = field(default_factory=dict)
 
     @in_own_dtype
     def __call__(self, x: Tensor) -> Tensor:
@@ -61,21 +63,25 @@ class Adapted:
                 f"x is {x.dtype} on {x.device}, the adapted models are {theta.dtype} on {theta.device}; use "
                 f"x.to({str(theta.device)!r}, {theta.dtype})"
             )
-        program = self._program_for(x)
+        program, executor = self._for_as_many(x)
         seeds = drawn_seeds(program, len(theta), theta.device)
         of_query = None if seeds is None else seeds[:, 1]
-        return self.executor.predict(program, self.parameters, x.contiguous(), self.step, of_query)
+        return executor.predict(program, self.parameters, x.contiguous(), self.step, of_query)
 
-    def _program_for(self, x: Any) -> Program:
-        """Returns the Program for as many samples as ``x`` has."""
+    def _for_as_many(self, x: Any) -> tuple[Program, Executor]:
+        """Returns what computes the outputs of as many samples as ``x`` has."""
         samples = x.shape[1]
-        found = self._programs.get(samples)
+        found = self._others.get(samples)
         if found is None:
-            found = self.captures.extended(self.program, x, self.moment)
-            found = found if found is self.program else found.holding_constants()
-            self._programs[samples] = found
-            if len(self._programs) > _SIZES:
-                del self._programs[next(iter(self._programs))]
+            found = self.program, self.executor
+            program = self.captures.extended(self.program, x, self.moment)
+            if program is not self.program:
+                loop = InnerLoop.judged_last(max(self.step, 1))
+                choice = choose(program, loop, TaskShapes.of_samples(x), *self.settings)
+                found = program.holding_constants(), choice.executor
+            self._others[samples] = found
+            if len(self._others) > _SIZES:
+                del self._others[next(iter(self._others))]
         return found
 
     def state_dict(self, task: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from metafast.kernels.contract.layer import Loss
 from metafast.learners.batch_norm import BatchNormMode, in_modes, modes_of, norms_of, statistics_of
 from metafast.learners.module_snapshot import Moment
 from metafast.program import Program
-from metafast.program.capture import Layout, program_of, used_parameters
+from metafast.program.capture import CaptureError, Layout, program_of, used_parameters
 from metafast.program.operation import Recording
 from metafast.program.recording import record
 from metafast.tasks import TaskBatch, each_part, parts_of
@@ -115,13 +115,16 @@ class Captures:
         few, kind = _samples(support) + 1, _kind(query)
         if not self.second_look or _samples(query) <= few or kind in self.recordings or kind in self.doubted:
             return
-        short = _first_samples(query, few)
-        if self._does_the_same(support, short):
+        if self._does_the_same(support, _first_samples(query, few)):
             self.alike[kind] = few
 
     def _does_the_same(self, x: Any, other: Any) -> bool:
         """Says whether the module does the same with samples like ``x`` as with ``other``, of another number."""
-        one, two = self.recording(x), self.recording(other)
+        one = self.recording(x)
+        try:
+            two = self.recording(other)
+        except (CaptureError, ValueError):  # such as an even number of samples that it asks for
+            return False
         names = self._names(one, two)
         return self._program(one, names, x) is self._program(two, names, other)
 

@@ -193,7 +193,8 @@ class GradientLearner(SettledLearner):
             theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
         sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x))
         moment = Moment(self._model_snapshot, self.program.all_constants)
-        return Adapted(self.captures, self.program.holding_constants(), choice.executor, theta, steps, sample, moment)
+        program, settings = self.program.holding_constants(), (self.backend, self.precision)
+        return Adapted(self.captures, program, choice.executor, theta, steps, sample, moment, settings)
 
     @property
     def program(self) -> Program:
@@ -443,7 +444,9 @@ class GradientLearner(SettledLearner):
             # One thread, because torch's means have other bits with other numbers of threads.
             with self._plainly(tasks) as batch, self.captures.as_called(), _numbers_of(batch), one_thread():
                 call(self.model, first_task(batch.support_x))
-            self._left = self._attributes_left()
+            # Where nothing was before, what there is now may change what the next call does.
+            unset, now = image_of(None), self._attributes_left()
+            self._left = [was if was == unset else left for was, left in zip(self._left, now, strict=True)]
 
 
 def _numbers_of(tasks: TaskBatch) -> AbstractContextManager[None]:

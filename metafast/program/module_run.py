@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from metafast.program.operation import CaptureError
 from metafast.tasks import Samples
@@ -80,7 +79,8 @@ class unchanged:
     def assigned(self, read: Collection[int]) -> frozenset[tuple[int, str]]:
         """Returns the attributes that have been set to something that is no plain value.
 
-        What held a tensor that was ``read``, by its ``id``, is left out: the next call reads another one.
+        What held a tensor that was ``read``, by its ``id``, is left out, since the next call reads another one, and so
+        are lists and dictionaries, which Python may have read.
         """
         pairs = zip(self.homes, self.attributes, strict=True)
         return frozenset(
@@ -88,7 +88,7 @@ class unchanged:
             for now, then in pairs
             for name, value in now.items()
             if then.get(name, pairs) is not value and not isinstance(value, _PLAIN)
-            if not any(id(leaf) in read for leaf in tree_leaves(then.get(name)))
+            if id(then.get(name)) not in read and not isinstance(then.get(name), list | tuple | dict | set)
         )
 
     def check_parameters(self) -> None:
