@@ -42,7 +42,16 @@ from metafast.program.operation import (
     by_name,
     refs_in,
 )
-from metafast.program.refusals import DROPOUT, PASSING_ON, READS_VALUES, failure, refuse_draw, selects, value_reader
+from metafast.program.refusals import (
+    DROPOUT,
+    PASSING_ON,
+    READS_VALUES,
+    failure,
+    refuse_draw,
+    remedy_of_reading,
+    selects,
+    value_reader,
+)
 from metafast.program.user_lines import error_line, user_line
 
 _SEEDS = itertools.count(0x6D65_7461_6661_7374)
@@ -330,11 +339,8 @@ class Recorder(SchemaCheckMode, Source):
 
     def _read_value(self, ref: Ref, how: str) -> None:
         if self.is_data(ref):
-            raise self.refuse(
-                f"reads a {'random number' if ref in self.drawn else 'value of the data'} by {how}",
-                "It may not branch or loop on such values, nor turn them into numbers: each task has its own. Use "
-                "torch.where, or decide by what is known before the data comes",
-            )
+            what = "random number" if ref in self.drawn else "value of the data"
+            raise self.refuse(f"reads a {what} by {how}", remedy_of_reading())
         self.recording.guards += self.constants_of(ref)
 
     def _check_closure(self, func: Any, args: Any, kwargs: Any) -> None:

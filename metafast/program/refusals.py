@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.program.operation import CaptureError, Ref, refs_in
+from metafast.program.user_lines import is_within
 
 aten = torch.ops.aten
 READS_VALUES = (aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default,
@@ -23,6 +24,16 @@ DROPOUT = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_
 PASSING_ON = {aten.contiguous, aten.to, aten.alias, aten.lift_fresh, aten.expand, aten.expand_as, aten.view,
               aten.reshape, aten.flatten, aten.squeeze}  # fmt: skip
 """Operations that may return their input as it is."""
+
+
+def remedy_of_reading() -> str:
+    """Says what to do where Python reads a value of the data."""
+    if is_within("distributions"):
+        return "torch.distributions checks its arguments, which each task has of its own: pass validate_args=False"
+    return (
+        "It may not branch or loop on such values, nor turn them into numbers: each task has its own. Use torch.where, "
+        "or decide by what is known before the data comes"
+    )
 
 
 def value_reader(func: Any) -> str:

@@ -33,6 +33,14 @@ def user_line() -> str:
     return ""
 
 
+def is_within(part: str) -> bool:
+    """Says whether a part of torch, such as ``distributions``, is being run."""
+    frame, folder = sys._getframe(1), os.path.join(_TORCH, part)
+    while frame is not None and not frame.f_code.co_filename.startswith(folder):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 def error_line(error: BaseException) -> str:
     """Returns the innermost line outside of torch and of this package that ``error`` went through, likewise."""
     frames = traceback.extract_tb(error.__traceback__)
