@@ -271,3 +271,9 @@ def test_a_refused_batch_leaves_the_learner_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in current.state_dict().items())
     current.backward(labelled())
     assert all(p.grad is not None for p in current.parameters())
+
+
+@pytest.mark.parametrize(("option", "said"), [("step", "did you mean 'steps'"), ("foo", "it has .*'adapt'.*'steps'")])
+def test_an_unknown_option_is_named_with_those_that_there_are(option, said):
+    with pytest.raises(TypeError, match=f"MAML has no option '{option}'; {said}"):
+        mf.MAML(nn.Linear(2, 2), loss="mse", lr=0.1, **{option: 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from metafast.inner.transforms import plain
 from metafast.learners.adapted import Adapted
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import STATISTICS, BatchNormMode, modes_of, norms_of
-from metafast.learners.captures import Captures, CaptureSettings, first_task, has_own_derivatives
+from metafast.learners.captures import first_task, has_own_derivatives
 from metafast.learners.checks import (
     check_batch,
     check_buffers,
@@ -30,13 +29,13 @@ from metafast.learners.checks import (
 )
 from metafast.learners.double_check import double_check
 from metafast.learners.explanation import explained
-from metafast.learners.images import image_of
+from metafast.learners.following import FollowingLearner
 from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of, rows_per_step
-from metafast.learners.module_snapshot import ModuleSnapshot, Moment
+from metafast.learners.module_snapshot import Moment
 from metafast.learners.outside_gradients import Outside, Surroundings
 from metafast.learners.seeds import with_seeds
-from metafast.learners.settings import SettledLearner, check_whole
+from metafast.learners.settings import check_whole
 from metafast.program import Program
 from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
@@ -50,12 +49,10 @@ from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered."""
-_MADE_AGAIN = ("_known", "_latest", "_snapshot", "_model_snapshot", "_fixed_rate", "_assigned", "_left")
-"""What a copy of a learner does not take over."""
 _UNSEEN = "no batch has been seen yet, or none since a setting has changed"
 
 
-class GradientLearner(SettledLearner):
+class GradientLearner(FollowingLearner):
     """Its inner loop takes gradient steps: ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)``, for each task.
 
     ``parameters()`` are the model's, with rows of their own where ``bn="per_step"``, and the rates where these are
@@ -161,21 +158,6 @@ class GradientLearner(SettledLearner):
         self._follow_changes()
         return self._choose(self.captures.of(tasks), tasks.shapes).plan.graph_obstacle
 
-    def train(self, mode: bool = True) -> Any:
-        """Does what any module's does; in evaluation each batch norm goes on as it last was in training."""
-        ends = self.training and not mode and self._sealed
-        if ends and {name: norm.training for name, norm in norms_of(self.model).items()} != self.captures.trained:
-            self._capture_again()
-        return super().train(mode)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Does what any module's does, without its walk through all modules where none has changed."""
-        if set_to_none and not self._snapshot.parts_changed():
-            for parameter in self._snapshot.parameters:
-                parameter.grad = None
-        else:
-            super().zero_grad(set_to_none)
-
     @in_own_dtype
     def adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
@@ -257,75 +239,6 @@ class GradientLearner(SettledLearner):
         trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
         return trajectory[-1]
 
-    def _new_captures(self, trained: dict[str, bool], second_look: bool = True) -> Captures:
-        losses = self.loss, self.query_loss
-        settings = CaptureSettings(*losses, self.adapted_names, self._bn, self.steps, self.output)
-        return Captures(self.model, settings, trained, second_look)
-
-    def _start(self) -> None:
-        """Makes what a learner remembers of batches, of which it has seen none."""
-        self._known: OrderedDict[tuple[object, ...], KnownBatch] = OrderedDict()
-        self._latest: KnownBatch | None = None
-        self._swapped = False
-        self._look()
-
-    def _plan_again(self) -> None:
-        if self._sealed:
-            self._follow_changes()
-            self._start()
-
-    def _capture_again(self) -> None:
-        if self._sealed:
-            trained = self.captures.trained
-            if self.training:
-                trained = {name: norm.training for name, norm in norms_of(self.model).items()}
-            self.__dict__["captures"] = self._new_captures(trained, self.captures.second_look)
-            self._start()
-
-    def _follow_changes(self) -> None:
-        """Forgets what was captured where the module is not as it was; it is captured again with the next batch."""
-        stale = self.captures.stale() or (bool(self._left) and self._left != self._attributes_left())
-        if not stale and not self._snapshot.changed():
-            if self._swapped:
-                self._refresh_sources(swapped=False)
-            return
-        if not stale and self._snapshot.only_values_changed():
-            self._refresh_sources(swapped=True)
-            return
-        if not stale and self.captures.model is self.model and not self._model_snapshot.changed():
-            self._start()  # rates or rows are others
-        else:
-            self._capture_again()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what is made again: a copy has seen no batch, and lists its parts itself."""
-        state = {name: value for name, value in self.__dict__.items() if name not in _MADE_AGAIN}
-        return {**state, **{name: dict(state[name]) for name in ("_modules", "_parameters", "_buffers")}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._capture_again()
-
-    def _look(self) -> None:
-        """Takes note of how the module is now."""
-        assigned = {pair for recording in self.captures.recordings.values() for pair in recording.assigned}
-        self.__dict__["_fixed_rate"] = self.rate.fixed  # else nn.Module would take it for a parameter of its own
-        self._model_snapshot = ModuleSnapshot(self.model, ignored=assigned)
-        self._snapshot = ModuleSnapshot(self, owner=self, ignored=assigned)
-        homes = {id(module.__dict__): module.__dict__ for module in self.model.modules()}
-        self._assigned = [(homes[home], name) for home, name in assigned if home in homes]
-        self._left = self._attributes_left()
-
-    def _attributes_left(self) -> list[Any]:
-        """Returns images of the attributes that a call of the model sets, as the last call left them."""
-        return [image_of(home.get(name)) for home, name in self._assigned]
-
-    def _refresh_sources(self, swapped: bool) -> None:
-        """Looks up the parameters again: where they are ``swapped``, others stand in their places for a while."""
-        self._swapped, self.__dict__["_fixed_rate"] = swapped, self.rate.fixed
-        for known in self._known.values():
-            known.parameters[:] = self.parameters_of(known.program)
-
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``.
 
@@ -336,11 +249,6 @@ class GradientLearner(SettledLearner):
             return rates
         with torch.enable_grad():
             return self.rate.of((program or self.program).parameters)
-
-    def parameters_of(self, program: Program) -> list[Tensor]:
-        """Lists the meta-parameters of the model in the order of ``program``."""
-        named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
-        return [named[p.name] for p in program.parameters]
 
     def _known_for(self, tasks: TaskBatch, judged: bool = True) -> KnownBatch:
         """Checks a batch against the model and returns what is known of its kind, which the first of them shows.
@@ -444,9 +352,7 @@ class GradientLearner(SettledLearner):
             # One thread, because torch's means have other bits with other numbers of threads.
             with self._plainly(tasks) as batch, self.captures.as_called(), _numbers_of(batch), one_thread():
                 call(self.model, first_task(batch.support_x))
-            # Where nothing was before, what there is now may change what the next call does.
-            unset, now = image_of(None), self._attributes_left()
-            self._left = [was if was == unset else left for was, left in zip(self._left, now, strict=True)]
+            self._note_traces()
 
 
 def _numbers_of(tasks: TaskBatch) -> AbstractContextManager[None]:

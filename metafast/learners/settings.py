@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from abc import ABCMeta
 from collections.abc import Iterable, Mapping
 from numbers import Integral
@@ -37,9 +38,19 @@ _READ = {
 
 
 class _Sealing(ABCMeta):
-    """Seals a learner when its constructor has returned."""
+    """Names the options of a learner where one is unknown, and seals it when its constructor has returned."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
+        makers = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+        known = {name for maker in makers for name in inspect.signature(maker).parameters}
+        own = cls.__module__.startswith(__package__)  # a class of the user's may take what it likes
+        for name in options.keys() - known if own else ():
+            close = difflib.get_close_matches(name, known, 1, 0.5)
+            names = sorted(known - {"self", "args", "kwargs", "options", "model"})
+            raise TypeError(
+                f"{cls.__name__} has no option {name!r}; "
+                f"{f'did you mean {close[0]!r}' if close else f'it has {names}'}"
+            )
         learner = super().__call__(*args, **options)
         learner.__dict__["_sealed"] = True
         return learner

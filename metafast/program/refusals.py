@@ -89,7 +89,10 @@ def failure(model: nn.Module, where: str, inputs: Sequence[Tensor], error: Excep
     if "more than 1 value per channel" in text:
         text += "; bn='frozen' takes the running statistics in its place"
     shapes = ", ".join(str(list(tensor.shape[1:])) for tensor in inputs)
+    of_torch = isinstance(error, RuntimeError | IndexError)
+    kind = "" if of_torch else f"{type(error).__name__}: "
+    remedy = "; check it against the model's layers" if of_torch else ""
     return ValueError(
-        f"{name} fails at {where}: {text or type(error).__name__}. It was called on the {len(inputs[0])} samples of "
-        f"one task, which have shape {shapes}; check it against the model's layers"
+        f"{name} fails at {where}: {kind}{text or type(error).__name__}. It was called on the {len(inputs[0])} samples "
+        f"of one task, which have shape {shapes}{remedy}"
     )
