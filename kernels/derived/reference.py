@@ -13,9 +13,8 @@ over the task axis by torch.vmap, and where that cannot, computed task by task.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,8 +24,12 @@ from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 
 Function = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
 
-_TASK_BY_TASK: WeakSet[Function] = WeakSet()
-"""The functions that vmap cannot map."""
+
+@dataclass
+class Mapping:
+    """Whether torch.vmap maps a function over tasks; false since it was seen that it cannot."""
+
+    works: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class Derived(Layer):
 
     ``reverse_only`` says that its second derivatives are to be had from the graph of its gradient alone: that of a
     ``torch.autograd.Function`` is what its author says, and need not be symmetric, and that of a norm is finite at zero
-    where forward mode is not.
+    where forward mode is not. ``mapping`` belongs to this layer alone: an equal layer of another model finds out for
+    itself, and keeps what it has found.
     """
 
     kind = "derived"
     function: Function
     label: str
     reverse_only: bool = False
+    mapping: Mapping = field(default_factory=Mapping, init=False, compare=False, repr=False)
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -87,7 +92,7 @@ class Derived(Layer):
 
     def _over_tasks(self, ctx: RuleContext, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
         """``y [T, ...]``."""
-        if self.function not in _TASK_BY_TASK:
+        if self.mapping.works:
             torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # a loop in torch is no news to the user
             try:
                 return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(params, inputs)
@@ -97,7 +102,7 @@ class Derived(Layer):
         results = [
             self.function(tuple(p[t] for p in params), tuple(x[t] for x in inputs), ctx.c) for t in by_task
         ]  # fmt: skip
-        _TASK_BY_TASK.add(self.function)
+        self.mapping.works = False
         return torch.stack(results)
 
     def _traced(self, ctx: RuleContext) -> tuple[list[Tensor], Tensor]:
@@ -150,9 +155,9 @@ class Derived(Layer):
 
 def compute_task_by_task(layer: Layer) -> bool:
     """Has a derived layer computed without torch.vmap from now on; it says whether that is news."""
-    if not isinstance(layer, Derived) or layer.function in _TASK_BY_TASK:
+    if not isinstance(layer, Derived) or not layer.mapping.works:
         return False
-    _TASK_BY_TASK.add(layer.function)
+    layer.mapping.works = False
     return True
 
 
