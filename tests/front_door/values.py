@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from front_door.case import CLASSES, Net, Table, images, sequences, tokens
 from torch import nn
 
+import metafast as mf
+
 CASES = Table()
 
 
@@ -261,3 +263,40 @@ def one_expert_for_each_sample(net, x):
     choice = F.linear(x, net.matrix).argmax(-1)
     answers = torch.stack([torch.tanh(net.body(x)), torch.relu(net.second(x)), net.blocks(x)])
     return net.head(answers[choice, torch.arange(len(x))])
+
+
+def ids_from_one() -> mf.TaskBatch:
+    """Token ids of which none is zero, so that a zero is no sample."""
+    tasks = tokens(8)()
+    return mf.TaskBatch(tasks.support_x + 1, tasks.support_y, tasks.query_x + 1, tasks.query_y)
+
+
+@CASES.forward(ids_from_one)
+def ids_that_count_from_one(net, ids):
+    places = torch.zeros(len(ids), 8, dtype=net.vector.dtype)
+    return net.head(places.scatter_add(1, ids - 1, torch.tanh(net.vector[ids - 1])))
+
+
+@CASES.forward(ids_from_one)
+def the_last_of_a_length(net, ids):
+    last = (ids != 0).sum(1) - 1
+    h = torch.tanh(net.table(ids - 1))
+    return net.head(h.gather(1, last[:, None, None].expand(-1, 1, 8))[:, 0])
+
+
+@CASES.forward()
+def bins_between_the_least_and_the_largest(net, x):
+    low, high = x.min(1, keepdim=True).values, x.max(1, keepdim=True).values
+    return net.head(torch.tanh(net.body(x)).gather(1, ((x - low) / (high - low) * 7).long()))
+
+
+@CASES.forward()
+def the_inverse_of_a_weight(net, x):
+    weight = net.scalar * torch.eye(8, dtype=x.dtype) + 0.1 * net.body.weight
+    return net.head(torch.tanh(x @ torch.linalg.inv(weight)))
+
+
+@CASES.forward()
+def the_cholesky_factor_of_a_weight(net, x):
+    weight = net.scalar * torch.eye(8, dtype=x.dtype) + 0.1 * net.body.weight
+    return net.head(torch.tanh(x @ torch.linalg.cholesky(weight @ weight.T)))

@@ -20,7 +20,7 @@ from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
-from metafast.tasks import Batch, TaskShapes, each_part, parts_of
+from metafast.tasks import Batch, TaskShapes, parts_of
 
 _BUDGET = 2 << 30  # bytes
 _COPIES = 12
@@ -79,7 +79,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> Tensor:
             return Pass(program, theta[tasks], batch.tasks(tasks), step, nothing).forward()
 
-        return torch.cat(self._in_chunks(program, theta, x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
     @torch.no_grad()
     def loss_and_grad(
@@ -91,7 +91,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> tuple[Tensor, Tensor, Tensor]:
             return inner_loop.loss_and_grad(program, theta[tasks], batch.tasks(tasks), step)
 
-        parts = self._in_chunks(program, theta, batch.x, chunk)
+        parts = self._in_chunks(program, theta, batch, chunk)
         losses, grads, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
         return losses, grads, outputs
 
@@ -104,7 +104,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> Tensor:
             return torch.stack(InnerLoopRun(program, loop, rates, support.tasks(tasks)).adapt(theta[tasks]))
 
-        return torch.cat(self._in_chunks(program, theta, support.x, chunk), 1)
+        return torch.cat(self._in_chunks(program, theta, support, chunk), 1)
 
     @torch.no_grad()
     def adapt_vjp(
@@ -125,7 +125,7 @@ class ReferenceExecutor(Executor):
                 rates_grad.add_(run.rates_grad)
             return grad
 
-        return torch.cat(self._in_chunks(program, trajectory, support.x, chunk)), rates_grad
+        return torch.cat(self._in_chunks(program, trajectory[0], support, chunk)), rates_grad
 
     @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
@@ -137,7 +137,7 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> Tensor:
             return hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
 
-        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
     @torch.no_grad()
     def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
@@ -148,21 +148,23 @@ class ReferenceExecutor(Executor):
         def chunk(tasks: slice) -> Tensor:
             return compute(program, theta[tasks], batch.tasks(tasks), g[tasks], step)
 
-        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
     def _by_autograd(self, program: Program) -> bool:
         """Says whether second derivatives come from the graph of the gradient, because some layer has no rules."""
         return self.autograd and bool(program.derived)
 
-    def _in_chunks(self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]) -> list[Found]:
+    def _in_chunks(
+        self, program: Program, theta: Tensor, batch: Batch, compute: Callable[[slice], Found]
+    ) -> list[Found]:
         """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
-        return [compute(tasks) for tasks in self._chunks(program, params, x)]
+        return [compute(tasks) for tasks in self._chunks(program, theta, batch)]
 
-    def _chunks(self, program: Program, params: Tensor, x: Any) -> Iterator[slice]:
+    def _chunks(self, program: Program, theta: Tensor, batch: Batch) -> Iterator[slice]:
         """Yields ranges of tasks that fit into the budget."""
-        tasks = x.shape[0]
-        elements = _COPIES * _elements(program, params, x) + 4 * program.size
-        size = min(max(1, self.budget // (params.element_size() * elements)), self.max_tasks or tasks)
+        tasks = batch.x.shape[0]
+        elements = _COPIES * _elements(program, theta, batch) + 4 * program.size
+        size = min(max(1, self.budget // (theta.element_size() * elements)), self.max_tasks or tasks)
         for start in range(0, tasks, size):
             yield slice(start, min(tasks, start + size))
 
@@ -170,18 +172,19 @@ class ReferenceExecutor(Executor):
 _COUNTS: ByProgram[int] = ByProgram()
 
 
-def _elements(program: Program, params: Tensor, x: Any) -> int:
-    """Counts the elements of all values of a pass on one task's samples like ``x [T, n, ...]``, by running one."""
+def _elements(program: Program, theta: Tensor, batch: Batch) -> int:
+    """Counts the elements of all values of a pass on one task of ``batch`` at ``theta [T, P]``, by running one.
+
+    It runs on numbers that the model is meant for: zeros are no ids that count from one, and have no inverse.
+    """
 
     def count(program: Program, key: Any) -> int:
-        one = each_part(lambda part: torch.zeros_like(part[:1]), x)
-        theta = params.new_zeros(1, program.size)
-        seeds = torch.zeros(1, dtype=torch.int64, device=params.device)
-        run = Pass(program, theta, Batch(one, theta, None, seeds), 0, (False,) * len(program.parameters))
+        one = slice(0, 1)
+        run = Pass(program, theta[one], batch.tasks(one), 0, (False,) * len(program.parameters))
         run.forward()
         return sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
 
-    key = (params.dtype, params.device, *((part.shape[1:], part.dtype) for part in parts_of(x)))
+    key = (theta.dtype, theta.device, *((part.shape[1:], part.dtype) for part in parts_of(batch.x)))
     return _COUNTS.of(program, key, count)
 
 
