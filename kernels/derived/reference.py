@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from torch.autograd import forward_ad
 from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 
 Function = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
+
+_REINTERPRETING = ("aten.view_as_complex", "aten.view.dtype")
+"""Operations that take the numbers of a tensor for others where they lie, which asks for an even place in memory."""
 
 
 @dataclass
@@ -52,6 +56,12 @@ class Derived(Layer):
     def operations(self) -> tuple[str, ...]:
         """The names of the operations that it consists of, as far as they are known."""
         return tuple(str(step.target) for step in getattr(self.function, "steps", ()))
+
+    @cached_property
+    def reads_memory(self) -> bool:
+        """Whether it may depend on where a tensor lies, and not only on its numbers."""
+        calls_functions = getattr(self.function, "calls_functions", False)
+        return calls_functions or any(name.startswith(_REINTERPRETING) for name in self.operations)
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.p, ctx.x, ctx.c = tuple(params), tuple(inputs), tuple(constants)
@@ -92,16 +102,19 @@ class Derived(Layer):
 
     def _over_tasks(self, ctx: RuleContext, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
         """``y [T, ...]``."""
+        own = _in_own_memory if self.reads_memory else _as_it_is
         if self.mapping.works:
             torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # a loop in torch is no news to the user
             try:
-                return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(params, inputs)
+                return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(
+                    tuple(map(own, params)), tuple(map(own, inputs))
+                )
             except Exception:  # whatever is wrong with the function itself shows again below
                 pass
-        by_task = range((*params, *inputs)[0].shape[0])
         results = [
-            self.function(tuple(p[t] for p in params), tuple(x[t] for x in inputs), ctx.c) for t in by_task
-        ]  # fmt: skip
+            self.function(tuple(own(p[t]) for p in params), tuple(own(x[t]) for x in inputs), ctx.c)
+            for t in range((*params, *inputs)[0].shape[0])
+        ]
         self.mapping.works = False
         return torch.stack(results)
 
@@ -159,6 +172,18 @@ def compute_task_by_task(layer: Layer) -> bool:
         return False
     layer.mapping.works = False
     return True
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def _in_own_memory(t: Tensor) -> Tensor:
+    """``t`` at the beginning of memory of its own, as the parameters of a module are; it was part of a flat vector.
+
+    The product with one gives memory of its own to the adjoint on its way back too, where a clone passes it on.
+    """
+    return t.contiguous() * 1 if t.is_floating_point() else t.clone()
 
 
 def _leaf(t: Tensor) -> Tensor:

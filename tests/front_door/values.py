@@ -300,3 +300,44 @@ def the_inverse_of_a_weight(net, x):
 def the_cholesky_factor_of_a_weight(net, x):
     weight = net.scalar * torch.eye(8, dtype=x.dtype) + 0.1 * net.body.weight
     return net.head(torch.tanh(x @ torch.linalg.cholesky(weight @ weight.T)))
+
+
+class Filter(nn.Module):
+    """A filter of complex numbers behind a parameter of one number, and so at an odd place of the flat vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.filter = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(5, 2))
+        self.longer, self.head = nn.Parameter(torch.randn(11)), nn.Linear(8, CLASSES)
+
+    def filtered(self, x, numbers):
+        return self.head(torch.fft.irfft(torch.fft.rfft(x * self.gain) * numbers, n=8))
+
+
+@CASES.forward(base=Filter)
+def complex_numbers_in_a_parameter(net, x):
+    return net.filtered(x, torch.view_as_complex(net.filter))
+
+
+@CASES.forward(base=Filter)
+def complex_numbers_in_a_part_of_a_parameter(net, x):
+    return net.filtered(x, torch.view_as_complex(net.longer[:10].view(5, 2)))
+
+
+class Turned(torch.autograd.Function):
+    """Looks at a parameter as complex numbers where nobody sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.view_as_real(torch.view_as_complex(x).square())
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.stack([x[:, 0] * g[:, 0] + x[:, 1] * g[:, 1], x[:, 0] * g[:, 1] - x[:, 1] * g[:, 0]], 1) * 2
+
+
+@CASES.forward(base=Filter)
+def complex_numbers_inside_a_function(net, x):
+    return net.filtered(x, torch.complex(*Turned.apply(net.filter).unbind(1)))
