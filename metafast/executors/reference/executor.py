@@ -19,7 +19,7 @@ from metafast.executors.reference.by_autograd import InnerLoopByAutograd
 from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.program.interpreter import Pass
+from metafast.program.interpreter import Pass, without_padding
 from metafast.tasks import Batch, TaskShapes, parts_of
 
 _BUDGET = 2 << 30  # bytes
@@ -77,7 +77,7 @@ class ReferenceExecutor(Executor):
         batch = Batch(x, theta, None, seeds)
 
         def chunk(tasks: slice) -> Tensor:
-            return Pass(program, theta[tasks], batch.tasks(tasks), step, nothing).forward()
+            return Pass(program, theta[tasks], _samples(batch, tasks), step, nothing).forward()
 
         return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
@@ -89,7 +89,7 @@ class ReferenceExecutor(Executor):
         theta = _by_task(params, batch.x)
 
         def chunk(tasks: slice) -> tuple[Tensor, Tensor, Tensor]:
-            return inner_loop.loss_and_grad(program, theta[tasks], batch.tasks(tasks), step)
+            return inner_loop.loss_and_grad(program, theta[tasks], _samples(batch, tasks), step)
 
         parts = self._in_chunks(program, theta, batch, chunk)
         losses, grads, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -102,7 +102,7 @@ class ReferenceExecutor(Executor):
         loop = loop._replace(first_order=True, learns_rates=False)  # so that nothing is kept for a way back
 
         def chunk(tasks: slice) -> Tensor:
-            return torch.stack(InnerLoopRun(program, loop, rates, support.tasks(tasks)).adapt(theta[tasks]))
+            return torch.stack(InnerLoopRun(program, loop, rates, _samples(support, tasks)).adapt(theta[tasks]))
 
         return torch.cat(self._in_chunks(program, theta, support, chunk), 1)
 
@@ -119,7 +119,7 @@ class ReferenceExecutor(Executor):
         way_back = InnerLoopByAutograd if self._by_autograd(program) else InnerLoopRun
 
         def chunk(tasks: slice) -> Tensor:
-            run = way_back(program, loop, rates, support.tasks(tasks))
+            run = way_back(program, loop, rates, _samples(support, tasks))
             grad = run.reverse(trajectory[:, tasks].unbind(0), v[:, tasks].unbind(0))
             if rates_grad is not None and run.rates_grad is not None:
                 rates_grad.add_(run.rates_grad)
@@ -135,7 +135,7 @@ class ReferenceExecutor(Executor):
         hvp = by_autograd.hvp if self._by_autograd(program) else inner_loop.hvp
 
         def chunk(tasks: slice) -> Tensor:
-            return hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
+            return hvp(program, theta[tasks], _samples(batch, tasks), u[tasks], step)
 
         return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
@@ -146,7 +146,7 @@ class ReferenceExecutor(Executor):
         compute = super().outputs_vjp
 
         def chunk(tasks: slice) -> Tensor:
-            return compute(program, theta[tasks], batch.tasks(tasks), g[tasks], step)
+            return compute(program, theta[tasks], _samples(batch, tasks), g[tasks], step)
 
         return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
@@ -180,7 +180,7 @@ def _elements(program: Program, theta: Tensor, batch: Batch) -> int:
 
     def count(program: Program, key: Any) -> int:
         one = slice(0, 1)
-        run = Pass(program, theta[one], batch.tasks(one), 0, (False,) * len(program.parameters))
+        run = Pass(program, theta[one], _samples(batch, one), 0, (False,) * len(program.parameters))
         run.forward()
         return sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
 
@@ -191,3 +191,8 @@ def _elements(program: Program, theta: Tensor, batch: Batch) -> int:
 def _by_task(params: Tensor, x: Any) -> Tensor:
     """Returns ``params [P]`` or ``[T, P]`` as ``[T, P]``, for the T tasks of ``x``."""
     return params.expand(x.shape[0], -1) if params.dim() == 1 else params
+
+
+def _samples(batch: Batch, tasks: slice) -> Batch:
+    """Returns the samples of a range of tasks, with nothing in the place of padding that could reach a result."""
+    return without_padding(batch.tasks(tasks))
