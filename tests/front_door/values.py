@@ -341,3 +341,37 @@ class Turned(torch.autograd.Function):
 @CASES.forward(base=Filter)
 def complex_numbers_inside_a_function(net, x):
     return net.filtered(x, torch.complex(*Turned.apply(net.filter).unbind(1)))
+
+
+@CASES.forward()
+def writes_to_the_real_part(net, x):
+    z = torch.complex(net.body(x), net.second(x)).clone()
+    z.real.mul_(0.5)
+    z.imag[:, 1:].add_(net.vector[1:])
+    return net.head(z.real * z.imag)
+
+
+@CASES.forward()
+def writes_to_pairs_of_real_numbers(net, x):
+    z = torch.complex(net.body(x), net.second(x))
+    pairs = torch.view_as_real(z)
+    pairs[..., 0] *= net.scalar
+    z.mul_(1j)
+    return net.head(torch.tanh((z * z).imag + pairs[..., 1]))
+
+
+@CASES.forward()
+def writes_to_pairs_seen_as_complex_numbers(net, x):
+    h = net.body(x).unflatten(1, (4, 2)).clone()
+    z = torch.view_as_complex(h)
+    z[:, 1:].mul_(1j)
+    h[..., 0] += 1.0
+    return net.head(torch.tanh(torch.view_as_real(z * z).flatten(1)))
+
+
+@CASES.forward(refused=("values.py", "conj_physical"))
+def a_conjugate_view_of_what_is_written(net, x):
+    z = torch.complex(net.body(x), net.second(x)).clone()
+    conjugate = z.conj()
+    z.mul_(2)
+    return net.head((z * conjugate).real)
