@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from front_door.case import CLASSES, Net, Table, images, sequences, tokens
+from front_door.case import CLASSES, Net, Table, images, sequences, small, tokens, vectors
 from torch import nn
 
 import metafast as mf
@@ -375,3 +375,23 @@ def a_conjugate_view_of_what_is_written(net, x):
     conjugate = z.conj()
     z.mul_(2)
     return net.head((z * conjugate).real)
+
+
+def integers_for_each_output() -> mf.TaskBatch:
+    tasks = vectors()
+    support, query = ((x[..., :CLASSES] > 0).long() for x in (tasks.support_x, tasks.query_x))
+    return mf.TaskBatch(tasks.support_x, support, tasks.query_x, query)
+
+
+def binary_loss(outputs, targets):
+    return F.binary_cross_entropy_with_logits(outputs, targets)
+
+
+def loss_that_fails_on_the_way_back(outputs, targets):
+    return F.huber_loss(outputs, targets)
+
+
+CASES.one("integers that should be real numbers", small, integers_for_each_output, loss=binary_loss,
+          refused=("return F.binary_cross_entropy_with_logits", "use y.double()"))  # fmt: skip
+CASES.one("integers that have no gradient", small, integers_for_each_output, loss=loss_that_fails_on_the_way_back,
+          refused=("loss_that_fails_on_the_way_back", "use y.double()"))  # fmt: skip
