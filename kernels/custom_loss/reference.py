@@ -124,7 +124,7 @@ class CustomLoss(Loss):
             line = _last_line(error)
             raise ValueError(
                 f"{_described(self.function)} failed{line and f' at {line}'}: {type(error).__name__}: {error}. It was "
-                f"called with {shapes}"
+                f"called with {shapes}{self._about_integers(outputs, targets)}"
             ) from error
         if not isinstance(loss, Tensor):
             raise ValueError(
@@ -139,11 +139,25 @@ class CustomLoss(Loss):
             )
         return loss.to(outputs.dtype)
 
+    def _about_integers(self, outputs: Tensor, targets: Tensor) -> str:
+        """Returns the remedy where the function fails because the targets are integers; empty where it would not help.
+
+        What torch says of it names dtypes, and neither the targets nor what to do.
+        """
+        if targets.is_floating_point():
+            return ""
+        try:
+            _gradient(self.function(outputs.clone(), targets.to(outputs.dtype)), outputs)
+        except Exception:
+            return ""
+        remedy = "y.double()" if outputs.dtype == torch.float64 else "y.float()"
+        return f". The targets have dtype {targets.dtype}, and it takes real numbers: use {remedy}"
+
     def _runs_together(self, outputs: Tensor, targets: Tensor) -> bool:
         """Says whether the function gives for several tasks at once what it gives for the first task alone.
 
         Raises:
-            ValueError: it gives two values for the same task.
+            ValueError: it gives two values for the same task, or has no gradient.
         """
         prints = _Prints()
         with prints:
@@ -157,7 +171,12 @@ class CustomLoss(Loss):
             )
         if not loss.requires_grad:
             return False
-        gradient = _gradient(loss, outputs)
+        try:
+            gradient = _gradient(loss, outputs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{_described(self.function)} cannot be differentiated: {error}{self._about_integers(outputs, targets)}"
+            ) from error
         self._only_once = _has_errors(gradient)
         if prints.seen:
             return False

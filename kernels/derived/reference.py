@@ -13,9 +13,9 @@ over the task axis by torch.vmap, and where that cannot, computed task by task.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,8 +25,15 @@ from ..contract.layer import Layer, RuleContext, Tangents, Tensors
 
 Function = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
 
-_TASK_BY_TASK: WeakSet[Function] = WeakSet()
-"""The functions that vmap cannot map."""
+_REINTERPRETING = ("aten.view_as_complex", "aten.view.dtype")
+"""Operations that take the numbers of a tensor for others where they lie, which asks for an even place in memory."""
+
+
+@dataclass
+class Mapping:
+    """Whether torch.vmap maps a function over tasks; false since it was seen that it cannot."""
+
+    works: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,18 +42,26 @@ class Derived(Layer):
 
     ``reverse_only`` says that its second derivatives are to be had from the graph of its gradient alone: that of a
     ``torch.autograd.Function`` is what its author says, and need not be symmetric, and that of a norm is finite at zero
-    where forward mode is not.
+    where forward mode is not. ``mapping`` belongs to this layer alone: an equal layer of another model finds out for
+    itself, and keeps what it has found.
     """
 
     kind = "derived"
     function: Function
     label: str
     reverse_only: bool = False
+    mapping: Mapping = field(default_factory=Mapping, init=False, compare=False, repr=False)
 
     @property
     def operations(self) -> tuple[str, ...]:
         """The names of the operations that it consists of, as far as they are known."""
         return tuple(str(step.target) for step in getattr(self.function, "steps", ()))
+
+    @cached_property
+    def reads_memory(self) -> bool:
+        """Whether it may depend on where a tensor lies, and not only on its numbers."""
+        calls_functions = getattr(self.function, "calls_functions", False)
+        return calls_functions or any(name.startswith(_REINTERPRETING) for name in self.operations)
 
     def forward(self, ctx: RuleContext, params: Tensors, inputs: Tensors, constants: Tensors = ()) -> Tensor:
         ctx.p, ctx.x, ctx.c = tuple(params), tuple(inputs), tuple(constants)
@@ -87,17 +102,20 @@ class Derived(Layer):
 
     def _over_tasks(self, ctx: RuleContext, params: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
         """``y [T, ...]``."""
-        if self.function not in _TASK_BY_TASK:
+        own = _in_own_memory if self.reads_memory else _as_it_is
+        if self.mapping.works:
             torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # a loop in torch is no news to the user
             try:
-                return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(params, inputs)
+                return torch.vmap(lambda p, x: self.function(p, x, ctx.c))(
+                    tuple(map(own, params)), tuple(map(own, inputs))
+                )
             except Exception:  # whatever is wrong with the function itself shows again below
                 pass
-        by_task = range((*params, *inputs)[0].shape[0])
         results = [
-            self.function(tuple(p[t] for p in params), tuple(x[t] for x in inputs), ctx.c) for t in by_task
-        ]  # fmt: skip
-        _TASK_BY_TASK.add(self.function)
+            self.function(tuple(own(p[t]) for p in params), tuple(own(x[t]) for x in inputs), ctx.c)
+            for t in range((*params, *inputs)[0].shape[0])
+        ]
+        self.mapping.works = False
         return torch.stack(results)
 
     def _traced(self, ctx: RuleContext) -> tuple[list[Tensor], Tensor]:
@@ -150,10 +168,22 @@ class Derived(Layer):
 
 def compute_task_by_task(layer: Layer) -> bool:
     """Has a derived layer computed without torch.vmap from now on; it says whether that is news."""
-    if not isinstance(layer, Derived) or layer.function in _TASK_BY_TASK:
+    if not isinstance(layer, Derived) or not layer.mapping.works:
         return False
-    _TASK_BY_TASK.add(layer.function)
+    layer.mapping.works = False
     return True
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def _in_own_memory(t: Tensor) -> Tensor:
+    """``t`` at the beginning of memory of its own, as the parameters of a module are; it was part of a flat vector.
+
+    The product with one gives memory of its own to the adjoint on its way back too, where a clone passes it on.
+    """
+    return t.contiguous() * 1 if t.is_floating_point() else t.clone()
 
 
 def _leaf(t: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from metafast.executors.base import ExecutionPlan, Executor
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop, rates_by_step, sum_to_rate
+from metafast.program.interpreter import without_padding
 from metafast.program.one_thread import one_thread
 from metafast.tasks import Batch, TaskShapes
 
@@ -73,6 +74,7 @@ class PythonLoss(Executor):
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
+        batch = without_padding(batch)
         outputs = self.inner.outputs(program, params, batch, step)
         context = RuleContext(step, batch.mask, (True,), ())
         with one_thread():
@@ -123,6 +125,7 @@ class PythonLoss(Executor):
         self, program: Program, theta: Tensor, batch: Batch, u: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         """Computes the gradient in the adapted parameters and ``H u`` in the rows of all, both ``[T, P]``."""
+        batch = without_padding(batch)
         outputs, tangent = self.inner.outputs_jvp(program, theta, batch, u, step)
         context = RuleContext(step, batch.mask, (True,), ())
         with one_thread():

@@ -160,6 +160,12 @@ class Aliases:
 
     def _put(self, value: Ref, tensor: Tensor, base: _Known) -> Ref:
         """Returns the base's value with ``value`` at the places that ``tensor`` shows."""
+        self._check_view(tensor)
+        if tensor.is_complex() and not base.tensor.is_complex():
+            return self._put(self._pairs(value, tensor), torch.view_as_real(tensor), base)
+        if base.tensor.is_complex() and not tensor.is_complex():
+            pairs = self._put(value, tensor, self._as_pairs(base))
+            return self.emit(aten.view_as_complex.default, (pairs,), {}, [base.tensor])[0]
         at = _places(tensor, base.tensor)
         if at.numel() == base.tensor.numel() and torch.equal(at.flatten(), torch.arange(at.numel(), device=at.device)):
             return self.emit(aten.reshape.default, (value, list(base.tensor.shape)), {}, [base.tensor])[0]
@@ -171,12 +177,30 @@ class Aliases:
 
     def _shown(self, tensor: Tensor, base: _Known) -> Ref:
         """Returns the elements of the base's value that ``tensor`` shows."""
+        self._check_view(tensor)
+        if tensor.is_complex() and not base.tensor.is_complex():
+            pairs = self._shown(torch.view_as_real(tensor), base)
+            return self.emit(aten.view_as_complex.default, (pairs,), {}, [tensor])[0]
+        if base.tensor.is_complex() and not tensor.is_complex():
+            return self._shown(tensor, self._as_pairs(base))
         at = _places(tensor, base.tensor)
         whole = at.shape == base.tensor.shape
         if whole and torch.equal(at.flatten(), torch.arange(at.numel(), device=at.device)):
             return base.ref
         flat = self.emit(aten.reshape.default, (base.ref, [-1]), {}, [base.tensor.flatten()])[0]
         return self.emit(aten.index.Tensor, (flat, [Constant(at)]), {}, [tensor])[0]
+
+    def _check_view(self, tensor: Tensor) -> None:
+        """Refuses views whose numbers are not those that lie in memory."""
+        if tensor.is_conj() or tensor.is_neg():
+            raise self.refuse("changes a tensor in place that .conj() shows too", "Use .conj_physical(), a copy")
+
+    def _as_pairs(self, base: _Known) -> _Known:
+        """Returns a base of complex numbers as one of real numbers, with a further axis of two."""
+        return _Known(torch.view_as_real(base.tensor), self._pairs(base.ref, base.tensor), None)
+
+    def _pairs(self, value: Ref, tensor: Tensor) -> Ref:
+        return self.emit(aten.view_as_real.default, (value,), {}, [torch.view_as_real(tensor)])[0]
 
     def _detached(self, ref: Ref, tensor: Tensor) -> Ref:
         return self.emit(aten.detach.default, (ref,), {}, [tensor])[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
-from metafast.tasks import Batch, parts_of
+from metafast.tasks import Batch, each_part, parts_of
 
 Adjoints = dict[int, Tensor]
 """The adjoint ``[T, n, ...]`` of the loss in a value, by the value's number."""
@@ -225,3 +225,20 @@ def _depends(program: Program, wanted: tuple[bool, ...]) -> list[bool]:
         found = any(depends[v] for v in node.inputs) or any(wanted[k] for k in node.params)
         depends.append(found and node.layer.carries_gradient)
     return depends
+
+
+def without_padding(batch: Batch) -> Batch:
+    """Returns the batch with a sample of the same task that counts in the place of each that is padding.
+
+    Padding may hold anything, and rules give it an adjoint of zero: where it holds no numbers, or where the model has
+    none for them, zero times that would not be zero. On samples that count the model has numbers.
+    """
+    if batch.mask is None:
+        return batch
+    tasks, samples = batch.mask.shape
+    task = torch.arange(tasks, device=batch.mask.device)[:, None]
+    sample = torch.arange(samples, device=batch.mask.device)
+    first = batch.mask.byte().argmax(1, keepdim=True)
+    taken = torch.where(batch.mask, sample, first)
+    x, y = (each_part(lambda part: part[task, taken], samples) for samples in (batch.x, batch.y))
+    return batch._replace(x=x, y=y)

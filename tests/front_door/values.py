@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from front_door.case import CLASSES, Net, Table, images, sequences, tokens
+from front_door.case import CLASSES, Net, Table, images, sequences, small, tokens, vectors
 from torch import nn
+
+import metafast as mf
 
 CASES = Table()
 
@@ -261,3 +263,135 @@ def one_expert_for_each_sample(net, x):
     choice = F.linear(x, net.matrix).argmax(-1)
     answers = torch.stack([torch.tanh(net.body(x)), torch.relu(net.second(x)), net.blocks(x)])
     return net.head(answers[choice, torch.arange(len(x))])
+
+
+def ids_from_one() -> mf.TaskBatch:
+    """Token ids of which none is zero, so that a zero is no sample."""
+    tasks = tokens(8)()
+    return mf.TaskBatch(tasks.support_x + 1, tasks.support_y, tasks.query_x + 1, tasks.query_y)
+
+
+@CASES.forward(ids_from_one)
+def ids_that_count_from_one(net, ids):
+    places = torch.zeros(len(ids), 8, dtype=net.vector.dtype)
+    return net.head(places.scatter_add(1, ids - 1, torch.tanh(net.vector[ids - 1])))
+
+
+@CASES.forward(ids_from_one)
+def the_last_of_a_length(net, ids):
+    last = (ids != 0).sum(1) - 1
+    h = torch.tanh(net.table(ids - 1))
+    return net.head(h.gather(1, last[:, None, None].expand(-1, 1, 8))[:, 0])
+
+
+@CASES.forward()
+def bins_between_the_least_and_the_largest(net, x):
+    low, high = x.min(1, keepdim=True).values, x.max(1, keepdim=True).values
+    return net.head(torch.tanh(net.body(x)).gather(1, ((x - low) / (high - low) * 7).long()))
+
+
+@CASES.forward()
+def the_inverse_of_a_weight(net, x):
+    weight = net.scalar * torch.eye(8, dtype=x.dtype) + 0.1 * net.body.weight
+    return net.head(torch.tanh(x @ torch.linalg.inv(weight)))
+
+
+@CASES.forward()
+def the_cholesky_factor_of_a_weight(net, x):
+    weight = net.scalar * torch.eye(8, dtype=x.dtype) + 0.1 * net.body.weight
+    return net.head(torch.tanh(x @ torch.linalg.cholesky(weight @ weight.T)))
+
+
+class Filter(nn.Module):
+    """A filter of complex numbers behind a parameter of one number, and so at an odd place of the flat vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.filter = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(5, 2))
+        self.longer, self.head = nn.Parameter(torch.randn(11)), nn.Linear(8, CLASSES)
+
+    def filtered(self, x, numbers):
+        return self.head(torch.fft.irfft(torch.fft.rfft(x * self.gain) * numbers, n=8))
+
+
+@CASES.forward(base=Filter)
+def complex_numbers_in_a_parameter(net, x):
+    return net.filtered(x, torch.view_as_complex(net.filter))
+
+
+@CASES.forward(base=Filter)
+def complex_numbers_in_a_part_of_a_parameter(net, x):
+    return net.filtered(x, torch.view_as_complex(net.longer[:10].view(5, 2)))
+
+
+class Turned(torch.autograd.Function):
+    """Looks at a parameter as complex numbers where nobody sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.view_as_real(torch.view_as_complex(x).square())
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.stack([x[:, 0] * g[:, 0] + x[:, 1] * g[:, 1], x[:, 0] * g[:, 1] - x[:, 1] * g[:, 0]], 1) * 2
+
+
+@CASES.forward(base=Filter)
+def complex_numbers_inside_a_function(net, x):
+    return net.filtered(x, torch.complex(*Turned.apply(net.filter).unbind(1)))
+
+
+@CASES.forward()
+def writes_to_the_real_part(net, x):
+    z = torch.complex(net.body(x), net.second(x)).clone()
+    z.real.mul_(0.5)
+    z.imag[:, 1:].add_(net.vector[1:])
+    return net.head(z.real * z.imag)
+
+
+@CASES.forward()
+def writes_to_pairs_of_real_numbers(net, x):
+    z = torch.complex(net.body(x), net.second(x))
+    pairs = torch.view_as_real(z)
+    pairs[..., 0] *= net.scalar
+    z.mul_(1j)
+    return net.head(torch.tanh((z * z).imag + pairs[..., 1]))
+
+
+@CASES.forward()
+def writes_to_pairs_seen_as_complex_numbers(net, x):
+    h = net.body(x).unflatten(1, (4, 2)).clone()
+    z = torch.view_as_complex(h)
+    z[:, 1:].mul_(1j)
+    h[..., 0] += 1.0
+    return net.head(torch.tanh(torch.view_as_real(z * z).flatten(1)))
+
+
+@CASES.forward(refused=("values.py", "conj_physical"))
+def a_conjugate_view_of_what_is_written(net, x):
+    z = torch.complex(net.body(x), net.second(x)).clone()
+    conjugate = z.conj()
+    z.mul_(2)
+    return net.head((z * conjugate).real)
+
+
+def integers_for_each_output() -> mf.TaskBatch:
+    tasks = vectors()
+    support, query = ((x[..., :CLASSES] > 0).long() for x in (tasks.support_x, tasks.query_x))
+    return mf.TaskBatch(tasks.support_x, support, tasks.query_x, query)
+
+
+def binary_loss(outputs, targets):
+    return F.binary_cross_entropy_with_logits(outputs, targets)
+
+
+def loss_that_fails_on_the_way_back(outputs, targets):
+    return F.huber_loss(outputs, targets)
+
+
+CASES.one("integers that should be real numbers", small, integers_for_each_output, loss=binary_loss,
+          refused=("return F.binary_cross_entropy_with_logits", "use y.double()"))  # fmt: skip
+CASES.one("integers that have no gradient", small, integers_for_each_output, loss=loss_that_fails_on_the_way_back,
+          refused=("loss_that_fails_on_the_way_back", "use y.double()"))  # fmt: skip

@@ -19,8 +19,8 @@ from metafast.executors.reference.by_autograd import InnerLoopByAutograd
 from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
-from metafast.program.interpreter import Pass
-from metafast.tasks import Batch, TaskShapes, each_part, parts_of
+from metafast.program.interpreter import Pass, without_padding
+from metafast.tasks import Batch, TaskShapes, parts_of
 
 _BUDGET = 2 << 30  # bytes
 _COPIES = 12
@@ -77,9 +77,9 @@ class ReferenceExecutor(Executor):
         batch = Batch(x, theta, None, seeds)
 
         def chunk(tasks: slice) -> Tensor:
-            return Pass(program, theta[tasks], batch.tasks(tasks), step, nothing).forward()
+            return Pass(program, theta[tasks], _samples(batch, tasks), step, nothing).forward()
 
-        return torch.cat(self._in_chunks(program, theta, x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
     @torch.no_grad()
     def loss_and_grad(
@@ -89,9 +89,9 @@ class ReferenceExecutor(Executor):
         theta = _by_task(params, batch.x)
 
         def chunk(tasks: slice) -> tuple[Tensor, Tensor, Tensor]:
-            return inner_loop.loss_and_grad(program, theta[tasks], batch.tasks(tasks), step)
+            return inner_loop.loss_and_grad(program, theta[tasks], _samples(batch, tasks), step)
 
-        parts = self._in_chunks(program, theta, batch.x, chunk)
+        parts = self._in_chunks(program, theta, batch, chunk)
         losses, grads, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
         return losses, grads, outputs
 
@@ -102,9 +102,9 @@ class ReferenceExecutor(Executor):
         loop = loop._replace(first_order=True, learns_rates=False)  # so that nothing is kept for a way back
 
         def chunk(tasks: slice) -> Tensor:
-            return torch.stack(InnerLoopRun(program, loop, rates, support.tasks(tasks)).adapt(theta[tasks]))
+            return torch.stack(InnerLoopRun(program, loop, rates, _samples(support, tasks)).adapt(theta[tasks]))
 
-        return torch.cat(self._in_chunks(program, theta, support.x, chunk), 1)
+        return torch.cat(self._in_chunks(program, theta, support, chunk), 1)
 
     @torch.no_grad()
     def adapt_vjp(
@@ -119,13 +119,13 @@ class ReferenceExecutor(Executor):
         way_back = InnerLoopByAutograd if self._by_autograd(program) else InnerLoopRun
 
         def chunk(tasks: slice) -> Tensor:
-            run = way_back(program, loop, rates, support.tasks(tasks))
+            run = way_back(program, loop, rates, _samples(support, tasks))
             grad = run.reverse(trajectory[:, tasks].unbind(0), v[:, tasks].unbind(0))
             if rates_grad is not None and run.rates_grad is not None:
                 rates_grad.add_(run.rates_grad)
             return grad
 
-        return torch.cat(self._in_chunks(program, trajectory, support.x, chunk)), rates_grad
+        return torch.cat(self._in_chunks(program, trajectory[0], support, chunk)), rates_grad
 
     @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
@@ -135,9 +135,9 @@ class ReferenceExecutor(Executor):
         hvp = by_autograd.hvp if self._by_autograd(program) else inner_loop.hvp
 
         def chunk(tasks: slice) -> Tensor:
-            return hvp(program, theta[tasks], batch.tasks(tasks), u[tasks], step)
+            return hvp(program, theta[tasks], _samples(batch, tasks), u[tasks], step)
 
-        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
     @torch.no_grad()
     def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
@@ -146,23 +146,25 @@ class ReferenceExecutor(Executor):
         compute = super().outputs_vjp
 
         def chunk(tasks: slice) -> Tensor:
-            return compute(program, theta[tasks], batch.tasks(tasks), g[tasks], step)
+            return compute(program, theta[tasks], _samples(batch, tasks), g[tasks], step)
 
-        return torch.cat(self._in_chunks(program, theta, batch.x, chunk))
+        return torch.cat(self._in_chunks(program, theta, batch, chunk))
 
     def _by_autograd(self, program: Program) -> bool:
         """Says whether second derivatives come from the graph of the gradient, because some layer has no rules."""
         return self.autograd and bool(program.derived)
 
-    def _in_chunks(self, program: Program, params: Tensor, x: Any, compute: Callable[[slice], Found]) -> list[Found]:
+    def _in_chunks(
+        self, program: Program, theta: Tensor, batch: Batch, compute: Callable[[slice], Found]
+    ) -> list[Found]:
         """Calls ``compute`` for one range of tasks after another, and returns what it returns."""
-        return [compute(tasks) for tasks in self._chunks(program, params, x)]
+        return [compute(tasks) for tasks in self._chunks(program, theta, batch)]
 
-    def _chunks(self, program: Program, params: Tensor, x: Any) -> Iterator[slice]:
+    def _chunks(self, program: Program, theta: Tensor, batch: Batch) -> Iterator[slice]:
         """Yields ranges of tasks that fit into the budget."""
-        tasks = x.shape[0]
-        elements = _COPIES * _elements(program, params, x) + 4 * program.size
-        size = min(max(1, self.budget // (params.element_size() * elements)), self.max_tasks or tasks)
+        tasks = batch.x.shape[0]
+        elements = _COPIES * _elements(program, theta, batch) + 4 * program.size
+        size = min(max(1, self.budget // (theta.element_size() * elements)), self.max_tasks or tasks)
         for start in range(0, tasks, size):
             yield slice(start, min(tasks, start + size))
 
@@ -170,21 +172,27 @@ class ReferenceExecutor(Executor):
 _COUNTS: ByProgram[int] = ByProgram()
 
 
-def _elements(program: Program, params: Tensor, x: Any) -> int:
-    """Counts the elements of all values of a pass on one task's samples like ``x [T, n, ...]``, by running one."""
+def _elements(program: Program, theta: Tensor, batch: Batch) -> int:
+    """Counts the elements of all values of a pass on one task of ``batch`` at ``theta [T, P]``, by running one.
+
+    It runs on numbers that the model is meant for: zeros are no ids that count from one, and have no inverse.
+    """
 
     def count(program: Program, key: Any) -> int:
-        one = each_part(lambda part: torch.zeros_like(part[:1]), x)
-        theta = params.new_zeros(1, program.size)
-        seeds = torch.zeros(1, dtype=torch.int64, device=params.device)
-        run = Pass(program, theta, Batch(one, theta, None, seeds), 0, (False,) * len(program.parameters))
+        one = slice(0, 1)
+        run = Pass(program, theta[one], _samples(batch, one), 0, (False,) * len(program.parameters))
         run.forward()
         return sum(value.numel() for value in run.values.values() if isinstance(value, Tensor))
 
-    key = (params.dtype, params.device, *((part.shape[1:], part.dtype) for part in parts_of(x)))
+    key = (theta.dtype, theta.device, *((part.shape[1:], part.dtype) for part in parts_of(batch.x)))
     return _COUNTS.of(program, key, count)
 
 
 def _by_task(params: Tensor, x: Any) -> Tensor:
     """Returns ``params [P]`` or ``[T, P]`` as ``[T, P]``, for the T tasks of ``x``."""
     return params.expand(x.shape[0], -1) if params.dim() == 1 else params
+
+
+def _samples(batch: Batch, tasks: slice) -> Batch:
+    """Returns the samples of a range of tasks, with nothing in the place of padding that could reach a result."""
+    return without_padding(batch.tasks(tasks))
