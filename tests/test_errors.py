@@ -277,3 +277,10 @@ def test_a_refused_batch_leaves_the_learner_as_it_was():
 def test_an_unknown_option_is_named_with_those_that_there_are(option, said):
     with pytest.raises(TypeError, match=f"MAML has no option '{option}'; {said}"):
         mf.MAML(nn.Linear(2, 2), loss="mse", lr=0.1, **{option: 1})
+
+
+def test_complex_parameters_are_refused_by_name():
+    model = nn.Linear(2, 2)
+    model.spectrum = nn.Parameter(torch.randn(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"parameter 'spectrum' is complex.*torch\.view_as_real"):
+        mf.MAML(model, loss="mse", lr=0.1)

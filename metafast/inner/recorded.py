@@ -13,7 +13,7 @@ from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rules import PLAIN, SGD
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop, rates_by_step
-from metafast.program.interpreter import Pass
+from metafast.program.interpreter import Pass, without_padding
 from metafast.tasks import Batch
 
 
@@ -50,7 +50,7 @@ def recorded(
     nothing = (False,) * len(program.parameters)
     losses = params.new_zeros(trajectory[0].shape[0])
     for step, weight in loop.judged_steps:
-        run = Pass(program.query, trajectory[step], sets.query, step, nothing)
+        run = Pass(program.query, trajectory[step], without_padding(sets.query), step, nothing)
         outputs = run.forward()
         losses = losses + weight * run.loss()
     return losses, outputs
@@ -66,6 +66,7 @@ def recorded_adapt(
     theta = params.expand(support.x.shape[0], -1)
     trajectory = [theta]
     velocity: Tensor | None = None
+    support = without_padding(support)
     prefix = Pass(program, theta, support, 0, adapted).forward_prefix()
     for step, rate in enumerate(rates_by_step(rates, loop.steps)):
         run = Pass(program, trajectory[-1], support, step, adapted, prefix)

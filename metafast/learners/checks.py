@@ -24,13 +24,19 @@ def check_batch(tasks: TaskBatch) -> None:
 
 
 def check_initialised(model: nn.Module) -> None:
-    """Raises ValueError where a lazy module has not been run yet, so that its parameters have no shape."""
+    """Raises ValueError where a parameter has no shape yet, as in a lazy module, or is complex."""
     for name, module in model.named_modules():
         lazy = [n for n, p in module.named_parameters(recurse=False) if isinstance(p, UninitializedParameter)]
         if lazy:
             raise ValueError(
                 f"{type(module).__name__} {name!r} has not been run, so that {lazy[0]!r} has no shape yet; run the "
                 "model once on samples of one task before: model(x)"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is complex, and an inner loop moves real ones: hold torch.view_as_real of it, and "
+                "take torch.view_as_complex of that in forward"
             )
 
 
