@@ -6,7 +6,6 @@ import collections
 import copy
 import dataclasses
 import functools
-import math
 import pickle
 import types
 
@@ -426,42 +425,3 @@ def test_buffers_that_require_a_gradient_are_refused():
     model.level.requires_grad_()
     with pytest.raises(ValueError, match=r"buffer 'level' requires a gradient.*nn\.Parameter"):
         learner.backward(vectors())
-
-
-class Auxiliary(Net):
-    def __init__(self, kept=0.0):
-        super().__init__()
-        self.auxiliary = kept
-
-    def forward(self, x):
-        h = torch.tanh(self.body(x))
-        self.auxiliary = h.square().mean()
-        return self.head(h)
-
-
-def test_a_loss_that_reads_what_forward_leaves_is_refused():
-    model = Auxiliary().double()
-    learner = maml(model, loss=lambda z, y: F.cross_entropy(z, y) + model.auxiliary)
-    with pytest.raises(ValueError, match=r"the loss reads 'auxiliary'.*Let forward return it"):
-        learner.backward(vectors())
-    assert model.auxiliary == 0.0
-
-
-def test_a_loss_that_reads_what_a_hook_stores_is_refused():
-    model, stored = small().double(), {}
-    model[1].register_forward_hook(lambda module, inputs, output: stored.update(h=output))
-    learner = maml(model, loss=lambda z, y: F.cross_entropy(z, y) + stored["h"].mean())
-    with pytest.raises(ValueError, match="the loss reads 'h'"):
-        learner.backward(vectors())
-
-
-def test_what_forward_leaves_may_lie_there_where_no_loss_reads_it():
-    model = Auxiliary().double()
-    learner = maml(model, loss=lambda z, y: F.cross_entropy(z, y) + 0.1 * model.head.weight.square().sum())
-    learner.backward(vectors())
-    assert math.isfinite(model.auxiliary)
-    captured = [learner.program]
-    for _ in range(3):
-        learner.backward(vectors())
-        captured.append(learner.program)
-    assert captured[-1] is captured[-2], "it is not captured again for each batch"

@@ -147,9 +147,11 @@ def _inside(value: Any) -> list[Any] | None:
         return [value.func, *value.args, *_flat(value.keywords)]
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
-    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
-        known = value.size <= _NUMBERS and value.dtype != object
-        return [value.shape, str(value.dtype), value.tobytes()] if known else None
+    if any((cls.__module__, cls.__name__) == ("numpy", "ndarray") for cls in type(value).__mro__):
+        if value.dtype == object or value.size > _NUMBERS:
+            return [*value.flat] if value.size <= _LEAVES else None
+        mask = getattr(value, "mask", None)
+        return [value.shape, str(value.dtype), value.tobytes(), None if mask is None else mask.tobytes()]
     return None
 
 

@@ -94,6 +94,8 @@ class ModuleSnapshot:
         held = [v for some in self._some_values() for name, v in some.items() if name not in OF_ANY_MODULE]
         read, self._functions = globals_of(_bases(self._types), [*held, *hooks])
         self._codes = [*map(_CODE, self._functions)]
+        classes = [vars(cls) for cls in _bases(self._types)]
+        read += [(home, name) for home in classes for name, v in home.items() if isinstance(v, int | float | str)]
         self._globals = [(home, name, kept(home.get(name)), type(home.get(name))) for home, name in read]
         objects = [*held, *hooks, *(home.get(name) for home, name in read)]
         inside = {id(value): value for value in objects if not isinstance(value, PLAIN)}
