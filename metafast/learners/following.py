@@ -11,6 +11,7 @@ from metafast.learners.batch_norm import norms_of
 from metafast.learners.captures import Captures, CaptureSettings
 from metafast.learners.images import image_of
 from metafast.learners.known_batch import KnownBatch
+from metafast.learners.layout import named_rows
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.settings import SettledLearner
 from metafast.program import Program
@@ -39,7 +40,7 @@ class FollowingLearner(SettledLearner):
 
     def parameters_of(self, program: Program) -> list[Tensor]:
         """Lists the meta-parameters of the model in the order of ``program``."""
-        named = {**dict(self.model.named_parameters()), **{k.replace("/", "."): v for k, v in self.rows.items()}}
+        named = {**dict(self.model.named_parameters()), **named_rows(self.rows)}
         return [named[p.name] for p in program.parameters]
 
     def _new_captures(self, trained: dict[str, bool], second_look: bool = True) -> Captures:

@@ -20,9 +20,14 @@ def rows_per_step(model: nn.Module, bn: BatchNormMode, steps: int) -> nn.Paramet
     return rows
 
 
+def named_rows(rows: nn.ParameterDict) -> dict[str, nn.Parameter]:
+    """Returns the rows by the names of the parameters that they stand for; a ``ParameterDict`` takes no dots."""
+    return {name.replace("/", "."): parameter for name, parameter in rows.items()}
+
+
 def layout_of(model: nn.Module, rows: nn.ParameterDict) -> list[Parameter]:
     """Lists all parameters of the model as a Program that used and moved each of them would have them."""
-    by_name = {name.replace("/", "."): p for name, p in rows.items()}
+    by_name = named_rows(rows)
     found: list[Parameter] = []
     for name, parameter in model.named_parameters():
         offset = found[-1].offset + found[-1].size if found else 0

@@ -17,6 +17,7 @@ from metafast.inner.rates import Rate
 from metafast.kernels.contract.layer import Loss
 from metafast.learners.adapted_parameters import resolve_names
 from metafast.learners.batch_norm import BatchNormMode, check_mode, modes_of
+from metafast.learners.layout import named_rows
 from metafast.learners.within_torch import WithinTorch
 from metafast.program.losses import LossLike, as_loss, has_become_another
 
@@ -76,7 +77,8 @@ class SettledLearner(WithinTorch, metaclass=_Sealing):
         check_whole("steps", steps, 1, "the inner loop takes a whole number of steps")
         if self._sealed and steps == self._steps:
             return
-        for what, remedy in self._made_for_steps() if self._sealed else ():
+        if self._sealed and (found := self._made_for_steps()):
+            what, remedy = found[0]
             raise ValueError(f"steps={steps}: {what}, {self._steps} of them; {remedy}")
         self._steps = steps
         if self._sealed:
@@ -122,7 +124,7 @@ class SettledLearner(WithinTorch, metaclass=_Sealing):
     def bn(self, bn: BatchNormMode) -> None:
         check_mode(self.model, bn)
         if self._sealed:
-            kept = {row.rpartition("/")[0].replace("/", ".") for row in self.rows}
+            kept = {row.rpartition(".")[0] for row in named_rows(self.rows)}
             wanted = {name for name, mode in modes_of(self.model, bn, {}).items() if mode == "per_step"}
             with_parameters = {
                 name for name in wanted if any(True for _ in self.model.get_submodule(name).parameters())

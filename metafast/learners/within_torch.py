@@ -22,7 +22,7 @@ from metafast.learners.base import Learner, LearnerOutput
 from metafast.learners.batch_norm import in_modes
 from metafast.learners.captures import Captures, has_own_derivatives
 from metafast.learners.known_batch import KnownBatch
-from metafast.learners.layout import layout_of
+from metafast.learners.layout import layout_of, named_rows
 from metafast.learners.module_snapshot import ModuleSnapshot
 from metafast.learners.outside_gradients import NOTHING, LossProbe, Outside, Surroundings, batch_requires_grad
 from metafast.program import Program
@@ -199,7 +199,7 @@ class WithinTorch(Learner):
         if not isinstance(tasks.support_x, Tensor):
             raise RuntimeError(_SEVERAL)
         named = dict(self.model.named_parameters())
-        rows = {name.replace("/", "."): p for name, p in self.rows.items()}
+        rows = named_rows(self.rows)
         theta = torch.cat([rows.get(name, p).reshape(-1) for name, p in named.items()])
         losses, outputs, *_ = meta_loss(
             self.number, theta, self.rate(), tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y,

@@ -350,7 +350,7 @@ def above_autograd(mode: TorchDispatchMode) -> Iterator[None]:
         yield
 
 
-_RATES = {"dropout_p", "dropout"}
+_RATES = ("dropout_p", "dropout", "p")
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -358,6 +358,6 @@ def draws(func: Any, args: Any, kwargs: Any) -> bool:
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     named = by_name(func, args, kwargs)
-    rates = [named[name] for name in (*_RATES, "p") if isinstance(named.get(name), float) and "generator" not in named]
+    rates = [named[name] for name in _RATES if isinstance(named.get(name), float) and "generator" not in named]
     training = named.get("train", named.get("training", True)) is not False
     return training and all(rate > 0 for rate in rates)
