@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import metafast as mf
+from metafast.learners.module_snapshot import ModuleSnapshot
 
 
 def unchanged(*seen):
@@ -56,3 +57,21 @@ def test_a_hook_of_learned_rates_runs_and_costs_no_capture():
     learner.backward(tasks)
     assert len(seen) == 2
     assert learner.program is captured
+
+
+def test_code_of_installed_packages_is_not_searched(tmp_path, monkeypatch):
+    """It is large and stays what it is; a look at all that it reads would cost more than a small batch."""
+    package = tmp_path / "site-packages" / "package_of_others"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import torch\n\nscale = 2.0\n\n\ndef helper(x):\n    return x * scale\n\n\n"
+        "class Layer(torch.nn.Module):\n    def forward(self, x):\n        return helper(x)\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    from package_of_others import Layer
+
+    model = nn.Sequential(nn.Linear(2, 4), Layer(), nn.Linear(4, 1))
+    learner = mf.MAML(model, loss="mse", lr=0.1, steps=1)
+    learner.backward(mf.TaskBatch(*(torch.randn(3, 5, width) for width in (2, 1, 2, 1))))
+    snapshot = ModuleSnapshot(model)
+    assert (snapshot._globals, snapshot._functions, snapshot.changed()) == ([], [], False)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from metafast.learners.images import functions_in, is_foreign
+from metafast.learners.images import functions_in, is_installed
 
 Place = tuple[Mapping[str, Any], str]
 """The dictionary of a module or a class, and a name in it."""
@@ -64,11 +64,11 @@ class _Search:
     def meet(self, value: Any) -> None:
         """Takes note of an object that forward may call, or read attributes of."""
         if isinstance(value, type | ModuleType):
-            if not is_foreign(value):
+            if not is_installed(value):
                 bases = value.__mro__ if isinstance(value, type) else [value]
-                self.holders |= {id(base): base for base in bases if not is_foreign(base)}
+                self.holders |= {id(base): base for base in bases if not is_installed(base)}
         else:
-            self.called += [f for f in functions_in(value) if not is_foreign(f) and f.__code__ not in self.seen]
+            self.called += [f for f in functions_in(value) if not is_installed(f) and f.__code__ not in self.seen]
 
     def _of_function(self, function: FunctionType) -> Iterator[Place]:
         if function.__code__ in self.seen:
@@ -84,10 +84,10 @@ class _Search:
 
     def _place(self, home: Mapping[str, Any], name: str) -> Iterator[Place]:
         value = home.get(name)
-        if (id(home), name) in self.yielded or (isinstance(value, ModuleType) and is_foreign(value)):
+        if (id(home), name) in self.yielded or (isinstance(value, ModuleType) and is_installed(value)):
             return
         self.yielded.add((id(home), name))
-        if isinstance(value, type) and not is_foreign(value):
+        if isinstance(value, type) and not is_installed(value):
             for member in vars(value).values():
                 self.meet(member)
         self.meet(value)

@@ -10,6 +10,7 @@ from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import lru_cache, partial
+from pathlib import Path
 from types import FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -100,6 +101,18 @@ def _is_foreign_package(name: str) -> bool:
     return path is None or path.startswith(_STDLIB)
 
 
+def is_installed(owner: type | FunctionType | ModuleType) -> bool:
+    """Says whether a class, a function or a module belongs to an installed package, whose code stays what it is."""
+    name = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__ or ""
+    return is_foreign(owner) or _is_installed_package(name.partition(".")[0])
+
+
+@lru_cache
+def _is_installed_package(name: str) -> bool:
+    path = getattr(sys.modules.get(name), "__file__", None)
+    return path is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
+
+
 def functions_in(value: Any) -> Iterator[FunctionType]:
     """Yields the user's functions that ``value`` is or stands for: a method, a property, a partial, a decorated one."""
     value = getattr(value, "fget", None) or getattr(value, "__func__", None) or getattr(value, "func", value)
@@ -107,7 +120,7 @@ def functions_in(value: Any) -> Iterator[FunctionType]:
         yield value
         inside = [getattr(value, "__wrapped__", None), *contents(value)]
         yield from (inner for inner in inside if isinstance(inner, FunctionType) and inner is not value)
-    elif not isinstance(value, type) and not is_foreign(type(value)):
+    elif not isinstance(value, type) and not is_installed(type(value)):
         members = (vars(base).get("__call__") for base in type(value).__mro__)
         yield from (member for member in members if isinstance(member, FunctionType))
 
@@ -118,7 +131,7 @@ def _parts(value: Any) -> Iterable[Any] | None:
         hooks = [*value._forward_hooks.values(), *value._forward_pre_hooks.values()]
         return [value.training, *_flat(value._parameters), *_flat(value._buffers), *hooks, *_own(value)]
     if isinstance(value, type | ModuleType):
-        return None if is_foreign(value) or isinstance(value, ModuleType) else _of_class(value)
+        return None if is_installed(value) or isinstance(value, ModuleType) else _of_class(value)
     if isinstance(value, FunctionType):
         found = [*contents(value), value.__defaults__, value.__kwdefaults__, *vars(value).values()]
         return found if any(part is not None for part in found) else None
@@ -175,13 +188,13 @@ def _own(value: Any) -> list[Any]:
             private = name.startswith("__") and not name.endswith("__")
             named[name] = getattr(value, f"_{cls.__name__.lstrip('_')}{name}" if private else name, None)
     inner = _flat(value._modules) if isinstance(value, nn.Module) else []
-    classes = [] if is_foreign(type(value)) else [type(value)]
+    classes = [] if is_installed(type(value)) else [type(value)]
     return [*inner, *_flat({name: part for name, part in named.items() if name not in OF_ANY_MODULE}), *classes]
 
 
 def _of_class(cls: type) -> list[Any]:
     """Returns the attributes of a class of the user's, and of those below it."""
-    own = [base for base in cls.__mro__ if not is_foreign(base)]
+    own = [base for base in cls.__mro__ if not is_installed(base)]
     return [part for base in own for name, part in vars(base).items() if not name.startswith("__")]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from metafast.learners.globals_read import globals_of
-from metafast.learners.images import OF_ANY_MODULE, PLAIN, Itself, image_of, is_foreign, is_plain, kept
+from metafast.learners.images import OF_ANY_MODULE, PLAIN, Itself, image_of, is_foreign, is_installed, is_plain, kept
 
 _TRAINED = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks", "shape", "dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -234,7 +234,7 @@ def _constants(cls: type) -> Collection[str]:
 
 def _bases(types: Iterable[type]) -> list[type]:
     """Returns the classes, and those below them, that are the user's own, each once."""
-    return list(dict.fromkeys(base for cls in types for base in cls.__mro__ if not is_foreign(base)))
+    return list(dict.fromkeys(base for cls in types for base in cls.__mro__ if not is_installed(base)))
 
 
 def _of_script(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
