@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from metafast.learners.globals_read import names_in
 from metafast.learners.images import contents, functions_in, is_foreign
@@ -28,33 +29,53 @@ def places_of_hooks(model: nn.Module, loss: Any) -> list[Place]:
     return [(holder, key) for holder, key in keys if isinstance(holder[key], Tensor | list | dict)]
 
 
-def check_left_behind(places: Iterable[Place], run: Callable[[], Any]) -> None:
+def check_left_behind(model: nn.Module, places: Iterable[Place], run: Callable[[], Any]) -> None:
     """Runs a loss with an object of no use in each place where the model leaves something.
+
+    A loss that calls the model itself finds what that call has left, and may read it.
 
     Raises:
         ValueError: the loss fails, so that it reads what lies there.
     """
+    places = list(places)
+    kept = [(home, home.copy()) for home in {id(home): home for home, _ in places}.values()]
+    try:
+        if not _fails_or_calls(model, run):
+            for home, key in places:
+                _put_back(kept)
+                home[key] = object()
+                if _fails_or_calls(model, run):
+                    raise ValueError(
+                        f"the loss reads {key!r}, which the model's forward pass or a hook leaves behind. The model is "
+                        "not run again for each batch, so that this would be of another one. Let forward return it "
+                        "beside the outputs, for instance joined to them, and split them in the loss"
+                    )
+    finally:
+        _put_back(kept)
+
+
+def _fails_or_calls(model: nn.Module, run: Callable[[], Any]) -> bool:
+    """Says whether a loss fails, of which the computation itself says what is wrong, or calls a part of the model."""
+    own, called = {id(module) for module in model.modules()}, []
+    watch = register_module_forward_pre_hook(lambda module, inputs: called.append(id(module)))
     try:
         run()
-    except Exception:  # the computation itself says what is wrong with it
-        return
-    for home, key in places:
-        there = isinstance(home, list) or key in home
-        left = home[key] if there else None
-        home[key] = object()
-        try:
-            run()
-        except Exception:
-            raise ValueError(
-                f"the loss reads {key!r}, which the model's forward pass or a hook leaves behind. The model is not run "
-                "again for each batch, so that this would be of another one. Let forward return it beside the outputs, "
-                "for instance joined to them, and split them in the loss"
-            ) from None
-        finally:
-            if there:
-                home[key] = left
-            else:
+    except Exception:
+        return True
+    finally:
+        watch.remove()
+    return not own.isdisjoint(called)
+
+
+def _put_back(kept: Iterable[tuple[Any, Any]]) -> None:
+    """Gives dictionaries and lists what they held."""
+    for home, held in kept:
+        if isinstance(home, list):
+            home[:] = held
+        else:
+            for key in home.keys() - held.keys():
                 del home[key]
+            home.update(held)
 
 
 def _holders(called: Any) -> dict[int, Any]:

@@ -118,7 +118,7 @@ class LossProbe:
             all_places = [*places, *places_of_hooks(model, function)]
             if loss.kind == "custom_loss" and all_places:
                 z, y = self._outputs_of_one(part, where, tasks).detach(), getattr(tasks, part).y[0].detach()
-                check_left_behind(all_places, partial(loss.function, z, y))
+                check_left_behind(model, all_places, partial(loss.function, z, y))
 
     def _run(self, part: str, where: Surroundings, tasks: TaskBatch) -> Tensor | None:
         """Returns the loss of one task where it requires a gradient although its outputs and targets do not.
