@@ -92,6 +92,12 @@ class Dictionary(dict):
     pass
 
 
+class Answering(dict):
+    """Its entries are attributes, and a name that is none fails as a key does."""
+
+    __getattr__ = dict.__getitem__
+
+
 def with_default(module, table={"value": 0.5}):  # noqa: B006
     return table["value"]
 
@@ -110,6 +116,7 @@ OBJECTS = {
     "a class": (type("C", (), {"value": 0.5}), lambda h: h.value, lambda h: setattr(h, "value", 2.0)),
     "an instance": (type("C", (), {"value": 0.5})(), lambda h: h.value, lambda h: setattr(type(h), "value", 2.0)),
     "an attribute of a dict": (dictionary(), lambda h: h.value, lambda h: setattr(h, "value", 2.0)),
+    "a dict whose entries are attributes": (Answering(v=0.5), lambda h: h.v, lambda h: h.update(v=2.0)),
     "an attribute beside fields": (Data(), lambda h: h.value, lambda h: setattr(h, "value", 2.0)),
     "a private slot": (Slotted(), lambda h: h.get(), lambda h: h.set(2.0)),
     "a UserDict": (collections.UserDict(v=0.5), lambda h: h["v"], lambda h: h.update(v=2.0)),

@@ -9,7 +9,7 @@ from array import array
 from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -115,7 +115,13 @@ def _is_installed_package(name: str) -> bool:
 
 def functions_in(value: Any) -> Iterator[FunctionType]:
     """Yields the user's functions that ``value`` is or stands for: a method, a property, a partial, a decorated one."""
-    value = getattr(value, "fget", None) or getattr(value, "__func__", None) or getattr(value, "func", value)
+    # Types are asked, not attributes: an object of the user's may answer to any name, or fail in its own way.
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, staticmethod | classmethod | MethodType):
+        value = value.__func__
+    elif isinstance(value, partial | cached_property):
+        value = value.func
     if isinstance(value, FunctionType):
         yield value
         inside = [getattr(value, "__wrapped__", None), *contents(value)]

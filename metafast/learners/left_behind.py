@@ -6,6 +6,8 @@ metafast runs the model when it captures it, and not again for each batch: what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,8 +82,8 @@ def _put_back(kept: Iterable[tuple[Any, Any]]) -> None:
 
 def _holders(called: Any) -> dict[int, Any]:
     """Returns the dictionaries and lists that a function can reach, and the attributes of such objects."""
-    owner = getattr(called, "__self__", called)
-    held = [owner, *getattr(called, "args", ())]
+    held = [called.__self__ if isinstance(called, MethodType) else called]
+    held += called.args if isinstance(called, partial) else ()
     for function in functions_in(called):
         loaded, _ = names_in(function.__code__)
         held += [*contents(function), *(function.__globals__.get(name) for name in loaded)]
