@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -135,31 +135,50 @@ class Batch(NamedTuple):
         y: the targets: class indices ``[T, n]`` or values ``[T, n, ...]``.
         mask: bool ``[T, n]``, true where a sample counts and false where it is padding; ``None`` where all count.
         seeds: int64 ``[T]``, from which the random numbers of a model follow; ``None`` where it draws none.
+        each_step: whether every inner step has samples of its own: x, y and mask then begin with an axis of S steps.
     """
 
     x: Any
     y: Tensor
     mask: Tensor | None = None
     seeds: Tensor | None = None
+    each_step: bool = False
 
     def tasks(self, chosen: slice) -> Batch:
         """Returns the samples of a range of tasks."""
-        mask, seeds = (None if rows is None else rows[chosen] for rows in (self.mask, self.seeds))
-        return Batch(self.x[chosen], self.y[chosen], mask, seeds)
+        index: Any = (slice(None), chosen) if self.each_step else chosen
+        mask = None if self.mask is None else self.mask[index]
+        seeds = None if self.seeds is None else self.seeds[chosen]
+        return Batch(self.x[index], self.y[index], mask, seeds, self.each_step)
+
+    def at(self, step: int) -> Batch:
+        """Returns the samples of one inner step, counted from the first that there are samples for."""
+        if not self.each_step:
+            return self
+        return Batch(self.x[step], self.y[step], None if self.mask is None else self.mask[step], self.seeds)
+
+    def steps(self, begin: int, end: int) -> Batch:
+        """Returns the samples of the steps ``begin .. end - 1``."""
+        if not self.each_step:
+            return self
+        chosen = slice(begin, end)
+        mask = None if self.mask is None else self.mask[chosen]
+        return Batch(self.x[chosen], self.y[chosen], mask, self.seeds, True)
 
 
 class TaskShapes(NamedTuple):
     """Holds all that decides how a batch of tasks is computed: batches with equal shapes are computed alike.
 
     Attributes:
-        support_x: the shape of ``TaskBatch.support_x``.
-        support_y: the shape of ``TaskBatch.support_y``.
+        support_x: the shape of ``TaskBatch.support_x``, of one step where each has samples of its own.
+        support_y: the shape of ``TaskBatch.support_y``, likewise.
         query_x: the shape of ``TaskBatch.query_x``.
         query_y: the shape of ``TaskBatch.query_y``.
         dtypes: the dtypes of these four tensors, in this order.
         devices: the devices of the support sets and of the query sets.
         ragged: whether there are masks, so that some samples are padding.
         parts: shape and dtype of each tensor of samples that consist of several; empty where they are one tensor.
+        step_sets: the number of steps that have samples of their own; 0 where all steps take the same.
     """
 
     support_x: torch.Size
@@ -170,6 +189,7 @@ class TaskShapes(NamedTuple):
     devices: tuple[torch.device, torch.device]
     ragged: bool
     parts: tuple[tuple[torch.Size, torch.dtype], ...] = ()
+    step_sets: int = 0
 
     @classmethod
     def of_samples(cls, x: Tensor) -> TaskShapes:
@@ -220,6 +240,8 @@ class TaskBatch:
         query_mask: bool ``[T, m]``, likewise for the query sets.
         seeds: int64 ``[T, 2]``, from which all random numbers follow that a model draws for the support and for the
             query set of each task; ``None``: every call of a learner draws them by torch's default generator.
+        each_step: whether every inner step has support samples of its own. ``support_x``, ``support_y`` and
+            ``support_mask`` then begin with an axis of S steps: ``[S, T, n, ...]``.
 
     Raises:
         TypeError: something is no tensor, or inputs are pictures of bytes.
@@ -234,15 +256,19 @@ class TaskBatch:
     support_mask: Tensor | None = None
     query_mask: Tensor | None = None
     seeds: Tensor | None = None
+    each_step: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for part in ("support", "query"):
             x = as_samples(getattr(self, f"{part}_x"))
             object.__setattr__(self, f"{part}_x", x)
-            _check_part(part, x, getattr(self, f"{part}_y"), getattr(self, f"{part}_mask"))
-        if self.support_x.shape[0] != self.query_x.shape[0]:
+        if self.each_step:
+            _check_steps(self.support_x, self.support_y, self.support_mask)
+        for part, batch in (("support", self.every_support), ("query", self.query)):
+            _check_part(part, batch.x, batch.y, batch.mask)
+        if self._support_tasks != self.query_x.shape[0]:
             raise ValueError(
-                f"support_x has {self.support_x.shape[0]} tasks and query_x has {self.query_x.shape[0]}; "
+                f"support_x has {self._support_tasks} tasks and query_x has {self.query_x.shape[0]}; "
                 "the leading axis is the task axis T and must be the same on every tensor"
             )
         if isinstance(self.query_x, Samples) and isinstance(self.support_x, Samples):
@@ -253,7 +279,7 @@ class TaskBatch:
                 f"support_x has the tensors {names[0]} and query_x {names[1]}; both go through the same model, so "
                 "their names must match"
             )
-        support, query = ([tuple(p.shape[2:]) for p in parts_of(x)] for x in (self.support_x, self.query_x))
+        support, query = ([tuple(p.shape[2:]) for p in parts_of(x)] for x in (self.support.at(0).x, self.query_x))
         if support != query:
             raise ValueError(
                 f"a support sample has shape {', '.join(map(str, support))} and a query sample "
@@ -267,12 +293,32 @@ class TaskBatch:
             )
 
     def __len__(self) -> int:
-        return self.support_x.shape[0]
+        return self.query_x.shape[0]
 
     @property
     def support(self) -> Batch:
         """Returns the support sets."""
-        return Batch(self.support_x, self.support_y, self.support_mask, self._seeds(0))
+        return Batch(self.support_x, self.support_y, self.support_mask, self._seeds(0), self.each_step)
+
+    @property
+    def every_support(self) -> Batch:
+        """Returns the support sets of all steps as those of ``S * T`` tasks, without seeds."""
+        if not self.each_step:
+            return Batch(self.support_x, self.support_y, self.support_mask)
+        mask = None if self.support_mask is None else self.support_mask.flatten(0, 1)
+        return Batch(each_part(lambda x: x.flatten(0, 1), self.support_x), self.support_y.flatten(0, 1), mask)
+
+    @property
+    def first_step(self) -> TaskBatch:
+        """Returns the batch with the support sets of the first step for all steps."""
+        if not self.each_step:
+            return self
+        x, y, mask, *_ = self.support.at(0)
+        return TaskBatch(x, y, self.query_x, self.query_y, mask, self.query_mask, self.seeds)
+
+    @property
+    def _support_tasks(self) -> int:
+        return self.support.at(0).x.shape[0]
 
     @property
     def query(self) -> Batch:
@@ -282,8 +328,9 @@ class TaskBatch:
     @property
     def shapes(self) -> TaskShapes:
         """Returns all that decides how this batch is computed."""
-        support_x = self.support_x
-        support_y = self.support_y
+        support_x, support_y = self.support_x, self.support_y
+        if self.each_step:
+            support_x, support_y, *_ = self.support.at(0)
         query_x = self.query_x
         query_y = self.query_y
         ragged = self.support_mask is not None or self.query_mask is not None
@@ -292,8 +339,9 @@ class TaskBatch:
         parts: tuple[tuple[torch.Size, torch.dtype], ...] = ()
         if isinstance(support_x, Samples):
             parts = tuple((part.shape, part.dtype) for x in (support_x, query_x) for part in parts_of(x))
+        step_sets = self.support_y.shape[0] if self.each_step else 0
         return TaskShapes(
-            support_x.shape, support_y.shape, query_x.shape, query_y.shape, dtypes, devices, ragged, parts
+            support_x.shape, support_y.shape, query_x.shape, query_y.shape, dtypes, devices, ragged, parts, step_sets
         )
 
     def to(self, *args: object, **kwargs: object) -> TaskBatch:
@@ -301,19 +349,31 @@ class TaskBatch:
         found: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None:
-                found[f.name] = (
-                    value.to(*args, **kwargs) if isinstance(value, Samples) else moved(value, *args, **kwargs)
-                )
-        return TaskBatch(**found)
+            if isinstance(value, Samples):
+                found[f.name] = value.to(*args, **kwargs)
+            elif isinstance(value, Tensor):
+                found[f.name] = moved(value, *args, **kwargs)
+        return TaskBatch(**found, each_step=self.each_step)
 
     def _seeds(self, part: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[:, part]
 
     def tasks(self, chosen: slice) -> TaskBatch:
         """Returns a range of the tasks."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TaskBatch(**{name: value[chosen] for name, value in parts.items() if value is not None})
+        support, query = self.support.tasks(chosen), self.query.tasks(chosen)
+        seeds = None if self.seeds is None else self.seeds[chosen]
+        return TaskBatch(support.x, support.y, query.x, query.y, support.mask, query.mask, seeds, each_step=self.each_step)
+
+
+def _check_steps(x: Any, y: Tensor, mask: Tensor | None) -> None:
+    """Checks that support sets begin with the axis of steps."""
+    tensors = [*parts_of(x), y, *([] if mask is None else [mask])]
+    shapes = [list(t.shape) for t in tensors if isinstance(t, Tensor)]
+    if any(len(shape) < 3 for shape in shapes) or len({tuple(shape[:3]) for shape in shapes}) > 1 or 0 in shapes[0][:1]:
+        raise ValueError(
+            f"each_step=True: the support tensors have shapes {', '.join(map(str, shapes))}; all of them must begin with "
+            "the same axes [S, T, n]: the inner steps, the tasks, and the samples that a task has at a step"
+        )
 
 
 def _check_part(part: str, x: Any, y: Tensor, mask: Tensor | None) -> None:
@@ -369,3 +429,12 @@ def _check_part(part: str, x: Any, y: Tensor, mask: Tensor | None) -> None:
             )
         if not bool(mask.any(dim=1).all()):
             raise ValueError(f"{part}_mask leaves a task without a single sample; every task needs at least one")
+
+
+def each_stacked(batches: Any) -> Any:
+    """Stacks samples of the same kind, each a tensor or ``Samples``, along a new first axis."""
+    first = batches[0]
+    if not isinstance(first, Samples):
+        return torch.stack(batches)
+    parts = zip(*(batch.parts for batch in batches), strict=True)
+    return Samples(tuple(torch.stack(part) for part in parts), first.names)

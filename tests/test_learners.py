@@ -286,7 +286,7 @@ def test_memory_layout_of_a_batch_does_not_matter_and_runs_repeat_to_the_bit(bac
     setup = Setup("", models.Embedded, IMAGE, 3, options={"steps": 2})
     learner, tasks = make_learner(setup, torch.float32, backend), make_tasks(setup)
     wide = {name: value[:, :, None].expand(*value.shape[:2], 2, *value.shape[2:]) for name, value in vars(tasks).items()
-            if value is not None}  # fmt: skip
+            if isinstance(value, torch.Tensor)}  # fmt: skip
     strided = mf.TaskBatch(
         **{name: value.transpose(0, 1).contiguous().transpose(0, 1)[:, :, 0] for name, value in wide.items()}
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from metafast.executors.composition import Sets, evaluate, way_back
 from metafast.kernels.contract.layer import Loss
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
@@ -56,8 +57,9 @@ class ExecutionPlan:
 class Executor(ABC):
     """Runs a Program for T tasks at once.
 
-    ``params`` are ``[P]``, shared by all tasks, or ``[T, P]``. ``rates`` are ``[1 or S, 1 or P]``. ``step`` is the
-    inner step that a pass belongs to: ``per_step`` batch norm depends on it. The query pass after S steps is step S.
+    ``params`` are ``[P]``, shared by all tasks, or ``[T, P]``. ``rates`` are ``[1 or S, 1 or P]``, and under a rule
+    ``[H, 1 or S, 1 or P]`` (see ``InnerLoop``). ``z`` is theta and, under a rule that has one, the state behind it,
+    ``[T, (1 + K) P]``. Support sets may have an axis of steps (see ``Batch``). ``step`` is the inner step that a pass belongs to: ``per_step`` batch norm depends on it. The query pass after S steps is step S.
     Functions that take one batch run it under ``program.loss``, ``meta_gradient`` the query sets under
     ``program.query.loss``.
     """
@@ -107,9 +109,10 @@ class Executor(ABC):
 
     @abstractmethod
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        """Takes the inner steps and returns the trajectory ``theta_0 .. theta_S``, ``[S+1, T, P]``.
+        """Takes the inner steps and returns the trajectory ``z_0 .. z_S``, ``[S+1, T, (1 + K) P]``.
 
-        ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)`` on the adapted parameters; the others stay as they are.
+        ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)``, or what the rule says, on the adapted parameters; the others
+        stay as they are. ``params`` are theta_0, or ``z_0`` where it goes on from a state.
         """
 
     @abstractmethod
@@ -118,17 +121,17 @@ class Executor(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the vector-Jacobian product of ``adapt``, by the recursion from the last step to the first
 
-            u = alpha_s v on the adapted parameters,    d alpha_s = -g_s v,    v <- v - H_s u
+            (v, u) <- the adjoints of z_s and of g_s,    v <- v + H_s u
 
-        where ``g_s`` and ``H_s`` are the gradient and the Hessian of the support loss at ``theta_s``. A first-order
-        loop leaves ``H_s u`` out.
+        where ``g_s`` and ``H_s`` are the gradient and the Hessian of the support loss at ``theta_s``. Without a rule
+        ``u = -alpha_s v`` on the adapted parameters, and ``d alpha_s = -g_s v``. A first-order loop leaves ``H_s u`` out.
 
         Args:
-            trajectory: ``theta_0 .. theta_S`` as ``adapt`` returns them, ``[S+1, T, P]``.
-            v: the adjoint of ``theta_S``, ``[T, P]``, or of the whole trajectory, ``[S+1, T, P]``.
+            trajectory: ``z_0 .. z_S`` as ``adapt`` returns them, ``[S+1, T, (1 + K) P]``.
+            v: the adjoint of ``z_S``, ``[T, (1 + K) P]``, or of the whole trajectory, ``[S+1, T, (1 + K) P]``.
 
         Returns:
-            The adjoint of ``theta_0`` for each task, ``[T, P]``, and that of the rates, summed over tasks and of the
+            The adjoint of ``z_0`` for each task, ``[T, (1 + K) P]``, and that of the rates, summed over tasks and of the
             shape of ``rates``; ``None`` where the loop does not learn them.
         """
 
@@ -160,17 +163,14 @@ class Executor(ABC):
         alone. No graph is kept. The default calls the functions above; executors that compute all at once override it.
         """
         with torch.no_grad():
-            theta = _flatten_dense_tensors(parameters)
-            rates = rates.detach()
-            trajectory = self.adapt(program, loop, theta, rates, tasks.support)
-            v = torch.zeros_like(trajectory)
-            losses = theta.new_zeros(len(tasks))
-            for step, weight in loop.judged_steps:
-                loss, grad, outputs = self.loss_and_grad(program.query, trajectory[step], tasks.query, step)
-                losses = losses + weight * loss
-                v[step] = grad * (weight / len(tasks))
-            grad, rates_grad = self.adapt_vjp(program, loop, trajectory, rates, tasks.support, v)
-            return MetaGradient(losses, outputs, _unflatten_dense_tensors(grad.sum(0), parameters), rates_grad)
+            theta, rates = _flatten_dense_tensors(parameters), rates.detach()
+            sets = Sets(tasks.support, tasks.query)
+            found = evaluate(self, program, loop, theta, rates, sets)
+            share = theta.new_full((len(tasks),), 1 / len(tasks))
+            adjoints = share, None
+            grad, rates_grad = way_back(self, program, loop, rates, sets, (found.kept, found.query_grads), adjoints)
+            grads = _unflatten_dense_tensors(grad[:, : program.size].sum(0), parameters)
+            return MetaGradient(found.losses, found.outputs, grads, rates_grad)
 
     def with_precision(self, precision: str) -> Executor:
         """Returns the executor with the same settings in one of ``precisions``; it is made once and kept."""

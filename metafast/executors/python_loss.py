@@ -14,10 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metafast.executors import steps
 from metafast.executors.base import ExecutionPlan, Executor
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
-from metafast.program.inner_loop import InnerLoop, rates_by_step, sum_to_rate
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import without_padding
 from metafast.program.one_thread import one_thread
 from metafast.tasks import Batch, TaskShapes
@@ -82,54 +83,25 @@ class PythonLoss(Executor):
             g = program.loss.backward(context)
         return losses, self.inner.outputs_vjp(program, params, batch, g, step), outputs
 
-    @torch.no_grad()
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        trajectory = [params.expand(support.x.shape[0], -1)]
-        for step, rate in enumerate(rates_by_step(rates, loop.steps)):
-            _, grad, _ = self.loss_and_grad(program, trajectory[-1], support, step)
-            trajectory.append(trajectory[-1] - rate * grad * program.adapted)
-        return torch.stack(trajectory)
+        return steps.adapt(self, program, loop, params, rates, support)
 
-    @torch.no_grad()
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        steps = trajectory.shape[0] - 1
-        rate_of = rates_by_step(rates, steps)
-        rates_grad = torch.zeros_like(rates)
-        carried = v[steps] if v.dim() == 3 else v
-        for step in reversed(range(steps)):
-            theta = trajectory[step]
-            product = None
-            if loop.first_order and loop.learns_rates:
-                _, grad, _ = self.loss_and_grad(program, theta, support, step)
-            elif not loop.first_order:
-                u = rate_of[step] * carried * program.adapted
-                grad, product = self._gradient_and_hvp(program, theta, support, u, step)
-            if loop.learns_rates:
-                products = carried * grad * program.adapted
-                rates_grad[min(step, rates.shape[0] - 1)] -= sum_to_rate(products, rates.shape[1])
-            carried = carried if product is None else carried - product
-            carried = carried + v[step] if v.dim() == 3 else carried
-        return carried, rates_grad if loop.learns_rates else None
+        return steps.adapt_vjp(self, program, loop, trajectory, rates, support, v)
 
     @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
         u = u.expand(batch.x.shape[0], -1) * program.adapted
-        return self._gradient_and_hvp(program, params, batch, u, step)[1]
-
-    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
-        return self.inner.outputs_vjp(program, params, batch, g, step)
-
-    def _gradient_and_hvp(
-        self, program: Program, theta: Tensor, batch: Batch, u: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the gradient in the adapted parameters and ``H u`` in the rows of all, both ``[T, P]``."""
         batch = without_padding(batch)
-        outputs, tangent = self.inner.outputs_jvp(program, theta, batch, u, step)
+        outputs, tangent = self.inner.outputs_jvp(program, params, batch, u, step)
         context = RuleContext(step, batch.mask, (True,), ())
         with one_thread():
             program.loss.forward(context, outputs, batch.y)
             g = program.loss.backward(context)
             gd = program.loss.tangent_backward(context, tangent)
-        return self.inner.outputs_hvp(program, theta, batch, u, g, gd, step)
+        return self.inner.outputs_hvp(program, params, batch, u, g, gd, step)[1]
+
+    def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
+        return self.inner.outputs_vjp(program, params, batch, g, step)

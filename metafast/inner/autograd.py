@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from metafast.executors import Executor
+from metafast.executors import Executor, composition
+from metafast.executors.composition import Sets
 from metafast.inner.autocast import in_own_dtype
-from metafast.inner.recorded import Sets, recorded_vjp, standing_in
+from metafast.inner.recorded import recorded_vjp, standing_in
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch
@@ -38,62 +39,8 @@ NO_MAPPING = (
 )
 
 
-class Evaluation(NamedTuple):
-    """Holds what the way forward computes, and what the way back needs of it.
-
-    Attributes:
-        losses: ``[T]``, the weighted sum over steps of each task's query losses.
-        outputs: ``[T, m, ...]``, of the query sets after the last step.
-        trajectory: ``theta_0 .. theta_S``, ``[S+1, T, P]``.
-        query_grads: ``[J, T, P]``, the gradients of the query losses at the J steps that are judged.
-    """
-
-    losses: Tensor
-    outputs: Tensor
-    trajectory: Tensor
-    query_grads: Tensor
-
-
-@in_own_dtype
-def evaluate(
-    executor: Executor, program: Program, loop: InnerLoop, theta: Tensor, rates: Tensor, sets: Sets
-) -> Evaluation:
-    """Adapts from ``theta [P]`` at the rates ``[1 or S, 1 or P]``, and judges on the query sets; no graph is kept."""
-    trajectory = executor.adapt(program, loop, theta.detach(), rates.detach(), sets.support)
-    losses = theta.new_zeros(trajectory.shape[1])
-    grads = []
-    for step, weight in loop.judged_steps:
-        loss, grad, outputs = executor.loss_and_grad(program.query, trajectory[step], sets.query, step)
-        losses = losses + weight * loss
-        grads.append(grad)
-    return Evaluation(losses.detach(), outputs.detach(), trajectory, torch.stack(grads))
-
-
-@in_own_dtype
-def way_back(
-    executor: Executor,
-    program: Program,
-    loop: InnerLoop,
-    rates: Tensor,
-    sets: Sets,
-    found: tuple[Tensor, Tensor],
-    adjoints: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor, Tensor | None]:
-    """Computes the adjoints of ``theta [P]`` and of the rates, ``None`` where the loop does not learn them.
-
-    ``found`` are the trajectory and the query gradients of an ``Evaluation``, and ``adjoints`` those of its losses and
-    of its outputs; ``None`` is zero.
-    """
-    trajectory, query_grads = found
-    g_losses, g_outputs = adjoints
-    v = torch.zeros_like(trajectory)
-    if g_losses is not None:
-        for (step, weight), grad in zip(loop.judged_steps, query_grads, strict=True):
-            v[step] = grad * (weight * g_losses)[:, None]
-    if g_outputs is not None:
-        v[-1] += executor.outputs_vjp(program, trajectory[-1], sets.query, g_outputs, loop.steps)
-    grad, rates_grad = executor.adapt_vjp(program, loop, trajectory, rates.detach(), sets.support, v)
-    return grad.sum(0), rates_grad
+evaluate = in_own_dtype(composition.evaluate)
+way_back = in_own_dtype(composition.way_back)
 
 
 def versions(program: Program) -> list[int]:
@@ -106,15 +53,16 @@ def flattened(tasks: TaskBatch) -> tuple[Any, list[Any]]:
     inputs = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
     fields = [*inputs, tasks.support_mask, tasks.query_mask, tasks.support.seeds, tasks.query.seeds]
     if isinstance(tasks.support_x, Tensor):
-        return None, fields
+        return (None, tasks.each_step), fields
     leaves, spec = tree_flatten(fields)
-    return spec, leaves
+    return (spec, tasks.each_step), leaves
 
 
 def _sets(spec: Any, tensors: Sequence[Any]) -> Sets:
     """Undoes :func:`flattened`."""
-    support_x, support_y, query_x, query_y, *rest = tensors if spec is None else tree_unflatten(tensors, spec)
-    return Sets(Batch(support_x, support_y, rest[0], rest[2]), Batch(query_x, query_y, rest[1], rest[3]))
+    tree, each_step = spec
+    support_x, support_y, query_x, query_y, *rest = tensors if tree is None else tree_unflatten(tensors, tree)
+    return Sets(Batch(support_x, support_y, rest[0], rest[2], each_step), Batch(query_x, query_y, rest[1], rest[3]))
 
 
 class _Fused(torch.autograd.Function):
@@ -133,7 +81,7 @@ class MetaLoss(_Fused):
     """Computes an :class:`Evaluation`; gradients go from its losses and outputs to all tensors that it is given.
 
     ``theta [P]`` and the rates get theirs by the fused way back. Where others require one, the tensors of the batch
-    (see :func:`flattened`) or behind them the parameters of the losses' ``modules``, backward records it all again.
+    (see :func:`flattened`) or behind them the parameters of ``modules``, backward records each step again.
 
     Raises:
         RuntimeError: running statistics have changed before ``backward``.
@@ -146,7 +94,7 @@ class MetaLoss(_Fused):
     ) -> Any:  # fmt: skip
         batch, of_loss = _divided(tensors, modules)
         with standing_in(modules, of_loss):
-            return tuple(evaluate(executor, program, loop, theta, rates, _sets(spec, batch)))
+            return tuple(evaluate(executor, program, loop, theta.detach(), rates.detach(), _sets(spec, batch)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,11 +113,11 @@ class MetaLoss(_Fused):
         of_tensors = ctx.needs_input_grad[7:]
         loop, g = ctx.loop._replace(learns_rates=of_rates), adjoints[:2]
         theta, rates, trajectory, query_grads, *tensors = ctx.saved_tensors
+        settings = ctx.executor, ctx.program, loop, ctx.spec, ctx.modules
         if any(of_tensors):
-            settings = ctx.program, loop, ctx.spec, ctx.modules, (of_theta, of_rates, *of_tensors)
-            grads = _RecordedWayBack.apply(*settings, *g, theta, rates, *tensors)
+            needed = of_theta, of_rates, *of_tensors
+            grads = _RecordedWayBack.apply(*settings, needed, trajectory, *g, theta, rates, *tensors)
         else:
-            settings = ctx.executor, ctx.program, loop, ctx.spec, ctx.modules
             grads = _WayBack.apply(*settings, *g, theta, rates, trajectory, query_grads, *tensors)
         nothing = (None,) * (len(tensors) - len(grads) + 2)
         return *grads[:2], None, None, None, None, None, *grads[2:], *nothing
@@ -190,7 +138,8 @@ class _WayBack(_Fused):
         batch, of_loss = _divided(tensors, modules)
         found, adjoints = (trajectory, query_grads), (g_losses, g_outputs)
         with standing_in(modules, of_loss):
-            return way_back(executor, program, loop, rates, _sets(spec, batch), found, adjoints)
+            grad, rates_grad = way_back(executor, program, loop, rates.detach(), _sets(spec, batch), found, adjoints)
+            return grad[:, : theta.shape[-1]].sum(0), rates_grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -206,10 +155,11 @@ class _RecordedWayBack(_WayBack):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList, needed: tuple[bool, ...],
-        g_losses: Tensor | None, g_outputs: Tensor | None, *inputs: Tensor,
+        executor: Executor, program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList,
+        needed: tuple[bool, ...], kept: Tensor, g_losses: Tensor | None, g_outputs: Tensor | None, *inputs: Tensor,
     ) -> Any:  # fmt: skip
-        return tuple(recorded_vjp(program, loop, modules, partial(_sets, spec), inputs, (g_losses, g_outputs), needed))
+        sets_of, adjoints = partial(_sets, spec), (g_losses, g_outputs)
+        return tuple(recorded_vjp(executor, program, loop, modules, sets_of, inputs, kept, adjoints, needed))
 
 
 def _divided(tensors: Sequence[Tensor], modules: nn.ModuleList) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from metafast.executors import Executor
+from metafast.executors.composition import Sets, segments_of
 from metafast.inner.autograd import NO_MAPPING, ONLY_ONCE, STATISTICS_CHANGED, evaluate, versions, way_back
-from metafast.inner.recorded import Sets, recorded_vjp, standing_in
+from metafast.inner.recorded import recorded_vjp, standing_in
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.tasks import Batch, TaskBatch
@@ -150,7 +151,9 @@ def _(
     loop = _loop(step_weights, first_order)
     outputs = _find(learner).output_shape(theta, query_x[0])
     size = theta.shape[0]
-    shapes = ((tasks,), (tasks, *outputs), (loop.steps + 1, tasks, size), (len(loop.judged_steps), tasks, size))
+    segments = segments_of(loop, tasks, size, theta.element_size())
+    judged = len(loop.judged_steps) if segments.keeps_all else 1
+    shapes = ((tasks,), (tasks, *outputs), (segments.rows, tasks, size), (judged, tasks, size))
     losses, of_query, trajectory, grads = (theta.new_empty(shape) for shape in shapes)
     return losses, of_query, trajectory, grads, torch.empty((), dtype=torch.int64)
 
@@ -175,14 +178,16 @@ def meta_loss_vjp(
         masks = support_mask, query_mask
         if any(needed[2:]):
             grads = recorded_vjp(
-                program, loop, owner.loss_modules, partial(_sets, masks), inputs, adjoints, needed, operand.pick
-            )
+                executor, program, loop, owner.loss_modules, partial(_sets, masks), inputs, operand.pick(trajectory),
+                adjoints, needed, operand.pick,
+            )  # fmt: skip
         else:
             kept = operand.pick(trajectory), operand.pick(query_grads)
             with standing_in(owner.loss_modules, inputs[6:]):
-                found = way_back(
+                grad, rates_grad = way_back(
                     executor, program, loop, operand.pick(inputs[1]), _sets(masks, inputs[2:6]), kept, adjoints
                 )
+            found = grad.sum(0), rates_grad
             spread = (g if g is None else operand.spread(g, t.shape[-1]) for g, t in zip(found, inputs, strict=False))
             grads = [*spread, *(None,) * (len(inputs) - 2)]
     return [

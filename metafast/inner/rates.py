@@ -20,8 +20,10 @@ _AXES = ("step", "layer", "parameter")
 class Rate:
     """Describes the inner learning rates ``alpha`` in ``theta_{s+1} = theta_s - alpha_s * g_s``.
 
+    A hyper-parameter of a rule, such as the momentum of ``mf.SGD``, is described likewise.
+
     Args:
-        value: the initial rate: a positive number, or a pair ``(low, high)`` from which each rate is drawn uniformly.
+        value: the initial rate: a positive number (0 or more for other hyper-parameters), or a pair ``(low, high)`` from which each rate is drawn uniformly.
         per: what the rates are told apart by: ``"step"`` (one for each inner step), ``"layer"`` (one for each module
             that holds parameters) or ``"parameter"`` (one for each element), or ``"step"`` with one of the others.
             Meta-SGD has ``per="parameter"``, and MAML++ ``per=("layer", "step")``.
@@ -29,7 +31,7 @@ class Rate:
 
     Raises:
         TypeError: the value is neither a number nor a pair of numbers.
-        ValueError: the value is not positive and finite, or an axis is unknown.
+        ValueError: the value is negative or not finite, or an axis is unknown.
     """
 
     value: float | tuple[float, float]
@@ -42,8 +44,20 @@ class Rate:
         if len(self.span) != 2 or not all(isinstance(v, Real) for v in self.span):
             raise TypeError(f"lr={self.value!r}: give a positive number, or a pair (low, high) to draw from")
         low, high = self.span
-        if not (0 < low <= high and math.isfinite(high)):
+        if not (0 <= low <= high and math.isfinite(high)):
             raise ValueError(f"lr={self.value!r}: an inner learning rate must start as a positive, finite number")
+
+    @classmethod
+    def of_lr(cls, lr: float | tuple[float, float] | Rate) -> Rate:
+        """Returns what a user gives as ``lr``.
+
+        Raises:
+            ValueError: it is not above 0.
+        """
+        rate = lr if isinstance(lr, Rate) else cls(lr)
+        if rate.span[0] <= 0:
+            raise ValueError(f"lr={rate.value!r}: an inner learning rate must start as a positive, finite number")
+        return rate
 
     @property
     def axes(self) -> set[str]:

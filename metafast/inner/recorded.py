@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metafast.executors import Executor
+from metafast.executors.composition import Sets, segments_of
+from metafast.executors.steps import Steps
 from metafast.inner.autocast import in_own_dtype
-from metafast.inner.rules import PLAIN, SGD
 from metafast.program import Program
-from metafast.program.inner_loop import InnerLoop, rates_by_step
-from metafast.program.interpreter import Pass, without_padding
-from metafast.tasks import Batch
+from metafast.program.inner_loop import InnerLoop
+from metafast.program.interpreter import FixedPrefix, Pass, without_padding
+from metafast.tasks import Batch, each_part, parts_of
 
 
 class OwnParameter(NamedTuple):
@@ -29,89 +31,198 @@ class OwnParameter(NamedTuple):
     tensor: Tensor
 
 
-class Sets(NamedTuple):
-    """Holds the support sets and the query sets of T tasks, which have been checked already."""
-
-    support: Batch
-    query: Batch
-
-
 @in_own_dtype
 def recorded(
-    program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, sets: Sets,
-    own: Sequence[OwnParameter] = (), rule: SGD = PLAIN,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    program: Program, loop: InnerLoop, start: Tensor, rates: Tensor, sets: Sets, own: Sequence[OwnParameter] = ()
+) -> tuple[Tensor, Tensor]:
     """Computes losses ``[T]`` and outputs ``[T, m, ...]`` while autograd records every inner step.
 
-    The results can be differentiated to any order, in all that they are made of. ``params`` are ``[P]``,
-    ``rates [1 or S, 1 or P]``.
+    The results can be differentiated to any order, in all that they are made of. ``start`` are theta_0 or ``z_0``, of one
+    task for all or of each; ``rates`` as the loop says.
     """
-    trajectory = recorded_adapt(program, loop, params, rates, sets.support, own, rule)
-    nothing = (False,) * len(program.parameters)
-    losses = params.new_zeros(trajectory[0].shape[0])
-    for step, weight in loop.judged_steps:
-        run = Pass(program.query, trajectory[step], without_padding(sets.query), step, nothing)
-        outputs = run.forward()
-        losses = losses + weight * run.loss()
+    trajectory = recorded_adapt(program, loop, start, rates, sets.support, own)
+    losses, outputs = _judged(program, loop, {s: trajectory[s] for s, _ in loop.judged_steps}, sets.query)
     return losses, outputs
 
 
 @in_own_dtype
 def recorded_adapt(
-    program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch,
-    own: Sequence[OwnParameter] = (), rule: SGD = PLAIN,
-) -> list[Tensor]:  # fmt: skip
-    """Takes the inner steps from ``params [P]`` and returns ``theta_0 .. theta_S``, each ``[T, P]``."""
-    adapted = tuple(p.adapted for p in program.parameters)
-    theta = params.expand(support.x.shape[0], -1)
-    trajectory = [theta]
-    velocity: Tensor | None = None
+    program: Program, loop: InnerLoop, start: Tensor, rates: Tensor, support: Batch, own: Sequence[OwnParameter] = ()
+) -> list[Tensor]:
+    """Takes the inner steps from theta_0 or ``z_0`` and returns ``z_0 .. z_S``, each ``[T, (1 + K) P]``.
+
+    With ``loop.truncate`` the steps before the last so many are constants, which are added to ``z_0``.
+    """
+    steps = Steps(program, loop, rates)
+    trajectory = [steps.start(start, support.at(0).x.shape[0])]
     support = without_padding(support)
-    prefix = Pass(program, theta, support, 0, adapted).forward_prefix()
-    for step, rate in enumerate(rates_by_step(rates, loop.steps)):
-        run = Pass(program, trajectory[-1], support, step, adapted, prefix)
-        run.forward()
-        losses = run.loss()
-        gradient = run.flat(run.backward())
-        if step == 0 and own:
-            gradient = _with_own(program, gradient, losses, own)
-        if loop.first_order:
-            gradient = gradient.detach()
-        direction = gradient
-        if not rule.is_plain:
-            direction, velocity = rule.direction(trajectory[-1], gradient, velocity, program.adapted.to(theta.device))
-        trajectory.append(torch.addcmul(trajectory[-1], rate, direction, value=-1))
+    prefix = None
+    if not support.each_step:
+        adapted = tuple(p.adapted for p in program.parameters)
+        prefix = Pass(program, steps.theta(trajectory[0]), support, loop.first, adapted).forward_prefix()
+    cut = 0 if loop.truncate is None else max(loop.steps - loop.truncate, 0)
+    for step in range(loop.steps):
+        z = _step(steps, program, trajectory[-1], support.at(step), step, prefix, own if step == 0 else ())
+        if step + 1 <= cut:
+            z = trajectory[0] + (z - trajectory[0]).detach()
+        trajectory.append(z)
     return trajectory
+
+
+def _step(
+    steps: Steps, program: Program, z: Tensor, batch: Batch, step: int, prefix: FixedPrefix | None = None,
+    own: Sequence[OwnParameter] = (),
+) -> Tensor:  # fmt: skip
+    """Takes one step on samples without padding, while autograd records it."""
+    number = steps.loop.first + step
+    run = Pass(program, steps.theta(z), batch, number, tuple(p.adapted for p in program.parameters), prefix)
+    run.forward()
+    losses = run.loss()
+    gradient = run.flat(run.backward())
+    if own:
+        gradient = _with_own(program, gradient, losses, own)
+    return steps.advance(z, gradient.detach() if steps.loop.first_order else gradient, number)
+
+
+def _judged(program: Program, loop: InnerLoop, z: dict[int, Tensor], query: Batch) -> tuple[Tensor, Tensor]:
+    """Computes the weighted losses ``[T]`` at those steps that ``z`` has, and the outputs at the last of them."""
+    query, nothing = without_padding(query), (False,) * len(program.parameters)
+    weights = dict(loop.judged_steps)
+    losses = None
+    for step, at in z.items():
+        run = Pass(program.query, at[:, : program.size], query, loop.first + step, nothing)
+        outputs = run.forward()
+        loss = weights[step] * run.loss()
+        losses = loss if losses is None else losses + loss
+    assert losses is not None
+    return losses, outputs
+
+
+class _Adjoints:
+    """Adds up the adjoints of leaves, and of parts of them, while the way back goes from step to step."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, leaf: Tensor, grad: Tensor, index: Any = ...) -> None:
+        """Adds the adjoint of ``leaf[index]``."""
+        if id(leaf) not in self.sums:
+            self.sums[id(leaf)] = torch.zeros_like(leaf)
+        self.sums[id(leaf)][index] += grad
+
+    def of(self, leaf: Tensor) -> Tensor:
+        """Returns the sum for a leaf."""
+        return self.sums.get(id(leaf), torch.zeros_like(leaf))
 
 
 @in_own_dtype
 def recorded_vjp(
-    program: Program, loop: InnerLoop, modules: nn.ModuleList, sets_of: Callable[[Sequence[Tensor]], Sets],
-    inputs: Sequence[Tensor], adjoints: tuple[Tensor | None, Tensor | None], needed: Sequence[bool],
+    executor: Executor, program: Program, loop: InnerLoop, modules: nn.ModuleList,
+    sets_of: Callable[[Sequence[Tensor]], Sets], inputs: Sequence[Tensor], kept: Tensor,
+    adjoints: tuple[Tensor | None, Tensor | None], needed: Sequence[bool],
     pick: Callable[[Tensor], Tensor] = lambda of_all: of_all,
 ) -> list[Tensor | None]:  # fmt: skip
     """Computes the adjoints of those ``inputs`` that are ``needed``, from those of the losses and the outputs.
 
+    Autograd records one step after another, from the last to the first, and the memory is that of one step.
+
     Args:
+        executor: takes steps again that are not kept.
         program: the model and its loss.
         loop: the inner loop.
-        modules: the modules that the losses are.
+        modules: the modules that the losses, or the rule, are.
         sets_of: makes the support and query sets of their tensors.
-        inputs: ``theta [P]``, rates, the tensors that the sets are made of, and the parameters of ``modules``.
+        inputs: theta_0 or ``z_0``, rates, the tensors that the sets are made of, and the parameters of ``modules``.
+        kept: what ``evaluate`` has kept of the way forward.
         adjoints: those of the losses ``[T]`` and of the outputs; ``None`` is zero.
         needed: for each input, whether its adjoint is computed.
         pick: picks the elements of the Program's parameters from ``theta`` and from rates.
     """
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() if need else t for t, need in zip(inputs, needed, strict=True)]
-        batch = len(inputs) - len(list(modules.parameters()))
-        with standing_in(modules, leaves[batch:]):
-            found = recorded(program, loop, pick(leaves[0]), pick(leaves[1]), sets_of(leaves[2:batch]))
-            pairs = [(value, g) for value, g in zip(found, adjoints, strict=True) if g is not None]
-            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-            values, given = zip(*pairs, strict=True)
-            grads = iter(torch.autograd.grad(values, wanted, given, materialize_grads=True, allow_unused=True))
-    return [next(grads) if need else None for need in needed]
+    leaves = [t.detach().requires_grad_(need) if need else t for t, need in zip(inputs, needed, strict=True)]
+    batch = len(inputs) - len(list(modules.parameters()))
+    with torch.enable_grad(), standing_in(modules, leaves[batch:]):
+        start, rates = pick(leaves[0]), pick(leaves[1])
+        sets = sets_of(leaves[2:batch])
+        found = _Adjoints()
+        v = _way_back(executor, program, loop, rates, sets, kept, adjoints, leaves[batch:], found)
+        grads = [found.of(leaf) if need else None for leaf, need in zip(leaves, needed, strict=True)]
+        z0 = Steps(program, loop, rates).start(start, v.shape[0])
+        for k, (whole, v_whole) in enumerate(((z0, v), (rates, found.of(rates)))):
+            if needed[k]:
+                grads[k] = torch.autograd.grad(whole, leaves[k], v_whole)[0] if whole is not leaves[k] else v_whole
+    return grads
+
+
+def _way_back(
+    executor: Executor, program: Program, loop: InnerLoop, rates: Tensor, sets: Sets, kept: Tensor,
+    adjoints: tuple[Tensor | None, Tensor | None], of_modules: Sequence[Tensor], found: _Adjoints,
+) -> Tensor:  # fmt: skip
+    """Goes back from the query losses to ``z_0``, whose adjoint it returns; those of all leaves are added to ``found``."""
+    support = sets.support
+    segments = segments_of(loop, kept.shape[1], kept.shape[-1], kept.element_size())
+    judged = {s for s, _ in loop.judged_steps} if adjoints[0] is not None else {loop.steps}
+    further = [t for t in of_modules if t.requires_grad]
+
+    def take(
+        values: Sequence[Tensor], given: Sequence[Tensor], z: Tensor, parts: Sequence[tuple[Tensor, Tensor, Any]]
+    ) -> Tensor:
+        """Returns the adjoint of ``z``, and adds those of ``parts``: a tensor, the leaf that it is of, its place there."""
+        wanted = [z, *(part for part, _, _ in parts), *further]
+        of_z, *grads = torch.autograd.grad(values, wanted, given, materialize_grads=True, allow_unused=True)
+        for (_, leaf, index), grad in zip(parts, grads, strict=False):
+            found.add(leaf, grad, index)
+        for leaf, grad in zip(further, grads[len(parts) :], strict=True):
+            found.add(leaf, grad)
+        return of_z
+
+    def judge(step: int, z: Tensor) -> Tensor:
+        """Returns what the query loss after ``step`` steps, and at the end the outputs, make of ``z``."""
+        leaf = z.detach().requires_grad_()
+        query, parts = _read(sets.query, ...)
+        values = _judged(program, loop, {step: leaf}, query)
+        of_outputs = adjoints[1] if step == loop.steps else None
+        pairs = [(a, g) for a, g in zip(values, (adjoints[0], of_outputs), strict=True) if g is not None]
+        pairs = [(a, g) for a, g in pairs if a.requires_grad]
+        return take([a for a, _ in pairs], [g for _, g in pairs], leaf, parts) if pairs else torch.zeros_like(z)
+
+    v = judge(loop.steps, kept[-1])
+    for number, (a, b) in reversed(list(enumerate(segments.spans))):
+        trajectory = kept
+        if not segments.keeps_all:
+            part, of_part = loop.part(a, b), support.steps(a, b)
+            trajectory = executor.adapt(program, part, kept[number], rates.detach(), of_part).detach()
+        for step in reversed(range(a, b)):
+            leaf = trajectory[step - a].detach().requires_grad_()
+            batch, parts = _read(support.at(step), step if support.each_step else ..., support)
+            row = min(loop.first + step, rates.shape[-2] - 1)
+            rows = rates[..., row : row + 1, :].detach().requires_grad_(rates.requires_grad)
+            if rates.requires_grad:
+                parts.append((rows, rates, (..., slice(row, row + 1), slice(None))))
+            z = _step(Steps(program, loop, rows), program, leaf, without_padding(batch), step)
+            v = take([z], [v], leaf, parts)
+            if step in judged:
+                v = v + judge(step, leaf)
+    return v
+
+
+def _read(batch: Batch, index: Any, whole: Batch | None = None) -> tuple[Batch, list[tuple[Tensor, Tensor, Any]]]:
+    """Returns a batch whose tensors are leaves, and for each that requires a gradient the leaf, and where it lies in it.
+
+    ``batch`` is that step of ``whole`` which ``index`` says.
+    """
+    parts: list[tuple[Tensor, Tensor, Any]] = []
+    whole = batch if whole is None else whole
+
+    def read(tensor: Tensor, of: Tensor) -> Tensor:
+        if not of.requires_grad:
+            return tensor
+        leaf = tensor.detach().requires_grad_()
+        parts.append((leaf, of, index))
+        return leaf
+
+    wholes = iter(parts_of(whole.x))
+    x = each_part(lambda part: read(part, next(wholes)), batch.x)
+    return batch._replace(x=x, y=read(batch.y, whole.y)), parts
 
 
 @contextmanager

@@ -36,7 +36,10 @@ def plain(tensor: Tensor) -> Tensor:
 
 def plain_batch(tasks: TaskBatch) -> TaskBatch:
     """Returns the batch with plain tensors."""
-    named: dict[str, Any] = {name: t if t is None else each_part(plain, t) for name, t in vars(tasks).items()}
+    named: dict[str, Any] = {
+        name: value if value is None or isinstance(value, bool) else each_part(plain, value)
+        for name, value in vars(tasks).items()
+    }
     return TaskBatch(**named)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metafast.executors import Executor, choose
@@ -14,6 +16,7 @@ from metafast.learners.module_snapshot import Moment
 from metafast.learners.seeds import drawn_seeds
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
+from metafast.program.rule import Rule
 from metafast.tasks import TaskShapes, as_samples, parts_of
 
 _SIZES = 64
@@ -27,6 +30,8 @@ class Adapted:
     They stay what they were made, whatever becomes of the learner; a copy of them, and one that was saved, says the
     same as they. What the model does with another number of samples is found by running it, which is refused where it
     has changed since the ``moment`` of adaptation. ``settings`` are the learner's ``backend`` and ``precision``.
+    ``state`` are the vectors ``[T, P]`` that the rule of the inner loop carries, by torch.optim's names, after ``step``
+    steps; ``learner.adapt(..., after=adapted)`` goes on from there.
     """
 
     captures: Captures
@@ -37,6 +42,7 @@ class Adapted:
     sample: tuple[tuple[int, ...], ...]
     moment: Moment
     settings: tuple[str | Executor, str]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     _others: dict[int, tuple[Program, Executor]] = field(default_factory=dict)
 
     @in_own_dtype
@@ -67,6 +73,26 @@ class Adapted:
         seeds = drawn_seeds(program, len(theta), theta.device)
         of_query = None if seeds is None else seeds[:, 1]
         return executor.predict(program, self.parameters, x.contiguous(), self.step, of_query)
+
+    def going_on(self, program: Program, rule: Rule | None, tasks: int) -> Tensor:
+        """Returns ``z [T, (1 + K) P]``, from which a learner's ``program`` goes on by ``rule``.
+
+        Raises:
+            ValueError: these are models of other parameters, of another number of tasks, or were made by another rule.
+        """
+        states = tuple(rule.states) if rule is not None else ()
+        names = [(p.name, p.shape) for p in program.parameters]
+        if names != [(p.name, p.shape) for p in self.program.parameters] or len(self.parameters) != tasks:
+            raise ValueError(
+                f"after: these are {len(self.parameters)} adapted models with {self.program.size:,} parameters, and the "
+                f"batch has {tasks} tasks and the learner {program.size:,} parameters; they must be the same"
+            )
+        if tuple(self.state) != states:
+            raise ValueError(
+                f"after: these models carry the state {list(self.state)}, and the learner's rule needs {list(states)}; "
+                "they must have been adapted by the same rule"
+            )
+        return torch.cat([self.parameters, *self.state.values()], 1)
 
     def _for_as_many(self, x: Any) -> tuple[Program, Executor]:
         """Returns what computes the outputs of as many samples as ``x`` has."""

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from metafast.executors import Choice, Executor, choose, name_of
+from metafast.executors.composition import in_pieces
+from metafast.executors.steps import Steps
 from metafast.inner.autocast import in_own_dtype
+from metafast.inner.hyper_rates import HyperRates
 from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded_adapt
 from metafast.inner.transforms import plain
@@ -25,6 +28,7 @@ from metafast.learners.checks import (
     check_initialised,
     check_like,
     check_padding,
+    check_steps,
     mixing,
 )
 from metafast.learners.double_check import double_check
@@ -43,6 +47,7 @@ from metafast.program.losses import LossLike
 from metafast.program.module_run import call
 from metafast.program.noise import given_numbers
 from metafast.program.one_thread import one_thread
+from metafast.program.rule import Rule
 from metafast.program.running_statistics import track
 from metafast.program.second_look import Difference
 from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
@@ -115,8 +120,8 @@ class GradientLearner(FollowingLearner):
         self._set_losses(self.loss, self.query_loss)
         self._move(adapt)
         self.rows = rows_per_step(model, bn, steps)
-        rate = lr if isinstance(lr, Rate) else Rate(lr)
-        self.rate = Rates(rate, layout_of(model, self.rows), steps, next(model.parameters()))
+        self.rate = Rates(Rate.of_lr(lr), layout_of(model, self.rows), steps, next(model.parameters()))
+        self.hyper = HyperRates()
         self.captures = self._new_captures({name: norm.training for name, norm in norms_of(model).items()})
         self._start()
 
@@ -160,23 +165,47 @@ class GradientLearner(FollowingLearner):
 
     @in_own_dtype
     def adapt(
-        self, support_x: Tensor, support_y: Tensor, steps: int | None = None, support_mask: Tensor | None = None
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        steps: int | None = None,
+        support_mask: Tensor | None = None,
+        *,
+        each_step: bool = False,
+        after: Adapted | None = None,
     ) -> Adapted:
         """Adapts to T tasks, ``support_x [T, n, ...]``, and returns their models; no graph is kept.
 
-        ``steps`` may differ from that of training; with a rate for each step the last one serves all later steps.
+        Args:
+            support_x: ``[T, n, ...]``, or with ``each_step`` ``[S, T, n, ...]``.
+            support_y: the targets, likewise.
+            steps: may differ from that of training; with a rate for each step the last one serves all later steps.
+            support_mask: true for the samples that count.
+            each_step: whether every step has samples of its own.
+            after: adapted models of as many tasks to go on from: their parameters, and the state and count of their steps.
         """
-        tasks = TaskBatch(support_x, support_y, support_x, support_y, support_mask, support_mask)
+        of_first, mask = (support_x, support_y), support_mask
+        if each_step:
+            of_first, mask = (support_x[0], support_y[0]), None if mask is None else mask[0]
+        tasks = TaskBatch(support_x, support_y, *of_first, support_mask, mask, each_step=each_step)
+        if steps is None:
+            steps = len(tasks.support_y) if each_step else self.steps
+        check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
+        check_steps(tasks, steps)
         choice = self._known_for(tasks, judged=False).choice
         tasks = with_seeds(self.program, tasks)
-        steps = self.steps if steps is None else steps
-        check_whole("steps", steps, 0, "the inner loop takes a whole number of steps")
+        first, start = (
+            (0, None) if after is None else (after.step, after.going_on(self.program, self._rule, len(tasks)))
+        )
         with torch.no_grad():
-            theta = self._adapted(choice, tasks.support, steps, self._outside(choice, tasks, judged=False))
-        sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.support_x))
+            outside = self._outside(choice, tasks.first_step, judged=False)
+            z = self._adapted(choice, tasks.support, steps, outside, start, first)
+        sample = tuple(tuple(p.shape[2:]) for p in parts_of(tasks.query_x))
         moment = Moment(self._model_snapshot, self.program.all_constants)
         program, settings = self.program.holding_constants(), (self.backend, self.precision)
-        return Adapted(self.captures, program, choice.executor, theta, steps, sample, moment, settings)
+        theta, *states = z.split(program.size, 1)
+        state = dict(zip(self._rule.states if self._rule else (), states, strict=True))
+        return Adapted(self.captures, program, choice.executor, theta, first + steps, sample, moment, settings, state)
 
     @property
     def program(self) -> Program:
@@ -230,25 +259,46 @@ class GradientLearner(FollowingLearner):
         """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
-        loop = InnerLoop.judged_last(steps)
+    @property
+    def _rule(self) -> Rule | None:
+        """What an inner step makes of the gradient; ``None``: it goes along the gradient itself."""
+        return None
+
+    def _start_of(self, parameters: Tensor) -> Tensor:
+        """Returns what inner loops start from: ``parameters [P]``, and behind them the rule's state where it is learned."""
+        return parameters
+
+    def _adapted(
+        self, choice: Choice, support: Batch, steps: int, outside: Outside, start: Tensor | None = None, first: int = 0
+    ) -> Tensor:
+        """Returns ``z_S [T, (1 + K) P]``; it goes on from ``start`` after ``first`` steps, where there is one."""
+        loop = InnerLoop.judged_last(steps, rule=self._rule, first=first)
         if outside.own:
             with torch.enable_grad():
-                theta, rates = self.flat_parameters(), self.inner_rates()
+                theta, rates = self._start_of(self.flat_parameters()), self.inner_rates()
                 return recorded_adapt(self.program, loop, theta, rates, support, outside.own)[-1].detach()
-        trajectory = choice.executor.adapt(self.program, loop, self.flat_parameters(), self.inner_rates(), support)
-        return trajectory[-1]
+        z = self._start_of(self.flat_parameters()) if start is None else start
+        rates = self.inner_rates()
+        z = Steps(self.program, loop, rates).start(z, support.at(0).x.shape[0])
+        for a, b in in_pieces(loop, z.numel() * z.element_size()):
+            z = choice.executor.adapt(self.program, loop.part(a, b), z, rates, support.steps(a, b))[-1]
+        return z
 
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``.
 
-        Learned ones are tied to the result whether or not autograd is on.
+        Under a rule its hyper-parameters follow, ``[H, 1 or S, 1 or P]`` in float64. What is learned is tied to the result
+        whether or not autograd is on.
         """
+        rule = self._rule
         rates = self._fixed_rate
-        if rates is not None and rates.shape[1] == 1:
+        if rates is None or rates.shape[1] > 1:
+            with torch.enable_grad():
+                rates = self.rate.of((program or self.program).parameters)
+        if rule is None:
             return rates
         with torch.enable_grad():
-            return self.rate.of((program or self.program).parameters)
+            return self.hyper.table(rule, rates, (program or self.program).parameters)
 
     def _known_for(self, tasks: TaskBatch, judged: bool = True) -> KnownBatch:
         """Checks a batch against the model and returns what is known of its kind, which the first of them shows.
@@ -264,7 +314,8 @@ class GradientLearner(FollowingLearner):
         known = self._known.get(key)
         if known is None:
             with self._as_it_was(tasks) as batch:
-                known = self._latest = self._examine(batch)
+                check_like(batch, self)
+                known = self._latest = self._examine(batch.first_step, batch.shapes)
             known.parameters[:] = self.parameters_of(known.program)
             self._check_targets(known, tasks, judged)
             check_padding(tasks, known.unpaddable)
@@ -288,9 +339,8 @@ class GradientLearner(FollowingLearner):
     def _choose(self, program: Program, shapes: TaskShapes) -> Choice:
         return choose(program, self.loop, shapes, self.backend, self.precision)
 
-    def _examine(self, tasks: TaskBatch) -> KnownBatch:
-        """Captures the model for the first batch of a kind, and checks both."""
-        check_like(tasks, self)
+    def _examine(self, tasks: TaskBatch, shapes: TaskShapes) -> KnownBatch:
+        """Captures the model for the first batch of a kind, of these ``shapes``, and checks both."""
         check_buffers(self.model)
         self.rate.check(layout_of(self.model, self.rows))
         program = self.captures.of(tasks)
@@ -307,8 +357,8 @@ class GradientLearner(FollowingLearner):
             except (Difference, ValueError, RuntimeError):
                 if not self.captures.doubt(tasks.query_x):
                     raise
-                return self._examine(tasks)
-        choice = self._choose(program, tasks.shapes)
+                return self._examine(tasks, shapes)
+        choice = self._choose(program, shapes)
         # Reading labels back from a GPU each time would stall it.
         reads = program.loss.reads_targets or program.query.loss.reads_targets
         looks = reads and tasks.support_x.device.type == "cpu"
@@ -316,14 +366,14 @@ class GradientLearner(FollowingLearner):
         tracks = any(getattr(node.layer, "mode", None) == "running" for node in program.nodes)
         if not self._swapped:
             self._look()
-        self._loss_probe.check_left_behind(
-            self.model, Surroundings(choice, program, parameters), tasks, self._assigned
-        )
+        self._loss_probe.check_left_behind(self.model, Surroundings(choice, program, parameters), tasks, self._assigned)
         recorded = has_own_derivatives(program)
-        return KnownBatch(program, parameters, recorded, leaves_traces, tracks, choice, output, looks, unpaddable)
+        return KnownBatch(
+            program, parameters, recorded, leaves_traces, tracks, choice, output, looks, unpaddable, shapes.tasks
+        )
 
     def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
-        known.program.loss.check(known.output, tasks.support_y, "support_y")
+        known.program.loss.check(known.output, tasks.every_support.y, "support_y")
         if judged:
             known.program.query.loss.check(known.output, tasks.query_y, "query_y")
 
@@ -344,14 +394,14 @@ class GradientLearner(FollowingLearner):
             predict = self._now.choice.executor.predict
             with self._plainly(tasks) as batch:
                 theta = _flatten_dense_tensors([plain(p) for p in self._sources])
-                track(self.program, predict, theta.detach(), batch.support)
+                track(self.program, predict, theta.detach(), batch.first_step.support)
 
     def _leave_traces(self, tasks: TaskBatch) -> None:
         """Leaves the buffers and attributes of the model as one call of it would, on the first task's support set."""
         if self._now.leaves_traces and self.training:
             # One thread, because torch's means have other bits with other numbers of threads.
             with self._plainly(tasks) as batch, self.captures.as_called(), _numbers_of(batch), one_thread():
-                call(self.model, first_task(batch.support_x))
+                call(self.model, first_task(batch.first_step.support_x))
             self._note_traces()
 
 

@@ -18,7 +18,7 @@ class KnownBatch(NamedTuple):
     call of the model changes its buffers or attributes, ``tracks_statistics`` whether there is a ``"running"`` norm.
     ``is_recorded`` says that autograd records the inner loop, because a ``torch.autograd.Function`` of the model has a
     derivative that only autograd can differentiate. ``unpaddable`` says why samples may be no padding, where the kind
-    has masks and the model is one for which that is so.
+    has masks and the model is one for which that is so. ``tasks`` is the number of tasks.
     """
 
     program: Program
@@ -30,3 +30,4 @@ class KnownBatch(NamedTuple):
     output: tuple[int, ...]
     checks_targets: bool
     unpaddable: str | None
+    tasks: int

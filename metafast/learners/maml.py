@@ -9,20 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.executors import Choice
+from metafast.executors.composition import Sets, segments_of
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.autograd import MetaLoss, flattened
+from metafast.inner.hyper_rates import HyperRates, described
 from metafast.inner.rates import Rate
-from metafast.inner.recorded import Sets, recorded, recorded_adapt
-from metafast.inner.rules import PLAIN, SGD
+from metafast.inner.recorded import recorded
+from metafast.inner.rules import SGD
+from metafast.inner.rules.checks import check_flag
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
+from metafast.learners.checks import check_steps
 from metafast.learners.gradient import GradientLearner
+from metafast.learners.layout import layout_of
 from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import with_seeds
+from metafast.learners.settings import check_whole
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
-from metafast.tasks import Batch, TaskBatch
+from metafast.program.rule import Rule
+from metafast.tasks import TaskBatch
+
+_PLAIN = SGD()
+_PLAIN_ALONE = (
+    "a compiled graph holds inner loops of plain gradient steps on one support set; call the learner uncompiled for a "
+    "rule, for samples of each step's own, and for truncate= and memory="
+)
 
 
 class MAML(GradientLearner):
@@ -35,8 +47,15 @@ class MAML(GradientLearner):
     Args:
         first_order: drop the Hessian terms (FOMAML).
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step.
-        inner: what an inner step makes of the gradient: ``mf.SGD(momentum=0.9)``. All but plain steps are recorded by
-            autograd, in the place of an executor's own way back: slower and larger, and as exact.
+        inner: what an inner step makes of the gradient: ``mf.SGD(momentum=0.9)``, ``mf.Adam()``, ``mf.AdamW()``,
+            ``mf.RMSprop()``, ``mf.Adagrad()``, each with ``max_norm=`` and ``max_value=``, or an ``mf.Rule`` of your own.
+            Hyper-parameters may be an :class:`~metafast.inner.rates.Rate`, which can be learned.
+        learn_state: whether the state that the rule starts from (momentum, moments) is a meta-parameter.
+        truncate: go back through the last so many steps, and take what lies before for constants, but for theta itself
+            (Shaban et al. 2019, 1810.10667); 0 is first order. ``"T1-T2"`` is 1 (Luketina et al. 2016, 1511.06727).
+            ``None``: through all.
+        memory: the most bytes for the states of the steps that are kept for the way back. With less than all of them it
+            keeps about ``sqrt(S)`` and takes the others again. ``None``: 1 GiB, or more where nothing less will do.
         **options: ``query_loss``, ``adapt``, ``bn``, ``output``, ``backend`` and ``precision`` of
             :class:`~metafast.learners.gradient.GradientLearner`, which raises its errors too.
     """
@@ -53,13 +72,26 @@ class MAML(GradientLearner):
         steps: int = 1,
         first_order: bool = False,
         step_weights: Iterable[float] | None = None,
-        inner: SGD = PLAIN,
+        inner: Rule = _PLAIN,
+        learn_state: bool = False,
+        truncate: int | str | None = None,
+        memory: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, loss=loss, lr=lr, steps=steps, **options)
         self.first_order = first_order
         self.step_weights = step_weights
+        self.truncate = truncate
+        self.memory = memory
         self.inner = inner
+        check_flag("learn_state", learn_state)
+        layout, like = layout_of(model, self.rows), next(model.parameters())
+        self.hyper = HyperRates.of_rates(described(inner), layout, steps, like)
+        states = inner.states if learn_state else ()
+        self.start_state = HyperRates.of_rates(
+            {name: Rate(inner.start(name), "parameter", learn=True) for name in states}, layout, steps, like
+        )
+        self._look()
 
     @classmethod
     def recipe_options(cls, recipe: LearnerRecipe, model: nn.Module) -> dict[str, Any]:
@@ -78,15 +110,55 @@ class MAML(GradientLearner):
         self._first_order = first_order
 
     @property
-    def inner(self) -> SGD:
+    def inner(self) -> Rule:
         """What an inner step makes of the gradient."""
         return self._inner
 
     @inner.setter
-    def inner(self, inner: SGD) -> None:
-        if not isinstance(inner, SGD):
-            raise TypeError(f"inner={inner!r}: give an mf.SGD, such as mf.SGD(momentum=0.9)")
+    def inner(self, inner: Rule) -> None:
+        if not isinstance(inner, Rule):
+            raise TypeError(
+                f"inner={inner!r}: give a rule, such as mf.SGD(momentum=0.9), mf.Adam() or an mf.Rule of yours"
+            )
+        if self._sealed:
+            self.hyper.start_from(inner)
+            if len(self.start_state) and [*self.start_state] != [*inner.states]:
+                raise ValueError(
+                    f"inner={inner!r}: the state that is learned is {[*self.start_state]}; make a new learner"
+                )
         self._inner = inner
+        self._plan_again()
+
+    @property
+    def _rule(self) -> Rule | None:
+        return None if isinstance(self._inner, SGD) and self._inner.is_plain else self._inner
+
+    @property
+    def truncate(self) -> int | None:
+        """How many of the last steps the way back goes through; ``None``: all."""
+        return self._truncate
+
+    @truncate.setter
+    def truncate(self, truncate: int | str | None) -> None:
+        truncate = 1 if truncate == "T1-T2" else truncate
+        if truncate is not None:
+            if isinstance(truncate, str):
+                raise ValueError(f'truncate={truncate!r}: give a number of steps, "T1-T2" or None')
+            check_whole("truncate", truncate, 0, "the way back goes through a whole number of steps")
+        self._truncate = truncate
+        self._plan_again()
+
+    @property
+    def memory(self) -> int | None:
+        """The most bytes that the way back keeps of the states of the steps; ``None``: as it sees fit."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: int | None) -> None:
+        if memory is not None:
+            check_whole("memory", memory, 1, "it is a number of bytes")
+        self._memory = memory
+        self._plan_again()
 
     @property
     def step_weights(self) -> list[float]:
@@ -122,54 +194,69 @@ class MAML(GradientLearner):
             TypeError, ValueError: the batch does not fit the model.
         """
         if torch.compiler.is_compiling():
-            if not self._inner.is_plain:
-                raise RuntimeError(f"{self._inner} is recorded by autograd; call the learner uncompiled for it")
+            if not self.loop.is_plain or tasks.each_step or len(self.start_state):
+                raise RuntimeError(_PLAIN_ALONE)
             return self._compiled(tasks, self._weights, self.first_order, create_graph)
         known = self._known_for(tasks)
-        tasks = with_seeds(known.program, tasks)
+        check_steps(tasks, self.steps)
+        tasks, seen = with_seeds(known.program, tasks), tasks.first_step
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
-        outside = self._outside(known.choice, tasks)
+        outside = self._outside(known.choice, seen)
         if outside.own and not torch.is_grad_enabled():
             with torch.enable_grad():  # the first step differentiates the loss in these parameters
                 return self._recorded(tasks, outside).detach()
         must = outside.must_be_recorded() or known.is_recorded
-        if create_graph or outside.own or not self._inner.is_plain or (torch.is_grad_enabled() and must):
+        if create_graph or outside.own or (torch.is_grad_enabled() and must):
             out = self._recorded(tasks, outside)
         else:
-            theta, rate, program = self.flat_parameters(), self.inner_rates(), self._held_program()
+            start, rates, program = self._start_of(self.flat_parameters()), self.inner_rates(), self._held_program()
             spec, tensors = flattened(tasks)
+            modules = self._outside_modules
             losses, outputs, *_ = MetaLoss.apply(
-                theta, rate, known.choice.executor, program, self.loop, spec, self.loss_modules, *tensors,
-                *self.loss_modules.parameters(),
-            )  # fmt: skip
+                start, rates, known.choice.executor, program, self.loop, spec, modules, *tensors, *modules.parameters()
+            )
             out = LearnerOutput(losses, outputs)
         if torch.is_grad_enabled():
             self._leave_traces(tasks)
         return out
 
+    @property
+    def _outside_modules(self) -> nn.ModuleList:
+        """The modules whose parameters autograd has to give gradients to: losses, and a rule that is a module."""
+        if not isinstance(self._inner, nn.Module):
+            return self.loss_modules
+        return nn.ModuleList([*self.loss_modules, self._inner])
+
+    def _start_of(self, parameters: Tensor) -> Tensor:
+        if not len(self.start_state):
+            return parameters
+        states = (self.start_state.of_name(name).of(self.program.parameters)[0] for name in self.start_state)
+        return torch.cat([parameters, *states])
+
     def _recorded(self, tasks: TaskBatch, outside: Outside) -> LearnerOutput:
-        theta, rate = self.flat_parameters(), self.inner_rates()
+        start, rates = self._start_of(self.flat_parameters()), self.inner_rates()
         sets = Sets(tasks.support, tasks.query)
         with self._recording():
-            found = recorded(self._held_program(), self.loop, theta, rate, sets, outside.own, self._inner)
-            return LearnerOutput(*found)
-
-    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
-        if self._inner.is_plain:
-            return super()._adapted(choice, support, steps, outside)
-        loop, theta, rates = InnerLoop.judged_last(steps), self.flat_parameters(), self.inner_rates()
-        with torch.set_grad_enabled(bool(outside.own)):
-            return recorded_adapt(self.program, loop, theta, rates, support, outside.own, self._inner)[-1].detach()
+            return LearnerOutput(*recorded(self._held_program(), self.loop, start, rates, sets, outside.own))
 
     def explain(self, x: Tensor | None = None) -> str:
-        """Says what it says of any gradient-based learner, and how inner steps that are not plain are computed."""
+        """Says what it says of any gradient-based learner, and what inner steps are, where they are not plain."""
         said = super().explain(x)
-        return said if self._inner.is_plain else f"{said}\n  inner steps: {self._inner}, recorded by autograd"
+        if self._rule is not None:
+            said += f"\n  inner steps: {self._inner}"
+        program, choice = (self._now.program, self._now.choice) if x is None else (None, None)
+        if program is not None and choice is not None and not self.loop.is_plain:
+            width = (1 + self.loop.states) * program.size
+            segments = segments_of(self.loop, self._now.tasks, width, self._sources[0].element_size())
+            said += f"\n  way back: {segments}"
+        return said
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
-        """Says what it says of any gradient-based learner, and that autograd records inner steps that are not plain."""
-        return super().graph_obstacle(tasks) if self._inner.is_plain else f"{self._inner} is recorded by autograd"
+        """Says what it says of any gradient-based learner, and that steps by a rule are taken one by one."""
+        if not self.loop.is_plain or tasks.each_step:
+            return "the steps of this inner loop are taken one by one"
+        return super().graph_obstacle(tasks)
 
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
@@ -178,20 +265,23 @@ class MAML(GradientLearner):
         It goes through ``forward`` where a subclass has one of its own, or where hooks watch the learner.
         """
         known = self._known_for(tasks)
+        if tasks.each_step:
+            check_steps(tasks, self.steps)
         if known.program.draws:
             tasks = with_seeds(known.program, tasks)
         watched = self._forward_hooks or self._forward_pre_hooks or type(self).forward is not MAML.forward
-        if watched or self._outside(known.choice, tasks).names or known.is_recorded or not self._inner.is_plain:
+        further = len(self.start_state) or isinstance(self._inner, nn.Module)
+        if watched or further or self._outside(known.choice, tasks.first_step).names or known.is_recorded:
             with torch.enable_grad():
                 return super().backward(tasks)
         if known.tracks_statistics:
             self._track_statistics(tasks)
-        rate = self.inner_rates()
-        loop = self._loop(learns_rates=rate.requires_grad)
-        found = known.choice.executor.meta_gradient(known.program, loop, known.parameters, rate, tasks)
+        rates = self.inner_rates()
+        loop = self._loop(learns_rates=rates.requires_grad)
+        found = known.choice.executor.meta_gradient(known.program, loop, known.parameters, rates, tasks)
         self._add_gradients(found.grads)
-        if rate.requires_grad:
-            rate.backward(found.rates_grad)
+        if rates.requires_grad:
+            rates.backward(found.rates_grad)
         if known.leaves_traces:
             self._leave_traces(tasks)
         return LearnerOutput(found.losses, found.outputs)
@@ -199,10 +289,13 @@ class MAML(GradientLearner):
     @property
     def loop(self) -> InnerLoop:
         """The inner loop as the executors read it, by the settings of now."""
-        return self._loop(learns_rates=self.rate.value.requires_grad)
+        learned = self.rate.learn or self.hyper.learn
+        return self._loop(learns_rates=learned)
 
     def _loop(self, learns_rates: bool) -> InnerLoop:
-        return InnerLoop(self.steps, self._weights, self.first_order, learns_rates)
+        return InnerLoop(
+            self.steps, self._weights, self.first_order, learns_rates, self._rule, 0, self.truncate, self.memory
+        )
 
 
 def finite_weights(weights: Iterable[float] | None, steps: int) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metafast.executors import Choice
 from metafast.inner.recorded import OwnParameter
-from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
+from metafast.inner.transforms import outside_transforms, plain, plain_batch
 from metafast.kernels.contract.layer import Loss, RuleContext
 from metafast.learners.left_behind import Place, check_left_behind, places_of_hooks
 from metafast.program import Program
@@ -47,10 +47,9 @@ class Outside(NamedTuple):
     def must_be_recorded(self) -> bool:
         """Says whether the computation has to be recorded as it goes forward.
 
-        torch.func has no way to record what an inner loop differentiates. Under it backward records anew, which knows
-        of all tensors but those that a loss closes over.
+        Else backward records each step anew, which knows of all tensors but those that a loss closes over.
         """
-        return bool(self.names) and (self.closed_over or not transforming())
+        return self.closed_over
 
 
 NOTHING = Outside()

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from metafast.executors import Choice, Executor
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.rates import Rate
+from metafast.inner.rules import Adam
 from metafast.learners.base import LearnerOutput, LearnerRecipe, rate_beside
+from metafast.learners.checks import check_steps
 from metafast.learners.gradient import GradientLearner
 from metafast.learners.outside_gradients import NOTHING, Outside, refuse
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import check_whole
 from metafast.program import Program
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
-from metafast.tasks import Batch, TaskBatch
+from metafast.program.rule import Rule
+from metafast.tasks import Batch, TaskBatch, each_part, each_stacked
 
 
 class Reptile(GradientLearner):
@@ -120,7 +124,7 @@ class Reptile(GradientLearner):
         if torch.is_grad_enabled():
             refuse("Reptile", self._outside(choice, tasks))
         with torch.no_grad():
-            return self._on_queries(choice, self._adapted(choice, tasks.support, self.steps, NOTHING), tasks)
+            return self._on_queries(choice, self._theta(choice, tasks), tasks)
 
     @in_own_dtype
     @torch.no_grad()
@@ -130,7 +134,7 @@ class Reptile(GradientLearner):
         tasks = with_seeds(self.program, tasks)
         refuse("Reptile", self._outside(choice, tasks))
         self._track_statistics(tasks)
-        adapted = self._adapted(choice, tasks.support, self.steps, NOTHING)
+        adapted = self._theta(choice, tasks)
         self._add_gradients(self.program.unflatten(self.flat_parameters() - adapted.mean(0)))
         return self._on_queries(choice, adapted, tasks)
 
@@ -138,27 +142,34 @@ class Reptile(GradientLearner):
         losses, _, outputs = choice.executor.loss_and_grad(self.program.query, adapted, tasks.query, self.steps)
         return LearnerOutput(losses, outputs)
 
-    def _adapted(self, choice: Choice, support: Batch, steps: int, outside: Outside) -> Tensor:
+    @property
+    def _rule(self) -> Rule | None:
+        return Adam(betas=(0.0, 0.999)) if self.optimizer == "adam" else None
+
+    def _theta(self, choice: Choice, tasks: TaskBatch) -> Tensor:
+        """Returns the adapted parameters ``[T, P]``."""
+        check_steps(tasks, self.steps)
+        return self._adapted(choice, tasks.support, self.steps, NOTHING)[:, : self.program.size]
+
+    def _adapted(
+        self, choice: Choice, support: Batch, steps: int, outside: Outside, start: Tensor | None = None, first: int = 0
+    ) -> Tensor:
         if outside.own:
             refuse("Reptile", outside)
-        if self.optimizer == "sgd" and self.batch_size is None:
-            return super()._adapted(choice, support, steps, outside)
+        if self.batch_size is None or support.each_step or steps == 0:
+            return super()._adapted(choice, support, steps, outside, start, first)
         program, executor = self._of_minibatches(choice, support)
-        theta = self.flat_parameters().expand(support.x.shape[0], -1)
-        second_moment, lr = torch.zeros_like(theta), self.inner_rates()
-        moved = self.program.adapted.to(theta.device)
-        for step in range(steps):
-            _, g, _ = executor.loss_and_grad(program, theta, self._minibatch(support, step), step)
-            rate = lr[min(step, lr.shape[0] - 1)] * moved
-            if self.optimizer == "adam":
-                second_moment = 0.999 * second_moment + 0.001 * g * g
-                g = g / ((second_moment / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-            theta = theta - rate * g
-        return theta
+        loop, rates = InnerLoop.judged_last(steps, rule=self._rule, first=first), self.inner_rates()
+        theta = self.flat_parameters() if start is None else start
+        batches = [self._minibatch(support, first + step) for step in range(steps)]
+        x, y = each_stacked([batch.x for batch in batches]), torch.stack([batch.y for batch in batches])
+        masks = [batch.mask for batch in batches if batch.mask is not None]
+        of_steps = Batch(x, y, torch.stack(masks) if masks else None, support.seeds, True)
+        return executor.adapt(program, loop, theta, rates, of_steps)[-1]
 
     def _of_minibatches(self, choice: Choice, support: Batch) -> tuple[Program, Executor]:
         """Returns what minibatches are computed by: a model may do something else with fewer samples."""
-        x, y, mask, _ = self._minibatch(support, 0)
+        x, y, mask, *_ = self._minibatch(support, 0)
         program = self.captures.extended(self.program, x)
         if program is self.program:
             return program, choice.executor
@@ -171,4 +182,4 @@ class Reptile(GradientLearner):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         chosen = order[(torch.arange(self.batch_size) + step * self.batch_size) % n].to(support.x.device)
         mask = None if support.mask is None else support.mask[:, chosen]
-        return Batch(support.x[:, chosen], support.y[:, chosen], mask, support.seeds)
+        return Batch(each_part(lambda part: part[:, chosen], support.x), support.y[:, chosen], mask, support.seeds)

@@ -49,8 +49,7 @@ class _Sealing(ABCMeta):
             close = difflib.get_close_matches(name, known, 1, 0.5)
             names = sorted(known - {"self", "args", "kwargs", "options", "model"})
             raise TypeError(
-                f"{cls.__name__} has no option {name!r}; "
-                f"{f'did you mean {close[0]!r}' if close else f'it has {names}'}"
+                f"{cls.__name__} has no option {name!r}; {f'did you mean {close[0]!r}' if close else f'it has {names}'}"
             )
         learner = super().__call__(*args, **options)
         learner.__dict__["_sealed"] = True
@@ -93,7 +92,8 @@ class SettledLearner(WithinTorch, metaclass=_Sealing):
 
     @lr.setter
     def lr(self, lr: float | tuple[float, float] | Rate) -> None:
-        self.rate.start_from(lr if isinstance(lr, Rate) else Rate(lr, tuple(self.rate.axes), self.rate.learn))
+        rate = Rate.of_lr(lr)
+        self.rate.start_from(rate if isinstance(lr, Rate) else Rate(lr, tuple(self.rate.axes), self.rate.learn))
 
     @property
     def loss(self) -> Loss:

@@ -235,6 +235,12 @@ def without_padding(batch: Batch) -> Batch:
     """
     if batch.mask is None:
         return batch
+    if batch.each_step:
+        steps_and_tasks = batch.mask.shape[:2]
+        x, y = (each_part(lambda part: part.flatten(0, 1), samples) for samples in (batch.x, batch.y))
+        flat = without_padding(Batch(x, y, batch.mask.flatten(0, 1)))
+        x, y = (each_part(lambda part: part.unflatten(0, steps_and_tasks), samples) for samples in (flat.x, flat.y))
+        return batch._replace(x=x, y=y)
     tasks, samples = batch.mask.shape
     task = torch.arange(tasks, device=batch.mask.device)[:, None]
     sample = torch.arange(samples, device=batch.mask.device)

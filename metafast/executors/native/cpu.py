@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
+from metafast.executors import steps
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.memory import MemoryPlan
 from metafast.executors.native.encode import (
@@ -136,6 +137,8 @@ class CpuExecutor(Executor):
         return self._loss_and_grad(model, params, batch, targets(program.loss, batch.y, batch.x.dtype), step)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        if not loop.is_plain or support.each_step:
+            return steps.adapt(self, program, loop, params, rates, support)
         if not has_rules(program.loss, support.y):
             return PythonLoss(self).adapt(program, loop, params, rates, support)
         model = self._models.of(program, support.x.shape[2:])
@@ -149,6 +152,8 @@ class CpuExecutor(Executor):
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        if not loop.is_plain or support.each_step:
+            return steps.adapt_vjp(self, program, loop, trajectory, rates, support, v)
         if not has_rules(program.loss, support.y):
             return PythonLoss(self).adapt_vjp(program, loop, trajectory, rates, support, v)
         model = self._models.of(program, support.x.shape[2:])
@@ -168,7 +173,7 @@ class CpuExecutor(Executor):
     ) -> MetaGradient:
         loss, x = program.loss, tasks.support_x
         in_rules = has_rules(loss, tasks.support_y) and has_rules(loss, tasks.query_y)
-        if not in_rules or program.query_loss is not None:
+        if not in_rules or program.query_loss is not None or not loop.is_plain or tasks.each_step:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
         dtype = parameters[0].dtype
         model = self._models.of(program, x.shape[2:])

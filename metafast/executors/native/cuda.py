@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from metafast.executors import steps
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient
 from metafast.executors.native.encode import (
     FACTS,
@@ -187,6 +188,8 @@ class CudaExecutor(Executor):
         return losses, grads, model.shaped(outputs)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        if not loop.is_plain or support.each_step:
+            return steps.adapt(self, program, loop, params, rates, support)
         trajectory: Tensor = call_op(
             torch.ops.metafast.cuda_adapt, *self._support_head(program, support), as_input(params),
             as_input(rates.to(params.dtype)), *_samples(program, support), loop.steps,
@@ -196,6 +199,8 @@ class CudaExecutor(Executor):
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        if not loop.is_plain or support.each_step:
+            return steps.adapt_vjp(self, program, loop, trajectory, rates, support, v)
         grads, rates_grad = call_op(
             torch.ops.metafast.cuda_adapt_vjp, *self._support_head(program, support), as_input(trajectory),
             as_input(rates.to(trajectory.dtype)), *_samples(program, support), as_input(v),
@@ -207,7 +212,7 @@ class CudaExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        if program.query is not program:
+        if program.query is not program or not loop.is_plain or tasks.each_step:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
         x = tasks.support_x
         m = tasks.query_x.shape[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metafast.executors.reference.inner_loop import InnerLoopRun
 from metafast.program import Program
-from metafast.program.inner_loop import InnerLoop, sum_to_rate
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
 from metafast.tasks import Batch
 
@@ -28,44 +28,51 @@ class InnerLoopByAutograd(InnerLoopRun):
     """Runs the inner loop as ``InnerLoopRun`` does, and the way back by autograd."""
 
     def reverse(self, trajectory: Sequence[Tensor], adjoints: Sequence[Tensor | None]) -> Tensor:
-        """Returns the adjoint of ``theta_0``, ``[T, P]``, and adds to ``rates_grad`` (see ``InnerLoopRun``)."""
+        """Returns the adjoint of ``z_0``, and adds to the gradient of the rates (see ``InnerLoopRun``)."""
         steps = len(trajectory) - 1
-        carried = adjoints[steps]
-        assert carried is not None  # the last step always has an adjoint
+        carried = self._with(torch.zeros_like(trajectory[steps]), adjoints[steps])
         for step in reversed(range(steps)):
-            row = min(step, self.rates.shape[0] - 1)
-            gradient, product = self.step_back(trajectory[step], step, self.rates[row] * carried)
-            if self.rates_grad is not None:
-                self.rates_grad[row] -= sum_to_rate(carried * gradient, self.rates.shape[1])
-            of_step = adjoints[step]
-            carried = carried - product if of_step is None else carried - product + of_step
+            z = trajectory[step]
+            gradient, leaf = self._gradient(self.steps.theta(z), step)
+            carried, u = self.steps.back(z, gradient.detach(), carried, self.loop.first + step)
+            if gradient.requires_grad:
+                carried = self.steps.add(carried, self._product(gradient, leaf, u))
+            carried = self._with(carried, adjoints[step])
         return carried
 
-    def step_back(self, theta: Tensor, step: int, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gradient at ``theta [T, P]`` in the adapted parameters, and ``H' u``; zero in a first-order loop.
+    def product(self, theta: Tensor, step: int, u: Tensor) -> Tensor:
+        """Returns ``H' u`` at ``theta``, both ``[T, P]``."""
+        gradient, leaf = self._gradient(theta, step)
+        return self._product(gradient, leaf, u) if gradient.requires_grad else torch.zeros_like(theta)
+
+    def _gradient(self, theta: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Returns the gradient ``[T, P]`` in the adapted parameters, with its graph, and the theta that it belongs to.
+
+        A first-order loop has no use for the graph.
+        """
+        with torch.set_grad_enabled(not self.loop.first_order):
+            leaf = theta.detach().requires_grad_(not self.loop.first_order)
+            run = Pass(self.program, leaf, self.support.at(step), self.loop.first + step, self.adapted)
+            run.forward()
+            run.loss()
+            return run.flat(run.backward()), leaf
+
+    def _product(self, gradient: Tensor, leaf: Tensor, u: Tensor) -> Tensor:
+        """Returns ``d <gradient, u> / d leaf``.
 
         Raises:
             ValueError: torch has no second derivative of some operation; the text names the node.
         """
-        with torch.set_grad_enabled(not self.loop.first_order):
-            leaf = theta.detach().requires_grad_(not self.loop.first_order)
-            run = Pass(self.program, leaf, self.support, step, self.adapted)
-            run.forward()
-            run.loss()
-            gradient = run.flat(run.backward())
-        if not gradient.requires_grad:
-            return gradient, torch.zeros_like(theta)
         try:
-            (product,) = torch.autograd.grad(gradient, leaf, u, materialize_grads=True)
+            return torch.autograd.grad(gradient, leaf, u, materialize_grads=True)[0]
         except (RuntimeError, NotImplementedError) as error:
             raise _without_second_derivative(self.program, error) from error
-        return gradient.detach(), product
 
 
 def hvp(program: Program, theta: Tensor, batch: Batch, u: Tensor, step: int) -> Tensor:
     """Computes ``H' u [T, P]`` of each task's loss at ``theta [T, P]``; of ``u`` the adapted parameters count."""
-    loop = InnerLoop.judged_last(step + 1)
-    return InnerLoopByAutograd(program, loop, theta.new_ones(1, 1), batch).step_back(theta, step, u)[1]
+    loop = InnerLoop.judged_last(1, first=step)
+    return InnerLoopByAutograd(program, loop, theta.new_ones(1, 1), batch).product(theta, 0, u)
 
 
 def _without_second_derivative(program: Program, error: Exception) -> Exception:

@@ -17,6 +17,7 @@ from metafast.executors.by_program import ByProgram
 from metafast.executors.reference import by_autograd, inner_loop
 from metafast.executors.reference.by_autograd import InnerLoopByAutograd
 from metafast.executors.reference.inner_loop import InnerLoopRun
+from metafast.executors.steps import Steps
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass, without_padding
@@ -98,34 +99,33 @@ class ReferenceExecutor(Executor):
     @torch.no_grad()
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         program = self.wrap(program)
-        theta = _by_task(params, support.x)
         loop = loop._replace(first_order=True, learns_rates=False)  # so that nothing is kept for a way back
+        start = Steps(program, loop, rates).start(params, support.at(0).x.shape[0])
 
         def chunk(tasks: slice) -> Tensor:
-            return torch.stack(InnerLoopRun(program, loop, rates, _samples(support, tasks)).adapt(theta[tasks]))
+            return torch.stack(InnerLoopRun(program, loop, rates, _samples(support, tasks)).adapt(start[tasks]))
 
-        return torch.cat(self._in_chunks(program, theta, support, chunk), 1)
+        return torch.cat(self._in_chunks(program, start[:, : program.size], support, chunk), 1)
 
     @torch.no_grad()
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if v.dim() == 2:
-            v = torch.cat([v.new_zeros(trajectory.shape[0] - 1, *v.shape), v[None]])
-        if loop.first_order and not loop.learns_rates:
-            return v.sum(0), None
+        if loop.first_order and not loop.learns_rates and loop.rule is None:
+            return v.sum(0) if v.dim() == 3 else v, None
         program = self.wrap(program)
         rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
         way_back = InnerLoopByAutograd if self._by_autograd(program) else InnerLoopRun
 
         def chunk(tasks: slice) -> Tensor:
             run = way_back(program, loop, rates, _samples(support, tasks))
-            grad = run.reverse(trajectory[:, tasks].unbind(0), v[:, tasks].unbind(0))
-            if rates_grad is not None and run.rates_grad is not None:
-                rates_grad.add_(run.rates_grad)
+            adjoints = [None] * loop.steps + [v[tasks]] if v.dim() == 2 else v[:, tasks].unbind(0)
+            grad = run.reverse(trajectory[:, tasks].unbind(0), adjoints)
+            if rates_grad is not None and run.steps.rates_grad is not None:
+                rates_grad.add_(run.steps.rates_grad)
             return grad
 
-        return torch.cat(self._in_chunks(program, trajectory[0], support, chunk)), rates_grad
+        return torch.cat(self._in_chunks(program, trajectory[0, :, : program.size], support, chunk)), rates_grad
 
     @torch.no_grad()
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
@@ -162,8 +162,8 @@ class ReferenceExecutor(Executor):
 
     def _chunks(self, program: Program, theta: Tensor, batch: Batch) -> Iterator[slice]:
         """Yields ranges of tasks that fit into the budget."""
-        tasks = batch.x.shape[0]
-        elements = _COPIES * _elements(program, theta, batch) + 4 * program.size
+        tasks = theta.shape[0]
+        elements = _COPIES * _elements(program, theta, batch.at(0)) + 4 * program.size
         size = min(max(1, self.budget // (theta.element_size() * elements)), self.max_tasks or tasks)
         for start in range(0, tasks, size):
             yield slice(start, min(tasks, start + size))

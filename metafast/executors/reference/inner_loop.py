@@ -1,10 +1,10 @@
 """Runs the inner loop of one chunk of tasks, forward and back, and the whole meta-gradient made of both.
 
-    forward     theta_{s+1} = theta_s - alpha_s g_s
-    way back    d alpha_s = -g_s v,    v <- v - H_s (alpha_s v)
+    forward     z_{s+1} = step(z_s, g_s)
+    way back    (v, u) <- the adjoints of z_s and of g_s,    v <- v + H_s u
 
 ``g_s`` and ``H_s`` are the gradient and the Hessian of the support loss at ``theta_s``; ``v`` begins as the gradient of
-the query loss at ``theta_S``.
+the query loss at ``theta_S``. What a step is stands in ``executors/steps.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from metafast.executors.base import MetaGradient
+from metafast.executors.steps import Steps
 from metafast.program import Program
-from metafast.program.inner_loop import InnerLoop, rates_by_step, sum_to_rate
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
 from metafast.tasks import Batch
 
@@ -27,13 +28,13 @@ class InnerLoopRun:
     Args:
         program: the model and its loss.
         loop: the number of steps, and what of the way back is computed.
-        rates: ``alpha [1 or S, 1 or P]``.
+        rates: the rates, as the loop says.
         support: the support sets.
         keep: whether the passes of ``adapt`` stay in memory for ``reverse``. If not, ``reverse`` computes each again
             from ``theta_s``, and memory does not grow with the number of steps.
 
     Attributes:
-        rates_grad: the gradient of the rates, of their shape; ``None`` where the loop does not learn them.
+        steps: how a step follows from its gradient; it holds the gradient of the rates.
         adapted: for each parameter, whether the inner loop moves it.
         everything: true for each parameter.
         first: the pass that holds the part that no inner step changes; ``None`` where ``adapt`` keeps nothing.
@@ -43,77 +44,87 @@ class InnerLoopRun:
     def __init__(self, program: Program, loop: InnerLoop, rates: Tensor, support: Batch, keep: bool = False) -> None:
         self.program = program
         self.loop = loop
-        self.rates = rates
         self.support = support
         self.keep = keep
-        self.rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
+        self.steps = Steps(program, loop, rates)
         self.adapted = tuple(p.adapted for p in program.parameters)
         self.everything = (True,) * len(program.parameters)
         self.first: Pass | None = None
         self.kept: list[tuple[Pass | None, Tensor | None]] = []
 
-    def adapt(self, theta: Tensor) -> list[Tensor]:
-        """Takes the steps and returns ``theta_0 .. theta_S``, each ``[T, P]``.
+    def adapt(self, start: Tensor) -> list[Tensor]:
+        """Takes the steps from theta_0 or ``z_0``, and returns ``z_0 .. z_S``, each ``[T, (1 + K) P]``.
 
         Where autograd is enabled it records them, so that they can be differentiated to any order.
         """
         for_reverse = self.keep and not self.loop.first_order
-        first = self._run_prefix(theta, self.everything if for_reverse else self.adapted)
-        trajectory = [theta]
-        for step, rate in enumerate(rates_by_step(self.rates, self.loop.steps)):
-            run = self._pass(first, trajectory[-1], step)
+        wanted = self.everything if for_reverse else self.adapted
+        trajectory = [self.steps.start(start, self.support.at(0).x.shape[0])]
+        first = self._run_prefix(self.steps.theta(trajectory[0]), wanted)
+        for step in range(self.loop.steps):
+            z = trajectory[-1]
+            run = self._pass(first, self.steps.theta(z), step, wanted)
             run.wanted = self.adapted
             gradient = run.flat(run.backward())
-            trajectory.append(torch.addcmul(trajectory[-1], rate, gradient, value=-1))
+            trajectory.append(self.steps.advance(z, gradient, self.loop.first + step))
             if self.keep:
-                kept = None if self.rates_grad is None else gradient
+                kept = gradient if self.steps.needs_gradient else None
                 self.kept.append((None if self.loop.first_order else run, kept))
         return trajectory
 
     def reverse(self, trajectory: Sequence[Tensor], adjoints: Sequence[Tensor | None]) -> Tensor:
-        """Returns the adjoint of ``theta_0``, ``[T, P]``, and adds to ``rates_grad``.
+        """Returns the adjoint of ``z_0``, ``[T, (1 + K) P]``, and adds to the gradient of the rates.
 
-        ``trajectory`` holds ``theta_0 .. theta_S``, and ``adjoints`` the gradients of the query losses at each of them,
-        all ``[T, P]``; ``None`` is a gradient of zero.
+        ``trajectory`` holds ``z_0 .. z_S``, and ``adjoints`` the gradients of the query losses at each of them, of the
+        same shape or ``[T, P]``; ``None`` is a gradient of zero.
         """
         steps = len(trajectory) - 1
-        first = self.first or self._run_prefix(trajectory[0], self.everything)
-        carried = adjoints[steps]
-        assert carried is not None  # the last step always has an adjoint
+        first = self.first or self._run_prefix(self.steps.theta(trajectory[0]), self.everything)
+        assert adjoints[steps] is not None  # the last step always has an adjoint
+        carried = self._with(torch.zeros_like(trajectory[steps]), adjoints[steps])
         for step in reversed(range(steps)):
-            run, gradient = self.kept.pop() if self.kept else self._recompute(first, trajectory[step], step)
-            row = min(step, self.rates.shape[0] - 1)
-            if self.rates_grad is not None and gradient is not None:
-                self.rates_grad[row] -= sum_to_rate(carried * gradient, self.rates.shape[1])
+            z = trajectory[step]
+            run, gradient = self.kept.pop() if self.kept else self._recompute(first, self.steps.theta(z), step)
+            carried, u = self.steps.back(z, gradient, carried, self.loop.first + step)
             if run is not None and not self.loop.first_order:
                 run.wanted = self.everything
-                if run.jvp(self.rates[row] * carried) is not None:
-                    carried = carried - run.flat(run.hvp())
-            of_step = adjoints[step]
-            carried = carried if of_step is None else carried + of_step
-        return carried - first.flat(first.backward_prefix()) if first.prefix.adjoint else carried
+                if run.jvp(u) is not None:
+                    carried = self.steps.add(carried, run.flat(run.hvp()))
+            carried = self._with(carried, adjoints[step])
+        return self.steps.add(carried, first.flat(first.backward_prefix())) if first.prefix.adjoint else carried
+
+    def _with(self, carried: Tensor, adjoint: Tensor | None) -> Tensor:
+        """Adds an adjoint, ``[T, (1 + K) P]`` or ``[T, P]``."""
+        if adjoint is None:
+            return carried
+        return carried + adjoint if adjoint.shape == carried.shape else self.steps.add(carried, adjoint)
 
     def _run_prefix(self, theta: Tensor, wanted: tuple[bool, ...]) -> Pass:
-        """Computes the part that no inner step changes; all passes start from it."""
-        first = Pass(self.program, theta, self.support, 0, wanted)
-        first.prefix = first.forward_prefix()
+        """Computes the part that no inner step changes; all passes start from it.
+
+        Where each step has samples of its own there is none.
+        """
+        first = Pass(self.program, theta, self.support.at(0), self.loop.first, wanted)
+        if not self.support.each_step:
+            first.prefix = first.forward_prefix()
         if self.keep:
             self.first = first
         return first
 
-    def _pass(self, first: Pass, theta: Tensor, step: int) -> Pass:
+    def _pass(self, first: Pass, theta: Tensor, step: int, wanted: tuple[bool, ...]) -> Pass:
         """Runs the forward pass of one step, and its loss."""
-        run = Pass(self.program, theta, self.support, step, first.wanted, first.prefix)
+        run = Pass(self.program, theta, self.support.at(step), self.loop.first + step, wanted, first.prefix)
         run.forward()
         run.loss()
         return run
 
     def _recompute(self, first: Pass, theta: Tensor, step: int) -> tuple[Pass, Tensor | None]:
-        """Computes again the pass of one step, with its gradient where the rates need it."""
-        run = self._pass(first, theta, step)
-        run.wanted = self.adapted if self.rates_grad is not None else (False,) * len(self.adapted)
+        """Computes again the pass of one step, with its gradient where the way back needs it."""
+        run = self._pass(first, theta, step, first.wanted)
+        needs = self.steps.needs_gradient
+        run.wanted = self.adapted if needs else (False,) * len(self.adapted)
         gradient = run.backward()
-        return run, None if self.rates_grad is None else run.flat(gradient)
+        return run, run.flat(gradient) if needs else None
 
 
 def meta_gradient(
@@ -133,16 +144,17 @@ def meta_gradient(
     support, queries = batches
     # A first-order loop may always keep its passes: they hold nothing but the gradients of the steps.
     run = InnerLoopRun(program, loop, rates, support, keep or loop.first_order)
-    trajectory = run.adapt(theta.expand(support.x.shape[0], -1))
+    trajectory = run.adapt(theta)
     losses: Tensor | None = None
     adjoints: list[Tensor | None] = [None] * len(trajectory)
     for step, weight in loop.judged_steps:
-        loss, grad, outputs = loss_and_grad(program.query, trajectory[step], queries, step)
+        theta = run.steps.theta(trajectory[step])
+        loss, grad, outputs = loss_and_grad(program.query, theta, queries, loop.first + step)
         losses = weight * loss if losses is None else torch.add(losses, loss, alpha=weight)
         adjoints[step] = grad * (weight * share)
-    grad = run.reverse(trajectory, adjoints)
+    grad = run.steps.theta(run.reverse(trajectory, adjoints))
     assert losses is not None  # the query loss after the last step is always computed
-    return MetaGradient(losses, outputs, (grad.sum(0),), run.rates_grad)
+    return MetaGradient(losses, outputs, (grad.sum(0),), run.steps.rates_grad)
 
 
 def loss_and_grad(program: Program, theta: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:

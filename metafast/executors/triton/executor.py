@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from metafast.executors import steps
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient, losses_with_targets
 from metafast.executors.cuda_graphs import Graphs, Results
 from metafast.executors.memory import MemoryPlan, choose_memory_plan, peak_bytes
@@ -138,6 +139,8 @@ class TritonExecutor(Executor):
         return losses, lowered.unpack(grad), outputs.float()
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
+        if not loop.is_plain or support.each_step:
+            return steps.adapt(self, program, loop, params, rates, support)
         device = support.x.device
         lowered = self._lowered(program, device)
         inner = self._layered(program, device)
@@ -149,6 +152,8 @@ class TritonExecutor(Executor):
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        if not loop.is_plain or support.each_step:
+            return steps.adapt_vjp(self, program, loop, trajectory, rates, support, v)
         device = support.x.device
         lowered = self._lowered(program, device)
         inner = self._layered(program, device)
@@ -172,7 +177,7 @@ class TritonExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        if self.wrap is not None:
+        if self.wrap is not None or not loop.is_plain or tasks.each_step:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
         device = tasks.support_x.device
         lowered = self._lowered(program, device)

@@ -1,0 +1,124 @@
+"""Takes the inner steps one by one, and goes back through each, whatever computes gradients and Hessian products.
+
+    forward     z_{s+1} = step(z_s, g_s)
+    way back    (v, u) <- the adjoints of z_s and of g_s,    v <- v + H_s u
+
+``z = (theta, state)`` is ``[T, (1 + K) P]``. Without a rule ``z`` is theta, the step is ``theta - alpha g``, and so
+``u = -alpha v``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metafast.program import Program
+from metafast.program.inner_loop import InnerLoop, row_of_step, sum_to_rate
+from metafast.program.rule import advance, advance_vjp, hyper_of_step, started
+from metafast.tasks import Batch
+
+
+class Derivatives(Protocol):
+    """Computes the derivatives of a loss at theta, as an executor does."""
+
+    def loss_and_grad(
+        self, program: Program, params: Tensor, batch: Batch, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes ``losses [T]``, gradients ``[T, P]`` and outputs."""
+
+    def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
+        """Computes ``H u [T, P]``."""
+
+
+class Steps:
+    """Knows how the steps of a loop follow from their gradients, and the way back through a step.
+
+    Args:
+        program: the model and its loss.
+        loop: the inner loop.
+        rates: the rates ``[1 or S, 1 or P]``, or under a rule ``[H, 1 or S, 1 or P]``.
+
+    Attributes:
+        rates_grad: the gradient of ``rates``, of their shape, as far as :meth:`back` has come; ``None`` where the loop
+            does not learn them.
+        needs_gradient: whether the way back through a step reads the gradient that the step took.
+    """
+
+    def __init__(self, program: Program, loop: InnerLoop, rates: Tensor) -> None:
+        self.loop, self.rates, self.size = loop, rates, program.size
+        self.moved = program.adapted.to(rates.device)
+        self.rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
+        self.needs_gradient = loop.learns_rates or loop.rule is not None
+
+    def start(self, params: Tensor, tasks: int) -> Tensor:
+        """Returns ``z_0 [T, (1 + K) P]``; ``params`` are theta_0 or z_0, of one task for all or of each."""
+        z = started(self.loop.rule, params, self.size)
+        return z.expand(tasks, -1) if z.dim() == 1 else z
+
+    def theta(self, z: Tensor) -> Tensor:
+        """Returns the parameters ``[T, P]`` of ``z``."""
+        return z if z.shape[-1] == self.size else z[..., : self.size].contiguous()
+
+    def advance(self, z: Tensor, gradient: Tensor, step: int) -> Tensor:
+        """Takes the step of that number. ``gradient [T, P]`` is zero where a parameter is not adapted."""
+        rule = self.loop.rule
+        if rule is None:
+            return torch.addcmul(z, row_of_step(self.rates, step), gradient, value=-1)
+        return advance(rule, z, gradient, hyper_of_step(rule, self.rates, step), step + 1, self.moved)
+
+    def back(self, z: Tensor, gradient: Tensor | None, v: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Takes the adjoint ``v`` of ``z_{s+1}`` to those of ``z_s`` and of the gradient; adds to ``rates_grad``."""
+        rule = self.loop.rule
+        if rule is None:
+            if self.rates_grad is not None and gradient is not None:
+                row = row_of_step(self.rates_grad, step)
+                row -= sum_to_rate(v * gradient, self.rates.shape[1])
+            return v, -(row_of_step(self.rates, step) * v)
+        assert gradient is not None
+        hyper = hyper_of_step(rule, self.rates, step)
+        found = advance_vjp(rule, z, gradient, hyper, step + 1, self.moved, v, self.loop.learns_rates)
+        if self.rates_grad is not None and found.hyper is not None:
+            self.rates_grad[:, min(step, self.rates.shape[1] - 1)] += found.hyper
+        return found.z, found.gradient * self.moved
+
+    def add(self, v: Tensor, product: Tensor) -> Tensor:
+        """Adds ``H u [T, P]`` to the part of ``v [T, (1 + K) P]`` that is theta's."""
+        if v.shape[-1] == product.shape[-1]:
+            return v + product
+        return torch.cat([v[..., : self.size] + product, v[..., self.size :]], -1)
+
+
+@torch.no_grad()
+def adapt(
+    derivatives: Derivatives, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch
+) -> Tensor:
+    """Computes the trajectory as ``Executor.adapt`` does, a call of ``derivatives`` for each step."""
+    steps = Steps(program, loop, rates)
+    trajectory = [steps.start(params, support.at(0).x.shape[0])]
+    for s, number in enumerate(loop.numbers):
+        z = trajectory[-1]
+        _, gradient, _ = derivatives.loss_and_grad(program, steps.theta(z), support.at(s), number)
+        trajectory.append(steps.advance(z, gradient * steps.moved, number))
+    return torch.stack(trajectory)
+
+
+@torch.no_grad()
+def adapt_vjp(
+    derivatives: Derivatives, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch,
+    v: Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Goes the way back as ``Executor.adapt_vjp`` does, one or two calls of ``derivatives`` for each step."""
+    steps = Steps(program, loop, rates)
+    carried = v[-1] if v.dim() == 3 else v
+    for s, number in reversed(list(enumerate(loop.numbers))):
+        z, batch = trajectory[s], support.at(s)
+        theta, gradient = steps.theta(z), None
+        if steps.needs_gradient:
+            gradient = derivatives.loss_and_grad(program, theta, batch, number)[1] * steps.moved
+        carried, u = steps.back(z, gradient, carried, number)
+        if not loop.first_order:
+            carried = steps.add(carried, derivatives.hvp(program, theta, batch, u, number))
+        carried = carried + v[s] if v.dim() == 3 else carried
+    return carried, steps.rates_grad

@@ -1,0 +1,157 @@
+"""Defines what an inner step makes of the gradient: a rule, its state, its hyper-parameters, and the way back of both.
+
+A step takes ``z = (theta, state)`` to ``z'``. Its way back takes the adjoint of ``z'`` to those of ``z``, of the gradient
+and of the hyper-parameters; it follows from the step by autograd. Vectors are ``[T, P]``; theta and the vectors of the
+state lie one after another in ``z [T, (1 + K) P]``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metafast.program.one_thread import one_thread
+
+Hyper = Mapping[str, Tensor]
+"""Hyper-parameters of one step by name, ``"lr"`` among them: float64, of no dimension or ``[P]``."""
+_CLIPS = ("max_norm", "max_value")
+_NORM_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
+
+
+class Rule(ABC):
+    """Says how an inner step follows from the gradient; a class of your own needs :meth:`step` and what it is made of.
+
+    .. code-block:: python
+
+        class Sign(mf.Rule):
+            hyper = ("decay",)
+            states = ("trace",)
+
+            def __init__(self, decay=0.9):
+                self.decay = decay                          # a number, or an mf.Rate: learned, by step, by layer
+
+            def step(self, theta, gradient, state, hyper, count):
+                trace = hyper["decay"] * state[0] + gradient
+                return theta - hyper["lr"] * torch.tanh(trace), (trace,)
+
+    The meta-gradient is exact: the way back differentiates ``step`` by autograd. A rule may be an ``nn.Module`` too, whose
+    parameters then are meta-parameters.
+
+    Attributes:
+        hyper: the names of its hyper-parameters beside the learning rate, each an attribute of the rule.
+        states: the names of the vectors that it carries from step to step.
+        max_norm: before the step the gradient of each task is scaled down to this norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does it; ``None``: it is not.
+        max_value: before that each element is clamped to ``[-max_value, max_value]``, as
+            ``torch.nn.utils.clip_grad_value_`` does it; ``None``: it is not.
+    """
+
+    hyper: ClassVar[tuple[str, ...]] = ()
+    states: Sequence[str] = ()
+    max_norm: Any = None
+    max_value: Any = None
+
+    @abstractmethod
+    def step(
+        self, theta: Tensor, gradient: Tensor, state: tuple[Tensor, ...], hyper: Hyper, count: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns the parameters and the state after a step.
+
+        Args:
+            theta: the parameters ``[T, P]``. Those that the inner loop does not move have a gradient of zero, and stay as
+                they are whatever is returned for them.
+            gradient: the gradient of the support loss, ``[T, P]``, clipped already.
+            state: the vectors named in ``states``, ``[T, P]`` each.
+            hyper: ``"lr"`` and the hyper-parameters, each a number or ``[P]``, in float64.
+            count: the number of this step, from 1.
+        """
+
+    def start(self, name: str) -> float:
+        """Returns what the elements of a state are before the first step."""
+        return 0.0
+
+    @property
+    def hyper_names(self) -> tuple[str, ...]:
+        """Lists the hyper-parameters as tables hold them: ``"lr"``, the rule's own, and the bounds that it clips to."""
+        return ("lr", *self.hyper, *(name for name in _CLIPS if getattr(self, name) is not None))
+
+
+class StepAdjoints(NamedTuple):
+    """Holds the adjoints of what a step is made of.
+
+    Attributes:
+        z: that of theta and the state before the step, ``[T, (1 + K) P]``, without what goes through the gradient.
+        gradient: that of the gradient, ``[T, P]``.
+        hyper: those of the hyper-parameters, ``[H, 1 or P]`` float64; ``None`` where they are not asked for.
+    """
+
+    z: Tensor
+    gradient: Tensor
+    hyper: Tensor | None
+
+
+def clipped(rule: Rule, gradient: Tensor, hyper: Hyper) -> Tensor:
+    """Returns ``gradient [T, P]`` clamped by value and then scaled to a norm for each task, where the rule says so.
+
+    The norm of a gradient of zero has the derivative zero.
+    """
+    if rule.max_value is not None:
+        bound = hyper["max_value"].to(gradient.dtype)
+        gradient = torch.where(gradient > bound, bound, torch.where(gradient < -bound, -bound, gradient))
+    if rule.max_norm is not None:
+        with one_thread():
+            norm = root(gradient.square().sum(-1, keepdim=True))
+        gradient = gradient * (hyper["max_norm"] / (norm + _NORM_EPS)).clamp(max=1.0).to(gradient.dtype)
+    return gradient
+
+
+def root(square: Tensor) -> Tensor:
+    """Returns the square root, whose derivative is zero where ``square`` is zero: there it has none."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def started(rule: Rule | None, start: Tensor, size: int) -> Tensor:
+    """Returns ``z [..., (1 + K) P]`` before the first step; ``start`` is that, or the parameters ``[..., P]`` alone."""
+    if rule is None or not rule.states or start.shape[-1] != size:
+        return start
+    shape = start.shape
+    return torch.cat([start, *(start.new_full(shape, rule.start(name)) for name in rule.states)], -1)
+
+
+def advance(rule: Rule, z: Tensor, gradient: Tensor, hyper: Hyper, count: int, moved: Tensor) -> Tensor:
+    """Takes one step from ``z [T, (1 + K) P]``; ``moved`` is true ``[P]`` where the inner loop moves the parameter."""
+    theta, *state = z.split(gradient.shape[-1], -1)
+    gradient = clipped(rule, gradient, hyper)
+    found, states = rule.step(theta, gradient, tuple(state), hyper, count)
+    parts = [
+        torch.where(moved, new, old).to(z.dtype) for new, old in zip((found, *states), (theta, *state), strict=True)
+    ]
+    return torch.cat(parts, -1)
+
+
+@torch.no_grad()
+def advance_vjp(
+    rule: Rule, z: Tensor, gradient: Tensor, hyper: Hyper, count: int, moved: Tensor, v: Tensor, learns: bool
+) -> StepAdjoints:
+    """Takes the adjoint ``v`` of what :func:`advance` returns to those of what it is given."""
+    # The adjoint of a number is a sum over all elements, whose order shall not depend on the number of threads.
+    with torch.enable_grad(), one_thread() if learns else nullcontext():
+        leaves = [z.detach().requires_grad_(), gradient.detach().requires_grad_()]
+        own = {name: t.detach().requires_grad_(learns) for name, t in hyper.items()}
+        found = advance(rule, leaves[0], leaves[1], own, count, moved)
+        wanted = [*leaves, *own.values()] if learns else leaves
+        of_z, of_gradient, *of_hyper = torch.autograd.grad(found, wanted, v, allow_unused=True, materialize_grads=True)
+    return StepAdjoints(of_z, of_gradient, torch.stack([t.reshape(-1) for t in of_hyper]) if learns else None)
+
+
+def hyper_of_step(rule: Rule, rates: Tensor, step: int) -> dict[str, Tensor]:
+    """Returns the hyper-parameters of one step from ``rates [H, 1 or S, 1 or P]``; the last row serves all later steps."""
+    rows = rates[:, min(step, rates.shape[1] - 1)]
+    rows = rows[:, 0] if rows.shape[1] == 1 else rows
+    return dict(zip(rule.hyper_names, rows.unbind(0), strict=True))
