@@ -362,7 +362,8 @@ class TaskBatch:
         """Returns a range of the tasks."""
         support, query = self.support.tasks(chosen), self.query.tasks(chosen)
         seeds = None if self.seeds is None else self.seeds[chosen]
-        return TaskBatch(support.x, support.y, query.x, query.y, support.mask, query.mask, seeds, each_step=self.each_step)
+        of_sets = support.x, support.y, query.x, query.y, support.mask, query.mask
+        return TaskBatch(*of_sets, seeds, each_step=self.each_step)
 
 
 def _check_steps(x: Any, y: Tensor, mask: Tensor | None) -> None:
@@ -371,8 +372,8 @@ def _check_steps(x: Any, y: Tensor, mask: Tensor | None) -> None:
     shapes = [list(t.shape) for t in tensors if isinstance(t, Tensor)]
     if any(len(shape) < 3 for shape in shapes) or len({tuple(shape[:3]) for shape in shapes}) > 1 or 0 in shapes[0][:1]:
         raise ValueError(
-            f"each_step=True: the support tensors have shapes {', '.join(map(str, shapes))}; all of them must begin with "
-            "the same axes [S, T, n]: the inner steps, the tasks, and the samples that a task has at a step"
+            f"each_step=True: the support tensors have shapes {', '.join(map(str, shapes))}; all of them must begin "
+            "with the same axes [S, T, n]: the inner steps, the tasks, and the samples that a task has at a step"
         )
 
 

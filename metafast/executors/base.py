@@ -59,9 +59,9 @@ class Executor(ABC):
 
     ``params`` are ``[P]``, shared by all tasks, or ``[T, P]``. ``rates`` are ``[1 or S, 1 or P]``, and under a rule
     ``[H, 1 or S, 1 or P]`` (see ``InnerLoop``). ``z`` is theta and, under a rule that has one, the state behind it,
-    ``[T, (1 + K) P]``. Support sets may have an axis of steps (see ``Batch``). ``step`` is the inner step that a pass belongs to: ``per_step`` batch norm depends on it. The query pass after S steps is step S.
-    Functions that take one batch run it under ``program.loss``, ``meta_gradient`` the query sets under
-    ``program.query.loss``.
+    ``[T, (1 + K) P]``. Support sets may have an axis of steps (see ``Batch``). ``step`` is the inner step that a pass
+    belongs to: ``per_step`` batch norm depends on it. The query pass after S steps is step S. Functions that take one
+    batch run it under ``program.loss``, ``meta_gradient`` the query sets under ``program.query.loss``.
     """
 
     name: str
@@ -111,8 +111,8 @@ class Executor(ABC):
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
         """Takes the inner steps and returns the trajectory ``z_0 .. z_S``, ``[S+1, T, (1 + K) P]``.
 
-        ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)``, or what the rule says, on the adapted parameters; the others
-        stay as they are. ``params`` are theta_0, or ``z_0`` where it goes on from a state.
+        ``theta_{s+1} = theta_s - alpha_s grad L(theta_s)``, or what the rule says, on the adapted parameters; the
+        others stay as they are. ``params`` are theta_0, or ``z_0`` where it goes on from a state.
         """
 
     @abstractmethod
@@ -124,15 +124,16 @@ class Executor(ABC):
             (v, u) <- the adjoints of z_s and of g_s,    v <- v + H_s u
 
         where ``g_s`` and ``H_s`` are the gradient and the Hessian of the support loss at ``theta_s``. Without a rule
-        ``u = -alpha_s v`` on the adapted parameters, and ``d alpha_s = -g_s v``. A first-order loop leaves ``H_s u`` out.
+        ``u = -alpha_s v`` on the adapted parameters, and ``d alpha_s = -g_s v``. A first-order loop leaves ``H_s u``
+        out.
 
         Args:
             trajectory: ``z_0 .. z_S`` as ``adapt`` returns them, ``[S+1, T, (1 + K) P]``.
             v: the adjoint of ``z_S``, ``[T, (1 + K) P]``, or of the whole trajectory, ``[S+1, T, (1 + K) P]``.
 
         Returns:
-            The adjoint of ``z_0`` for each task, ``[T, (1 + K) P]``, and that of the rates, summed over tasks and of the
-            shape of ``rates``; ``None`` where the loop does not learn them.
+            The adjoint of ``z_0`` for each task, ``[T, (1 + K) P]``, and that of the rates, summed over tasks and of
+            the shape of ``rates``; ``None`` where the loop does not learn them.
         """
 
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:

@@ -1,8 +1,8 @@
 """Makes whole meta-gradients of an executor's ``adapt``, ``adapt_vjp`` and ``loss_and_grad``, in segments of the loop.
 
 Where ``z`` of all steps fits into memory the loop is one segment. Else it is cut into about sqrt(S) segments of as many
-steps: the way forward keeps ``z`` at the beginning of each, and the way back takes the steps of one segment again before
-it goes through them. That costs one more gradient a step, and the memory of ``2 sqrt(S)`` steps.
+steps: the way forward keeps ``z`` at the beginning of each, and the way back takes the steps of one segment again
+before it goes through them. That costs one more gradient a step, and the memory of ``2 sqrt(S)`` steps.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class HyperRates(nn.ModuleDict):
             ValueError: other hyper-parameters are learned or told apart than here.
         """
         wanted = described(rule)
-        if {n: (r.axes, r.learn) for n, r in wanted.items()} != {n: (r.axes, r.learn) for n in self if (r := self.of_name(n))}:
+        here = {name: self.of_name(name) for name in self}
+        if {n: (r.axes, r.learn) for n, r in wanted.items()} != {n: (r.axes, r.learn) for n, r in here.items()}:
             raise ValueError(
                 f"inner={rule!r}: the learner was made with the hyper-parameters {sorted(self)} to be learned or told "
                 f"apart, and this rule has {sorted(wanted)}; optimisers and checkpoints hold them: make a new learner"

@@ -23,7 +23,8 @@ class Rate:
     A hyper-parameter of a rule, such as the momentum of ``mf.SGD``, is described likewise.
 
     Args:
-        value: the initial rate: a positive number (0 or more for other hyper-parameters), or a pair ``(low, high)`` from which each rate is drawn uniformly.
+        value: the initial rate: a positive number (0 or more for other hyper-parameters), or a pair ``(low, high)``
+            from which each rate is drawn uniformly.
         per: what the rates are told apart by: ``"step"`` (one for each inner step), ``"layer"`` (one for each module
             that holds parameters) or ``"parameter"`` (one for each element), or ``"step"`` with one of the others.
             Meta-SGD has ``per="parameter"``, and MAML++ ``per=("layer", "step")``.

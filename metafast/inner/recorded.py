@@ -37,8 +37,8 @@ def recorded(
 ) -> tuple[Tensor, Tensor]:
     """Computes losses ``[T]`` and outputs ``[T, m, ...]`` while autograd records every inner step.
 
-    The results can be differentiated to any order, in all that they are made of. ``start`` are theta_0 or ``z_0``, of one
-    task for all or of each; ``rates`` as the loop says.
+    The results can be differentiated to any order, in all that they are made of. ``start`` are theta_0 or ``z_0``, of
+    one task for all or of each; ``rates`` as the loop says.
     """
     trajectory = recorded_adapt(program, loop, start, rates, sets.support, own)
     losses, outputs = _judged(program, loop, {s: trajectory[s] for s, _ in loop.judged_steps}, sets.query)
@@ -157,7 +157,7 @@ def _way_back(
     executor: Executor, program: Program, loop: InnerLoop, rates: Tensor, sets: Sets, kept: Tensor,
     adjoints: tuple[Tensor | None, Tensor | None], of_modules: Sequence[Tensor], found: _Adjoints,
 ) -> Tensor:  # fmt: skip
-    """Goes back from the query losses to ``z_0``, whose adjoint it returns; those of all leaves are added to ``found``."""
+    """Goes back from the query losses to ``z_0``, whose adjoint it returns; those of leaves are added to ``found``."""
     support = sets.support
     segments = segments_of(loop, kept.shape[1], kept.shape[-1], kept.element_size())
     judged = {s for s, _ in loop.judged_steps} if adjoints[0] is not None else {loop.steps}
@@ -166,7 +166,7 @@ def _way_back(
     def take(
         values: Sequence[Tensor], given: Sequence[Tensor], z: Tensor, parts: Sequence[tuple[Tensor, Tensor, Any]]
     ) -> Tensor:
-        """Returns the adjoint of ``z``, and adds those of ``parts``: a tensor, the leaf that it is of, its place there."""
+        """Returns the adjoint of ``z``, and adds those of ``parts``: each a tensor, what it is of, its place there."""
         wanted = [z, *(part for part, _, _ in parts), *further]
         of_z, *grads = torch.autograd.grad(values, wanted, given, materialize_grads=True, allow_unused=True)
         for (_, leaf, index), grad in zip(parts, grads, strict=False):
@@ -206,7 +206,7 @@ def _way_back(
 
 
 def _read(batch: Batch, index: Any, whole: Batch | None = None) -> tuple[Batch, list[tuple[Tensor, Tensor, Any]]]:
-    """Returns a batch whose tensors are leaves, and for each that requires a gradient the leaf, and where it lies in it.
+    """Returns a batch of leaves, and for each tensor that requires a gradient the leaf, what it is of and its place.
 
     ``batch`` is that step of ``whole`` which ``index`` says.
     """

@@ -84,8 +84,8 @@ class Adapted:
         names = [(p.name, p.shape) for p in program.parameters]
         if names != [(p.name, p.shape) for p in self.program.parameters] or len(self.parameters) != tasks:
             raise ValueError(
-                f"after: these are {len(self.parameters)} adapted models with {self.program.size:,} parameters, and the "
-                f"batch has {tasks} tasks and the learner {program.size:,} parameters; they must be the same"
+                f"after: these are {len(self.parameters)} adapted models with {self.program.size:,} parameters, and "
+                f"the batch has {tasks} tasks and the learner {program.size:,} parameters; they must be the same"
             )
         if tuple(self.state) != states:
             raise ValueError(

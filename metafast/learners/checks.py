@@ -27,8 +27,8 @@ def check_steps(tasks: TaskBatch, steps: int) -> None:
     """Raises ValueError where each step has support samples of its own, and there are not as many as ``steps``."""
     if tasks.each_step and tasks.support_y.shape[0] != steps:
         raise ValueError(
-            f"support_x has samples for {tasks.support_y.shape[0]} inner steps (each_step=True), and there are {steps}: "
-            "give as many, or set learner.steps"
+            f"support_x has samples for {tasks.support_y.shape[0]} inner steps (each_step=True), and there are "
+            f"{steps}: give as many, or set learner.steps"
         )
 
 

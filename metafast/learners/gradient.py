@@ -182,7 +182,8 @@ class GradientLearner(FollowingLearner):
             steps: may differ from that of training; with a rate for each step the last one serves all later steps.
             support_mask: true for the samples that count.
             each_step: whether every step has samples of its own.
-            after: adapted models of as many tasks to go on from: their parameters, and the state and count of their steps.
+            after: adapted models of as many tasks to go on from: their parameters, and the state and count of their
+                steps.
         """
         of_first, mask = (support_x, support_y), support_mask
         if each_step:
@@ -265,7 +266,7 @@ class GradientLearner(FollowingLearner):
         return None
 
     def _start_of(self, parameters: Tensor) -> Tensor:
-        """Returns what inner loops start from: ``parameters [P]``, and behind them the rule's state where it is learned."""
+        """Returns what inner loops start from: ``parameters [P]``, and behind them the rule's state if it is learned."""
         return parameters
 
     def _adapted(
@@ -287,8 +288,8 @@ class GradientLearner(FollowingLearner):
     def inner_rates(self, program: Program | None = None) -> Tensor:
         """Returns the rates of the parameters of ``program``, or of the latest one, ``[1 or S, 1 or P]``.
 
-        Under a rule its hyper-parameters follow, ``[H, 1 or S, 1 or P]`` in float64. What is learned is tied to the result
-        whether or not autograd is on.
+        Under a rule its hyper-parameters follow, ``[H, 1 or S, 1 or P]`` in float64. What is learned is tied to the
+        result whether or not autograd is on.
         """
         rule = self._rule
         rates = self._fixed_rate

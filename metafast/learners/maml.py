@@ -48,8 +48,8 @@ class MAML(GradientLearner):
         first_order: drop the Hessian terms (FOMAML).
         step_weights: ``w_1 .. w_S``; ``None`` puts all weight on the last step.
         inner: what an inner step makes of the gradient: ``mf.SGD(momentum=0.9)``, ``mf.Adam()``, ``mf.AdamW()``,
-            ``mf.RMSprop()``, ``mf.Adagrad()``, each with ``max_norm=`` and ``max_value=``, or an ``mf.Rule`` of your own.
-            Hyper-parameters may be an :class:`~metafast.inner.rates.Rate`, which can be learned.
+            ``mf.RMSprop()``, ``mf.Adagrad()``, each with ``max_norm=`` and ``max_value=``, or an ``mf.Rule`` of your
+            own. Hyper-parameters may be an :class:`~metafast.inner.rates.Rate`, which can be learned.
         learn_state: whether the state that the rule starts from (momentum, moments) is a meta-parameter.
         truncate: go back through the last so many steps, and take what lies before for constants, but for theta itself
             (Shaban et al. 2019, 1810.10667); 0 is first order. ``"T1-T2"`` is 1 (Luketina et al. 2016, 1511.06727).

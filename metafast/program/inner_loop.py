@@ -13,8 +13,8 @@ from metafast.program.rule import Rule
 class InnerLoop(NamedTuple):
     """Describes S steps ``theta_{s+1} = theta_s - alpha_s grad L_support(theta_s)`` and ``sum_s w_s L_query(theta_s)``.
 
-    It holds no tensor: executors take the rates ``alpha [1 or S, 1 or P]`` beside the parameters. Under a ``rule`` these
-    are the rates and the rule's hyper-parameters, ``[H, 1 or S, 1 or P]`` in float64, in the order of its
+    It holds no tensor: executors take the rates ``alpha [1 or S, 1 or P]`` beside the parameters. Under a ``rule``
+    these are the rates and the rule's hyper-parameters, ``[H, 1 or S, 1 or P]`` in float64, in the order of its
     ``hyper_names``. Equal loops are computed alike, and so serve as the key of a cache.
 
     Attributes:

@@ -1,8 +1,8 @@
 """Defines what an inner step makes of the gradient: a rule, its state, its hyper-parameters, and the way back of both.
 
-A step takes ``z = (theta, state)`` to ``z'``. Its way back takes the adjoint of ``z'`` to those of ``z``, of the gradient
-and of the hyper-parameters; it follows from the step by autograd. Vectors are ``[T, P]``; theta and the vectors of the
-state lie one after another in ``z [T, (1 + K) P]``.
+A step takes ``z = (theta, state)`` to ``z'``. Its way back takes the adjoint of ``z'`` to those of ``z``, of the
+gradient and of the hyper-parameters; it follows from the step by autograd. Vectors are ``[T, P]``; theta and the vectors
+of the state lie one after another in ``z [T, (1 + K) P]``.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Rule(ABC):
                 trace = hyper["decay"] * state[0] + gradient
                 return theta - hyper["lr"] * torch.tanh(trace), (trace,)
 
-    The meta-gradient is exact: the way back differentiates ``step`` by autograd. A rule may be an ``nn.Module`` too, whose
-    parameters then are meta-parameters.
+    The meta-gradient is exact: the way back differentiates ``step`` by autograd. A rule may be an ``nn.Module`` too,
+    whose parameters then are meta-parameters.
 
     Attributes:
         hyper: the names of its hyper-parameters beside the learning rate, each an attribute of the rule.
@@ -63,8 +63,8 @@ class Rule(ABC):
         """Returns the parameters and the state after a step.
 
         Args:
-            theta: the parameters ``[T, P]``. Those that the inner loop does not move have a gradient of zero, and stay as
-                they are whatever is returned for them.
+            theta: the parameters ``[T, P]``. Those that the inner loop does not move have a gradient of zero, and stay
+                as they are whatever is returned for them.
             gradient: the gradient of the support loss, ``[T, P]``, clipped already.
             state: the vectors named in ``states``, ``[T, P]`` each.
             hyper: ``"lr"`` and the hyper-parameters, each a number or ``[P]``, in float64.
@@ -151,7 +151,7 @@ def advance_vjp(
 
 
 def hyper_of_step(rule: Rule, rates: Tensor, step: int) -> dict[str, Tensor]:
-    """Returns the hyper-parameters of one step from ``rates [H, 1 or S, 1 or P]``; the last row serves all later steps."""
+    """Returns the hyper-parameters of one step from ``rates [H, 1 or S, 1 or P]``; the last row serves later steps."""
     rows = rates[:, min(step, rates.shape[1] - 1)]
     rows = rows[:, 0] if rows.shape[1] == 1 else rows
     return dict(zip(rule.hyper_names, rows.unbind(0), strict=True))

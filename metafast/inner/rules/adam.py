@@ -21,8 +21,8 @@ class Adam(Rule):
         m <- beta1 m + (1 - beta1) g,    v <- beta2 v + (1 - beta2) g^2
         theta <- theta - lr / (1 - beta1^k) m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 
-    Where ``v`` is zero, because the gradient has been zero in every step, ``sqrt(v)`` has no derivative; it is taken for
-    zero, so that all gradients are finite. Every hyper-parameter is a number, or a
+    Where ``v`` is zero, because the gradient has been zero in every step, ``sqrt(v)`` has no derivative; it is taken
+    for zero, so that all gradients are finite. Every hyper-parameter is a number, or a
     :class:`~metafast.inner.rates.Rate`, which can be learned and told apart by step, layer or parameter.
 
     Args:
@@ -91,10 +91,10 @@ class Adam(Rule):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Steps as ``torch.optim.AdamW`` does (Loshchilov, Hutter 2019, 1711.05101): as :class:`Adam`, but for weight decay.
+    """Steps as ``torch.optim.AdamW`` does (Loshchilov, Hutter 2019, 1711.05101): as :class:`Adam` but for its decay.
 
-    Instead of being added to the gradient it shrinks the parameters, ``theta <- theta (1 - lr weight_decay)``, before the
-    step. The arguments are those of :class:`Adam`.
+    Instead of being added to the gradient it shrinks the parameters, ``theta <- theta (1 - lr weight_decay)``, before
+    the step. The arguments are those of :class:`Adam`.
     """
 
     weight_decay: float | Rate = 1e-2

@@ -25,7 +25,7 @@ def check_hyper(name: str, value: Any, below: float = math.inf) -> None:
 
 
 def check_bounds(max_norm: Any, max_value: Any) -> None:
-    """Checks what a gradient is clipped to, as :func:`check_hyper` does; a bound must be above 0, and no layer's own."""
+    """Checks what a gradient is clipped to, as :func:`check_hyper` does; a bound is above 0, and no layer's own."""
     for name, value in (("max_norm", max_norm), ("max_value", max_value)):
         if value is None:
             continue
@@ -34,8 +34,8 @@ def check_bounds(max_norm: Any, max_value: Any) -> None:
             raise ValueError(f"{name}={value!r}: give a number above 0, or None, which clips nothing")
     if isinstance(max_norm, Rate) and max_norm.axes - {"step"}:
         raise ValueError(
-            f"max_norm={max_norm!r}: the norm is that of a task's whole gradient, so there is one bound for it, or one for "
-            'each step (per="step")'
+            f"max_norm={max_norm!r}: the norm is that of a task's whole gradient, so there is one bound for it, or one "
+            'for each step (per="step")'
         )
 
 

@@ -19,10 +19,10 @@ class RMSprop(Rule):
         g <- g + weight_decay theta,     s <- alpha s + (1 - alpha) g^2
         d = g / (sqrt(s) + eps),         theta <- theta - lr d
 
-    With ``centered`` the mean ``a <- alpha a + (1 - alpha) g`` of gradients is taken off: ``sqrt(s - a^2)``. With momentum
-    ``b <- momentum b + d`` takes the place of ``d``. Where the argument of the root is zero, or less by rounding, the root
-    and its derivative are taken for zero, so that all gradients are finite. Every hyper-parameter is a number, or a
-    :class:`~metafast.inner.rates.Rate`, which can be learned and told apart by step, layer or parameter.
+    With ``centered`` the mean ``a <- alpha a + (1 - alpha) g`` of gradients is taken off: ``sqrt(s - a^2)``. With
+    momentum ``b <- momentum b + d`` takes the place of ``d``. Where the argument of the root is zero, or less by
+    rounding, the root and its derivative are taken for zero, so that all gradients are finite. Every hyper-parameter is
+    a number, or a :class:`~metafast.inner.rates.Rate`, which can be learned and told apart by step, layer or parameter.
 
     Args:
         alpha: from 0 up to, but not including, 1.

@@ -17,8 +17,8 @@ class SGD(Rule):
     """Steps as ``torch.optim.SGD`` does: ``theta <- theta - lr d``.
 
     ``g <- g + weight_decay theta``, ``v <- momentum v + (1 - dampening) g`` (``v = g`` in the first step), and ``d`` is
-    ``v``, or ``g + momentum v`` with ``nesterov``. Each task begins with ``v = 0``. Every hyper-parameter is a number, or a
-    :class:`~metafast.inner.rates.Rate`, which can be learned and told apart by step, layer or parameter.
+    ``v``, or ``g + momentum v`` with ``nesterov``. Each task begins with ``v = 0``. Every hyper-parameter is a number,
+    or a :class:`~metafast.inner.rates.Rate`, which can be learned and told apart by step, layer or parameter.
 
     Args:
         momentum: from 0 up to, but not including, 1.
