@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from metafast.executors.composition import Sets, evaluate, way_back
+from metafast.executors.composition import Adjoints, Sets, evaluate, way_back
 from metafast.kernels.contract.layer import Loss
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
@@ -167,8 +167,7 @@ class Executor(ABC):
             theta, rates = _flatten_dense_tensors(parameters), rates.detach()
             sets = Sets(tasks.support, tasks.query)
             found = evaluate(self, program, loop, theta, rates, sets)
-            share = theta.new_full((len(tasks),), 1 / len(tasks))
-            adjoints = share, None
+            adjoints = Adjoints(theta.new_full((len(tasks),), 1 / len(tasks)))
             grad, rates_grad = way_back(self, program, loop, rates, sets, (found.kept, found.query_grads), adjoints)
             grads = _unflatten_dense_tensors(grad[:, : program.size].sum(0), parameters)
             return MetaGradient(found.losses, found.outputs, grads, rates_grad)

@@ -38,14 +38,24 @@ class Evaluation(NamedTuple):
         losses: ``[T]``, the weighted sum over steps of each task's query losses.
         outputs: ``[T, m, ...]``, of the query sets after the last step.
         kept: ``z`` at the steps that are kept, ``[R, T, (1 + K) P]``: all, or where segments begin, and the last.
+        final: ``z`` after the last step, ``[T, (1 + K) P]``.
         query_grads: ``[J, T, P]``, the gradients of the query losses at the J steps that are judged, or where there are
             several segments at the last of them alone.
     """
 
     losses: Tensor
     outputs: Tensor
+    final: Tensor
     kept: Tensor
     query_grads: Tensor
+
+
+class Adjoints(NamedTuple):
+    """Holds the adjoints of what an ``Evaluation`` says; ``None`` is zero."""
+
+    losses: Tensor | None
+    outputs: Tensor | None = None
+    final: Tensor | None = None
 
 
 class Segments(NamedTuple):
@@ -126,6 +136,9 @@ def evaluate(
     losses, grads, kept = z.new_zeros(tasks), [], []
 
     def judge(step: int, z: Tensor) -> Tensor:
+        if weights[step] == 0:
+            grads.append(z.new_zeros(tasks, program.size))
+            return executor.predict(program.query, steps.theta(z), query.x, loop.first + step, query.seeds)
         loss, grad, outputs = executor.loss_and_grad(program.query, steps.theta(z), query, loop.first + step)
         losses.add_(loss, alpha=weights[step])
         grads.append(grad)
@@ -147,7 +160,7 @@ def evaluate(
     outputs = judge(loop.steps, z)
     if not (segments.keeps_all and segments.spans):
         kept.append(z[None])
-    return Evaluation(losses, outputs, torch.cat(kept), torch.stack(grads))
+    return Evaluation(losses, outputs, z.clone(), torch.cat(kept), torch.stack(grads))
 
 
 @torch.no_grad()
@@ -158,14 +171,13 @@ def way_back(
     rates: Tensor,
     sets: Sets,
     found: tuple[Tensor, Tensor],
-    adjoints: tuple[Tensor | None, Tensor | None],
+    adjoints: Adjoints,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes the adjoints of ``z_0 [T, (1 + K) P]`` and of the rates, ``None`` where the loop does not learn them.
 
-    ``found`` are ``kept`` and ``query_grads`` of an ``Evaluation``, and ``adjoints`` those of its losses and of its
-    outputs; ``None`` is zero.
+    ``found`` are ``kept`` and ``query_grads`` of an ``Evaluation``.
     """
-    (kept, query_grads), (g_losses, g_outputs) = found, adjoints
+    (kept, query_grads), (g_losses, g_outputs, g_final) = found, adjoints
     support, query = sets
     steps, last = Steps(program, loop, rates), loop.steps
     segments = segments_of(loop, kept.shape[1], kept.shape[-1], kept.element_size())
@@ -182,7 +194,7 @@ def way_back(
             grad = executor.loss_and_grad(program.query, steps.theta(z), query, loop.first + step)[1]
         return steps.add(v, grad * (weights[step] * g_losses)[:, None])
 
-    v = judged(last, kept[-1], torch.zeros_like(kept[-1]))
+    v = judged(last, kept[-1], torch.zeros_like(kept[-1]) if g_final is None else g_final)
     if g_outputs is not None:
         g = executor.outputs_vjp(program, steps.theta(kept[-1]), query, g_outputs, loop.first + last)
         v = steps.add(v, g)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metafast.executors import Executor, composition
-from metafast.executors.composition import Sets
+from metafast.executors.composition import Adjoints, Sets
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.recorded import recorded_vjp, standing_in
 from metafast.program import Program
@@ -78,10 +78,11 @@ class _Fused(torch.autograd.Function):
 
 
 class MetaLoss(_Fused):
-    """Computes an :class:`Evaluation`; gradients go from its losses and outputs to all tensors that it is given.
+    """Computes an ``Evaluation``; gradients go from losses, outputs and final ``z`` to all tensors that it is given.
 
-    ``theta [P]`` and the rates get theirs by the fused way back. Where others require one, the tensors of the batch
-    (see :func:`flattened`) or behind them the parameters of ``modules``, backward records each step again.
+    ``theta``, which is theta_0 or ``z_0``, of one task for all or of each, and the rates get theirs by the fused way
+    back. Where others require one, the tensors of the batch (see :func:`flattened`) or behind them the parameters of
+    ``modules``, backward records each step again.
 
     Raises:
         RuntimeError: running statistics have changed before ``backward``.
@@ -99,7 +100,7 @@ class MetaLoss(_Fused):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         theta, rates, ctx.executor, ctx.program, ctx.loop, ctx.spec, ctx.modules, *tensors = inputs
-        _, _, trajectory, query_grads = output
+        *_, trajectory, query_grads = output
         ctx.mark_non_differentiable(trajectory, query_grads)
         ctx.save_for_backward(theta, rates, trajectory, query_grads, *tensors)
         ctx.versions = versions(ctx.program)
@@ -111,7 +112,7 @@ class MetaLoss(_Fused):
             raise RuntimeError(STATISTICS_CHANGED)
         of_theta, of_rates, *_ = ctx.needs_input_grad
         of_tensors = ctx.needs_input_grad[7:]
-        loop, g = ctx.loop._replace(learns_rates=of_rates), adjoints[:2]
+        loop, g = ctx.loop._replace(learns_rates=of_rates), adjoints[:3]
         theta, rates, trajectory, query_grads, *tensors = ctx.saved_tensors
         settings = ctx.executor, ctx.program, loop, ctx.spec, ctx.modules
         if any(of_tensors):
@@ -132,14 +133,15 @@ class _WayBack(_Fused):
     @staticmethod
     def forward(
         executor: Executor, program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList,
-        g_losses: Tensor | None, g_outputs: Tensor | None,
+        g_losses: Tensor | None, g_outputs: Tensor | None, g_final: Tensor | None,
         theta: Tensor, rates: Tensor, trajectory: Tensor, query_grads: Tensor, *tensors: Tensor,
     ) -> Any:  # fmt: skip
         batch, of_loss = _divided(tensors, modules)
-        found, adjoints = (trajectory, query_grads), (g_losses, g_outputs)
+        found, adjoints = (trajectory, query_grads), Adjoints(g_losses, g_outputs, g_final)
         with standing_in(modules, of_loss):
             grad, rates_grad = way_back(executor, program, loop, rates.detach(), _sets(spec, batch), found, adjoints)
-            return grad[:, : theta.shape[-1]].sum(0), rates_grad
+            grad = grad[:, : theta.shape[-1]]
+            return grad.sum(0) if theta.dim() == 1 else grad, rates_grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -156,9 +158,10 @@ class _RecordedWayBack(_WayBack):
     @staticmethod
     def forward(  # type: ignore[override]
         executor: Executor, program: Program, loop: InnerLoop, spec: Any, modules: nn.ModuleList,
-        needed: tuple[bool, ...], kept: Tensor, g_losses: Tensor | None, g_outputs: Tensor | None, *inputs: Tensor,
+        needed: tuple[bool, ...], kept: Tensor, g_losses: Tensor | None, g_outputs: Tensor | None,
+        g_final: Tensor | None, *inputs: Tensor,
     ) -> Any:  # fmt: skip
-        sets_of, adjoints = partial(_sets, spec), (g_losses, g_outputs)
+        sets_of, adjoints = partial(_sets, spec), Adjoints(g_losses, g_outputs, g_final)
         return tuple(recorded_vjp(executor, program, loop, modules, sets_of, inputs, kept, adjoints, needed))
 
 

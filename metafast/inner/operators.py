@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.executors import Executor
-from metafast.executors.composition import Sets, segments_of
+from metafast.executors.composition import Adjoints, Sets, segments_of
 from metafast.inner.autograd import NO_MAPPING, ONLY_ONCE, STATISTICS_CHANGED, evaluate, versions, way_back
 from metafast.inner.recorded import recorded_vjp, standing_in
 from metafast.program import Program
@@ -137,7 +137,7 @@ def meta_loss(
         sets = Sets(tasks.support, tasks.query)
         with standing_in(owner.loss_modules, of_loss):
             found = evaluate(executor, program, loop, operand.pick(theta), operand.pick(rates), sets)
-        trajectory, grads = (operand.spread(t, theta.shape[0]).contiguous() for t in found[2:])
+        trajectory, grads = (operand.spread(t, theta.shape[0]).contiguous() for t in (found.kept, found.query_grads))
     return found.losses.contiguous(), found.outputs.contiguous(), trajectory, grads, _written(program)
 
 
@@ -174,7 +174,7 @@ def meta_loss_vjp(
         if not torch.equal(written, _written(program)):
             raise RuntimeError(STATISTICS_CHANGED)
         loop = _loop(step_weights, first_order, needed[1])
-        adjoints = (g_losses, g_outputs)
+        adjoints = Adjoints(g_losses, g_outputs)
         masks = support_mask, query_mask
         if any(needed[2:]):
             grads = recorded_vjp(

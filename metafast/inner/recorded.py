@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.executors import Executor
-from metafast.executors.composition import Sets, segments_of
+from metafast.executors.composition import Adjoints, Sets, segments_of
 from metafast.executors.steps import Steps
 from metafast.inner.autocast import in_own_dtype
 from metafast.program import Program
@@ -34,15 +34,15 @@ class OwnParameter(NamedTuple):
 @in_own_dtype
 def recorded(
     program: Program, loop: InnerLoop, start: Tensor, rates: Tensor, sets: Sets, own: Sequence[OwnParameter] = ()
-) -> tuple[Tensor, Tensor]:
-    """Computes losses ``[T]`` and outputs ``[T, m, ...]`` while autograd records every inner step.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes losses ``[T]``, outputs ``[T, m, ...]`` and ``z_S`` while autograd records every inner step.
 
     The results can be differentiated to any order, in all that they are made of. ``start`` are theta_0 or ``z_0``, of
     one task for all or of each; ``rates`` as the loop says.
     """
     trajectory = recorded_adapt(program, loop, start, rates, sets.support, own)
     losses, outputs = _judged(program, loop, {s: trajectory[s] for s, _ in loop.judged_steps}, sets.query)
-    return losses, outputs
+    return losses, outputs, trajectory[-1]
 
 
 @in_own_dtype
@@ -88,17 +88,16 @@ def _judged(program: Program, loop: InnerLoop, z: dict[int, Tensor], query: Batc
     """Computes the weighted losses ``[T]`` at those steps that ``z`` has, and the outputs at the last of them."""
     query, nothing = without_padding(query), (False,) * len(program.parameters)
     weights = dict(loop.judged_steps)
-    losses = None
+    losses = query.y.new_zeros(query.x.shape[0], dtype=next(iter(z.values())).dtype)
     for step, at in z.items():
         run = Pass(program.query, at[:, : program.size], query, loop.first + step, nothing)
         outputs = run.forward()
-        loss = weights[step] * run.loss()
-        losses = loss if losses is None else losses + loss
-    assert losses is not None
+        if weights[step] != 0:
+            losses = losses + weights[step] * run.loss()
     return losses, outputs
 
 
-class _Adjoints:
+class _Sums:
     """Adds up the adjoints of leaves, and of parts of them, while the way back goes from step to step."""
 
     def __init__(self) -> None:
@@ -119,7 +118,7 @@ class _Adjoints:
 def recorded_vjp(
     executor: Executor, program: Program, loop: InnerLoop, modules: nn.ModuleList,
     sets_of: Callable[[Sequence[Tensor]], Sets], inputs: Sequence[Tensor], kept: Tensor,
-    adjoints: tuple[Tensor | None, Tensor | None], needed: Sequence[bool],
+    adjoints: Adjoints, needed: Sequence[bool],
     pick: Callable[[Tensor], Tensor] = lambda of_all: of_all,
 ) -> list[Tensor | None]:  # fmt: skip
     """Computes the adjoints of those ``inputs`` that are ``needed``, from those of the losses and the outputs.
@@ -134,7 +133,7 @@ def recorded_vjp(
         sets_of: makes the support and query sets of their tensors.
         inputs: theta_0 or ``z_0``, rates, the tensors that the sets are made of, and the parameters of ``modules``.
         kept: what ``evaluate`` has kept of the way forward.
-        adjoints: those of the losses ``[T]`` and of the outputs; ``None`` is zero.
+        adjoints: those of what ``evaluate`` returns.
         needed: for each input, whether its adjoint is computed.
         pick: picks the elements of the Program's parameters from ``theta`` and from rates.
     """
@@ -143,7 +142,7 @@ def recorded_vjp(
     with torch.enable_grad(), standing_in(modules, leaves[batch:]):
         start, rates = pick(leaves[0]), pick(leaves[1])
         sets = sets_of(leaves[2:batch])
-        found = _Adjoints()
+        found = _Sums()
         v = _way_back(executor, program, loop, rates, sets, kept, adjoints, leaves[batch:], found)
         grads = [found.of(leaf) if need else None for leaf, need in zip(leaves, needed, strict=True)]
         z0 = Steps(program, loop, rates).start(start, v.shape[0])
@@ -155,12 +154,12 @@ def recorded_vjp(
 
 def _way_back(
     executor: Executor, program: Program, loop: InnerLoop, rates: Tensor, sets: Sets, kept: Tensor,
-    adjoints: tuple[Tensor | None, Tensor | None], of_modules: Sequence[Tensor], found: _Adjoints,
+    adjoints: Adjoints, of_modules: Sequence[Tensor], found: _Sums,
 ) -> Tensor:  # fmt: skip
     """Goes back from the query losses to ``z_0``, whose adjoint it returns; those of leaves are added to ``found``."""
     support = sets.support
     segments = segments_of(loop, kept.shape[1], kept.shape[-1], kept.element_size())
-    judged = {s for s, _ in loop.judged_steps} if adjoints[0] is not None else {loop.steps}
+    judged = {s for s, _ in loop.judged_steps} if adjoints.losses is not None else {loop.steps}
     further = [t for t in of_modules if t.requires_grad]
 
     def take(
@@ -180,12 +179,13 @@ def _way_back(
         leaf = z.detach().requires_grad_()
         query, parts = _read(sets.query, ...)
         values = _judged(program, loop, {step: leaf}, query)
-        of_outputs = adjoints[1] if step == loop.steps else None
-        pairs = [(a, g) for a, g in zip(values, (adjoints[0], of_outputs), strict=True) if g is not None]
+        of_outputs = adjoints.outputs if step == loop.steps else None
+        pairs = [(a, g) for a, g in zip(values, (adjoints.losses, of_outputs), strict=True) if g is not None]
         pairs = [(a, g) for a, g in pairs if a.requires_grad]
         return take([a for a, _ in pairs], [g for _, g in pairs], leaf, parts) if pairs else torch.zeros_like(z)
 
     v = judge(loop.steps, kept[-1])
+    v = v if adjoints.final is None else v + adjoints.final
     for number, (a, b) in reversed(list(enumerate(segments.spans))):
         trajectory = kept
         if not segments.keeps_all:

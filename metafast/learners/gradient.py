@@ -40,6 +40,7 @@ from metafast.learners.module_snapshot import Moment
 from metafast.learners.outside_gradients import Outside, Surroundings
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import check_whole
+from metafast.learners.task_loss import TaskLoss
 from metafast.program import Program
 from metafast.program.capture import CaptureError
 from metafast.program.inner_loop import InnerLoop
@@ -208,6 +209,35 @@ class GradientLearner(FollowingLearner):
         state = dict(zip(self._rule.states if self._rule else (), states, strict=True))
         return Adapted(self.captures, program, choice.executor, theta, first + steps, sample, moment, settings, state)
 
+    @in_own_dtype
+    def task_loss(
+        self, x: Tensor, y: Tensor, *, at: Adapted | Tensor | None = None, mask: Tensor | None = None
+    ) -> TaskLoss:
+        """Returns the loss of each of T tasks on ``x [T, n, ...]``, whose derivatives are gradients and ``H u``.
+
+        Args:
+            x: the samples.
+            y: their targets.
+            at: adapted models, or parameters ``[T, P]`` or ``[P]``; ``None``: the initial ones.
+            mask: bool ``[T, n]``, true for the samples that count.
+
+        Raises:
+            TypeError, ValueError: the samples do not fit the model, or the parameters are of another shape.
+        """
+        tasks = TaskBatch(x, y, x, y, mask, mask)
+        known = self._known_for(tasks, judged=False)
+        tasks = with_seeds(known.program, tasks)
+        program, size = known.program.holding_constants().adapting_all, known.program.size
+        theta = at.parameters if isinstance(at, Adapted) else self.flat_parameters() if at is None else at
+        if theta.shape not in ((size,), (len(tasks), size)):
+            raise ValueError(
+                f"at: parameters of shape {list(theta.shape)}; for these {len(tasks)} tasks give [{len(tasks)}, "
+                f"{size}], [{size}], or models adapted to as many tasks"
+            )
+        theta = theta.detach().expand(len(tasks), -1).contiguous()
+        step = at.step if isinstance(at, Adapted) else 0
+        return TaskLoss(program, known.choice.executor, theta, tasks.support, step)
+
     @property
     def program(self) -> Program:
         """The Program of the latest batch.
@@ -266,7 +296,7 @@ class GradientLearner(FollowingLearner):
         return None
 
     def _start_of(self, parameters: Tensor) -> Tensor:
-        """Returns what inner loops start from: ``parameters [P]``, and behind them the rule's state if it is learned."""
+        """Returns what inner loops start from: ``parameters [P]``, and behind them the rule's state if learned."""
         return parameters
 
     def _adapted(

@@ -238,7 +238,7 @@ class MAML(GradientLearner):
         start, rates = self._start_of(self.flat_parameters()), self.inner_rates()
         sets = Sets(tasks.support, tasks.query)
         with self._recording():
-            return LearnerOutput(*recorded(self._held_program(), self.loop, start, rates, sets, outside.own))
+            return LearnerOutput(*recorded(self._held_program(), self.loop, start, rates, sets, outside.own)[:2])
 
     def explain(self, x: Tensor | None = None) -> str:
         """Says what it says of any gradient-based learner, and what inner steps are, where they are not plain."""

@@ -145,6 +145,14 @@ class Program:
         return mask
 
     @cached_property
+    def adapting_all(self) -> Program:
+        """Returns the same model as one whose inner loop moves every parameter."""
+        if all(p.adapted for p in self.parameters):
+            return self
+        others = {n: p.adapting_all for n, p in self.by_samples.items()}
+        return replace(self, parameters=tuple(replace(p, adapted=True) for p in self.parameters), by_samples=others)
+
+    @cached_property
     def moving(self) -> tuple[bool, ...]:
         """Says for each value whether it changes from inner step to inner step.
 

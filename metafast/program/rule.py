@@ -1,8 +1,8 @@
 """Defines what an inner step makes of the gradient: a rule, its state, its hyper-parameters, and the way back of both.
 
 A step takes ``z = (theta, state)`` to ``z'``. Its way back takes the adjoint of ``z'`` to those of ``z``, of the
-gradient and of the hyper-parameters; it follows from the step by autograd. Vectors are ``[T, P]``; theta and the vectors
-of the state lie one after another in ``z [T, (1 + K) P]``.
+gradient and of the hyper-parameters; it follows from the step by autograd. Vectors are ``[T, P]``; theta and the
+vectors of the state lie one after another in ``z [T, (1 + K) P]``.
 """
 
 from __future__ import annotations
