@@ -83,10 +83,11 @@ class TaskLoss:
         for name, tensor in u.items():
             parameter = known.get(name)
             if parameter is None or tuple(tensor.shape) not in (parameter.shape, (tasks, *parameter.shape)):
-                wanted = (
-                    list(known) if parameter is None else f"{list(parameter.shape)}, for each of {tasks} tasks or all"
+                wanted = f"one of {list(known)}" if parameter is None else f"of shape {list(parameter.shape)}"
+                raise ValueError(
+                    f"{name!r} of shape {list(tensor.shape)}: the parameter is {wanted}, with or without an axis of "
+                    f"{tasks} tasks before"
                 )
-                raise ValueError(f"{name!r} of shape {list(tensor.shape)}: the parameter is one of {wanted}")
             place = slice(parameter.offset, parameter.offset + parameter.size)
             joined[:, place] = tensor.reshape(-1, parameter.size)
         return joined
