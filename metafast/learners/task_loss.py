@@ -65,8 +65,8 @@ class TaskLoss:
             u = self._joined(u)
         if u.shape not in ((size,), (tasks, size)):
             raise ValueError(
-                f"a vector of shape {list(u.shape)}: give one of [{tasks}, {size}], of [{size}] for all tasks, or a dict "
-                "of tensors by the names of the parameters"
+                f"a vector of shape {list(u.shape)}: give one of [{tasks}, {size}], of [{size}] for all tasks, or a "
+                "dict of tensors by the names of the parameters"
             )
         return u.detach().to(self.at).expand(tasks, -1).contiguous()
 
