@@ -44,7 +44,7 @@ def test_there_are_commands_of_every_kind() -> None:
     assert {line.split()[1] for _, line in commands()} >= {"bench", "profile", "verify", "train", "eval", "adapt"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/inner_loops.md"])
 def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page follow one another; the page is the module that they stand in."""
     module = ModuleType("page")
