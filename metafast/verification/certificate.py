@@ -22,6 +22,7 @@ from metafast.learners.seeds import with_seeds
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
+from metafast.program.rule import Rule
 from metafast.tasks import TaskBatch
 from metafast.verification.agreement import GRADIENT, LOSSES, PARAMETER, Agreement, agreement
 from metafast.verification.layers import LayerCheck, LayerChecks, Tolerances, by_name
@@ -142,6 +143,7 @@ def verify(
     lr: float | Rate,
     query_loss: LossLike | None = None,
     steps: int = 1,
+    inner: Rule | None = None,
     adapt: Iterable[str | nn.Module] | str | nn.Module | None = None,
     bn: BatchNormMode = None,
     output: str | int | None = None,
@@ -156,8 +158,8 @@ def verify(
     float64, which tells a wrong formula from rounding.
 
     Args:
-        model: the model, which stays untouched. It and ``loss``, ``lr``, ``query_loss``, ``steps``, ``adapt``,
-            ``bn``, ``output`` and ``backend`` are as in :class:`MAML`.
+        model: the model, which stays untouched. It and ``loss``, ``lr``, ``query_loss``, ``steps``, ``inner``,
+            ``adapt``, ``bn``, ``output`` and ``backend`` are as in :class:`MAML`.
         tasks: a few tasks of the shapes that you use.
 
     Raises:
@@ -168,6 +170,7 @@ def verify(
         "loss": loss, "lr": lr, "query_loss": query_loss, "steps": steps, "bn": bn, "output": output,
         "backend": backend,
     }  # fmt: skip
+    options |= {} if inner is None else {"inner": inner}
     options["adapt"] = None if adapt is None else _named(model, adapt)
     learner = MAML(deepcopy(model), **options)
     learner.captures.second_look = False
@@ -184,18 +187,18 @@ def verify(
         converted = MAML(deepcopy(model).to(dtype), **options)
         converted.load_state_dict(learner.state_dict())
         batch = tasks.to(dtype)
-        program = converted.captures.of(batch)
+        program = converted.captures.of(batch.first_step)
         plan = executor.plan(program, converted.loop, batch.shapes)
         if isinstance(plan, str):
             continue
         theta = _flatten_dense_tensors(converted.parameters_of(program)).detach()
         run = _Run(executor, program, converted.loop, converted.inner_rates(program).detach(), theta)
         checks += _model_checks(truth, run, batch)
-        layers += LayerChecks(truth, plan, program, batch.support, theta, TOLERANCES[dtype]).run()
+        layers += LayerChecks(truth, plan, program, batch.first_step.support, theta, TOLERANCES[dtype]).run()
     settings = {
         "loss": learner.loss.label, "query_loss": learner.program.query.loss.label,
-        "lr": truth.rates.tolist() if truth.rates.numel() < 9 else "by parameter",
-        "steps": steps, "bn": dict(bn) if isinstance(bn, Mapping) else bn,
+        "lr": truth.rates.tolist() if truth.rates.numel() < 9 and truth.rule is None else str(lr),
+        "steps": steps, "inner": repr(learner.inner), "bn": dict(bn) if isinstance(bn, Mapping) else bn,
         "adapted": [p.name for p in learner.program.parameters if p.adapted],
         "tasks": len(tasks), "support_x": list(tasks.support_x.shape), "query_x": list(tasks.query_x.shape),
         "dtype": str(own).removeprefix("torch."), "device": str(tasks.support_x.device),
@@ -246,7 +249,7 @@ def _curvature(truth: Truth, executor: Executor, program: Program, tasks: TaskBa
     """Yields the checks of ``H u`` and of ``u'Hv = v'Hu``; ``v`` has a large share of ``H u``, so that neither side is
     tiny."""
     limits, dtype = TOLERANCES[theta.dtype], str(theta.dtype).removeprefix("torch.")
-    support = tasks.support
+    support = tasks.first_step.support
     generator = torch.Generator().manual_seed(2)
     u, noise = (torch.randn(program.size, generator=generator, dtype=torch.float64) * program.adapted for _ in range(2))
     wanted = truth.derivatives(program.output - 1, truth.loss, support, u)

@@ -22,6 +22,7 @@ from metafast.program.noise import given_numbers
 from metafast.program.operation import Made, Recording
 from metafast.program.recording import record
 from metafast.program.replay import replay
+from metafast.program.rule import advance, hyper_of_step, started
 from metafast.tasks import Batch, Samples, TaskBatch, each_part, moved, parts_of
 
 # The inner loop is written here once more, so that the truth shares no code with what it judges.
@@ -48,7 +49,8 @@ class Derivatives:
 class Truth:
     """Computes what ``learner`` should compute. ``theta [P]`` has its parameters, in float64 on the CPU.
 
-    Outputs, losses and gradients are those of the module itself. What happens inside of it, for the checks of single
+    Outputs, losses and gradients are those of the module itself, and a rule of the inner loop is its own step, which
+    autograd differentiates. What happens inside of it, for the checks of single
     layers, is repeated from a recording of the module, by torch's own operations.
     """
 
@@ -58,6 +60,7 @@ class Truth:
         self.model = deepcopy(learner.model).cpu().double()
         self.theta = learner.flat_parameters().detach().cpu().double()
         self.rates = learner.inner_rates().detach().cpu().double()
+        self.rule = learner.loop.rule
         self.loss = in_double(learner.loss.function)
         self.query_loss = self.loss if learner.query_loss is None else in_double(learner.query_loss.function)
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
@@ -117,28 +120,33 @@ class Truth:
     def meta_gradient(self, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
         """Returns the query losses ``[T]`` and the gradient ``[P]`` of their mean, through every inner step."""
         losses, grad = [], torch.zeros_like(self.theta)
-        for pair in zip(_samples(tasks.support), _samples(tasks.query), strict=True):
+        for support, query in _by_task(tasks):
             theta = self.theta.clone().requires_grad_()
-            loss = self._task_loss(theta, *pair, recorded=True)
+            loss = self._task_loss(theta, support, query, recorded=True)
             losses.append(loss.detach())
             grad += _gradient(loss, theta) / len(tasks)
         return torch.stack(losses), grad
 
     def meta_loss(self, theta: Tensor, tasks: TaskBatch) -> float:
         """Returns the mean query loss alone, when tasks adapt from the parameters ``theta [P]``."""
-        pairs = zip(_samples(tasks.support), _samples(tasks.query), strict=True)
-        total = sum(self._task_loss(theta, *pair, recorded=False).item() for pair in pairs)
+        total = sum(self._task_loss(theta, *sets, recorded=False).item() for sets in _by_task(tasks))
         return total / len(tasks)
 
-    def _task_loss(self, theta: Tensor, support: _Task, query: _Task, recorded: bool) -> Tensor:
-        adapted = self.program.adapted
+    def _task_loss(self, theta: Tensor, support: list[_Task], query: _Task, recorded: bool) -> Tensor:
+        """Takes one task's steps and judges it; ``support`` has its samples for all steps, or those of each step."""
+        adapted, rule = self.program.adapted, self.rule
+        z = started(rule, theta[None], len(theta))
         for step in range(self.steps):
             if not recorded:
-                theta = theta.detach().requires_grad_()
-            loss = self.loss(self.outputs(theta, support.x, step, support.seed), support.y)
-            rate = self.rates[min(step, self.rates.shape[0] - 1)]
-            theta = theta - rate * adapted * _gradient(loss, theta, create_graph=recorded)
-        return self.query_loss(self.outputs(theta, query.x, self.steps, query.seed), query.y)
+                z = z.detach().requires_grad_()
+            theta, samples = z[0, : len(theta)], support[min(step, len(support) - 1)]
+            loss = self.loss(self.outputs(theta, samples.x, step, samples.seed), samples.y)
+            gradient = (adapted * _gradient(loss, theta, create_graph=recorded))[None]
+            if rule is None:
+                z = z - self.rates[min(step, self.rates.shape[0] - 1)] * gradient
+            else:
+                z = advance(rule, z, gradient, hyper_of_step(rule, self.rates, step), step + 1, adapted)
+        return self.query_loss(self.outputs(z[0, : len(theta)], query.x, self.steps, query.seed), query.y)
 
 
 def in_double(loss: Function) -> Function:
@@ -164,6 +172,12 @@ class _Task(NamedTuple):
     x: Any
     y: Tensor
     seed: Tensor | None
+
+
+def _by_task(tasks: TaskBatch) -> list[tuple[list[_Task], _Task]]:
+    """Returns each task's support sets, one or one for each step, and its query set."""
+    steps = [_samples(tasks.support.at(s)) for s in range(max(tasks.shapes.step_sets, 1))]
+    return list(zip(map(list, zip(*steps, strict=True)), _samples(tasks.query), strict=True))
 
 
 def _samples(batch: Batch) -> list[_Task]:
