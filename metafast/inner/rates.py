@@ -40,6 +40,8 @@ class Rate:
     learn: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.per, str):
+            object.__setattr__(self, "per", tuple(self.per))  # equal rates have equal hashes
         if any(axis not in _AXES for axis in self.axes) or {"layer", "parameter"} <= self.axes:
             raise ValueError(f"per={self.per!r}: choose 'step' and one of 'layer' or 'parameter', from {_AXES}")
         if len(self.span) != 2 or not all(isinstance(v, Real) for v in self.span):
