@@ -318,7 +318,7 @@ class TaskBatch:
 
     @property
     def _support_tasks(self) -> int:
-        return self.support.at(0).x.shape[0]
+        return (self.support.at(0).x if self.each_step else self.support_x).shape[0]
 
     @property
     def query(self) -> Batch:

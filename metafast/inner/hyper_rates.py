@@ -49,7 +49,7 @@ class HyperRates(nn.ModuleDict):
     @property
     def learn(self) -> bool:
         """Says whether any of them is a meta-parameter."""
-        return any(self.of_name(name).learn for name in self)
+        return any(rates.learn for rates in self.each())
 
     def of_name(self, name: str) -> Rates:
         """Returns the rates of one hyper-parameter."""
@@ -57,10 +57,14 @@ class HyperRates(nn.ModuleDict):
         assert isinstance(rates, Rates)
         return rates
 
+    def each(self) -> list[Rates]:
+        """Lists the rates of all of them."""
+        return [self.of_name(name) for name in self]
+
     @property
     def by_step(self) -> bool:
         """Says whether there is a number for each inner step."""
-        return any(self.of_name(name).by_step for name in self)
+        return any(rates.by_step for rates in self.each())
 
     def table(self, rule: Rule, rates: Tensor, parameters: Sequence[Parameter]) -> Tensor:
         """Returns the learning rates ``[1 or S, 1 or P]`` and the rule's hyper-parameters, ``[H, 1 or S, 1 or P]``.

@@ -290,6 +290,10 @@ class GradientLearner(FollowingLearner):
         """Returns the meta-parameters of the model as one vector ``[P]``, tied to them by autograd."""
         return _flatten_dense_tensors(self._sources)
 
+    def _hyper_rates(self) -> list[Rates]:
+        """Lists the rates of what belongs to the rule."""
+        return self.hyper.each()
+
     @property
     def _rule(self) -> Rule | None:
         """What an inner step makes of the gradient; ``None``: it goes along the gradient itself."""
@@ -373,7 +377,8 @@ class GradientLearner(FollowingLearner):
     def _examine(self, tasks: TaskBatch, shapes: TaskShapes) -> KnownBatch:
         """Captures the model for the first batch of a kind, of these ``shapes``, and checks both."""
         check_buffers(self.model)
-        self.rate.check(layout_of(self.model, self.rows))
+        for rates in (self.rate, *self._hyper_rates()):
+            rates.check(layout_of(self.model, self.rows))
         program = self.captures.of(tasks)
         parameters = self.parameters_of(program)
         theta = _flatten_dense_tensors(parameters).detach()
@@ -404,7 +409,8 @@ class GradientLearner(FollowingLearner):
         )
 
     def _check_targets(self, known: KnownBatch, tasks: TaskBatch, judged: bool) -> None:
-        known.program.loss.check(known.output, tasks.every_support.y, "support_y")
+        support_y = tasks.every_support.y if tasks.each_step else tasks.support_y
+        known.program.loss.check(known.output, support_y, "support_y")
         if judged:
             known.program.query.loss.check(known.output, tasks.query_y, "query_y")
 

@@ -13,7 +13,7 @@ from metafast.executors.composition import Sets, segments_of
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.autograd import MetaLoss, flattened
 from metafast.inner.hyper_rates import HyperRates, described
-from metafast.inner.rates import Rate
+from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded
 from metafast.inner.rules import SGD
 from metafast.inner.rules.checks import check_flag
@@ -87,6 +87,7 @@ class MAML(GradientLearner):
         check_flag("learn_state", learn_state)
         layout, like = layout_of(model, self.rows), next(model.parameters())
         self.hyper = HyperRates.of_rates(described(inner), layout, steps, like)
+        self._learns_state = learn_state and len(inner.states) > 0
         states = inner.states if learn_state else ()
         self.start_state = HyperRates.of_rates(
             {name: Rate(inner.start(name), "parameter", learn=True) for name in states}, layout, steps, like
@@ -127,11 +128,15 @@ class MAML(GradientLearner):
                     f"inner={inner!r}: the state that is learned is {[*self.start_state]}; make a new learner"
                 )
         self._inner = inner
+        self._is_plain = isinstance(inner, SGD) and inner.is_plain
         self._plan_again()
+
+    def _hyper_rates(self) -> list[Rates]:
+        return [*super()._hyper_rates(), *self.start_state.each()]
 
     @property
     def _rule(self) -> Rule | None:
-        return None if isinstance(self._inner, SGD) and self._inner.is_plain else self._inner
+        return None if self._is_plain else self._inner
 
     @property
     def truncate(self) -> int | None:
@@ -194,7 +199,7 @@ class MAML(GradientLearner):
             TypeError, ValueError: the batch does not fit the model.
         """
         if torch.compiler.is_compiling():
-            if not self.loop.is_plain or tasks.each_step or len(self.start_state):
+            if not self.loop.is_plain or tasks.each_step or self._learns_state:
                 raise RuntimeError(_PLAIN_ALONE)
             return self._compiled(tasks, self._weights, self.first_order, create_graph)
         known = self._known_for(tasks)
@@ -229,7 +234,7 @@ class MAML(GradientLearner):
         return nn.ModuleList([*self.loss_modules, self._inner])
 
     def _start_of(self, parameters: Tensor) -> Tensor:
-        if not len(self.start_state):
+        if not self._learns_state:
             return parameters
         states = (self.start_state.of_name(name).of(self.program.parameters)[0] for name in self.start_state)
         return torch.cat([parameters, *states])
@@ -270,7 +275,7 @@ class MAML(GradientLearner):
         if known.program.draws:
             tasks = with_seeds(known.program, tasks)
         watched = self._forward_hooks or self._forward_pre_hooks or type(self).forward is not MAML.forward
-        further = len(self.start_state) or isinstance(self._inner, nn.Module)
+        further = self._learns_state or isinstance(self._inner, nn.Module)
         if watched or further or self._outside(known.choice, tasks.first_step).names or known.is_recorded:
             with torch.enable_grad():
                 return super().backward(tasks)

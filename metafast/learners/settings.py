@@ -187,7 +187,7 @@ class SettledLearner(WithinTorch, metaclass=_Sealing):
         """Lists what the learner has one of for each inner step, each with what to do where S is to be another."""
         remedy = "make a new learner with this number of steps"
         found = []
-        if self.rate.by_step:
+        if self.rate.by_step or self.hyper.by_step:
             found.append(("the inner rates are told apart by step", remedy))
         if len(self.rows):
             found.append(("per_step batch norm has a scale and a shift for each step", remedy))

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from metafast.executors import Choice
 from metafast.inner.autocast import in_own_dtype
+from metafast.inner.hyper_rates import HyperRates
 from metafast.inner.operators import Operand, meta_loss, register
 from metafast.inner.rates import Rates
 from metafast.inner.transforms import outside_transforms, plain, plain_batch, transforming
@@ -69,6 +70,7 @@ class WithinTorch(Learner):
     loss_modules: nn.ModuleList
     rows: nn.ParameterDict
     rate: Rates
+    hyper: HyperRates
     captures: Captures
     output: str | int | None
     _snapshot: ModuleSnapshot
