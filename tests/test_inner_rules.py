@@ -133,5 +133,5 @@ def test_the_rule_is_a_setting():
     ],
 )
 def test_options_out_of_their_range_are_refused(options, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((TypeError, ValueError), match=text):
         mf.SGD(**options)

@@ -318,13 +318,16 @@ def test_second_derivatives_of_recorded_inputs():
     x.requires_grad_()
     tasks = mf.TaskBatch(x, y, qx, qy)
     learner = mf.MAML(model, loss="cross_entropy", lr=LR, steps=STEPS)
-    for found in (learner(tasks).loss, learner(tasks, create_graph=True).loss):
-        losses, _ = unrolled(model, F.cross_entropy, tasks)
-        first, wanted = (torch.autograd.grad(v, x, create_graph=True)[0].square().sum() for v in (found, losses.mean()))
-        torch.testing.assert_close(first, wanted, rtol=1e-9, atol=1e-11)
-        pairs = zip(*(torch.autograd.grad(v, list(model.parameters())) for v in (first, wanted)), strict=True)
-        for got, want in pairs:
-            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+    found, (losses, _) = learner(tasks, create_graph=True).loss, unrolled(model, F.cross_entropy, tasks)
+    first, wanted = (torch.autograd.grad(v, x, create_graph=True)[0].square().sum() for v in (found, losses.mean()))
+    torch.testing.assert_close(first, wanted, rtol=1e-9, atol=1e-11)
+    pairs = zip(*(torch.autograd.grad(v, list(model.parameters())) for v in (first, wanted)), strict=True)
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+    fused = torch.autograd.grad(learner(tasks).loss, x, create_graph=True)[0].square().sum()
+    torch.testing.assert_close(fused, wanted, rtol=1e-9, atol=1e-11)
+    with pytest.raises(RuntimeError, match=r"can be differentiated once.*create_graph=True"):
+        fused.backward()
 
 
 @pytest.mark.parametrize("of", ["losses", "outputs"])

@@ -250,10 +250,9 @@ class MAML(GradientLearner):
         said = super().explain(x)
         if self._rule is not None:
             said += f"\n  inner steps: {self._inner}"
-        program, choice = (self._now.program, self._now.choice) if x is None else (None, None)
-        if program is not None and choice is not None and not self.loop.is_plain:
-            width = (1 + self.loop.states) * program.size
-            segments = segments_of(self.loop, self._now.tasks, width, self._sources[0].element_size())
+        if x is None and self._latest is not None and not self.loop.is_plain:
+            width = (1 + self.loop.states) * self.program.size
+            segments = segments_of(self.loop, self._latest.tasks, width, self._sources[0].element_size())
             said += f"\n  way back: {segments}"
         return said
 
