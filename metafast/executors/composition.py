@@ -3,6 +3,9 @@
 Where ``z`` of all steps fits into memory the loop is one segment. Else it is cut into about sqrt(S) segments of as many
 steps: the way forward keeps ``z`` at the beginning of each, and the way back takes the steps of one segment again
 before it goes through them. That costs one more gradient a step, and the memory of ``2 sqrt(S)`` steps.
+
+A truncated loop takes ``z_s`` before the steps of the way back for a constant, but for theta_0 in it: query losses that
+are judged there, and what comes back to the first of these steps, go to theta_0 as they are.
 """
 
 from __future__ import annotations
@@ -39,8 +42,9 @@ class Evaluation(NamedTuple):
         outputs: ``[T, m, ...]``, of the query sets after the last step.
         kept: ``z`` at the steps that are kept, ``[R, T, (1 + K) P]``: all, or where segments begin, and the last.
         final: ``z`` after the last step, ``[T, (1 + K) P]``.
-        query_grads: ``[J, T, P]``, the gradients of the query losses at the J steps that are judged, or where there are
-            several segments at the last of them alone.
+        query_grads: ``[J, T, P]``, the gradients of the query losses at the J steps of the way back that are judged, or
+            where there are several segments at the last of them alone. Before them stands the weighted sum of those
+            that are judged before the way back begins, where there are any.
     """
 
     losses: Tensor
@@ -77,6 +81,10 @@ class Segments(NamedTuple):
     def spans(self) -> list[tuple[int, int]]:
         """Lists the first step of each segment and the first behind it."""
         return [(a, min(a + self.length, self.steps)) for a in range(self.begin, self.steps, max(self.length, 1))]
+
+    def skips(self, loop: InnerLoop) -> bool:
+        """Says whether query losses are judged before the first step that the way back goes through."""
+        return any(step < self.begin for step, _ in loop.judged_steps)
 
     @property
     def keeps_all(self) -> bool:
@@ -141,7 +149,12 @@ def evaluate(
             return executor.predict(program.query, steps.theta(z), query.x, loop.first + step, query.seeds)
         loss, grad, outputs = executor.loss_and_grad(program.query, steps.theta(z), query, loop.first + step)
         losses.add_(loss, alpha=weights[step])
-        grads.append(grad)
+        if step >= segments.begin:
+            grads.append(grad)
+        elif grads:
+            grads[0].add_(grad, alpha=weights[step])
+        else:
+            grads.append(grad * weights[step])
         return outputs
 
     if 0 in weights and loop.steps > 0:
@@ -156,7 +169,7 @@ def evaluate(
             if step in weights:
                 judge(step, trajectory[step - a])
         if not segments.keeps_all:
-            del grads[:]
+            del grads[segments.skips(loop) :]
     outputs = judge(loop.steps, z)
     if not (segments.keeps_all and segments.spans):
         kept.append(z[None])
@@ -182,8 +195,9 @@ def way_back(
     steps, last = Steps(program, loop, rates), loop.steps
     segments = segments_of(loop, kept.shape[1], kept.shape[-1], kept.element_size())
     weights = dict(loop.judged_steps) if g_losses is not None else {}
-    known = [s for s, _ in loop.judged_steps] if segments.keeps_all else [last]
-    of_query = dict(zip(known, query_grads, strict=True))
+    skips = segments.skips(loop)
+    known = [s for s, _ in loop.judged_steps if s >= segments.begin] if segments.keeps_all else [last]
+    of_query = dict(zip(known, query_grads[int(skips) :], strict=True))
 
     def judged(step: int, z: Tensor, v: Tensor) -> Tensor:
         """Adds to ``v`` what the query loss after ``step`` steps, at ``z``, makes of ``theta``."""
@@ -209,6 +223,10 @@ def way_back(
         v, of_rates = executor.adapt_vjp(program, part, trajectory, rates, batch, adjoint)
         if rates_grad is not None and of_rates is not None:
             rates_grad += of_rates
+    if segments.begin > 0:
+        v = steps.of_theta(v)
+    if skips and g_losses is not None:
+        v = steps.add(v, query_grads[0] * g_losses[:, None])
     return v, rates_grad
 
 

@@ -83,6 +83,10 @@ class Steps:
             self.rates_grad[:, min(step, self.rates.shape[1] - 1)] += found.hyper
         return found.z, found.gradient * self.moved
 
+    def of_theta(self, v: Tensor) -> Tensor:
+        """Returns ``v [T, (1 + K) P]`` with zeros in the place of the state."""
+        return v if v.shape[-1] == self.size else self.add(torch.zeros_like(v), v[..., : self.size])
+
     def add(self, v: Tensor, product: Tensor) -> Tensor:
         """Adds ``H u [T, P]`` to the part of ``v [T, (1 + K) P]`` that is theta's."""
         if v.shape[-1] == product.shape[-1]:

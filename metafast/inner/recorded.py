@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.executors import Executor
-from metafast.executors.composition import Adjoints, Sets, segments_of
+from metafast.executors.composition import Adjoints, Sets, in_pieces, segments_of
 from metafast.executors.steps import Steps
 from metafast.inner.autocast import in_own_dtype
 from metafast.program import Program
@@ -51,7 +51,7 @@ def recorded_adapt(
 ) -> list[Tensor]:
     """Takes the inner steps from theta_0 or ``z_0`` and returns ``z_0 .. z_S``, each ``[T, (1 + K) P]``.
 
-    With ``loop.truncate`` the steps before the last so many are constants, which are added to ``z_0``.
+    With ``loop.truncate`` all that comes before the last so many steps is a constant, to which theta_0 is added.
     """
     steps = Steps(program, loop, rates)
     trajectory = [steps.start(start, support.at(0).x.shape[0])]
@@ -64,7 +64,8 @@ def recorded_adapt(
     for step in range(loop.steps):
         z = _step(steps, program, trajectory[-1], support.at(step), step, prefix, own if step == 0 else ())
         if step + 1 <= cut:
-            z = trajectory[0] + (z - trajectory[0]).detach()
+            theta = steps.theta(trajectory[0])
+            z = steps.add(z.detach(), theta - theta.detach())
         trajectory.append(z)
     return trajectory
 
@@ -142,67 +143,105 @@ def recorded_vjp(
     with torch.enable_grad(), standing_in(modules, leaves[batch:]):
         start, rates = pick(leaves[0]), pick(leaves[1])
         sets = sets_of(leaves[2:batch])
-        found = _Sums()
-        v = _way_back(executor, program, loop, rates, sets, kept, adjoints, leaves[batch:], found)
-        grads = [found.of(leaf) if need else None for leaf, need in zip(leaves, needed, strict=True)]
-        z0 = Steps(program, loop, rates).start(start, v.shape[0])
-        for k, (whole, v_whole) in enumerate(((z0, v), (rates, found.of(rates)))):
+        steps = Steps(program, loop, rates)
+        run = _WayBackRun(executor, program, steps, sets, adjoints, leaves[batch:])
+        z0 = steps.start(start, kept.shape[1])
+        v = run.back(kept, z0.detach())
+        grads = [run.found.of(leaf) if need else None for leaf, need in zip(leaves, needed, strict=True)]
+        for k, (whole, v_whole) in enumerate(((z0, v), (rates, run.found.of(rates)))):
             if needed[k]:
                 grads[k] = torch.autograd.grad(whole, leaves[k], v_whole)[0] if whole is not leaves[k] else v_whole
     return grads
 
 
-def _way_back(
-    executor: Executor, program: Program, loop: InnerLoop, rates: Tensor, sets: Sets, kept: Tensor,
-    adjoints: Adjoints, of_modules: Sequence[Tensor], found: _Sums,
-) -> Tensor:  # fmt: skip
-    """Goes back from the query losses to ``z_0``, whose adjoint it returns; those of leaves are added to ``found``."""
-    support = sets.support
-    segments = segments_of(loop, kept.shape[1], kept.shape[-1], kept.element_size())
-    judged = {s for s, _ in loop.judged_steps} if adjoints.losses is not None else {loop.steps}
-    further = [t for t in of_modules if t.requires_grad]
+class _WayBackRun:
+    """Goes back from the query losses to ``z_0``, step by step, and adds up the adjoints of all leaves.
 
-    def take(
-        values: Sequence[Tensor], given: Sequence[Tensor], z: Tensor, parts: Sequence[tuple[Tensor, Tensor, Any]]
+    Args:
+        executor: takes steps again that are not kept.
+        program: the model and its loss.
+        steps: the steps of the loop, with its rates.
+        sets: the support and query sets.
+        adjoints: those of what ``evaluate`` returns.
+        of_modules: the parameters of the modules that the losses, or the rule, are.
+    """
+
+    def __init__(
+        self, executor: Executor, program: Program, steps: Steps, sets: Sets,
+        adjoints: Adjoints, of_modules: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self.executor, self.program, self.steps, self.sets, self.adjoints = executor, program, steps, sets, adjoints
+        self.further = [t for t in of_modules if t.requires_grad]
+        self.judged = {s for s, _ in steps.loop.judged_steps} if adjoints.losses is not None else {steps.loop.steps}
+        self.found = _Sums()
+
+    def back(self, kept: Tensor, z0: Tensor) -> Tensor:
+        """Returns the adjoint of ``z_0 [T, (1 + K) P]``; ``kept`` is what ``evaluate`` has kept of the way forward."""
+        loop = self.steps.loop
+        segments = segments_of(loop, kept.shape[1], kept.shape[-1], kept.element_size())
+        v = self._judge(loop.steps, kept[-1])
+        v = v if self.adjoints.final is None else v + self.adjoints.final
+        for number, (a, b) in reversed(list(enumerate(segments.spans))):
+            trajectory = kept if segments.keeps_all else self._again(kept[number], a, b)
+            for step in reversed(range(a, b)):
+                leaf = trajectory[step - a].detach().requires_grad_()
+                v = self._through(step, leaf, v)
+                if step in self.judged:
+                    v = v + self._judge(step, leaf)
+        if segments.begin == 0:
+            return v
+        v = self.steps.of_theta(v)
+        if self.adjoints.losses is not None and segments.skips(loop):
+            v = v + self._before(z0, in_pieces(loop.part(0, segments.begin), segments.row))
+        return v
+
+    def _before(self, z: Tensor, pieces: Sequence[tuple[int, int]]) -> Tensor:
+        """Returns what the query losses of the steps in ``pieces``, which are taken from ``z_0``, make of theta_0."""
+        v = torch.zeros_like(z)
+        for a, b in pieces:
+            trajectory = self._again(z, a, b)
+            for step in sorted(self.judged & {*range(a, b)}):
+                v = v + self._judge(step, trajectory[step - a])
+            z = trajectory[-1]
+        return v
+
+    def _again(self, z: Tensor, a: int, b: int) -> Tensor:
+        """Takes the steps ``a .. b - 1`` from ``z`` again."""
+        part, batch = self.steps.loop.part(a, b), self.sets.support.steps(a, b)
+        return self.executor.adapt(self.program, part, z, self.steps.rates.detach(), batch).detach()
+
+    def _through(self, step: int, leaf: Tensor, v: Tensor) -> Tensor:
+        """Goes back through one step that is taken from ``leaf``."""
+        loop, rates, support = self.steps.loop, self.steps.rates, self.sets.support
+        batch, parts = _read(support.at(step), step if support.each_step else ..., support)
+        row = min(loop.first + step, rates.shape[-2] - 1)
+        rows = rates[..., row : row + 1, :].detach().requires_grad_(rates.requires_grad)
+        if rates.requires_grad:
+            parts.append((rows, rates, (..., slice(row, row + 1), slice(None))))
+        z = _step(Steps(self.program, loop, rows), self.program, leaf, without_padding(batch), step)
+        return self._take([z], [v], leaf, parts)
+
+    def _judge(self, step: int, z: Tensor) -> Tensor:
+        """Returns what the query loss after ``step`` steps, and at the end the outputs, make of ``z``."""
+        loop, leaf = self.steps.loop, z.detach().requires_grad_()
+        query, parts = _read(self.sets.query, ...)
+        values = _judged(self.program, loop, {step: leaf}, query)
+        of_outputs = self.adjoints.outputs if step == loop.steps else None
+        pairs = [(a, g) for a, g in zip(values, (self.adjoints.losses, of_outputs), strict=True) if g is not None]
+        pairs = [(a, g) for a, g in pairs if a.requires_grad]
+        return self._take(*zip(*pairs, strict=True), leaf, parts) if pairs else torch.zeros_like(z)
+
+    def _take(
+        self, values: Sequence[Tensor], given: Sequence[Tensor], z: Tensor, parts: Sequence[tuple[Tensor, Tensor, Any]]
     ) -> Tensor:
         """Returns the adjoint of ``z``, and adds those of ``parts``: each a tensor, what it is of, its place there."""
-        wanted = [z, *(part for part, _, _ in parts), *further]
+        wanted = [z, *(part for part, _, _ in parts), *self.further]
         of_z, *grads = torch.autograd.grad(values, wanted, given, materialize_grads=True, allow_unused=True)
         for (_, leaf, index), grad in zip(parts, grads, strict=False):
-            found.add(leaf, grad, index)
-        for leaf, grad in zip(further, grads[len(parts) :], strict=True):
-            found.add(leaf, grad)
+            self.found.add(leaf, grad, index)
+        for leaf, grad in zip(self.further, grads[len(parts) :], strict=True):
+            self.found.add(leaf, grad)
         return of_z
-
-    def judge(step: int, z: Tensor) -> Tensor:
-        """Returns what the query loss after ``step`` steps, and at the end the outputs, make of ``z``."""
-        leaf = z.detach().requires_grad_()
-        query, parts = _read(sets.query, ...)
-        values = _judged(program, loop, {step: leaf}, query)
-        of_outputs = adjoints.outputs if step == loop.steps else None
-        pairs = [(a, g) for a, g in zip(values, (adjoints.losses, of_outputs), strict=True) if g is not None]
-        pairs = [(a, g) for a, g in pairs if a.requires_grad]
-        return take([a for a, _ in pairs], [g for _, g in pairs], leaf, parts) if pairs else torch.zeros_like(z)
-
-    v = judge(loop.steps, kept[-1])
-    v = v if adjoints.final is None else v + adjoints.final
-    for number, (a, b) in reversed(list(enumerate(segments.spans))):
-        trajectory = kept
-        if not segments.keeps_all:
-            part, of_part = loop.part(a, b), support.steps(a, b)
-            trajectory = executor.adapt(program, part, kept[number], rates.detach(), of_part).detach()
-        for step in reversed(range(a, b)):
-            leaf = trajectory[step - a].detach().requires_grad_()
-            batch, parts = _read(support.at(step), step if support.each_step else ..., support)
-            row = min(loop.first + step, rates.shape[-2] - 1)
-            rows = rates[..., row : row + 1, :].detach().requires_grad_(rates.requires_grad)
-            if rates.requires_grad:
-                parts.append((rows, rates, (..., slice(row, row + 1), slice(None))))
-            z = _step(Steps(program, loop, rows), program, leaf, without_padding(batch), step)
-            v = take([z], [v], leaf, parts)
-            if step in judged:
-                v = v + judge(step, leaf)
-    return v
 
 
 def _read(batch: Batch, index: Any, whole: Batch | None = None) -> tuple[Batch, list[tuple[Tensor, Tensor, Any]]]:
