@@ -369,7 +369,12 @@ class TaskBatch:
 def _check_steps(x: Any, y: Tensor, mask: Tensor | None) -> None:
     """Checks that support sets begin with the axis of steps."""
     tensors = [*parts_of(x), y, *([] if mask is None else [mask])]
-    shapes = [list(t.shape) for t in tensors if isinstance(t, Tensor)]
+    others = [type(t).__name__ for t in tensors if not isinstance(t, Tensor)]
+    if others:
+        raise TypeError(
+            f"each_step=True: a {others[0]} is among the support tensors; pass torch.Tensors [S, T, n, ...]"
+        )
+    shapes = [list(t.shape) for t in tensors]
     if any(len(shape) < 3 for shape in shapes) or len({tuple(shape[:3]) for shape in shapes}) > 1 or 0 in shapes[0][:1]:
         raise ValueError(
             f"each_step=True: the support tensors have shapes {', '.join(map(str, shapes))}; all of them must begin "

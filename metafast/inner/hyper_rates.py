@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.inner.rates import Rate, Rates
+from metafast.inner.rules.checks import check_number
 from metafast.program import Parameter
 from metafast.program.rule import Rule
 
@@ -27,6 +28,10 @@ class HyperRates(nn.ModuleDict):
         """Makes them as ``rates`` say; the other arguments are those of ``Rates``."""
         found = cls()
         for name, rate in rates.items():
+            if hasattr(found, name) or not name.isidentifier():
+                raise ValueError(
+                    f"a hyper-parameter or state cannot be called {name!r} to be learned; call it otherwise"
+                )
             found[name] = Rates(rate, parameters, steps, like)
         return found
 
@@ -71,14 +76,18 @@ class HyperRates(nn.ModuleDict):
 
         They are in float64, in the order of the rule's ``hyper_names``.
         """
-        given = [getattr(rule, name) for name in rule.hyper_names[1:]]
+        names = rule.hyper_names[1:]
+        given = [getattr(rule, name) for name in names]
+        for name, value in zip(names, given, strict=True):
+            if name not in self:
+                check_number(f"{type(rule).__name__}.{name}", value, or_rate=False)
         fixed = not len(self) and not rates.requires_grad
         if fixed and self._table is not None:
             known, of_rates, version, found = self._table
             if known == given and of_rates is rates and version == rates._version:
                 return found
         rows = [rates.double()]
-        for name, value in zip(rule.hyper_names[1:], given, strict=True):
+        for name, value in zip(names, given, strict=True):
             rows.append(self.of_name(name).of(parameters).double() if name in self else rows[0].new_full((1, 1), value))
         found = torch.stack(torch.broadcast_tensors(*rows))
         if fixed:

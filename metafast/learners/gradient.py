@@ -51,7 +51,7 @@ from metafast.program.one_thread import one_thread
 from metafast.program.rule import Rule
 from metafast.program.running_statistics import track
 from metafast.program.second_look import Difference
-from metafast.tasks import Batch, TaskBatch, TaskShapes, parts_of
+from metafast.tasks import Batch, TaskBatch, TaskShapes, as_samples, parts_of
 
 _KINDS = 64
 """How many kinds of batches are remembered."""
@@ -188,7 +188,7 @@ class GradientLearner(FollowingLearner):
         """
         of_first, mask = (support_x, support_y), support_mask
         if each_step:
-            of_first, mask = (support_x[0], support_y[0]), None if mask is None else mask[0]
+            of_first, mask = (as_samples(support_x)[0], support_y[0]), None if mask is None else mask[0]
         tasks = TaskBatch(support_x, support_y, *of_first, support_mask, mask, each_step=each_step)
         if steps is None:
             steps = len(tasks.support_y) if each_step else self.steps

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafast.executors import Choice
 from metafast.executors.composition import Sets, segments_of
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.autograd import MetaLoss, flattened
@@ -16,19 +17,22 @@ from metafast.inner.hyper_rates import HyperRates, described
 from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded
 from metafast.inner.rules import SGD
-from metafast.inner.rules.checks import check_flag
+from metafast.inner.rules.checks import check_flag, check_rule
+from metafast.inner.rules.probe import check_step, probed
 from metafast.learners.adapted_parameters import without_batch_norm
 from metafast.learners.base import LearnerOutput, LearnerRecipe
 from metafast.learners.checks import check_steps
 from metafast.learners.gradient import GradientLearner
+from metafast.learners.known_batch import KnownBatch
 from metafast.learners.layout import layout_of
 from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import check_whole
+from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
-from metafast.program.rule import Rule
-from metafast.tasks import TaskBatch
+from metafast.program.rule import Hyper, Rule, hyper_of_step, is_of_the_user
+from metafast.tasks import TaskBatch, TaskShapes
 
 _PLAIN = SGD()
 _PLAIN_ALONE = (
@@ -85,9 +89,11 @@ class MAML(GradientLearner):
         self.memory = memory
         self.inner = inner
         check_flag("learn_state", learn_state)
+        if learn_state and not inner.states:
+            raise ValueError(f"learn_state=True: {inner!r} carries no state from step to step that could be learned")
         layout, like = layout_of(model, self.rows), next(model.parameters())
         self.hyper = HyperRates.of_rates(described(inner), layout, steps, like)
-        self._learns_state = learn_state and len(inner.states) > 0
+        self._learns_state = learn_state
         states = inner.states if learn_state else ()
         self.start_state = HyperRates.of_rates(
             {name: Rate(inner.start(name), "parameter", learn=True) for name in states}, layout, steps, like
@@ -121,14 +127,18 @@ class MAML(GradientLearner):
             raise TypeError(
                 f"inner={inner!r}: give a rule, such as mf.SGD(momentum=0.9), mf.Adam() or an mf.Rule of yours"
             )
+        check_rule(inner)
         if self._sealed:
             self.hyper.start_from(inner)
             if len(self.start_state) and [*self.start_state] != [*inner.states]:
                 raise ValueError(
                     f"inner={inner!r}: the state that is learned is {[*self.start_state]}; make a new learner"
                 )
-        self._inner = inner
-        self._is_plain = isinstance(inner, SGD) and inner.is_plain
+        self.__dict__["_inner"] = inner  # nn.Module would take a rule that is a module for a part of another name
+        self._modules.pop("inner", None)
+        if isinstance(inner, nn.Module):
+            self._modules["inner"] = inner
+        self._is_plain = type(inner) is SGD and inner.is_plain
         self._plan_again()
 
     def _hyper_rates(self) -> list[Rates]:
@@ -173,6 +183,26 @@ class MAML(GradientLearner):
     @step_weights.setter
     def step_weights(self, weights: Iterable[float] | None) -> None:
         self._weights, self._judged_last = tuple(finite_weights(weights, self.steps)), weights is None
+
+    def _examine(self, tasks: TaskBatch, shapes: TaskShapes) -> KnownBatch:
+        known = super()._examine(tasks, shapes)
+        if is_of_the_user(self._inner):
+            check_step(self._inner, known.program.size, self._first_hyper(known.program), self.rate.value)
+        return known
+
+    def _first_hyper(self, program: Program) -> Hyper:
+        """Returns the hyper-parameters of the first step, without a graph."""
+        return hyper_of_step(self._inner, self.inner_rates(program).detach(), 0)
+
+    def _outside(self, choice: Choice, tasks: TaskBatch, judged: bool = True) -> Outside:
+        """Finds what it finds for any learner, and tensors that a rule reads beside what it is given."""
+        found = super()._outside(choice, tasks, judged)
+        if not is_of_the_user(self._inner):
+            return found
+        own = self._inner.parameters() if isinstance(self._inner, nn.Module) else ()
+        with torch.enable_grad():
+            values = probed(self._inner, self.program.size, self._first_hyper(self.program), self.rate.value)
+        return found.with_rule(values, own)
 
     def _made_for_steps(self) -> list[tuple[str, str]]:
         found = super()._made_for_steps()

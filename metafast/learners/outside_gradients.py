@@ -6,7 +6,7 @@ finds any lets autograd record the inner loop, or refuses the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,12 +37,19 @@ class Outside(NamedTuple):
     Attributes:
         names: words for each thing that requires a gradient.
         own: the parameters of the model that the loss of the support sets reads by itself.
-        closed_over: whether a loss reads anything that is no parameter of a module.
+        closed_over: whether a loss or a rule reads anything that is no parameter of a module.
     """
 
     names: tuple[str, ...] = ()
     own: tuple[OwnParameter, ...] = ()
     closed_over: bool = False
+
+    def with_rule(self, values: Iterable[Tensor], parameters: Iterable[Tensor]) -> Outside:
+        """Adds what a rule reads, of which ``values`` are made, beside its own ``parameters``."""
+        seen = {id(p) for p in parameters}
+        if all(id(leaf) in seen for value in values if value.requires_grad for leaf in _leaves(value)):
+            return self
+        return self._replace(names=(*self.names, "a tensor that the rule of the inner loop reads"), closed_over=True)
 
     def must_be_recorded(self) -> bool:
         """Says whether the computation has to be recorded as it goes forward.

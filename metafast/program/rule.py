@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -104,8 +104,7 @@ def clipped(rule: Rule, gradient: Tensor, hyper: Hyper) -> Tensor:
         bound = hyper["max_value"].to(gradient.dtype)
         gradient = torch.where(gradient > bound, bound, torch.where(gradient < -bound, -bound, gradient))
     if rule.max_norm is not None:
-        with one_thread():
-            norm = root(gradient.square().sum(-1, keepdim=True))
+        norm = root(gradient.square().sum(-1, keepdim=True))
         gradient = gradient * (hyper["max_norm"] / (norm + _NORM_EPS)).clamp(max=1.0).to(gradient.dtype)
     return gradient
 
@@ -127,8 +126,9 @@ def started(rule: Rule | None, start: Tensor, size: int) -> Tensor:
 def advance(rule: Rule, z: Tensor, gradient: Tensor, hyper: Hyper, count: int, moved: Tensor) -> Tensor:
     """Takes one step from ``z [T, (1 + K) P]``; ``moved`` is true ``[P]`` where the inner loop moves the parameter."""
     theta, *state = z.split(gradient.shape[-1], -1)
-    gradient = clipped(rule, gradient, hyper)
-    found, states = rule.step(theta, gradient, tuple(state), hyper, count)
+    with _threads(rule):
+        gradient = clipped(rule, gradient, hyper)
+        found, states = rule.step(theta, gradient, tuple(state), hyper, count)
     parts = [
         torch.where(moved, new, old).to(z.dtype) for new, old in zip((found, *states), (theta, *state), strict=True)
     ]
@@ -140,14 +140,27 @@ def advance_vjp(
     rule: Rule, z: Tensor, gradient: Tensor, hyper: Hyper, count: int, moved: Tensor, v: Tensor, learns: bool
 ) -> StepAdjoints:
     """Takes the adjoint ``v`` of what :func:`advance` returns to those of what it is given."""
-    # The adjoint of a number is a sum over all elements, whose order shall not depend on the number of threads.
-    with torch.enable_grad(), one_thread() if learns else nullcontext():
+    with torch.enable_grad(), _threads(rule, learns):
         leaves = [z.detach().requires_grad_(), gradient.detach().requires_grad_()]
         own = {name: t.detach().requires_grad_(learns) for name, t in hyper.items()}
         found = advance(rule, leaves[0], leaves[1], own, count, moved)
         wanted = [*leaves, *own.values()] if learns else leaves
         of_z, of_gradient, *of_hyper = torch.autograd.grad(found, wanted, v, allow_unused=True, materialize_grads=True)
     return StepAdjoints(of_z, of_gradient, torch.stack([t.reshape(-1) for t in of_hyper]) if learns else None)
+
+
+def is_of_the_user(rule: Rule | None) -> bool:
+    """Says whether a rule is none of metafast's own."""
+    return rule is not None and not type(rule).__module__.startswith("metafast.")
+
+
+def _threads(rule: Rule, learns: bool = False) -> AbstractContextManager[None]:
+    """Lets one thread do what the number of threads would round otherwise: sums, and what a user's rule may hold.
+
+    The adjoint of a hyper-parameter is a sum over all elements.
+    """
+    sums = learns or rule.max_norm is not None or is_of_the_user(rule)
+    return one_thread() if sums else nullcontext()
 
 
 def hyper_of_step(rule: Rule, rates: Tensor, step: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class SGD(Rule):
 
     Args:
         momentum: from 0 up to, but not including, 1.
-        dampening: from 0 to 1; only with momentum.
+        dampening: at least 0; only with momentum.
         weight_decay: at least 0.
         nesterov: whether a step looks ahead; it needs a momentum, and no dampening.
         max_norm: the norm to which each task's gradient is scaled down first; ``None``: it is not.
