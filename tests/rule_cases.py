@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loop_oracle import Loop, Rule, parts
+from loop_oracle import Loop, Rule
 from torch import Tensor, nn
 
 import metafast as mf
@@ -63,6 +63,24 @@ class Two(nn.Module):
 
     def forward(self, x, side):
         return self.head(torch.tanh(self.a(x) * self.b(side)))
+
+
+class Stopped(nn.Module):
+    """Reads parameters that no gradient goes back to, under ``no_grad`` and by ``detach``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.body, self.gate, self.head = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 3),
+        )
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.relu(self.frozen(x))
+        return self.head(torch.tanh(self.body(x)) * self.gate.weight.detach().sum(0))
 
 
 class Scaled(nn.Module):

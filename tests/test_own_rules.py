@@ -369,7 +369,7 @@ def test_learned_hyper_parameters_stay_where_optimisers_hold_them():
     with pytest.raises(ValueError, match="told apart by step, 3 of them"):
         learner.steps = 4
     learner = maml(inner=mf.SGD(momentum=mf.Rate(0.9, "step", learn=True)))
-    with pytest.raises(ValueError, match="steps=4: .*told apart by step, 3 of them"):
+    with pytest.raises(ValueError, match=r"steps=4: .*told apart by step, 3 of them"):
         learner.steps = 4
     learner = maml(inner=mf.Adam(), learn_state=True)
     with pytest.raises(ValueError, match=r"state that is learned is \['exp_avg', 'exp_avg_sq'\]"):

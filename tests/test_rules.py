@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from loop_oracle import support_of
-from rule_cases import RULES, batch, check, convnet, maml, mlp, normed, stepped, truth_of, wave
+from rule_cases import RULES, Stopped, batch, check, convnet, maml, mlp, normed, stepped, truth_of, wave
 
 import metafast as mf
 from metafast.program.rule import advance, clipped
@@ -66,6 +66,21 @@ def test_all_hyper_parameters_are_learned(kind, per):
 def test_learners_take_any_rule(cls, options, rule):
     for steps, ragged in ((0, True), (3, False)):
         check(maml(cls=cls, inner=rule, **options), batch(steps, ragged=ragged))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_what_no_gradient_goes_back_to_stays_as_it_is(rule, backend):
+    """As torch.optim leaves a parameter whose gradient is None, whatever its weight decay."""
+
+    def stopped():
+        return Stopped().double()
+
+    learner = maml(stopped, inner=rule, backend=backend)
+    check(learner, batch())
+    check(maml(stopped, inner=rule, backend=backend, learn_state=bool(rule.states)), batch(3, ragged=True))
+    names = [p.name for p in learner.program.parameters if not p.reached]
+    assert sorted(names) == ["frozen.bias", "frozen.weight", "gate.weight"]
 
 
 @st.composite

@@ -327,11 +327,6 @@ class MAML(GradientLearner):
         return self._loop(learns_rates=learned)
 
     def _loop(self, learns_rates: bool) -> InnerLoop:
-        if self._truncate is not None and any(self._weights[: max(self.steps - self._truncate, 0)]):
-            raise ValueError(
-                f"truncate={self._truncate}: step_weights={list(self._weights[1:])} judge steps before the last "
-                f"{self._truncate}, which the way back does not go through; set one of them to None"
-            )
         return InnerLoop(
             self.steps, self._weights, self.first_order, learns_rates, self._rule, 0, self.truncate, self.memory
         )

@@ -153,13 +153,13 @@ class _Builder:
             raise CaptureError(
                 f"{model}.forward returns a tensor that does not depend on its input; the loss needs one that does"
             )
-        offset = 0
+        offset, reached = 0, self.recording.reached()
         parameters = []
         for name in self.layout.names:
             shape = self.layout.shapes[name]
             if name in self.per_step:
                 shape = (self.layout.steps + 1, *shape)
-            parameters.append(Parameter(name, shape, offset, name in self.layout.adapted))
+            parameters.append(Parameter(name, shape, offset, name in self.layout.adapted, name in reached))
             offset += parameters[-1].size
         if not parameters:
             raise CaptureError(f"{model} uses no parameters; there is nothing to meta-learn")

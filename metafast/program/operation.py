@@ -66,6 +66,10 @@ def refs_in(tree: Any) -> list[Ref]:
     return list(dict.fromkeys(leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)))
 
 
+DETACHING = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
+"""The operators through which no gradient goes."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """Describes one call.
@@ -186,6 +190,15 @@ class Recording:
                 if isinstance(ref, Made) and into(ref):
                     waiting += self.operations[ref.operation].reads
         return found
+
+    def reached(self) -> set[str]:
+        """Returns the names of the parameters that a gradient goes back to from the output."""
+
+        def carries(ref: Made) -> bool:
+            operation, real = self.operations[ref.operation], self.values.get(ref, (None, torch.float32))[1]
+            return operation.grad and operation.target not in DETACHING and real.is_floating_point
+
+        return {ref.name for ref in self.behind([self.output], carries) if isinstance(ref, Weight)}
 
     @property
     def output_shape(self) -> torch.Size:

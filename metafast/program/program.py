@@ -28,12 +28,15 @@ class Parameter:
         shape: its shape; in ``per_step`` batch norm there is a leading axis of ``S + 1`` rows.
         offset: the index of its first element in the flat vector.
         adapted: whether the inner loop moves it.
+        reached: whether a gradient of the outputs goes back to it. Else torch.optim leaves it as it is, where weight
+            decay would move what has a gradient of zero.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
     adapted: bool
+    reached: bool = True
 
     @property
     def size(self) -> int:
@@ -141,7 +144,7 @@ class Program:
         """Returns the bool mask ``[P]`` that is true where the inner loop moves the parameter."""
         mask = torch.zeros(self.size, dtype=torch.bool)
         for p in self.parameters:
-            mask[p.offset : p.offset + p.size] = p.adapted
+            mask[p.offset : p.offset + p.size] = p.adapted and p.reached
         return mask
 
     @cached_property

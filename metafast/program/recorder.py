@@ -30,6 +30,7 @@ from metafast.program.interception import (
 )
 from metafast.program.noise import Draw, Source, above_autograd, draws, replacement
 from metafast.program.operation import (
+    DETACHING,
     CaptureError,
     Constant,
     FunctionCall,
@@ -200,7 +201,7 @@ class Recorder(SchemaCheckMode, Source):
 
     def _passes_on(self, target: Any, args: Any, out: Tensor) -> bool:
         """Says whether ``out`` is the first argument itself: the same memory, and the same gradient."""
-        if not torch.is_grad_enabled() or target in _DETACHING or not args or not isinstance(args[0], Ref):
+        if not torch.is_grad_enabled() or target in DETACHING or not args or not isinstance(args[0], Ref):
             return False
         packet = getattr(target, "overloadpacket", None)
         return packet in DROPOUT or (packet in PASSING_ON and self.aliases.is_same(args[0], out))
@@ -213,7 +214,7 @@ class Recorder(SchemaCheckMode, Source):
         self.recording.operations.append(Operation(*called, user_line(), self.path(), self.leaf(), len(results)))
         sources = refs_in((args, kwargs))
         data = any(self.is_data(ref) for ref in sources)
-        carries = grad and target not in _DETACHING and any(self.carries(ref) for ref in sources)
+        carries = grad and target not in DETACHING and any(self.carries(ref) for ref in sources)
         made = [Made(number, part) for part in range(len(results))]
         if not self.drawn.isdisjoint(sources):
             self.drawn.update(made)
@@ -374,9 +375,6 @@ class Recorder(SchemaCheckMode, Source):
 def _mapped_function(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
     """Refuses a ``torch.autograd.Function`` inside of torch.vmap and the like, which torch takes apart by itself."""
     raise recorder.uses_torch_func()
-
-
-_DETACHING = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

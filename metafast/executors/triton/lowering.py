@@ -302,7 +302,7 @@ def _memory_order(program: Program, channels: dict[int, int]) -> _Memory:
             shape = (p.shape[0], *p.shape[2:], channels[k]) if len(p.shape) > 2 else p.shape
         memory.order[p.offset : p.offset + p.size] = places
         memory.place.append(len(memory.parameters))
-        memory.parameters.append(Parameter(p.name, shape, offset, p.adapted))
+        memory.parameters.append(Parameter(p.name, shape, offset, p.adapted, p.reached))
         offset += p.size
         gap = -offset % _ALIGNMENT
         if gap:

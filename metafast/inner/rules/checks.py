@@ -26,7 +26,7 @@ def check_hyper(name: str, value: Any, below: float = math.inf) -> None:
 
 
 def check_rule(rule: Rule) -> None:
-    """Checks what a rule says of itself: the names and values of its hyper-parameters, its states, and what it clips to.
+    """Checks what a rule says of itself: names and values of its hyper-parameters, its states, and what it clips to.
 
     Raises:
         TypeError, ValueError: something is not what :class:`~metafast.program.rule.Rule` says; the text names it.

@@ -67,9 +67,10 @@ def _stepped(rule: Rule, theta: Tensor, gradient: Tensor, hyper: Hyper) -> list[
     tensors = [found[0], *found[1]] if pair else []
     shapes = [getattr(tensor, "shape", None) for tensor in tensors]
     if shapes != [theta.shape] * (1 + len(state)):
+        got = "tensors of the shapes " if pair else ""
         what = [list(shape) if shape is not None else None for shape in shapes] if pair else type(found).__name__
         raise ValueError(
-            f"{_name(rule)}.step returned {'tensors of the shapes ' if pair else ''}{what} for theta {list(theta.shape)}; "
+            f"{_name(rule)}.step returned {got}{what} for theta {list(theta.shape)}; "
             f"it must return the parameters and a tuple of the states {list(rule.states)}, all of theta's shape"
         )
     return tensors
