@@ -301,6 +301,7 @@ def test_recorded_steps_have_every_order(rule):
 
 @pytest.mark.parametrize("rule", [mf.Adam(eps=1e-3), mf.SGD(momentum=0.9)], ids=str)
 def test_batch_norm_of_each_step_and_running_statistics(rule):
+    check(maml(normed, inner=rule, step_weights=[0.2, 0.3, 0.5]), batch(3))
     for bn in ("per_step", "running", "task", "frozen"):
         learner = maml(normed, inner=rule, bn=bn, steps=3)
         tasks = batch()

@@ -229,7 +229,7 @@ class _WayBackRun:
         of_outputs = self.adjoints.outputs if step == loop.steps else None
         pairs = [(a, g) for a, g in zip(values, (self.adjoints.losses, of_outputs), strict=True) if g is not None]
         pairs = [(a, g) for a, g in pairs if a.requires_grad]
-        return self._take(*zip(*pairs, strict=True), leaf, parts) if pairs else torch.zeros_like(z)
+        return self._take([a for a, _ in pairs], [g for _, g in pairs], leaf, parts) if pairs else torch.zeros_like(z)
 
     def _take(
         self, values: Sequence[Tensor], given: Sequence[Tensor], z: Tensor, parts: Sequence[tuple[Tensor, Tensor, Any]]

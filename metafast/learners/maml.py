@@ -66,6 +66,7 @@ class MAML(GradientLearner):
 
     name = "maml"
     paper = "Finn, Abbeel, Levine 2017, 1703.03400"
+    _inner: Rule
 
     def __init__(
         self,
@@ -129,11 +130,11 @@ class MAML(GradientLearner):
             )
         check_rule(inner)
         if self._sealed:
-            self.hyper.start_from(inner)
             if len(self.start_state) and [*self.start_state] != [*inner.states]:
                 raise ValueError(
                     f"inner={inner!r}: the state that is learned is {[*self.start_state]}; make a new learner"
                 )
+            self.hyper.start_from(inner)
         self.__dict__["_inner"] = inner  # nn.Module would take a rule that is a module for a part of another name
         self._modules.pop("inner", None)
         if isinstance(inner, nn.Module):

@@ -62,6 +62,9 @@ class Rule(ABC):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the parameters and the state after a step.
 
+        It changes nothing that it is given, keeps tasks apart, and returns the same for the same arguments, since the
+        way back takes steps again. The first batch shows whether it does; else it is refused.
+
         Args:
             theta: the parameters ``[T, P]``. Those that the inner loop does not move have a gradient of zero, and stay
                 as they are whatever is returned for them.
