@@ -174,7 +174,7 @@ def truth_of(learner, loss, rule=None) -> tuple[Loop, list[tuple[nn.Parameter, T
         flags = frozenset(f for f in ("nesterov", "amsgrad", "centered") if getattr(inner, f, False))
         rule = Rule(kind, {"lr": value_of("lr", None), **hyper}, flags)
     else:
-        own = {name: value_of(name, getattr(inner, name)) for name in inner.hyper}
+        own = {name: value_of(name, getattr(inner, name)) for name in inner.hyper_names[1:]}
         rule = Rule(rule.kind, {"lr": value_of("lr", None), **own}, rule.flags, rule.step)
     start = {}
     for name, rates in learner.start_state.items():

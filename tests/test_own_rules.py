@@ -142,6 +142,13 @@ def test_a_tensor_that_a_rule_closes_over_gets_its_gradient():
         assert not learner(batch()).losses.requires_grad
 
 
+def test_a_rule_of_the_users_own_clips():
+    rule = made(max_norm=mf.Rate((0.1, 0.3), "step", learn=True), max_value=mf.Rate((0.03, 0.1), "layer", learn=True))
+    truth = Rule("own", {}, step=lambda theta, g, state, hyper, count: theta - hyper["lr"] * g)
+    check(maml(inner=rule), batch(), rule=truth)
+    check(maml(inner=made(max_norm=0.1), truncate=2), batch(3), rule=truth)
+
+
 def test_a_subclass_is_a_rule_of_its_own():
     class Halved(mf.SGD):
         def step(self, theta, gradient, state, hyper, count):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,19 @@ def test_a_loop_in_segments_is_the_whole_loop(rule, weighted, truncate, backend)
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-13)
     assert "steps kept and the others taken again" in learner.explain()
     assert whole.loop.is_plain or "every one of" in whole.explain()
+
+
+@pytest.mark.parametrize("steps", range(1, 40))
+def test_what_segments_keep_at_the_least_suffices(steps):
+    """No other length of a segment keeps less, and a memory of as much is enough."""
+    loop = maml(steps=steps, memory=1).loop
+    with pytest.raises(ValueError, match="bytes at the least") as refused:
+        segments_of(loop, 1, 1, 8)
+    least = int(re.search(r"keeps ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
+    found = segments_of(loop._replace(memory=least), 1, 1, 8)
+    assert found.bytes == least == min(found._replace(length=length).bytes for length in range(1, steps + 1))
+    with pytest.raises(ValueError, match="bytes at the least"):
+        segments_of(loop._replace(memory=least - 1), 1, 1, 8)
 
 
 def test_an_adaptation_of_many_steps_keeps_none_of_them():

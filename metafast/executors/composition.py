@@ -122,7 +122,7 @@ def segments_of(loop: InnerLoop, tasks: int, width: int, itemsize: int) -> Segme
     found = Segments(loop.steps - back, back, loop.steps, row)
     if found.bytes <= (loop.memory or _MEMORY):
         return found
-    found = found._replace(length=math.isqrt(max(back - 1, 0)) + 1)
+    found = min(found, found._replace(length=math.isqrt(max(back - 1, 0)) + 1), key=lambda one: one.bytes)
     if loop.memory is not None and found.bytes > loop.memory:
         raise ValueError(
             f"memory={loop.memory:,}: the way back through {back} steps keeps {found.bytes:,} bytes at the least; give "
