@@ -42,6 +42,20 @@ RULES = [
 ]
 
 
+class Sign(mf.Rule):
+    """The rule of the docstring of Rule."""
+
+    hyper = ("decay",)
+    states = ("trace",)
+
+    def __init__(self, decay=0.9):
+        self.decay = decay
+
+    def step(self, theta, gradient, state, hyper, count):
+        trace = hyper["decay"] * state[0] + gradient
+        return theta - hyper["lr"] * torch.tanh(trace), (trace,)
+
+
 class Wave(nn.Module):
     """Has operations without rules of their own, and a parameter that forward does not use."""
 

@@ -11,24 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop_oracle import Rule
-from rule_cases import Scaled, batch, check, maml, mlp, run, wave
+from rule_cases import Scaled, Sign, batch, check, maml, mlp, run, wave
 from torch import nn
 
 import metafast as mf
-
-
-class Sign(mf.Rule):
-    """The rule of the docstring of Rule."""
-
-    hyper = ("decay",)
-    states = ("trace",)
-
-    def __init__(self, decay=0.9):
-        self.decay = decay
-
-    def step(self, theta, gradient, state, hyper, count):
-        trace = hyper["decay"] * state[0] + gradient
-        return theta - hyper["lr"] * torch.tanh(trace), (trace,)
 
 
 def sign(theta, g, state, hyper, count):

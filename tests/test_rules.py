@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from loop_oracle import support_of
-from rule_cases import RULES, Stopped, batch, check, convnet, maml, mlp, normed, stepped, truth_of, wave
+from rule_cases import RULES, Sign, Stopped, batch, check, convnet, maml, mlp, normed, stepped, truth_of, wave
 
 import metafast as mf
 from metafast.program.rule import advance, clipped
@@ -259,8 +259,8 @@ def test_a_norm_of_zero_clips_nothing():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("rule", "tasks"),
-    [(mf.Adam(max_norm=0.5), 1), (mf.SGD(momentum=mf.Rate(0.9, "layer", learn=True), max_value=0.01), 3)],
-    ids=["adam", "sgd"],
+    [(mf.Adam(max_norm=0.5), 1), (mf.SGD(momentum=mf.Rate(0.9, "layer", learn=True), max_value=0.01), 3), (Sign(), 1)],
+    ids=["adam", "sgd", "sign"],
 )
 def test_two_runs_and_all_numbers_of_threads_give_the_same_bits(rule, backend, tasks):
     def wide():
