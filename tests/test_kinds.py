@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from loops import loop
 
 from metafast.executors.native.encode import FACTS, LOSSES
+from metafast.executors.native.inner_steps import loop_numbers
 
 CORE = Path(__file__).parents[1] / "csrc" / "core"
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -74,7 +76,8 @@ def plan(kind, options):
     """Plans a model ``[n, 3] -> [n, 3]`` of one layer, in numbers as Python writes them."""
     numbers = [FACTS["losses"]["mse"]["number"], 1, 1, 1, 3, 0, 1, kind, 0, -1, -1, -1, 0, len(options), *options]
     description, like = torch.tensor(numbers, dtype=torch.float64), torch.empty(0)
-    return torch.ops.metafast.cpu_memory(description, 0, 1 << 18, like, 2, 2, 3, 1, 1 << 20)
+    settings = loop_numbers(loop(1), False, 1 << 20)
+    return torch.ops.metafast.cpu_memory(description, 0, 1 << 18, like, 2, 2, 3, (), settings, (0.0, 1.0))
 
 
 @pytest.mark.skipif(not FACTS["kinds"], reason="metafast._C is not built")

@@ -84,7 +84,7 @@ def together(program, tasks, threads=1):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return CpuExecutor()._memory(program, tasks.shapes, 1)["lanes"]
+        return CpuExecutor()._memory(program, tasks.shapes, loop(1))["lanes"]
     finally:
         torch.set_num_threads(before)
 

@@ -4,6 +4,7 @@
 // whole and in the same order, so the numbers do not depend on the size of the team.
 #pragma once
 #include "../core/layers/context.h"
+#include "../core/steps/step_rule.h"
 #include "../core/trace.h"
 #include "simd.h"
 #include "team.h"
@@ -176,6 +177,27 @@ class CoreMachine : public Simd<T> {
     }));
   }
 
+  // Calls f(i, sums) for each pack, as `each` does, and gives the sums over all elements of the K quantities that f
+  // adds to sums. Members share the blocks, whose sums lie in `blocks` until all are there.
+  template <int K, class F>
+  void totals(long size, const StepRule<T>&, double* blocks, double (&out)[K][1], const F& f) const {
+    const long block = block_rows * lanes, count = total_blocks(size);
+    const Share mine = share(count);
+    for (long b = mine.first; b < mine.end; ++b) {
+      Pack parts[K] = {};
+      const long end = (b + 1) * block < size ? (b + 1) * block : size;
+      for (long i = b * block; i < end; i += lanes) f(i, parts);
+      for (int k = 0; k < K; ++k) blocks[b * K + k] = Simd<T>::sum(parts[k]);
+    }
+    barrier();
+    for (int k = 0; k < K; ++k) {
+      out[k][0] = 0;
+      for (long b = 0; b < count; ++b) out[k][0] += blocks[b * K + k];
+    }
+    barrier();
+  }
+  static long total_blocks(long size) { return (size + block_rows * lanes - 1) / (block_rows * lanes); }
+
   // f(sample, offset, y, x) at each pixel.
   template <class F>
   void pixels(const Grid& grid, int n, const F& f) const {
@@ -249,6 +271,11 @@ class CoreMachine : public Simd<T> {
   // Of a vector that all tasks share.
   static Pack load_shared(const T* p, long i) { return Simd<T>::load(p + i); }
   static double of_task(double loss, int) { return loss; }
+  // The numbers f(task) of those that run at once.
+  template <class F>
+  static Pack by_task(const F& f) {
+    return Simd<T>::broadcast(static_cast<T>(f(0)));
+  }
   // One rounding, here and in lanes: a compiler that may choose would choose by what is around it.
   static void add_weighted(double& sum, double weight, double loss) { sum = __builtin_fma(weight, loss, sum); }
 

@@ -18,9 +18,10 @@ template <class T>
 void run_chunk(InnerLoopRun<CoreMachine<T>>& task, const Job<T>& job, int64_t chunk, int64_t k) {
   const int64_t end = (k + 1) * chunk < job.tasks ? (k + 1) * chunk : job.tasks, size = job.program->size;
   T* const sums = job.sums ? job.sums + k * size : nullptr;
-  T* const rate_sums = job.rate_sums ? job.rate_sums + k * job.rate_rows * size : nullptr;
+  T* const rate_sums = job.rate_sums ? job.rate_sums + k * job.rate_sum_rows * size : nullptr;
+  double* const number_sums = job.number_sums ? job.number_sums + k * job.number_stride : nullptr;
   task.clear_rate_sums(rate_sums);
-  for (int64_t t = k * chunk; t < end; ++t) task.run(t, sums, rate_sums, t == k * chunk);
+  for (int64_t t = k * chunk; t < end; ++t) task.run(t, {sums, rate_sums, number_sums}, t == k * chunk);
 }
 
 template <class T>
@@ -48,7 +49,7 @@ bool sums_up(const Job<T>& job) {
 
 template <class T>
 int64_t lanes_memory(const Job<T>& job) {
-  const int64_t sums = (sums_up(job) ? 1 : 0) + (job.rate_sums ? job.rate_rows : 0);
+  const int64_t sums = (sums_up(job) ? 1 : 0) + (job.rate_sums ? job.rate_sum_rows : 0);
   return TaskMemory<LaneMachine<T>>(job, nullptr).size + sums * job.program->size;
 }
 
@@ -73,11 +74,14 @@ void run_lanes(const Job<T>& job, const Groups& groups, T* base, Trace* trace) {
   T* const sums = sums_up(job) ? behind : nullptr;
   T* const rate_sums = job.rate_sums ? behind + (sums ? size : 0) : nullptr;
   for (int64_t k = take(groups.next); k < groups.count; k = take(groups.next)) {
+    double* const number_sums = job.number_sums ? job.number_sums + k * lanes * job.number_stride : nullptr;
     task.clear_rate_sums(rate_sums);
-    for (int64_t i = 0; i < job.task_stride; ++i) task.run(k * lanes * job.task_stride + i, sums, rate_sums, i == 0);
+    for (int64_t i = 0; i < job.task_stride; ++i) {
+      task.run(k * lanes * job.task_stride + i, {sums, rate_sums, number_sums}, i == 0);
+    }
     if (job.sums) fold(sums ? sums : task.adjoint(), size, job.sums + k * groups.stride);
-    for (int r = 0; rate_sums && r < job.rate_rows; ++r) {
-      fold(rate_sums + r * size, size, job.rate_sums + (k * job.rate_rows + r) * groups.stride);
+    for (int r = 0; rate_sums && r < job.rate_sum_rows; ++r) {
+      fold(rate_sums + r * size, size, job.rate_sums + (k * job.rate_sum_rows + r) * groups.stride);
     }
   }
 }

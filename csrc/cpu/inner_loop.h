@@ -1,53 +1,12 @@
 // The run of one task's inner loop, or of as many tasks as a machine runs at once: the steps that adapt, the query
 // pass, and the steps in reverse. cuda/inner_loop.cuh does the same with another structure; csrc/README.md says why.
 #pragma once
-#include "../core/asan.h"
-#include "../core/job.h"
 #include "../core/pass.h"
-#include "contract/contract.h"
-#include "lane_machine.h"
+#include "../core/steps/rule_step.h"
+#include "task_memory.h"
 #include "transfer.h"
 
 namespace METAFAST_NAMESPACE {
-
-// Where a task keeps things in the memory of its thread, or of its team. Made from a null base it gives the size.
-template <class M>
-struct TaskMemory {
-  using T = typename M::Real;
-  T *workspace, *support_x, *support_y, *support_yd, *query_x, *query_y, *theta, *g, *v, *u, *product, *tapes, *rest;
-  int64_t size;
-
-  TaskMemory(const Job<T>& job, T* base) : size(0) {
-    const Program& p = *job.program;
-    const bool adapts = job.goal == Goal::adapt || job.goal == Goal::meta_gradient;
-    const auto take = [&](int64_t elements) {
-      T* at = base ? base + size : nullptr;
-      const int64_t whole = (elements + 15) / 16 * 16;
-      if (base) {
-        allow(at, whole * sizeof(T));
-        forbid(at + whole, gap * sizeof(T));
-      }
-      size += whole + gap;
-      return at;
-    };
-    const auto elements = [](const Grid& g, int n) { return static_cast<int64_t>(n) * g.h * g.w * g.ld; };
-    workspace = take(M::workspace_size(p));
-    support_x = take(elements(p.input, job.support.n));
-    support_y = take(job.support.targets ? elements(p.out, job.support.n) : 0);
-    support_yd = take(job.support.d_targets ? elements(p.out, job.support.n) : 0);
-    query_x = take(elements(p.input, job.query.n));
-    query_y = take(job.query.targets ? elements(p.out, job.query.n) : 0);
-    theta = take((adapts ? job.steps + 1 : 1) * p.size);
-    g = take((job.goal == Goal::meta_gradient && job.learns_rates ? job.steps : 1) * p.size);
-    v = take(p.size);
-    u = take(p.size);
-    product = take(p.size);
-    const int64_t scratch = job.goal == Goal::adapt ? 0 : job.support_layouts.scratch;
-    tapes = take((job.keeps_tapes ? job.steps : 1) * job.support_layouts.tape);
-    rest =
-        take(job.query_layouts.tape > scratch ? job.query_layouts.tape : scratch);  // the two are never alive together
-  }
-};
 
 template <class M>
 class InnerLoopRun {
@@ -55,6 +14,12 @@ class InnerLoopRun {
   using Loss = typename M::Loss;
 
  public:
+  // Where what a chunk sums up goes; null: it is not wanted.
+  struct ChunkSums {
+    T *sums, *rate_sums;
+    double* number_sums;  // of the first task of those that run at once
+  };
+
   // `own` is the workspace of a member that is not the first.
   InnerLoopRun(const Job<T>& job, T* base, T* own, Member member, Trace* trace)
       : job(job),
@@ -62,6 +27,7 @@ class InnerLoopRun {
         mem(job, base),
         machine(program, member.rank == 0 ? mem.workspace : own, mem.workspace, member),
         pass(machine, program, job.constants),
+        rule_step(machine, job.rule, program.size, job.rate_rows, mem.blocks),
         support{},
         query{} {
     machine.trace = trace;
@@ -71,7 +37,7 @@ class InnerLoopRun {
   // To be called before the first task of a chunk.
   void clear_rate_sums(T* rate_sums) const {
     machine.once([&] {
-      if (rate_sums) std::memset(rate_sums, 0, job.rate_rows * program.size * sizeof(T));
+      if (rate_sums) std::memset(rate_sums, 0, job.rate_sum_rows * program.size * sizeof(T));
     });
   }
 
@@ -79,18 +45,19 @@ class InnerLoopRun {
   const T* adjoint() const { return v; }
 
   // The adjoint of the `first` task of a chunk is computed where the sum is to be, and the others are added to it.
-  void run(int64_t task, T* sums, T* rate_sums, bool first) {
+  void run(int64_t task, const ChunkSums& to, bool first) {
     t = task;
-    v = sums && first ? sums : mem.v;
+    chunk = to;
+    v = to.sums && first ? to.sums : mem.v;
     if (machine.trace) {
       machine.trace->task = static_cast<int32_t>(t);
       machine.trace->tasks = M::tasks;
     }
-    support_layout = job.support_layouts.of ? job.support_layouts.of[t] : nullptr;
     query_layout = job.query_layouts.of ? job.query_layouts.of[t] : nullptr;
     machine.begin(SpanKind::load, 0);
-    support = load_samples(job.support, mem.support_x, mem.support_y, mem.support_yd);
-    query = load_samples(job.query, mem.query_x, mem.query_y, nullptr);
+    query = load_samples(job.query, t, mem.query_x, mem.query_y, nullptr);
+    loaded = -1;
+    if (!job.support.each_step) load_row(t);
     machine.barrier();
     machine.end();
     switch (job.goal) {
@@ -101,9 +68,9 @@ class InnerLoopRun {
       case Goal::adapt:
         return adapt();
       case Goal::adapt_vjp:
-        return adapt_vjp(rate_sums);
+        return adapt_vjp();
       case Goal::meta_gradient:
-        return meta_gradient(sums, rate_sums);
+        return meta_gradient();
       case Goal::jvp:
         return jvp();
       case Goal::hvp:
@@ -113,104 +80,145 @@ class InnerLoopRun {
 
  private:
   void predict() {
-    load_params(job.params, mem.theta);
+    load_params(job.params, mem.starts);
     machine.begin(SpanKind::query, job.step);
     const Tape<T> tape = query_tape();
-    pass.forward(tape, query, mem.theta, job.step);
+    pass.forward(tape, query, mem.starts, job.step);
     export_outputs(pass.outputs(tape, query), job.query, job.outputs);
     machine.end();
   }
 
   void jvp() {
-    load_params(job.params, mem.theta);
+    load_params(job.params, mem.starts);
     import_user(job.v, 0, mem.u);
     fence_tape(program, *support_layout, mem.tapes);
     fence_scratch(program, *support_layout, mem.rest);
     const Tape<T> tape{support_layout, mem.tapes, mem.rest};
-    pass.forward(tape, support, mem.theta, job.step);
+    pass.forward(tape, support, mem.starts, job.step);
     export_outputs(pass.outputs(tape, support), job.support, job.outputs);
-    export_outputs(pass.jvp(tape, support, mem.theta, mem.u, job.step), job.support, job.tangents);
+    export_outputs(pass.jvp(tape, support, mem.starts, mem.u, job.step), job.support, job.tangents);
   }
 
   void hvp() {
-    load_params(job.params, mem.theta);
+    load_params(job.params, mem.starts);
     import_user(job.v, 0, mem.u);
-    from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, job.step, mem.g); });
+    if (job.grads) {
+      from_zero(mem.g, [&] { support_pass(mem.tapes, mem.starts, job.step, mem.g); });
+      export_user(mem.g, job.grads, 0);
+    } else {
+      support_pass(mem.tapes, mem.starts, job.step, nullptr);
+    }
     clear(mem.product);
-    add_hvp(mem.tapes, mem.theta, mem.u, job.step, mem.product);
-    export_user(mem.g, job.grads, 0);
+    add_hvp(mem.tapes, mem.starts, mem.u, job.step, mem.product);
     export_user(mem.product, job.products, 0);
   }
 
   void loss_and_grad() {
-    load_params(job.params, mem.theta);
-    from_zero(v, [&] { set_loss(query_pass(mem.theta, job.step, v, true)); });
+    load_params(job.params, mem.starts);
+    from_zero(v, [&] { set_loss(query_pass(mem.starts, job.step, v, true)); });
     export_user(v, job.grads, 0);
   }
 
   void adapt() {
-    load_params(job.params, mem.theta);
-    adapt_steps();
-    for (int s = 0; s <= job.steps; ++s) export_user(theta(s), job.trajectory, s);
+    load_start(start(0));
+    export_z(start(0), job.trajectory, 0);
+    for (int s = 0; s < job.steps; ++s) {
+      adapt_step(s, start(s % 2), start((s + 1) % 2), mem.g, mem.tapes);
+      export_z(start((s + 1) % 2), job.trajectory, s + 1);
+    }
   }
 
-  void adapt_vjp(T* rate_sums) {
-    import_user(job.v, job.v_everywhere ? job.steps : 0, v);
+  void adapt_vjp() {
+    import_adjoint(job.v_everywhere ? job.steps : 0, v, mem.w);
     for (int s = job.steps - 1; s >= 0; --s) {
       machine.begin(SpanKind::reverse_step, s);
-      import_user(job.trajectory, s, mem.theta);
-      if (!job.first_order || job.learns_rates) {
-        from_zero(mem.g, [&] { support_pass(mem.tapes, mem.theta, s, mem.g); });
+      import_z(job.trajectory, s, mem.starts);
+      load_support(s);
+      if (job.needs_gradient) {
+        from_zero(mem.g, [&] { support_pass(mem.tapes, mem.starts, number(s), mem.g); });
+      } else if (!job.first_order) {
+        support_pass(mem.tapes, mem.starts, number(s), nullptr);
       }
-      reverse_step(s, mem.tapes, mem.theta, mem.g, rate_sums);
+      reverse_step(s, mem.tapes, mem.starts, mem.g);
       machine.end();
       if (!job.v_everywhere) continue;
-      import_user(job.v, s, mem.u);
+      import_adjoint(s, mem.u, mem.starts);
       add(v, 1, mem.u);
+      for (int k = 0; k < job.rule.states; ++k) add(mem.w + k * program.size, 1, mem.starts + k * program.size);
     }
-    export_user(v, job.grads, 0);
+    export_user(v, job.grads, 0, 0);
+    for (int k = 0; k < job.rule.states; ++k) export_user(mem.w + k * program.size, job.grads, 0, k + 1);
   }
 
-  void meta_gradient(T* sums, T* rate_sums) {
-    load_params(job.params, mem.theta);
-    adapt_steps();
-    const bool whole = job.weights[job.steps] == 1;
-    if (!whole) clear(v);
+  void meta_gradient() {
+    const int segments = segment_of(job.steps - 1) + 1;
     Loss loss{};
-    for (int s = job.steps; s >= 0; --s) {
-      if (whole && s == job.steps) {
-        from_zero(v, [&] { loss += query_pass(theta(s), s, v, true); });
-      } else if (job.weights[s] != 0 || s == job.steps) {
-        from_zero(mem.product,
-                  [&] { M::add_weighted(loss, job.weights[s], query_pass(theta(s), s, mem.product, s == job.steps)); });
-        add(v, static_cast<T>(job.weights[s]), mem.product);
+    adapt_before(loss);
+    for (int j = 0; j < segments; ++j) adapt_segment(j, j == segments - 1);
+    if (job.weights[job.steps] != 1) clear(v);
+    if (job.rule.states > 0) machine.once([&] { std::memset(mem.w, 0, job.rule.states * program.size * sizeof(T)); });
+    judge(job.steps, start(segments), loss);
+    for (int j = segments - 1; j >= 0; --j) {
+      if (j < segments - 1) adapt_segment(j, true);
+      for (int s = first_of(j + 1) - 1; s >= first_of(j); --s) {
+        const int i = s - first_of(j);
+        T *const z = place(s, j, true), *const tape = this->tape(i);
+        machine.begin(SpanKind::reverse_step, s);
+        load_support(s);
+        const bool stale = !job.keeps_tapes && s < job.steps - 1;
+        if (stale && !job.first_order) support_pass(tape, z, number(s), nullptr);
+        reverse_step(s, tape, z, gradient(i));
+        machine.end();
+        judge(s, z, loss);
       }
-      if (s == 0) break;
-      const int step = s - 1;
-      machine.begin(SpanKind::reverse_step, step);
-      const bool stale = !job.keeps_tapes && s < job.steps;
-      if (stale && !job.first_order) support_pass(tape(step), theta(step), step, nullptr);
-      reverse_step(step, tape(step), theta(step), gradient(step), rate_sums);
-      machine.end();
     }
     set_loss(loss);
-    if (sums && v != sums) add(sums, 1, v);
+    if (chunk.sums && v != chunk.sums) add(chunk.sums, 1, v);
   }
 
-  void adapt_steps() {
-    for (int s = 0; s < job.steps; ++s) adapt_step(s);
+  // Takes the steps that the way back does not go through, and keeps nothing of them.
+  void adapt_before(Loss& loss) {
+    load_start(start(job.begin % 2));
+    for (int s = 0; s < job.begin; ++s) {
+      T* const z = start((job.begin - s) % 2);
+      if (job.weights[s] != 0) M::add_weighted(loss, job.weights[s], query_pass(z, number(s), nullptr, false));
+      adapt_step(s, z, start((job.begin - s - 1) % 2), mem.g, mem.tapes);
+    }
   }
 
-  // theta_{s+1} = theta_s - alpha_s g_s
-  void adapt_step(int s) {
+  // Takes the steps of segment j, from the z at its start to that at the start of the next.
+  void adapt_segment(int j, bool keeps) {
+    const int first = first_of(j);
+    for (int s = first; s < first_of(j + 1); ++s) {
+      const int i = keeps ? s - first : 0;
+      adapt_step(s, place(s, j, keeps), place(s + 1, j, keeps), gradient(i), tape(i));
+    }
+  }
+
+  // Adds to v what the query loss after s steps makes of it.
+  void judge(int s, const T* z, Loss& loss) {
+    const double weight = job.weights[s];
+    const bool last = s == job.steps;
+    if (last && weight == 1) {
+      from_zero(v, [&] { loss += query_pass(z, number(s), v, true); });
+    } else if (last || weight != 0) {
+      from_zero(mem.product, [&] { M::add_weighted(loss, weight, query_pass(z, number(s), mem.product, last)); });
+      add(v, static_cast<T>(weight), mem.product);
+    }
+  }
+
+  // Takes step s from z to z' = `to`; plain: theta_{s+1} = theta_s - alpha_s g_s.
+  void adapt_step(int s, const T* z, T* to, T* g, T* tape) {
+    load_support(s);
     machine.begin(SpanKind::inner_step, s);
-    T *g = gradient(s), *to = theta(s + 1);
-    const T *alpha = rate(s), *from = theta(s);
-    const auto add_gradient = [&] { support_pass(tape(s), theta(s), s, g); };
-    if (job.learns_rates || !redirected(add_gradient, g, to, from, alpha)) {
+    const auto add_gradient = [&] { support_pass(tape, z, number(s), g); };
+    if (job.rule.kind != StepKind::plain) {
+      from_zero(g, add_gradient);
+      rule_step.advance(number(s), z, g, to);
+    } else if (const T* const alpha = rate(s); job.learns_rates || !redirected(add_gradient, g, to, z, alpha)) {
       from_zero(g, add_gradient);
       machine.each(program.size,
-                   [=](long i) { M::store(to + i, M::load(from + i) - M::load_shared(alpha, i) * M::load(g + i)); });
+                   [=](long i) { M::store(to + i, M::load(z + i) - M::load_shared(alpha, i) * M::load(g + i)); });
     }
     machine.end();
   }
@@ -238,18 +246,23 @@ class InnerLoopRun {
     add_gradient();
   }
 
-  // d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
-  void reverse_step(int s, T* tape, const T* at, const T* g, T* rate_sums) {
-    const T* alpha = rate(s);
+  // Plain: d alpha_s = -g_s v;  v <- v - H_s (alpha_s v)
+  void reverse_step(int s, T* tape, const T* z, const T* g) {
     T *v = this->v, *u = mem.u;
+    if (job.rule.kind != StepKind::plain) {
+      rule_step.back(number(s), z, g, v, mem.w, u, {chunk.number_sums, chunk.rate_sums, job.number_stride});
+      if (!job.first_order) add_hvp(tape, z, u, number(s), v);
+      return;
+    }
+    const T* alpha = rate(s);
     if (job.learns_rates) {
-      T* out = rate_sums + row(s) * program.size;
+      T* out = chunk.rate_sums + row(s) * program.size;
       machine.each(program.size,
                    [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
     }
     if (job.first_order) return;
     machine.each(program.size, [=](long i) { M::store(u + i, -M::load_shared(alpha, i) * M::load(v + i)); });
-    add_hvp(tape, at, u, s, v);
+    add_hvp(tape, z, u, number(s), v);
   }
 
   void add_hvp(T* tape, const T* at, const T* u, int step, T* product) {
@@ -265,13 +278,14 @@ class InnerLoopRun {
     pass.backward(tape, support, at, step, g, false);
   }
 
+  // Without g nothing but the loss is computed.
   Loss query_pass(const T* at, int step, T* g, bool wants_outputs) {
     machine.begin(SpanKind::query, step);
     const Tape<T> tape = query_tape();
     pass.forward(tape, query, at, step);
     const Loss loss = pass.loss(tape, query);
     if (wants_outputs) export_outputs(pass.outputs(tape, query), job.query, job.outputs);
-    pass.backward(tape, query, at, step, g, true);
+    if (g) pass.backward(tape, query, at, step, g, true);
     machine.end();
     return loss;
   }
@@ -281,28 +295,54 @@ class InnerLoopRun {
     return {query_layout, mem.rest, nullptr};
   }
 
-  int64_t count(const Samples<T>& samples) const { return samples.counts ? samples.counts[t] : samples.n; }
+  // Loads the support samples of step s, where it has some of its own and they are not there.
+  void load_support(int s) {
+    const int64_t row = s * job.tasks + t;
+    if (!job.support.each_step || row == loaded) return;
+    machine.begin(SpanKind::load, s);
+    load_row(row);
+    machine.barrier();
+    machine.end();
+  }
 
-  LoadedSamples<T> load_samples(const Samples<T>& samples, T* x, T* y, T* yd) const {
+  void load_row(int64_t row) {
+    loaded = row;
+    support_layout = job.support_layouts.of ? job.support_layouts.of[row] : nullptr;
+    support = load_samples(job.support, row, mem.support_x, mem.support_y, mem.support_yd);
+  }
+
+  static int64_t count(const Samples<T>& samples, int64_t row) {
+    return samples.counts ? samples.counts[row] : samples.n;
+  }
+
+  LoadedSamples<T> load_samples(const Samples<T>& samples, int64_t row, T* x, T* y, T* yd) const {
     if (!samples.x) return {};
-    const int n = static_cast<int>(count(samples));
-    const int64_t first = t * samples.n, next = job.task_stride * samples.n;
-    if (machine.leads()) {
-      const auto load = [&](const T* from, const Grid& grid, int border_y, int border_x, T* to) {
-        const int64_t sample = static_cast<int64_t>(grid.c) * (grid.h - 2 * border_y) * (grid.w - 2 * border_x);
-        import_images<M::tasks>(from + first * sample, next * sample, n, grid, border_y, border_x, to);
-      };
-      load(samples.x, program.input, program.border_y, program.border_x, x);
-      if (samples.targets) load(samples.targets, program.out, 0, 0, y);
-      if (samples.d_targets) load(samples.d_targets, program.out, 0, 0, yd);
-    }
-    return {x, samples.labels ? samples.labels + first : nullptr, y, yd, next};
+    const int n = static_cast<int>(count(samples, row));
+    const int64_t first = row * samples.n, next = job.task_stride * samples.n;
+    const Share mine = machine.share(n);
+    const auto load = [&](const T* from, const Grid& grid, int border_y, int border_x, T* to) -> const T* {
+      const int64_t sample = static_cast<int64_t>(grid.c) * (grid.h - 2 * border_y) * (grid.w - 2 * border_x);
+      from += first * sample;
+      // Vectors without padding lie as they are read.
+      if (M::tasks == 1 && grid.h * grid.w == 1 && sample == grid.ld) return from;
+      const int64_t image = static_cast<int64_t>(grid.h) * grid.w * grid.ld;
+      import_images<M::tasks>(from + mine.first * sample, next * sample, static_cast<int>(mine.end - mine.first), grid,
+                              border_y, border_x, to + mine.first * image);
+      return to;
+    };
+    LoadedSamples<T> found{};
+    found.x = load(samples.x, program.input, program.border_y, program.border_x, x);
+    found.labels = samples.labels ? samples.labels + first : nullptr;
+    if (samples.targets) found.targets = load(samples.targets, program.out, 0, 0, y);
+    if (samples.d_targets) found.d_targets = load(samples.d_targets, program.out, 0, 0, yd);
+    found.label_stride = next;
+    return found;
   }
 
   // Writes zeros behind the samples of a task that has fewer, and where there is nothing to export.
   void export_outputs(const T* from, const Samples<T>& samples, T* to) const {
     const Grid& out = program.out;
-    const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples) : 0;
+    const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples, t) : 0;
     to += t * samples.n * size;
     machine.once([&] {
       if (n > 0) export_images<M::tasks>(from, static_cast<int>(n), out, to, job.task_stride * samples.n * size);
@@ -318,16 +358,40 @@ class InnerLoopRun {
     machine.each(program.size, [=](long i) { M::store(to + i, M::load_shared(params, i)); });
   }
 
-  void import_user(const T* rows, int s, T* to) const {
-    const T* const from = rows + (s * job.tasks + t) * job.n_params;
-    const int64_t next = job.task_stride * job.n_params;
-    machine.once([&] { import_params<M::tasks>(from, next, job.inner, job.n_params, program.size, to); });
+  // z_0: the state begins with numbers, or is given with the parameters.
+  void load_start(T* z) const {
+    const int K = job.rule.states;
+    if (job.params_per_task && K > 0) return import_z(job.params, 0, z);
+    load_params(job.params, z);
+    for (int k = 0; k < K; ++k) {
+      const auto value = M::broadcast(static_cast<T>(job.rule.start[k]));
+      T* const to = z + (k + 1) * program.size;
+      machine.each(program.size, [=](long i) { M::store(to + i, value); });
+    }
   }
 
-  void export_user(const T* from, T* rows, int s) const {
-    if (!machine.leads()) return;
-    T* const to = rows + (s * job.tasks + t) * job.n_params;
-    export_params<M::tasks>(from, job.inner, job.n_params, to, job.task_stride * job.n_params);
+  void import_z(const T* rows, int s, T* z) const {
+    for (int k = 0; k <= job.rule.states; ++k) import_user(rows, s, z + k * program.size, k);
+  }
+  void import_adjoint(int s, T* of_theta, T* of_state) const {
+    import_user(job.v, s, of_theta, 0);
+    for (int k = 0; k < job.rule.states; ++k) import_user(job.v, s, of_state + k * program.size, k + 1);
+  }
+  void export_z(const T* z, T* rows, int s) const {
+    for (int k = 0; k <= job.rule.states; ++k) export_user(z + k * program.size, rows, s, k);
+  }
+
+  // The part k of a vector (1 + K) P of this task, in a row of such vectors of all tasks.
+  int64_t of_user(int s, int k) const { return ((s * job.tasks + t) * (1 + job.rule.states) + k) * job.n_params; }
+  int64_t next_user() const { return job.task_stride * (1 + job.rule.states) * job.n_params; }
+
+  void import_user(const T* rows, int s, T* to, int k = 0) const {
+    const T* const from = rows + of_user(s, k);
+    machine.once([&] { import_params<M::tasks>(from, next_user(), job.inner, job.n_params, program.size, to); });
+  }
+
+  void export_user(const T* from, T* rows, int s, int k = 0) const {
+    if (machine.leads()) export_params<M::tasks>(from, job.inner, job.n_params, rows + of_user(s, k), next_user());
   }
 
   void set_loss(const Loss& loss) const {
@@ -342,22 +406,41 @@ class InnerLoopRun {
     machine.each(program.size, [=](long i) { M::put(to + i, M::load(x + i) * scale, true); });
   }
 
-  int row(int s) const { return s < job.rate_rows ? s : job.rate_rows - 1; }
+  int number(int s) const { return static_cast<int>(job.first) + s; }
+  int row(int s) const { return number(s) < job.rate_rows ? number(s) : job.rate_rows - 1; }
   const T* rate(int s) const { return job.alpha + row(s) * program.size / M::tasks; }
-  T* theta(int s) const { return mem.theta + s * program.size; }
-  T* gradient(int s) const {
-    return mem.g + (job.learns_rates && job.goal == Goal::meta_gradient ? s : 0) * program.size;
+
+  // Segment j has the steps first_of(j) .. first_of(j + 1) - 1.
+  int segment_of(int s) const { return s < job.begin ? -1 : (s - job.begin) / job.segment; }
+  int first_of(int j) const {
+    const int64_t first = job.begin + static_cast<int64_t>(j) * job.segment;
+    return static_cast<int>(first < job.steps ? first : job.steps);
   }
-  T* tape(int s) const { return mem.tapes + (job.keeps_tapes ? s : 0) * job.support_layouts.tape; }
+
+  T* start(int j) const { return mem.starts + j * z_size(); }
+  // z after s steps, of segment j. Two places take turns where it `keeps` nothing between.
+  T* place(int s, int j, bool keeps) const {
+    if (s == first_of(j)) return start(j);
+    if (s == first_of(j + 1)) return start(j + 1);
+    const int i = s - first_of(j) - 1;
+    return mem.inside + (keeps ? i : i % 2) * z_size();
+  }
+  int64_t z_size() const { return (1 + job.rule.states) * program.size; }
+  // Of a segment's step i.
+  T* gradient(int i) const { return mem.g + (job.needs_gradient ? i : 0) * program.size; }
+  T* tape(int i) const { return mem.tapes + (job.keeps_tapes ? i : 0) * job.support_layouts.tape; }
 
   const Job<T>& job;
   const Program& program;
   TaskMemory<M> mem;
   M machine;
   Pass<M> pass;
+  RuleStep<M> rule_step;
   LoadedSamples<T> support, query;
+  ChunkSums chunk;
   int64_t t;
-  T* v;  // the adjoint of theta_s
+  int64_t loaded;  // the row of samples that `support` holds
+  T* v;            // the adjoint of theta_s
   const PassLayout *support_layout, *query_layout;
 };
 

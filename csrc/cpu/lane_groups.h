@@ -6,6 +6,7 @@
 
 #include "../core/plan/cache.h"
 #include "isa.h"
+#include "loop_plan.h"
 
 namespace metafast {
 
@@ -15,20 +16,16 @@ std::unique_ptr<T[]> zeros(int64_t count) {
   return std::make_unique<T[]>(count);
 }
 
-// Does the way back read what the inner loop leaves?
-template <class T>
-bool needs_tapes(const Job<T>& job) {
-  return job.goal == Goal::meta_gradient && !job.first_order;
-}
-
-// Groups of chunks, as many in each as `isa` has lanes, of a Job that is complete but for its sums.
+// Groups of chunks, as many in each as `isa` has lanes, of a Job that is complete but for its sums. Their way back
+// takes no step again: within `budget` bytes they keep everything, or they do not run.
 template <class T>
 class LaneGroups {
  public:
   LaneGroups(const Isa<T>& isa, const std::vector<double>& description, const Job<T>& all, int64_t chunk,
              int64_t threads, int64_t budget)
       : lanes(isa.lanes.lanes), groups_{0, all.program->size, nullptr} {
-    if (!isa.runs_lanes(*all.program) || all.support.counts || all.query.counts) return;
+    const bool some = isa.runs_lanes(*all.program) && !all.support.counts && !all.query.counts;
+    if (!some || all.segment < all.steps - all.begin) return;
     const int64_t count = best_count(all.tasks / chunk, (all.tasks + chunk - 1) / chunk, threads);
     if (count == 0) return;
     plan_ = find_plan(description, isa.lanes, sizeof(T));
@@ -41,10 +38,12 @@ class LaneGroups {
     job.support_layouts = pass_layouts(all.support_layouts, all.support.n, PassKind::gradient_and_tangent, support_);
     job.query_layouts = pass_layouts(all.query_layouts, all.query.n,
                                      all.goal == Goal::predict ? PassKind::predict : PassKind::gradient, query_);
-    const int64_t tape = job.support_layouts.tape * sizeof(T), vectors = 5 * job.program->size * sizeof(T);
+    const int64_t tape = job.support_layouts.tape * sizeof(T);
+    const int64_t vectors = (5 + 2 * all.rule.states) * job.program->size * sizeof(T);
     const int64_t query = job.query_layouts.tape * sizeof(T), cache = lanes * sizeof(T) * cache_of_a_byte;
     if (vectors + std::max(tape, query) > cache) return;
-    if (needs_tapes(all) && job.steps * tape * threads > budget) return;
+    const double kept = kept_of(job).all() * static_cast<double>(sizeof(T) * threads);
+    if (needs_tapes(all) && kept > static_cast<double>(budget)) return;
     lay_out(all);
     groups_.count = count;
   }
@@ -100,7 +99,7 @@ class LaneGroups {
                                std::vector<const PassLayout*>& of) const {
     if (!like.of) return {};
     const PassLayout& layout = plan_->pass_layout(n, kind);
-    of.assign(job.tasks, &layout);
+    of.assign(job.tasks * (job.support.each_step ? job.steps : 1), &layout);
     return {of.data(), layout.tape, layout.scratch};
   }
 
@@ -115,17 +114,29 @@ class LaneGroups {
       move(all.params, params_.get());
       job.params = params_.get();
     }
-    if (!all.alpha) return;
-    alpha_ = zeros<T>(all.rate_rows * size);
-    for (int64_t r = 0; r < all.rate_rows; ++r) move(all.alpha + r * groups_.stride, alpha_.get() + r * size);
-    job.alpha = alpha_.get();
+    const auto move_rows = [&](const T* from, int64_t rows, std::unique_ptr<T[]>& to) -> const T* {
+      if (!from) return nullptr;
+      to = zeros<T>(rows * size);
+      for (int64_t r = 0; r < rows; ++r) move(from + r * groups_.stride, to.get() + r * size);
+      return to.get();
+    };
+    job.alpha = move_rows(all.alpha, all.rate_rows, alpha_);
+    job.rule.rates = move_rows(all.rule.rates, all.rate_rows, alpha_);
+    job.rule.decay = move_rows(all.rule.decay, all.rate_rows, decay_);
+    job.rule.moved = move_rows(all.rule.moved, 1, moved_);
+    if (all.rule.kind == StepKind::plain) return;
+    order_.assign(groups_.stride, -1);
+    for (int64_t i = 0; i < all.n_params; ++i) order_[all.inner[i]] = static_cast<int32_t>(element(i));
+    job.rule.order = order_.data();
+    job.rule.order_size = groups_.stride;
   }
 
   Groups groups_;
   int shift_ = 0;
   std::shared_ptr<Plan> plan_;
   std::vector<const PassLayout*> support_, query_;
-  std::unique_ptr<T[]> params_, alpha_;
+  std::unique_ptr<T[]> params_, alpha_, decay_, moved_;
+  std::vector<int32_t> order_;
 };
 
 }  // namespace metafast

@@ -111,6 +111,33 @@ class LaneMachine : public CoreMachine<T> {
     return result;
   }
 
+  // Elements go in the order in which CoreMachine adds up those of its own layout.
+  template <int K, class F>
+  void totals(long, const StepRule<T>& rule, double*, double (&out)[K][lanes], const F& f) const {
+    constexpr int64_t block = CoreMachine<T>::block_rows * lanes;
+    for (auto& of_tasks : out) std::memset(of_tasks, 0, sizeof of_tasks);
+    for (int64_t first = 0; first < rule.order_size; first += block) {
+      Pack parts[lanes][K] = {};
+      const int64_t end = first + block < rule.order_size ? first + block : rule.order_size;
+      for (int64_t i = first; i < end; ++i) {
+        if (rule.order[i] >= 0) f(static_cast<long>(rule.order[i]) * lanes, parts[i % lanes]);
+      }
+      for (int k = 0; k < K; ++k) {
+        Pack all{};
+        for (const auto& part : parts) all += part[k];
+        for (int j = 0; j < lanes; ++j) out[k][j] += all[j];
+      }
+    }
+  }
+  static long total_blocks(long) { return 0; }
+
+  template <class F>
+  static Pack by_task(const F& f) {
+    Pack pack;
+    for (int j = 0; j < lanes; ++j) pack[j] = static_cast<T>(f(j));
+    return pack;
+  }
+
   void correlate(const Op& op, int n, const Term* terms, int count, const T* bias, T* y) const {
     Product p{{}, {}, count, op.x.ld, lanes, op.x.ld, lanes, op.x.c, y, op.y.ld, lanes, bias, false, false};
     for (int t = 0; t < count; ++t) {

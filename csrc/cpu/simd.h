@@ -93,6 +93,9 @@ struct Simd {
   static Pack log(Pack v) {
     return by_lane(v, [](T x) { return std::log(x); });
   }
+  static Pack sqrt(Pack v) {
+    return by_lane(v, [](T x) { return std::sqrt(x); });
+  }
   static Pack tanh(Pack v) {
     return by_lane(v, [](T x) { return std::tanh(x); });
   }

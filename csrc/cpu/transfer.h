@@ -10,6 +10,13 @@ namespace METAFAST_NAMESPACE {
 template <int L, class T>
 void import_images(const T* x, int64_t stride, int n, const Grid& g, int border_y, int border_x, T* out) {
   const long image = static_cast<long>(g.h) * g.w * g.ld;
+  if (L == 1 && g.h * g.w == 1) {
+    for (int s = 0; s < n; ++s) {
+      std::memcpy(out + s * image, x + static_cast<long>(s) * g.c, g.c * sizeof(T));
+      std::memset(out + s * image + g.c, 0, (image - g.c) * sizeof(T));
+    }
+    return;
+  }
   std::memset(out, 0, n * image * sizeof(T));
   const int h = g.h - 2 * border_y, w = g.w - 2 * border_x;
   for (int s = 0; s < n; ++s) {

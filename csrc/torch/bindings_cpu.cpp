@@ -18,7 +18,7 @@ Tensor predict(Tensor description, int64_t isa, int64_t team_from, int64_t rank,
     call.job.step = static_cast<int32_t>(step);
     call.job.query_layouts = call.pass_layouts(call.job.query, PassKind::predict);
     Tensor outputs = call.outputs(x, call.job.query.n);
-    call.run(false, false, 0);
+    call.run(false);
     return outputs;
   });
 }
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, int64_t isa
     Tensor grads = empty(x, {job.tasks, job.n_params});
     job.losses = data<T>(losses);
     job.grads = data<T>(grads);
-    call.run(false, false, 0);
+    call.run(false);
     return std::make_tuple(losses, grads, outputs);
   });
 }
@@ -58,73 +58,76 @@ std::tuple<Tensor, Tensor> jvp(Tensor description, int64_t isa, int64_t team_fro
     Tensor tangents = call.outputs(x, job.support.n);
     job.tangents = data<T>(tangents);
     Tensor outputs = call.outputs(x, job.support.n);
-    call.run(false, false, 0);
+    call.run(false);
     return std::make_tuple(outputs, tangents);
   });
 }
 
-// Likewise, with the gradient g of the loss in the outputs and its tangent gd: the gradients of the adapted parameters,
-// and the Hessians times u.
-std::tuple<Tensor, Tensor> hvp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
-                               Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes, int64_t step) {
+// H u [T, P] of the loss, for targets y. For a loss that is computed elsewhere y is its gradient in the outputs and yd
+// the tangent of that; else yd is empty.
+Tensor hvp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params, Tensor u,
+           Tensor x, Tensor y, Tensor yd, Tensor sizes, int64_t step) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
     CpuCall<T> call(Goal::hvp, description, isa, team_from, rank, constants, x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
     call.direction(u);
-    job.support = call.samples(x, g, sizes);
-    job.support.d_targets = call.targets(gd, job.support);
+    job.support = call.samples(x, y, sizes);
+    if (yd.numel()) job.support.d_targets = call.targets(yd, job.support);
     job.step = static_cast<int32_t>(step);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
-    Tensor grads = empty(x, {job.tasks, job.n_params}), products = empty(x, {job.tasks, job.n_params});
-    job.grads = data<T>(grads);
+    Tensor products = empty(x, {job.tasks, job.n_params});
     job.products = data<T>(products);
-    call.run(false, false, 0);
-    return std::make_tuple(grads, products);
+    call.run(false);
+    return products;
   });
 }
 
+// The sets of support samples, of which a batch has one for each step where each has its own.
+int64_t sets(const std::vector<int64_t>& loop) {
+  const LoopSettings settings = loop_settings(loop);
+  return settings.each_step ? std::max<int64_t>(settings.steps, 1) : 1;
+}
+
 Tensor adapt(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
-             Tensor rates, Tensor x, Tensor y, Tensor sizes, int64_t steps) {
+             std::vector<double> rule, Tensor rates, Tensor x, Tensor y, Tensor sizes, std::vector<int64_t> loop) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    CpuCall<T> call(Goal::adapt, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<T> call(Goal::adapt, description, isa, team_from, rank, constants, x.sizes()[0] / sets(loop));
     auto& job = call.job;
+    call.loop(loop, rule, rates);
     call.params(params);
-    call.rates(rates, steps);
-    job.support = call.samples(x, y, sizes);
+    job.support = call.support(x, y, sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
-    Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
+    Tensor trajectory = empty(x, {job.steps + 1, job.tasks, (1 + job.rule.states) * job.n_params});
     job.trajectory = data<T>(trajectory);
-    call.run(false, false, 0);
+    call.run(false);
     return trajectory;
   });
 }
 
 std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants,
-                                     Tensor trajectory, Tensor rates, Tensor x, Tensor y, Tensor sizes, Tensor v,
-                                     bool first_order, bool learns_rates) {
+                                     Tensor trajectory, std::vector<double> rule, Tensor rates, Tensor x, Tensor y,
+                                     Tensor sizes, Tensor v, std::vector<int64_t> loop) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
-    CpuCall<T> call(Goal::adapt_vjp, description, isa, team_from, rank, constants, x.sizes()[0]);
+    CpuCall<T> call(Goal::adapt_vjp, description, isa, team_from, rank, constants, x.sizes()[0] / sets(loop));
     auto& job = call.job;
-    const int64_t steps = trajectory.sizes()[0] - 1;
-    call.rates(rates, steps);
-    job.support = call.samples(x, y, sizes);
+    call.loop(loop, rule, rates);
+    job.support = call.support(x, y, sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     job.trajectory = data<T>(trajectory);
     job.v = data<T>(v);
     job.v_everywhere = v.dim() == 3;
-    job.first_order = first_order;
-    job.learns_rates = learns_rates;
-    if (trajectory.numel() != (steps + 1) * job.tasks * job.n_params || trajectory.scalar_type() != v.scalar_type() ||
-        v.numel() != (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params) {
+    const int64_t width = (1 + job.rule.states) * job.n_params, steps = job.steps + 1;
+    if (trajectory.numel() != steps * job.tasks * width || trajectory.scalar_type() != v.scalar_type() ||
+        v.numel() != (job.v_everywhere ? steps : 1) * job.tasks * width) {
       fail("trajectory [S+1, T, P] and v [T, P] or [S+1, T, P] do not match the model and the tasks");
     }
-    Tensor grads = empty(x, {job.tasks, job.n_params});
+    Tensor grads = empty(x, {job.tasks, width});
     job.grads = data<T>(grads);
-    call.run(false, learns_rates, 0);
+    call.run(false);
     return std::make_tuple(grads, call.rates_grad(rates, T(1)));
   });
 }
@@ -132,24 +135,23 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, int64_t isa, int64_t te
 // The parameters as a module holds them, and their gradients likewise.
 std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
     Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, std::vector<Tensor> params,
-    Tensor rates, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, Tensor query_y,
-    Tensor query_sizes, std::vector<double> step_weights, bool first_order, bool learns_rates, int64_t budget) {
+    std::vector<double> rule, Tensor rates, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x,
+    Tensor query_y, Tensor query_sizes, std::vector<int64_t> loop, std::vector<double> step_weights) {
   return by_dtype(params.at(0), [&](auto real) {
     using T = decltype(real);
-    CpuCall<T> call(Goal::meta_gradient, description, isa, team_from, rank, constants, support_x.sizes()[0]);
+    CpuCall<T> call(Goal::meta_gradient, description, isa, team_from, rank, constants, query_x.sizes()[0]);
     auto& job = call.job;
     call.params(params);
-    call.rates(rates, static_cast<int64_t>(step_weights.size()) - 1);
+    call.loop(loop, rule, rates);
     job.weights = step_weights.data();
-    job.first_order = first_order;
-    job.learns_rates = learns_rates;
-    job.support = call.samples(support_x, support_y, support_sizes);
+    job.support = call.support(support_x, support_y, support_sizes);
     job.query = call.samples(query_x, query_y, query_sizes);
     job.support_layouts = call.pass_layouts(job.support, PassKind::gradient_and_tangent);
     job.query_layouts = call.pass_layouts(job.query, PassKind::gradient);
+    call.plan_memory();
     Tensor outputs = call.outputs(query_x, job.query.n), losses = empty(query_x, {job.tasks});
     job.losses = data<T>(losses);
-    call.run(true, learns_rates, budget);
+    call.run(true);
     const T scale = T(1) / job.tasks;
     return std::make_tuple(losses, outputs, call.grads(params, scale), call.rates_grad(rates, scale));
   });
@@ -158,7 +160,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> meta_gradient(
 // Raises with the reason where the model cannot be run; else METAFAST_MEMORY_NUMBERS of a meta-gradient of so many
 // tasks with n support and m query samples.
 Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, int64_t n, int64_t m, int64_t tasks,
-              int64_t steps, int64_t budget) {
+              std::vector<double> rule, std::vector<int64_t> loop, std::vector<double> step_weights) {
   return by_dtype(like, [&](auto real) {
     using T = decltype(real);
     const Isa<T>* found = build<T>(isa);
@@ -166,26 +168,34 @@ Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, i
     const PassLayout& support = plan->pass_layout(static_cast<int>(n), PassKind::gradient_and_tangent);
     const PassLayout& query = plan->pass_layout(static_cast<int>(m), PassKind::gradient);
     const PassLayout *of_support[] = {&support}, *of_query[] = {&query};
+    const LoopSettings settings = loop_settings(loop);
     Job<T> job{};
     job.program = &plan->program();
     job.support.n = static_cast<int32_t>(n);
     job.query.n = static_cast<int32_t>(m);
     job.goal = Goal::meta_gradient;
     job.tasks = tasks;
-    job.steps = static_cast<int32_t>(steps);
+    job.steps = static_cast<int32_t>(settings.steps);
+    job.first_order = settings.first_order;
+    job.learns_rates = settings.learns_rates;
+    job.weights = step_weights.data();
+    read_rule(rule, job.rule);
     job.support_layouts = {of_support, support.tape, support.scratch};
     job.query_layouts = {of_query, query.tape, 0};
-    const int64_t team = found->team_workspace(job, team_from), chunk = chunk_of(tasks);
-    const LaneGroups<T> groups(*found, numbers(description), job, chunk, torch::stable::get_num_threads(), budget);
+    const int64_t budget = keep_within(job, settings), team = found->team_workspace(job, team_from);
+    const int64_t chunk = chunk_of(tasks), chunks = (tasks + chunk - 1) / chunk;
+    const LaneGroups<T> groups(*found, numbers(description), job, chunk, side_by_side(chunks), budget);
     const bool some = groups.chunks() > 0;
     MemoryNumbers answer{};
-    answer.tape = static_cast<double>(support.tape);
-    answer.tangents = static_cast<double>(support.scratch);
-    answer.query_tape = static_cast<double>(query.tape);
+    answer.task_memory = static_cast<double>(found->memory(job));
+    answer.shared = static_cast<double>((chunks * (job.learns_rates ? 2 : 1) + 2) * job.program->size);
     answer.team_workspace = static_cast<double>(team);
     answer.lanes_memory = static_cast<double>(some ? found->lanes_memory(groups.job) : 0);
-    answer.chunks = static_cast<double>((tasks + chunk - 1) / chunk);
+    answer.chunks = static_cast<double>(chunks);
     answer.lanes = static_cast<double>(some ? groups.lanes : 0);
+    answer.keeps_tapes = job.keeps_tapes;
+    answer.begin = job.begin;
+    answer.segment = job.segment;
     Tensor out = empty(description, {sizeof answer / sizeof(double)});
     std::memcpy(out.data_ptr(), &answer, sizeof answer);
     return out;
@@ -203,19 +213,19 @@ STABLE_TORCH_LIBRARY(metafast, m) {
         "Tensor params, Tensor x, Tensor y, Tensor sizes, int step) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_jvp(" METAFAST_MODEL "Tensor params, Tensor u, Tensor x, Tensor sizes, int step) -> (Tensor, Tensor)");
   m.def("cpu_hvp(" METAFAST_MODEL
-        "Tensor params, Tensor u, Tensor x, Tensor g, Tensor gd, Tensor sizes, int step) -> (Tensor, Tensor)");
+        "Tensor params, Tensor u, Tensor x, Tensor y, Tensor yd, Tensor sizes, int step) -> Tensor");
   m.def("cpu_adapt(" METAFAST_MODEL
-        "Tensor params, Tensor rates, Tensor x, Tensor y, Tensor sizes, int steps) -> Tensor");
+        "Tensor params, float[] rule, Tensor rates, Tensor x, Tensor y, Tensor sizes, int[] loop) -> Tensor");
   m.def("cpu_adapt_vjp(" METAFAST_MODEL
-        "Tensor trajectory, Tensor rates, Tensor x, Tensor y, Tensor sizes, Tensor v, bool first_order, "
-        "bool learns_rates) -> (Tensor, Tensor)");
+        "Tensor trajectory, float[] rule, Tensor rates, Tensor x, Tensor y, Tensor sizes, Tensor v, int[] loop) "
+        "-> (Tensor, Tensor)");
   m.def("cpu_meta_gradient(" METAFAST_MODEL
-        "Tensor[] params, Tensor rates, Tensor support_x, Tensor support_y, Tensor support_sizes, Tensor query_x, "
-        "Tensor query_y, Tensor query_sizes, float[] step_weights, bool first_order, bool learns_rates, int budget) "
+        "Tensor[] params, float[] rule, Tensor rates, Tensor support_x, Tensor support_y, Tensor support_sizes, "
+        "Tensor query_x, Tensor query_y, Tensor query_sizes, int[] loop, float[] step_weights) "
         "-> (Tensor, Tensor, Tensor[], Tensor)");
   m.def(
-      "cpu_memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, int steps, "
-      "int budget) -> Tensor");
+      "cpu_memory(Tensor description, int isa, int team_from, Tensor like, int n, int m, int tasks, float[] rule, "
+      "int[] loop, float[] step_weights) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {

@@ -10,12 +10,41 @@
 #include "../cpu/isa.h"
 #include "../core/trace_buffer.h"
 #include "../cpu/lane_groups.h"
-#include "tensors.h"
+#include "facts.h"
+#include "rule_tables.h"
 
 namespace metafast {
 
+// Reads the argument `loop` of operators.
+inline LoopSettings loop_settings(const std::vector<int64_t>& numbers) {
+  LoopSettings loop{};
+  if (numbers.size() != sizeof loop / sizeof(int64_t)) fail("loop has the wrong number of settings");
+  std::copy(numbers.begin(), numbers.end(), &loop.steps);
+  return loop;
+}
+
 // Returns how many tasks are summed together, so many that there are at most 64 sums.
 inline int64_t chunk_of(int64_t tasks) { return (tasks + 63) / 64; }
+
+// Returns how many chunks of tasks run at the same time.
+inline int64_t side_by_side(int64_t chunks) { return std::min<int64_t>(torch::stable::get_num_threads(), chunks); }
+
+// Plans what a meta-gradient keeps, and returns the bytes that it may keep. Throws std::runtime_error where the user's
+// own bound is less than any plan needs.
+template <class T>
+int64_t keep_within(Job<T>& job, const LoopSettings& loop) {
+  const int64_t chunk = chunk_of(job.tasks), at_once = side_by_side((job.tasks + chunk - 1) / chunk);
+  const bool bounded = loop.memory >= 0;
+  const int64_t budget = bounded ? loop.memory : loop.budget;
+  const double bytes = static_cast<double>(at_once * sizeof(T));
+  const double kept = bytes * plan_loop(job, loop.truncate, static_cast<double>(budget) / bytes, bounded);
+  if (bounded && kept > static_cast<double>(budget)) {
+    fail("memory=" + std::to_string(budget) + ": the way back through " + std::to_string(job.steps - job.begin) +
+         " steps keeps " + std::to_string(static_cast<int64_t>(kept)) +
+         " bytes at the least; give more, fewer tasks or steps, or truncate=");
+  }
+  return budget;
+}
 
 // Returns the build by its place in isa_names().
 template <class T>
@@ -43,11 +72,11 @@ class CpuCall {
     job.constants = constants_.data();
   }
 
-  // Takes parameters [P] or [T, P].
+  // Takes parameters [P], or z [T, (1 + K) P].
   void params(const Tensor& t) {
     job.params_per_task = t.dim() == 2;
     if (!job.params_per_task) return params(std::vector<Tensor>{t});
-    expect<T>(t, job.tasks * job.n_params, "params");
+    expect<T>(t, job.tasks * (1 + job.rule.states) * job.n_params, "params");
     job.params = data<T>(t);
   }
 
@@ -72,12 +101,27 @@ class CpuCall {
     job.v = data<T>(u);
   }
 
-  void rates(const Tensor& rates, int64_t steps) {
+  // What is done to each task. `rule` is empty where steps are plain, or as RuleTables says, and so are `rates`.
+  void loop(const std::vector<int64_t>& settings, const std::vector<double>& rule, const Tensor& rates) {
+    loop_ = loop_settings(settings);
+    job.steps = static_cast<int32_t>(loop_.steps);
+    job.first = loop_.first;
+    job.first_order = loop_.first_order;
+    job.learns_rates = loop_.learns_rates;
+    if (rule.empty()) {
+      read_rule(rule, job.rule);
+      this->rates(rates);
+    } else {
+      rule_.emplace(rule, rates, *plan, job);
+    }
+    job.needs_gradient = needs_gradient(job);
+  }
+
+  void rates(const Tensor& rates) {
     const auto sizes = rates.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
     expect<T>(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
-    job.steps = static_cast<int32_t>(steps);
-    job.rate_rows = static_cast<int32_t>(rows);
+    job.rate_rows = job.rate_sum_rows = static_cast<int32_t>(rows);
     alpha = zeros<T>(rows * size);
     const T* given = data<T>(rates);
     for (int64_t r = 0; r < rows; ++r, given += width) {
@@ -93,21 +137,26 @@ class CpuCall {
     job.alpha = alpha.get();
   }
 
-  // `sizes` are the samples of each task, [T], or empty where all have n.
-  Samples<T> samples(const Tensor& x, const Tensor& sizes) const {
+  Samples<T> support(const Tensor& x, const Tensor& y, const Tensor& sizes) const {
+    return samples(x, y, sizes, loop_.each_step);
+  }
+
+  // `sizes` are the samples of each task, [T], or empty where all have n; T is S T where each step has its own.
+  Samples<T> samples(const Tensor& x, const Tensor& sizes, bool each_step = false) const {
     const Program& p = *job.program;
     const int32_t n = static_cast<int32_t>(x.sizes()[1]);
     const int h = p.input.h - 2 * p.border_y, w = p.input.w - 2 * p.border_x;
-    expect<T>(x, job.tasks * n * p.input.c * h * w, "x");
     Samples<T> s{};
+    s.each_step = each_step;
+    expect<T>(x, rows(s) * n * p.input.c * h * w, "x");
     s.n = n;
     s.x = data<T>(x);
-    s.counts = counts(sizes, n);
+    s.counts = counts(sizes, s);
     return s;
   }
 
-  Samples<T> samples(const Tensor& x, const Tensor& y, const Tensor& sizes) const {
-    Samples<T> s = samples(x, sizes);
+  Samples<T> samples(const Tensor& x, const Tensor& y, const Tensor& sizes, bool each_step = false) const {
+    Samples<T> s = samples(x, sizes, each_step);
     if (plan->reads_labels()) {
       s.labels = labels(y, s);
     } else {
@@ -118,15 +167,15 @@ class CpuCall {
 
   const T* targets(const Tensor& y, const Samples<T>& s) const {
     const Grid& out = job.program->out;
-    expect<T>(y, job.tasks * s.n * out.c * out.h * out.w, "targets");
+    expect<T>(y, rows(s) * s.n * out.c * out.h * out.w, "targets");
     return data<T>(y);
   }
 
   TaskPassLayouts pass_layouts(const Samples<T>& s, PassKind kind) {
     auto& of = layouts_[kind == PassKind::gradient_and_tangent];
     TaskPassLayouts all{};
-    of.reserve(job.tasks);
-    for (int64_t t = 0; t < job.tasks; ++t) {
+    of.reserve(rows(s));
+    for (int64_t t = 0; t < rows(s); ++t) {
       const int n = static_cast<int>(s.counts ? s.counts[t] : s.n);
       of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass_layout(n, kind));
       all.tape = std::max(all.tape, of.back()->tape);
@@ -136,23 +185,26 @@ class CpuCall {
     return all;
   }
 
+  // Plans what a meta-gradient keeps; job.weights and the samples are known.
+  void plan_memory() { budget_ = keep_within(job, loop_); }
+
   // Runs all tasks. Each chunk of them has a sum of its own, and these are added in order, so it does not matter to the
   // sums who ran them.
-  void run(bool sums, bool rate_sums, int64_t budget) {
+  void run(bool sums) {
     const int64_t chunk = chunk_of(job.tasks), chunks = (job.tasks + chunk - 1) / chunk;
-    const int64_t size = job.program->size;
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
-    const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = rate_sums ? chunks * job.rate_rows * size : 0;
+    const int64_t size = job.program->size, threads = side_by_side(chunks);
+    const bool learns = job.learns_rates;
+    if (learns && rule_) rule_->sum_up(job, chunks);
+    const bool rate_sums = learns && job.rate_sum_rows > 0;
+    const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = rate_sums ? chunks * job.rate_sum_rows * size : 0;
     if (sums || rate_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
     if (sums) job.sums = static_cast<T*>(partial->data());
     if (rate_sums) job.rate_sums = static_cast<T*>(partial->data()) + in_sums;
-    job.keeps_tapes =
-        needs_tapes(job) && job.steps * job.support_layouts.tape * threads * static_cast<int64_t>(sizeof(T)) <= budget;
     const int64_t workspace = chunks < torch::stable::get_num_threads() ? isa->team_workspace(job, team_from_) : 0;
     if (workspace > 0) {
       run_in_teams(chunks, chunk, workspace);
     } else {
-      LaneGroups<T> groups(*isa, description_, job, chunk, threads, budget);
+      LaneGroups<T> groups(*isa, description_, job, chunk, threads, budget_);
       run_separately(threads, chunk, groups);
       if (groups.chunks() > 0) {
         collect(groups, chunks);
@@ -160,7 +212,7 @@ class CpuCall {
       }
     }
     total(job.sums, 0, chunks, size, job.sums);
-    total(job.rate_sums, 0, chunks, job.rate_rows * size, job.rate_sums);
+    total(job.rate_sums, 0, chunks, job.rate_sum_rows * size, job.rate_sums);
   }
 
   // Returns gradients of the shapes of the parts that params took.
@@ -179,6 +231,7 @@ class CpuCall {
 
   // Returns the gradient of the rates, of their shape.
   Tensor rates_grad(const Tensor& rates, T scale) const {
+    if (rule_) return rule_->gradient(rates, job, 1.0 / (scale == 1 ? 1 : job.tasks));
     const int64_t rows = rates.sizes()[0], width = rates.sizes()[1], size = job.program->size;
     Tensor out = empty(rates, {job.learns_rates ? rows : 0, width});
     for (int64_t r = 0; r < out.sizes()[0]; ++r) {
@@ -212,6 +265,7 @@ class CpuCall {
     const bool some = groups.chunks() > 0;
     groups.job.sums = job.sums;
     groups.job.rate_sums = job.rate_sums;
+    groups.job.number_sums = job.number_sums;
     const int64_t memory = std::max(isa->memory(job), some ? isa->lanes_memory(groups.job) : 0) * sizeof(T);
     int64_t next_group = 0, next = groups.chunks();
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
@@ -232,7 +286,7 @@ class CpuCall {
       sums = sum.get();
     };
     all(job.sums, 1, sums_);
-    all(job.rate_sums, job.rate_rows, rate_sums_);
+    all(job.rate_sums, job.rate_sum_rows, rate_sums_);
   }
 
   // Makes a team for each chunk. A pool may give fewer threads than there are members: then one thread stands for
@@ -259,26 +313,31 @@ class CpuCall {
     });
   }
 
-  const int64_t* counts(const Tensor& sizes, int64_t n) const {
+  // Counts the sets of samples.
+  int64_t rows(const Samples<T>& s) const { return s.each_step ? job.steps * job.tasks : job.tasks; }
+
+  const int64_t* counts(const Tensor& sizes, const Samples<T>& s) const {
     if (!sizes.numel()) return nullptr;
-    if (sizes.scalar_type() != ScalarType::Long || sizes.numel() != job.tasks) fail("sizes must be int64 of shape [T]");
+    if (sizes.scalar_type() != ScalarType::Long || sizes.numel() != rows(s)) fail("sizes must be int64 of shape [T]");
     const int64_t* counts = data<int64_t>(sizes);
-    for (int64_t t = 0; t < job.tasks; ++t) {
-      if (counts[t] < 1 || counts[t] > n) fail("a task has between 1 and " + std::to_string(n) + " samples");
+    for (int64_t t = 0; t < rows(s); ++t) {
+      if (counts[t] < 1 || counts[t] > s.n) fail("a task has between 1 and " + std::to_string(s.n) + " samples");
     }
     return counts;
   }
 
   const int64_t* labels(const Tensor& y, const Samples<T>& s) const {
-    if (y.scalar_type() != ScalarType::Long || y.numel() != job.tasks * s.n) {
+    const int64_t count = rows(s) * s.n;
+    if (y.scalar_type() != ScalarType::Long || y.numel() != count) {
       fail("labels must be int64 of shape [T, n]");
     }
     const int64_t* labels = data<int64_t>(y);
     const int classes = job.program->out.c;
-    for (int64_t i = 0; i < job.tasks * s.n; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       if (labels[i] < 0 || labels[i] >= classes) {
-        fail("label " + std::to_string(labels[i]) + " of task " + std::to_string(i / s.n) + " is outside 0.." +
-             std::to_string(classes - 1) + ": the model has " + std::to_string(classes) + " outputs");
+        fail("label " + std::to_string(labels[i]) + " of task " + std::to_string(i / s.n % job.tasks) +
+             " is outside 0.." + std::to_string(classes - 1) + ": the model has " + std::to_string(classes) +
+             " outputs");
       }
     }
     return labels;
@@ -302,6 +361,9 @@ class CpuCall {
   std::vector<T> constants_;
   std::unique_ptr<T[]> inner_params, alpha, sums_, rate_sums_;
   const int64_t team_from_, rank_;
+  LoopSettings loop_{};
+  int64_t budget_ = 0;  // bytes that a meta-gradient keeps at most
+  std::optional<RuleTables<T>> rule_;
   std::optional<Arena> partial;  // the sums of each chunk
   std::vector<const PassLayout*> layouts_[2];
 };

@@ -61,6 +61,21 @@ Table losses() {
   return table;
 }
 
+// The rules of inner steps: the number of each, and the place of weight decay among its hyper-parameters.
+Table steps() {
+  Table table;
+#define METAFAST_STEP(kind, formula, names, decay)           \
+  {                                                          \
+    Table step;                                              \
+    step.add("number", static_cast<size_t>(StepKind::kind)); \
+    step.add("decay", static_cast<size_t>(decay));           \
+    table.add(#kind, step.text());                           \
+  }
+  METAFAST_STEP_RULES(METAFAST_STEP)
+#undef METAFAST_STEP
+  return table;
+}
+
 // A Span as numpy describes a record, and what spans are about.
 Table spans() {
   std::vector<std::string> names, formats, offsets;
@@ -96,6 +111,8 @@ std::string facts_as_json() {
   table.add("spans", spans().text());
   table.add("precisions", list({METAFAST_PRECISIONS(METAFAST_QUOTED)}));
   table.add("launch_settings", list({METAFAST_LAUNCH_SETTINGS(METAFAST_QUOTED)}));
+  table.add("loop_settings", list({METAFAST_LOOP_SETTINGS(METAFAST_QUOTED)}));
+  table.add("steps", steps().text());
   table.add("memory_numbers", list({METAFAST_MEMORY_NUMBERS(METAFAST_QUOTED)}));
   return table.text();
 }

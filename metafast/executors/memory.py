@@ -24,11 +24,13 @@ class MemoryPlan:
         chunk: the number of tasks that are computed at a time.
         keep: whether the activations of all inner steps are kept for the way back, which else computes them again.
         peak: the most bytes of memory in use at any time, beside the tasks and the parameters.
+        steps: words on the steps that the way back takes again, or does not go through; empty where there are none.
     """
 
     chunk: int
     keep: bool
     peak: int
+    steps: str = ""
 
     def chunks(self, tasks: int) -> Iterator[slice]:
         """Yields the ranges of tasks that are computed one after another."""
@@ -37,6 +39,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         how = "activations kept" if self.keep else "activations computed again on the way back"
+        how += f", {self.steps}" if self.steps else ""
         return f"{self.chunk} task{'s' * (self.chunk > 1)} at a time, {how}, peak {self.peak / 2**20:,.0f} MiB"
 
 

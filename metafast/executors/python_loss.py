@@ -48,11 +48,10 @@ class OutputDerivatives(Protocol):
 
     def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Computes adjoints of parameters, and tangents of these adjoints along ``u``, both ``[T, P]``.
+    ) -> Tensor:
+        """Computes the tangents along ``u`` of the adjoints of all parameters, ``[T, P]``.
 
-        They follow from the adjoint ``g`` of the outputs and its tangent ``gd``. The adjoints are those of the adapted
-        parameters; the tangents are those of the adjoints of all parameters.
+        They follow from the adjoint ``g`` of the outputs and its tangent ``gd``.
         """
 
 
@@ -101,7 +100,7 @@ class PythonLoss(Executor):
             program.loss.forward(context, outputs, batch.y)
             g = program.loss.backward(context)
             gd = program.loss.tangent_backward(context, tangent)
-        return self.inner.outputs_hvp(program, params, batch, u, g, gd, step)[1]
+        return self.inner.outputs_hvp(program, params, batch, u, g, gd, step)
 
     def outputs_vjp(self, program: Program, params: Tensor, batch: Batch, g: Tensor, step: int = 0) -> Tensor:
         return self.inner.outputs_vjp(program, params, batch, g, step)

@@ -23,6 +23,18 @@ _CLIPS = ("max_norm", "max_value")
 _NORM_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
 
+class Formula(NamedTuple):
+    """Names one of the steps that executors have compiled.
+
+    Attributes:
+        kind: the name under which they know it.
+        option: how the step is taken, where there are two ways.
+    """
+
+    kind: str
+    option: bool = False
+
+
 class Rule(ABC):
     """Says how an inner step follows from the gradient; a class of your own needs :meth:`step` and what it is made of.
 
@@ -77,6 +89,11 @@ class Rule(ABC):
     def start(self, name: str) -> float:
         """Returns what the elements of a state are before the first step."""
         return 0.0
+
+    @property
+    def formula(self) -> Formula | None:
+        """Says which of the steps that executors may have compiled this one is; ``None``: it is none of them."""
+        return None
 
     @property
     def hyper_names(self) -> tuple[str, ...]:

@@ -28,13 +28,16 @@ from metafast.executors.native.encode import (
     extension,
     extension_error,
     has_rules,
+    support_samples,
     targets,
     unsupported_layer,
     unsupported_loss,
 )
+from metafast.executors.native.inner_steps import InnerSteps, inner_steps, loop_numbers, rule_numbers
 from metafast.executors.python_loss import PythonLoss
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
+from metafast.program.rule import started
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _META_GRADIENT = None if extension is None else torch.ops.metafast.cpu_meta_gradient.default
@@ -92,7 +95,7 @@ class CpuExecutor(Executor):
         if reason is not None:
             return reason
         try:
-            needed = self._memory(program, shapes, loop.steps)
+            needed = self._memory(program, shapes, loop._replace(memory=None))
         except ValueError as error:
             return str(error)
         several = needed["team_workspace"] and needed["chunks"] < torch.get_num_threads()
@@ -110,18 +113,26 @@ class CpuExecutor(Executor):
         """Plans the working memory of a meta-gradient of tasks of these shapes.
 
         Raises:
-            ValueError: C++ cannot run the program on these shapes; the text says why.
+            ValueError: C++ cannot run the program on these shapes, or ``loop.memory`` is less than any plan needs; the
+                text says why.
         """
-        needed = self._memory(program, shapes, loop.steps)
-        itemsize = shapes.dtype.itemsize
+        needed = self._memory(program, shapes, loop)
         cores = torch.get_num_threads()
         tasks = min(cores, needed["chunks"])
+        each = max(needed["task_memory"], needed["lanes_memory"])
+        elements = needed["shared"] + tasks * each + (cores - tasks) * needed["team_workspace"]
         at_once = unsupported_loss(program, shapes) is None and program.query is program
-        keep = at_once and loop.steps * needed["tape"] * itemsize * tasks <= self.budget
-        tapes = (loop.steps if keep else 1) * needed["tape"] + max(needed["tangents"], needed["query_tape"])
-        each = max(tapes + (2 * loop.steps + 4) * program.size, needed["lanes_memory"])
-        peak = itemsize * (tasks * each + (cores - tasks) * needed["team_workspace"])
-        return MemoryPlan(min(cores * (needed["lanes"] or 1), shapes.tasks), keep, peak)
+        at_once = at_once and rule_numbers(loop.rule) is not None
+        back = loop.steps - needed["begin"]
+        words = ""
+        if 0 < needed["segment"] < back:
+            again = f"z of one of {needed['segment']} steps kept and the steps between taken again"
+            words = f"{again}, which costs one more gradient a step"
+        elif back < loop.steps:
+            words = f"the way back through {back} of {loop.steps} steps"
+        peak = elements * shapes.dtype.itemsize
+        at_a_time = min(cores * (needed["lanes"] or 1), shapes.tasks)
+        return MemoryPlan(at_a_time, at_once and bool(needed["keeps_tapes"]), peak, words)
 
     def predict(
         self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
@@ -137,53 +148,52 @@ class CpuExecutor(Executor):
         return self._loss_and_grad(model, params, batch, targets(program.loss, batch.y, batch.x.dtype), step)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        if not loop.is_plain or support.each_step:
+        found = self._fused(program, loop, rates, support, params.dtype)
+        if found is None:
             return steps.adapt(self, program, loop, params, rates, support)
-        if not has_rules(program.loss, support.y):
-            return PythonLoss(self).adapt(program, loop, params, rates, support)
-        model = self._models.of(program, support.x.shape[2:])
-        packing = RaggedPacking(support.mask)
+        first = support.at(0)
+        if loop.states and not (params.dim() == 1 and len(params) == program.size):
+            params = started(loop.rule, params, program.size).expand(first.x.shape[0], -1)
+        model = self._models.of(program, first.x.shape[2:])
         trajectory: Tensor = call_op(
-            torch.ops.metafast.cpu_adapt, *self._head(model, params.dtype), as_input(params),
-            as_input(rates.to(params.dtype)), *packing.samples(program.loss, support.x, support.y), loop.steps,
+            torch.ops.metafast.cpu_adapt, *self._head(model, params.dtype), as_input(params), *found,
+            *support_samples(program.loss, support), loop_numbers(loop, support.each_step, self.budget),
         )  # fmt: skip
         return trajectory
 
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if not loop.is_plain or support.each_step:
+        found = self._fused(program, loop, rates, support, trajectory.dtype)
+        if found is None:
             return steps.adapt_vjp(self, program, loop, trajectory, rates, support, v)
-        if not has_rules(program.loss, support.y):
-            return PythonLoss(self).adapt_vjp(program, loop, trajectory, rates, support, v)
-        model = self._models.of(program, support.x.shape[2:])
-        packing = RaggedPacking(support.mask)
+        model = self._models.of(program, support.at(0).x.shape[2:])
         grads, rates_grad = call_op(
-            torch.ops.metafast.cpu_adapt_vjp, *self._head(model, trajectory.dtype), as_input(trajectory),
-            as_input(rates.to(trajectory.dtype)), *packing.samples(program.loss, support.x, support.y),
-            as_input(v), loop.first_order, loop.learns_rates,
+            torch.ops.metafast.cpu_adapt_vjp, *self._head(model, trajectory.dtype), as_input(trajectory), *found,
+            *support_samples(program.loss, support), as_input(v), loop_numbers(loop, support.each_step, self.budget),
         )  # fmt: skip
         return grads, rates_grad if loop.learns_rates else None
 
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
-        return PythonLoss(self).hvp(program, params, batch, u, step)
+        if not has_rules(program.loss, batch.y):
+            return PythonLoss(self).hvp(program, params, batch, u, step)
+        u = u.expand(batch.x.shape[0], -1) * program.adapted
+        y = targets(program.loss, batch.y, batch.x.dtype)
+        return self._hvp(self._models.of(program, batch.x.shape[2:]), params, batch, u, (y, y[:0]), step)
 
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        loss, x = program.loss, tasks.support_x
-        in_rules = has_rules(loss, tasks.support_y) and has_rules(loss, tasks.query_y)
-        if not in_rules or program.query_loss is not None or not loop.is_plain or tasks.each_step:
+        loss, dtype, support = program.loss, parameters[0].dtype, tasks.support
+        found = self._fused(program, loop, rates, support, dtype)
+        if found is None or program.query_loss is not None or not has_rules(loss, tasks.query_y):
             return super().meta_gradient(program, loop, parameters, rates, tasks)
-        dtype = parameters[0].dtype
-        model = self._models.of(program, x.shape[2:])
-        support = RaggedPacking(tasks.support_mask)
+        model = self._models.of(program, tasks.query_x.shape[2:])
         query = RaggedPacking(tasks.query_mask)
         losses, outputs, grads, rates_grad = call_op(
-            _META_GRADIENT, *self._head(model, dtype), parameters,
-            as_input(rates if rates.dtype == dtype else rates.to(dtype)),
-            *support.samples(loss, x, tasks.support_y), *query.samples(loss, tasks.query_x, tasks.query_y),
-            loop.step_weights, loop.first_order, loop.learns_rates, self.budget,
+            _META_GRADIENT, *self._head(model, dtype), parameters, *found, *support_samples(loss, support),
+            *query.samples(loss, tasks.query_x, tasks.query_y), loop_numbers(loop, tasks.each_step, self.budget),
+            loop.step_weights,
         )  # fmt: skip
         return MetaGradient(losses, query.unpack(outputs), grads, rates_grad if loop.learns_rates else None)
 
@@ -216,15 +226,28 @@ class CpuExecutor(Executor):
 
     def outputs_hvp(
         self, program: Program, params: Tensor, batch: Batch, u: Tensor, g: Tensor, gd: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the adjoints of the adapted parameters, and the tangents of all adjoints along ``u``: ``[T, P]``."""
+    ) -> Tensor:
+        """Computes the tangents of the adjoints of all parameters along ``u``, ``[T, P]``."""
         model = self._models_under_external_loss.of(program, batch.x.shape[2:])
+        return self._hvp(model, params, batch, u, (g, gd), step)
+
+    def _hvp(
+        self, model: Model, params: Tensor, batch: Batch, u: Tensor, y: tuple[Tensor, Tensor], step: int
+    ) -> Tensor:
+        """Computes ``H u``; ``y`` are the targets and nothing, or the adjoint of the outputs and its tangent."""
         packing = RaggedPacking(batch.mask)
-        grads, products = call_op(
+        product: Tensor = call_op(
             torch.ops.metafast.cpu_hvp, *self._head(model, params.dtype), as_input(params), as_input(u),
-            packing.pack(batch.x), packing.pack(g), packing.pack(gd), packing.sizes, step,
+            packing.pack(batch.x), packing.pack(y[0]), packing.pack(y[1]) if len(y[1]) else y[1], packing.sizes, step,
         )  # fmt: skip
-        return grads, products
+        return product
+
+    def _fused(
+        self, program: Program, loop: InnerLoop, rates: Tensor, support: Batch, dtype: torch.dtype
+    ) -> InnerSteps | None:
+        """Returns the steps as operators take them; ``None`` where C++ cannot take them all in one call."""
+        y = support.y.flatten(0, 1) if support.each_step else support.y
+        return inner_steps(loop, rates, dtype) if has_rules(program.loss, y) else None
 
     def _loss_and_grad(
         self, model: Model, params: Tensor, batch: Batch, y: Tensor, step: int
@@ -237,12 +260,13 @@ class CpuExecutor(Executor):
         )  # fmt: skip
         return losses, grads, packing.unpack(outputs)
 
-    def _memory(self, program: Program, shapes: TaskShapes, steps: int) -> dict[str, int]:
+    def _memory(self, program: Program, shapes: TaskShapes, loop: InnerLoop) -> dict[str, int]:
         """Asks C++ what a meta-gradient takes: elements of memory, and numbers of tasks (csrc/torch/facts.h)."""
         model = self._models.of(program, shapes.sample)
         numbers = call_op(
             torch.ops.metafast.cpu_memory, model.description, self._build, self.team_from, _empty(shapes.dtype),
-            *shapes.samples, shapes.tasks, steps, self.budget,
+            *shapes.samples, shapes.tasks, rule_numbers(loop.rule) or (), loop_numbers(loop, False, self.budget),
+            loop.step_weights,
         ).tolist()  # fmt: skip
         return {name: int(number) for name, number in zip(FACTS["memory_numbers"], numbers, strict=True)}
 

@@ -14,7 +14,7 @@ from metafast.executors.base import losses_with_targets
 from metafast.executors.by_program import ByProgram
 from metafast.kernels.contract.layer import Loss
 from metafast.program import Node, Program
-from metafast.tasks import TaskShapes
+from metafast.tasks import Batch, TaskShapes
 
 try:
     import metafast._C as extension
@@ -31,7 +31,7 @@ if extension is not None and not hasattr(extension, "facts"):
     extension = None
     extension_error = "metafast._C is older than the rest; build it with: pip install --no-build-isolation -e ."
 
-FACTS: dict[str, Any] = {"kinds": {}, "losses": {}} if extension is None else json.loads(extension.facts)
+FACTS: dict[str, Any] = {"kinds": {}, "losses": {}, "steps": {}} if extension is None else json.loads(extension.facts)
 """What the extension says of itself (csrc/torch/facts.h): names, numbers and layouts of which Python keeps no copy."""
 LOSSES = tuple(name for name, loss in FACTS["losses"].items() if loss["reads"] != "gradient")
 """The losses that have rules in C++. Python computes any other and hands C++ its gradient in the outputs."""
@@ -107,6 +107,14 @@ class RaggedPacking:
     def unpack(self, x: Tensor) -> Tensor:
         """Puts the samples of ``x [T, n, ...]`` back into the order that they had before ``pack``."""
         return x if self._at is None else torch.empty_like(x).index_put_(self._at, x)
+
+
+def support_samples(loss: Loss, support: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns inputs, targets and sizes as operators take them; those of steps lie one after another, ``[S T, n, ...]``."""
+    x, y, mask = support.x, support.y, support.mask
+    if support.each_step:
+        x, y, mask = x.flatten(0, 1), y.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
+    return RaggedPacking(mask).samples(loss, x, y)
 
 
 def unsupported_layer(program: Program, sample: tuple[int, ...]) -> str | None:

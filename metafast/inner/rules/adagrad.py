@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metafast.inner.rates import Rate
 from metafast.inner.rules.checks import check_bounds, check_hyper
-from metafast.program.rule import Hyper, Rule, root
+from metafast.program.rule import Formula, Hyper, Rule, root
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Adagrad(Rule):
             raise TypeError(f"initial_accumulator_value={self.initial_accumulator_value!r}: give a number")
         check_hyper("eps", self.eps)
         check_bounds(self.max_norm, self.max_value)
+
+    @property
+    def formula(self) -> Formula | None:
+        """Names the step, where a subclass has not made another of it."""
+        return Formula("adagrad") if type(self) is Adagrad else None
 
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]

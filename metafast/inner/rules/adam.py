@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.inner.rates import Rate
 from metafast.inner.rules.checks import check_bounds, check_flag, check_hyper
-from metafast.program.rule import Hyper, Rule, root
+from metafast.program.rule import Formula, Hyper, Rule, root
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Adam(Rule):
     def beta2(self) -> float | Rate:
         """How much of the mean of squares a step keeps."""
         return self.betas[1]
+
+    @property
+    def formula(self) -> Formula | None:
+        """Names the step, where a subclass has not made another of it."""
+        return Formula("adam", self.decoupled) if type(self) in (Adam, AdamW) and not self.amsgrad else None
 
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metafast.inner.rates import Rate
 from metafast.inner.rules.checks import check_bounds, check_flag, check_hyper, is_zero
-from metafast.program.rule import Hyper, Rule, root
+from metafast.program.rule import Formula, Hyper, Rule, root
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class RMSprop(Rule):
         check_hyper("momentum", self.momentum, 1)
         check_flag("centered", self.centered)
         check_bounds(self.max_norm, self.max_value)
+
+    @property
+    def formula(self) -> Formula | None:
+        """Names the step, where a subclass has not made another of it."""
+        return Formula("rmsprop", self.centered) if type(self) is RMSprop else None
 
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metafast.inner.rates import Rate
 from metafast.inner.rules.checks import check_bounds, check_flag, check_hyper, is_zero
-from metafast.program.rule import Hyper, Rule
+from metafast.program.rule import Formula, Hyper, Rule
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class SGD(Rule):
     def is_plain(self) -> bool:
         """Says whether a step goes along the gradient itself."""
         return not self.states and is_zero(self.weight_decay) and self.max_norm is None and self.max_value is None
+
+    @property
+    def formula(self) -> Formula | None:
+        """Names the step, where a subclass has not made another of it."""
+        return Formula("sgd", self.nesterov) if type(self) is SGD else None
 
     @property
     def states(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -1,0 +1,65 @@
+"""Writes what is done to each task in the form that C++ reads: the loop's numbers, the rule of its steps, and its rates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metafast.executors.native.encode import FACTS, as_input
+from metafast.program.inner_loop import InnerLoop
+from metafast.program.rule import Rule
+
+_PLAIN: tuple[float, ...] = ()
+
+
+class InnerSteps(NamedTuple):
+    """Holds the steps of a loop as operators take them.
+
+    Attributes:
+        rule: the numbers of a rule (csrc/torch/rule_tables.h); empty where steps go along the gradient.
+        rates: ``[1 or S, 1 or P]`` in the dtype of the parameters, or under a rule ``[H, 1 or S, 1 or P]`` in float64.
+    """
+
+    rule: tuple[float, ...]
+    rates: Tensor
+
+
+def inner_steps(loop: InnerLoop, rates: Tensor, dtype: torch.dtype) -> InnerSteps | None:
+    """Returns the steps as operators take them; ``None`` where C++ has no formula for them.
+
+    Of a rule's hyper-parameters C++ takes the learning rate and weight decay for each parameter, and of all others one
+    number a step.
+    """
+    if loop.rule is None:
+        return InnerSteps(_PLAIN, as_input(rates if rates.dtype == dtype else rates.to(dtype)))
+    rule, formula = rule_numbers(loop.rule), loop.rule.formula
+    if rule is None or formula is None:
+        return None
+    rates = as_input(rates.double())
+    if rates.shape[-1] > 1:
+        wide = (0, FACTS["steps"][formula.kind]["decay"])
+        others = rates[[h for h in range(len(rates)) if h not in wide]]
+        if not bool((others == others[..., :1]).all()):
+            return None
+    return InnerSteps(rule, rates)
+
+
+def rule_numbers(rule: Rule | None) -> tuple[float, ...] | None:
+    """Writes a rule down in numbers; ``None`` where C++ has no formula for it."""
+    if rule is None:
+        return _PLAIN
+    formula = rule.formula
+    if formula is None or formula.kind not in FACTS["steps"]:
+        return None
+    clips = rule.max_norm is not None, rule.max_value is not None
+    starts = (rule.start(name) for name in rule.states)
+    return (FACTS["steps"][formula.kind]["number"], formula.option, len(rule.states), *clips, *starts)
+
+
+def loop_numbers(loop: InnerLoop, each_step: bool, budget: int) -> list[int]:
+    """Writes a loop's numbers down in the order of ``FACTS["loop_settings"]``; -1 stands for ``None``."""
+    others = {"each_step": each_step, "budget": budget}
+    given = (others[name] if name in others else getattr(loop, name) for name in FACTS["loop_settings"])
+    return [-1 if number is None else int(number) for number in given]

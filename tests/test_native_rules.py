@@ -1,0 +1,328 @@
+"""Inner loops by rules, with samples for each step, in segments and truncated, each in one C++ call.
+
+Against the reference executor, which takes the same steps one by one, and against autograd through a loop that is
+written here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from test_native import close
+from torch import nn
+from torch.func import functional_call
+
+import metafast as mf
+from metafast.executors import CpuExecutor, ReferenceExecutor, base, steps
+from metafast.program.capture import capture
+from metafast.program.inner_loop import InnerLoop
+from metafast.program.losses import as_loss
+from metafast.tasks import TaskBatch
+
+pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
+
+RULES = {
+    "momentum": mf.SGD(momentum=0.9),
+    "dampened": mf.SGD(momentum=0.8, dampening=0.3, weight_decay=0.1),
+    "nesterov": mf.SGD(momentum=0.7, nesterov=True, weight_decay=0.05),
+    "decay": mf.SGD(weight_decay=0.2),
+    "norm": mf.SGD(max_norm=0.4),
+    "value": mf.SGD(max_value=0.05),
+    "both clips": mf.SGD(momentum=0.9, max_norm=0.2, max_value=0.06),
+    "adam": mf.Adam(eps=1e-3),
+    "adam, decay": mf.Adam(betas=(0.8, 0.95), weight_decay=0.1, eps=1e-2),
+    "adam without eps": mf.Adam(betas=(0.0, 0.5), eps=0.0),
+    "adamw": mf.AdamW(weight_decay=0.2, eps=1e-2),
+    "adam, clips": mf.Adam(eps=1e-2, max_norm=0.3, max_value=0.1),
+    "rmsprop": mf.RMSprop(eps=1e-2),
+    "rmsprop, all": mf.RMSprop(alpha=0.9, eps=0.1, momentum=0.5, centered=True, weight_decay=0.1),
+    "rmsprop, centered": mf.RMSprop(alpha=0.9, eps=0.1, centered=True, max_norm=0.5),
+    "adagrad": mf.Adagrad(lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.2, eps=1e-3),
+}
+ALL_WIDTHS = ("number", "step", "parameter", "step and parameter")
+
+
+class Net(nn.Module):
+    """A convolution with batch norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5, track_running_stats=False)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.head(F.max_pool2d(torch.relu(self.norm(self.conv(x))), 2).flatten(1))
+
+
+def mlp(*widths):
+    parts = [part for i, o in pairwise(widths) for part in (nn.Linear(i, o), nn.Tanh())]
+    return nn.Sequential(*parts[:-1])
+
+
+MODELS = {"mlp": (lambda: mlp(3, 7, 5, 3), (3,)), "conv": (Net, (2, 4, 4))}
+
+
+@dataclasses.dataclass
+class Work:
+    """A model and its tasks, what is done to them, and the rates."""
+
+    program: object
+    model: nn.Module
+    params: torch.Tensor
+    tasks: TaskBatch
+    loop: InnerLoop
+    rates: torch.Tensor
+
+    def meta_gradient(self, executor=None):
+        executor = executor or CpuExecutor()
+        return executor.meta_gradient(self.program, self.loop, (self.params,), self.rates, self.tasks)
+
+    def but(self, **changes):
+        return dataclasses.replace(self, loop=self.loop._replace(**changes))
+
+
+def samples(shape, count, ragged, dtype, classes=3):
+    x, y = torch.randn(*shape, count, *dtype[1], dtype=dtype[0]), torch.randint(classes, (*shape, count))
+    mask = None
+    if ragged:
+        mask = torch.rand(*shape, count) < 0.6
+        mask[..., 1:3] = True
+    return x, y, mask
+
+
+def table(rule, width, steps, size, dtype):
+    """Hyper-parameters ``[H, R, W]``; where there is one a parameter only the rate and the decay differ among them."""
+    rows, columns = (steps if "step" in width else 1), (size if "parameter" in width else 1)
+    if rule is None:
+        return (0.05 + 0.1 * torch.rand(rows, columns, dtype=torch.float64)).to(dtype)
+    numbers = [0.1, *(getattr(rule, name) for name in rule.hyper_names[1:])]
+    found = torch.tensor(numbers, dtype=torch.float64)[:, None, None].repeat(1, rows, columns)
+    found = found * (1 + 0.1 * torch.rand(len(numbers), rows, 1, dtype=torch.float64)).clamp(
+        max=0.99 / found.clamp(0.9)
+    )
+    for h, name in enumerate(rule.hyper_names):
+        if name in ("lr", "weight_decay"):
+            found[h] *= 0.7 + 0.6 * torch.rand(rows, columns, dtype=torch.float64)
+    return found
+
+
+def work(
+    rule, model="mlp", width="number", steps=3, tasks=2, support=4, dtype=torch.float64, weights=None, ragged=False,
+    each_step=False, adapt=None, seed=0, **options,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    make, sample = MODELS[model] if isinstance(model, str) else model
+    module = make().double()
+    program = capture(module, as_loss("cross_entropy"), torch.zeros(support, *sample, dtype=torch.float64), adapt=adapt)
+    params = program.flatten({n: p.detach() for n, p in module.named_parameters()}).to(dtype)
+    x, y, mask = samples((steps, tasks) if each_step else (tasks,), support, ragged, (dtype, sample))
+    qx, qy, qmask = samples((tasks,), support + 1, ragged, (dtype, sample))
+    batch = TaskBatch(x, y, qx, qy, mask, qmask, each_step=each_step)
+    options.setdefault("learns_rates", True)
+    loop = InnerLoop(steps, tuple(weights or (*[0.0] * steps, 1.0)), rule=rule, **options)
+    return Work(program, module, params, batch, loop, table(rule, width, steps, program.size, dtype))
+
+
+def assert_close(found, wanted, tolerance, mask=None):
+    close(found.losses, wanted.losses, tolerance)
+    outputs = (found.outputs, wanted.outputs) if mask is None else (found.outputs[mask], wanted.outputs[mask])
+    close(*outputs, tolerance)
+    close(found.grads[0], wanted.grads[0], tolerance)
+    assert (found.rates_grad is None) == (wanted.rates_grad is None)
+    if found.rates_grad is not None:
+        assert found.rates_grad.dtype == wanted.rates_grad.dtype
+        for f, w in zip(found.rates_grad, wanted.rates_grad, strict=True):  # each hyper-parameter has a size of its own
+            close(f, w, tolerance)
+
+
+def assert_same(found, wanted):
+    parts = ("losses", "outputs", "rates_grad")
+    pairs = [(getattr(found, p), getattr(wanted, p)) for p in parts] + [(found.grads[0], wanted.grads[0])]
+    for f, w in pairs:
+        assert (f is None and w is None) or torch.equal(f, w)
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch):
+    """What comes past C++ would be compared with itself."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the steps were taken one by one")
+
+    whole = base.evaluate
+    monkeypatch.setattr(steps, "adapt", refuse)
+    monkeypatch.setattr(steps, "adapt_vjp", refuse)
+    monkeypatch.setattr(base, "evaluate", lambda e, *rest: refuse() if isinstance(e, CpuExecutor) else whole(e, *rest))
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def compare(made, tolerance=1e-9):
+    found = made.meta_gradient()
+    assert_close(found, made.meta_gradient(ReferenceExecutor()), tolerance, made.tasks.query_mask)
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule(name, model):
+    if (name, model) == ("adam without eps", "conv"):
+        pytest.skip("channels that are dead have moments of zero")
+    for width in ALL_WIDTHS:
+        for weights in (None, (0.1, 0.0, 0.3, 0.6)):
+            made = work(RULES[name], model, width, weights=weights)
+            compare(made)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_first_order_frozen_ragged_and_unlearned(name):
+    if name == "adam without eps":
+        pytest.skip("0 / 0 where a parameter is frozen or a channel is dead")
+    compare(work(RULES[name], width="step", first_order=True, adapt=["0.weight", "4.bias"], weights=(0.2, 0, 0.3, 0.5)))
+    compare(work(RULES[name], ragged=True, adapt=["2.weight", "2.bias"], learns_rates=False))
+    compare(work(RULES[name], "conv", ragged=True, width="parameter", first=2))
+
+
+def by_autograd(made):
+    """The same, by autograd through steps that are written here; per task, in float64."""
+    theta0, rates = made.params.clone().requires_grad_(), made.rates.clone().requires_grad_()
+    rule, loop, tasks = made.loop.rule, made.loop, made.tasks
+    moved = made.program.adapted
+
+    def loss(theta, x, y):
+        names = (p.name for p in made.program.parameters)
+        named = dict(zip(names, made.program.unflatten(theta), strict=True))
+        return F.cross_entropy(functional_call(made.model, named, (x,)), y)
+
+    losses = []
+    for t in range(len(tasks)):
+        theta, state, total = theta0, [torch.full_like(theta0, rule.start(name)) for name in rule.states], 0.0
+        for s in range(loop.steps + 1):
+            if loop.step_weights[s]:
+                total = total + loop.step_weights[s] * loss(theta, tasks.query_x[t], tasks.query_y[t])
+            if s == loop.steps:
+                break
+            if loop.truncate is not None and s == loop.steps - loop.truncate:
+                theta, state = theta0 + (theta - theta0).detach(), [part.detach() for part in state]
+            x, y = (v[s, t] if tasks.each_step else v[t] for v in (tasks.support_x, tasks.support_y))
+            (g,) = torch.autograd.grad(loss(theta, x, y), theta, create_graph=True)
+            g = g.detach() if loop.first_order else g
+            rows = rates[:, min(s, rates.shape[1] - 1)].expand(-1, made.program.size)
+            hyper = dict(zip(rule.hyper_names, rows, strict=True))
+            if rule.max_value is not None:
+                g = torch.minimum(torch.maximum(g, -hyper["max_value"]), hyper["max_value"])
+            if rule.max_norm is not None:
+                g = g * (hyper["max_norm"] / (g[moved].norm() + 1e-6)).clamp(max=1)
+            found, states = rule.step(theta[None], g[None], tuple(part[None] for part in state), hyper, s + 1)
+            theta = torch.where(moved, found[0], theta)
+            state = [torch.where(moved, new[0], old) for new, old in zip(states, state, strict=True)]
+        losses.append(total)
+    grads = torch.autograd.grad(torch.stack(losses).mean(), (theta0, rates))
+    return torch.stack(losses).detach(), *grads
+
+
+@pytest.mark.parametrize("width", ["step", "step and parameter"])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_against_autograd(name, width):
+    for options in ({}, {"first_order": True}, {"truncate": 2, "steps": 4}, {"each_step": True, "steps": 4}):
+        made = work(RULES[name], width=width, tasks=3, **options)
+        found = made.meta_gradient()
+        for f, w in zip((found.losses, found.grads[0], found.rates_grad), by_autograd(made), strict=True):
+            close(f, w, 1e-9)
+
+
+def plain(made):
+    """The same loop without a rule."""
+    rates = made.rates[0] if made.rates.dim() == 3 else made.rates
+    return dataclasses.replace(made, loop=made.loop._replace(rule=None), rates=rates.to(made.params.dtype))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_rules_and_loops_at_random(data):
+    draw = data.draw
+    number = st.floats(0.0, 0.9)
+    clips = {name: draw(st.none() | st.floats(0.02, 0.5)) for name in ("max_norm", "max_value")}
+    momentum, decay, eps = draw(st.just(0.0) | number), draw(st.just(0.0) | number), draw(st.floats(1e-3, 0.1))
+    nesterov = draw(st.booleans()) and momentum > 0
+    rule = draw(
+        st.sampled_from(
+            [
+                mf.SGD(momentum, 0.0 if nesterov else draw(number), decay, nesterov, **clips),
+                mf.Adam((draw(number), draw(number)), eps, decay, **clips),
+                mf.AdamW((draw(number), draw(number)), eps, decay, **clips),
+                mf.RMSprop(draw(number), eps, decay, momentum, draw(st.booleans()), **clips),
+                mf.Adagrad(draw(number), decay, draw(number), eps, **clips),
+            ]
+        )
+    )
+    count = draw(st.integers(1, 6))
+    made = work(
+        rule, "mlp", draw(st.sampled_from(ALL_WIDTHS)), count, draw(st.integers(1, 3)), draw(st.integers(3, 5)),
+        weights=draw(st.none() | st.lists(st.sampled_from([0.0, 0.5]), min_size=count + 1, max_size=count + 1)),
+        ragged=draw(st.booleans()), each_step=draw(st.booleans()), seed=draw(st.integers(0, 99)),
+        adapt=draw(st.sampled_from([None, ["2.weight", "4.bias"]])), first_order=draw(st.booleans()),
+        learns_rates=draw(st.booleans()), first=draw(st.integers(0, 2)),
+        truncate=draw(st.none() | st.integers(0, count)),
+    )  # fmt: skip
+    if draw(st.booleans()):
+        made = plain(made)
+    whole = compare(made)
+    cut = CpuExecutor(budget=draw(st.sampled_from([0, 2000, 5000])))
+    assert_same(made.meta_gradient(cut), whole)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_z_goes_out_and_in(name):
+    """The trajectory, and its way back from adjoints everywhere, in two halves."""
+    made = work(RULES[name], width="step", steps=4, tasks=3, each_step=True, ragged=True)
+    native, reference, support = CpuExecutor(), ReferenceExecutor(), made.tasks.support
+    halves = [(made.loop.part(a, b), support.steps(a, b)) for a, b in ((0, 2), (2, 4))]
+    z = made.params
+    for loop, batch in halves:
+        found, wanted = (e.adapt(made.program, loop, z, made.rates, batch) for e in (native, reference))
+        close(found, wanted, 1e-10)
+        v = torch.randn_like(found)
+        for adjoint in (v, v[-1]):
+            back = [e.adapt_vjp(made.program, loop, wanted, made.rates, batch, adjoint) for e in (native, reference)]
+            for f, w in zip(*back, strict=True):
+                close(f, w, 1e-9)
+        z = wanted[-1]
+
+
+@pytest.mark.parametrize("each_step", [False, True])
+@pytest.mark.parametrize("width", ["number", "step and parameter"])
+@pytest.mark.parametrize("name", [*RULES, None])
+def test_threads_lanes_and_cores_agree(name, width, each_step):
+    """Bits of 19 tasks: in lanes, a core for each, and in two runs; of one task: alone, and by a team."""
+    rule, dtype = RULES.get(name), torch.float32
+    made = work(rule, width=width, tasks=40, dtype=dtype, each_step=each_step, weights=(0.1, 0.2, 0.3, 0.4))
+    if name is None:
+        made = plain(made)
+    assert CpuExecutor()._memory(made.program, made.tasks.shapes, made.loop)["lanes"]
+    found = []
+    for threads in (1, 1, 2, 64):
+        torch.set_num_threads(threads)
+        found.append(made.meta_gradient())
+    for other in found[1:]:
+        assert_same(other, found[0])
+    for model in ("mlp", "conv"):
+        alone = work(rule, model, width, tasks=1, dtype=dtype, each_step=each_step)
+        for weights in ((0.0, 0.0, 0.0, 1.0), (0.1, 0.2, 0.3, 0.4)):
+            one = (plain(alone) if name is None else alone).but(step_weights=weights)
+            torch.set_num_threads(1)
+            wanted = one.meta_gradient()
+            torch.set_num_threads(2)
+            assert_same(one.meta_gradient(CpuExecutor(team_from=0)), wanted)
+            assert_same(one.meta_gradient(CpuExecutor(team_from=0, budget=0)), wanted)
