@@ -110,7 +110,7 @@ class RaggedPacking:
 
 
 def support_samples(loss: Loss, support: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns inputs, targets and sizes as operators take them; those of steps lie one after another, ``[S T, n, ...]``."""
+    """Returns inputs, targets and sizes as operators take them; sets of steps lie in a row, ``[S T, n, ...]``."""
     x, y, mask = support.x, support.y, support.mask
     if support.each_step:
         x, y, mask = x.flatten(0, 1), y.flatten(0, 1), None if mask is None else mask.flatten(0, 1)

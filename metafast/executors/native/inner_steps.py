@@ -1,4 +1,4 @@
-"""Writes what is done to each task in the form that C++ reads: the loop's numbers, the rule of its steps, and its rates."""
+"""Writes what is done to each task in the form that C++ reads: the loop's numbers, its rule and its rates."""
 
 from __future__ import annotations
 
