@@ -212,7 +212,7 @@ def _describe(program: Program, sample: tuple[int, ...], external_loss: bool) ->
     numbers: list[float] = [FACTS["losses"][loss]["number"], program.output, height, width, channels]
     numbers += [len(program.parameters), len(program.nodes)]
     for p in program.parameters:
-        numbers += [p.offset, p.size, p.adapted]
+        numbers += [p.offset, p.size, p.adapted and p.reached]
     constants = 0
     for node in program.nodes:
         options = node.layer.numbers([program.parameters[p].shape for p in node.params])
