@@ -179,7 +179,16 @@ def test_models_of_other_rules_or_tasks_cannot_be_gone_on_from():
         learner.adapt(tasks.support_x, tasks.support_y, after=fast)
     with pytest.raises(ValueError, match=r"2 adapted models .* the batch has 1 tasks"):
         learner.adapt(tasks.support_x[:1], tasks.support_y[:1], after=fast)
+    for other in ("fast", fast.parameters):
+        with pytest.raises(TypeError, match=r"after is a .*: give what an earlier call of adapt returned"):
+            learner.adapt(tasks.support_x, tasks.support_y, after=other)
+    others = maml(convnet).adapt(batch(sample=(1, 4, 4)).support_x, tasks.support_y)
+    with pytest.raises(ValueError, match=r"2 adapted models with 63 parameters, .* the learner 43 parameters"):
+        learner.adapt(tasks.support_x, tasks.support_y, after=others)
     learner.inner = mf.AdamW()
+    with pytest.raises(ValueError, match=r"are torch.float64 on cpu, and the learner is torch.float32 on cpu;"):
+        learner.to(torch.float32).adapt(tasks.support_x.float(), tasks.support_y, after=fast)
+    learner.to(torch.float64)
     assert learner.adapt(tasks.support_x, tasks.support_y, after=fast).step == 6
 
 

@@ -74,26 +74,6 @@ class Adapted:
         of_query = None if seeds is None else seeds[:, 1]
         return executor.predict(program, self.parameters, x.contiguous(), self.step, of_query)
 
-    def going_on(self, program: Program, rule: Rule | None, tasks: int) -> Tensor:
-        """Returns ``z [T, (1 + K) P]``, from which a learner's ``program`` goes on by ``rule``.
-
-        Raises:
-            ValueError: these are models of other parameters, of another number of tasks, or were made by another rule.
-        """
-        states = tuple(rule.states) if rule is not None else ()
-        names = [(p.name, p.shape) for p in program.parameters]
-        if names != [(p.name, p.shape) for p in self.program.parameters] or len(self.parameters) != tasks:
-            raise ValueError(
-                f"after: these are {len(self.parameters)} adapted models with {self.program.size:,} parameters, and "
-                f"the batch has {tasks} tasks and the learner {program.size:,} parameters; they must be the same"
-            )
-        if tuple(self.state) != states:
-            raise ValueError(
-                f"after: these models carry the state {list(self.state)}, and the learner's rule needs {list(states)}; "
-                "they must have been adapted by the same rule"
-            )
-        return torch.cat([self.parameters, *self.state.values()], 1)
-
     def _for_as_many(self, x: Any) -> tuple[Program, Executor]:
         """Returns what computes the outputs of as many samples as ``x`` has."""
         samples = x.shape[1]
@@ -120,3 +100,38 @@ class Adapted:
             raise IndexError(f"task={task}: the adapted models are numbered 0..{self.parameters.shape[0] - 1}")
         tensors = self.program.unflatten(self.parameters[task])
         return {p.name: t.clone() for p, t in zip(self.program.parameters, tensors, strict=True)}
+
+
+def gone_on_from(
+    after: Adapted | None, program: Program, rule: Rule | None, tasks: int, like: Tensor
+) -> tuple[int, Tensor | None]:
+    """Returns the number of steps behind ``after``, and ``z [T, (1 + K) P]`` that ``program`` goes on from by ``rule``.
+
+    Raises:
+        TypeError: ``after`` is nothing that ``adapt`` returns.
+        ValueError: these are models of other parameters, of another number of tasks, of another dtype or device than
+            ``like``, or were made by another rule.
+    """
+    if after is None:
+        return 0, None
+    if not isinstance(after, Adapted):
+        raise TypeError(f"after is a {type(after).__name__}: give what an earlier call of adapt returned")
+    states = tuple(rule.states) if rule is not None else ()
+    names = [(p.name, p.shape) for p in program.parameters]
+    theta = after.parameters
+    if names != [(p.name, p.shape) for p in after.program.parameters] or len(theta) != tasks:
+        raise ValueError(
+            f"after: these are {len(theta)} adapted models with {after.program.size:,} parameters, and "
+            f"the batch has {tasks} tasks and the learner {program.size:,} parameters; they must be the same"
+        )
+    if (theta.dtype, theta.device) != (like.dtype, like.device):
+        raise ValueError(
+            f"after: these models are {theta.dtype} on {theta.device}, and the learner is {like.dtype} on {like.device}; "
+            "adapt anew from the beginning"
+        )
+    if tuple(after.state) != states:
+        raise ValueError(
+            f"after: these models carry the state {list(after.state)}, and the learner's rule needs {list(states)}; "
+            "they must have been adapted by the same rule"
+        )
+    return after.step, torch.cat([theta, *after.state.values()], 1)

@@ -18,7 +18,7 @@ from metafast.inner.hyper_rates import HyperRates
 from metafast.inner.rates import Rate, Rates
 from metafast.inner.recorded import recorded_adapt
 from metafast.inner.transforms import plain
-from metafast.learners.adapted import Adapted
+from metafast.learners.adapted import Adapted, gone_on_from
 from metafast.learners.base import INNER_SETTINGS, LearnerRecipe
 from metafast.learners.batch_norm import STATISTICS, BatchNormMode, modes_of, norms_of
 from metafast.learners.captures import first_task, has_own_derivatives
@@ -196,9 +196,7 @@ class GradientLearner(FollowingLearner):
         check_steps(tasks, steps)
         choice = self._known_for(tasks, judged=False).choice
         tasks = with_seeds(self.program, tasks)
-        first, start = (
-            (0, None) if after is None else (after.step, after.going_on(self.program, self._rule, len(tasks)))
-        )
+        first, start = gone_on_from(after, self.program, self._rule, len(tasks), self.rate.value)
         with torch.no_grad():
             outside = self._outside(choice, tasks.first_step, judged=False)
             z = self._adapted(choice, tasks.support, steps, outside, start, first)
