@@ -126,8 +126,8 @@ def gone_on_from(
         )
     if (theta.dtype, theta.device) != (like.dtype, like.device):
         raise ValueError(
-            f"after: these models are {theta.dtype} on {theta.device}, and the learner is {like.dtype} on {like.device}; "
-            "adapt anew from the beginning"
+            f"after: these models are {theta.dtype} on {theta.device}, and the learner is {like.dtype} on "
+            f"{like.device}; adapt anew from the beginning"
         )
     if tuple(after.state) != states:
         raise ValueError(
