@@ -207,7 +207,7 @@ def test_what_a_meta_step_launches_beside_its_kernels(monkeypatch):
         with counts.Operators(operators):
             meta_gradient(triton, program, theta, rate, tasks, work.steps, learns_rates=False)
         passes, steps = 2 * work.steps + 1, work.steps
-        expected = {"cat": passes, "addcmul": steps, "sub": steps, "mul": steps + 2, "new_zeros": 3, "sum": 1,
+        expected = {"cat": passes, "addcmul": steps, "add": steps, "mul": steps + 2, "neg": 1, "new_zeros": 3, "sum": 1,
                     "index_copy_": 1, "index_select": 1}  # fmt: skip
         expected |= {"clone": 2} if name.startswith("mini") else {}  # images with channels, into their memory order
         assert operators == expected

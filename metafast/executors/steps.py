@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -48,9 +49,19 @@ class Steps:
 
     def __init__(self, program: Program, loop: InnerLoop, rates: Tensor) -> None:
         self.loop, self.rates, self.size = loop, rates, program.size
-        self.moved = program.adapted.to(rates.device)
+        self._adapted = program.adapted
         self.rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
         self.needs_gradient = loop.learns_rates or loop.rule is not None
+
+    @cached_property
+    def moved(self) -> Tensor:
+        """Returns the bool mask ``[P]`` of what the inner loop moves, on the device of the rates."""
+        return self._adapted.to(self.rates.device)
+
+    @cached_property
+    def _downhill(self) -> Tensor:
+        """Returns ``-alpha``, so that a step of the way back has one multiplication alone."""
+        return -self.rates
 
     def start(self, params: Tensor, tasks: int) -> Tensor:
         """Returns ``z_0 [T, (1 + K) P]``; ``params`` are theta_0 or z_0, of one task for all or of each."""
@@ -75,7 +86,7 @@ class Steps:
             if self.rates_grad is not None and gradient is not None:
                 row = row_of_step(self.rates_grad, step)
                 row -= sum_to_rate(v * gradient, self.rates.shape[1])
-            return v, -(row_of_step(self.rates, step) * v)
+            return v, row_of_step(self._downhill, step) * v
         assert gradient is not None
         hyper = hyper_of_step(rule, self.rates, step)
         found = advance_vjp(rule, z, gradient, hyper, step + 1, self.moved, v, self.loop.learns_rates)

@@ -30,7 +30,7 @@ class InnerLoopByAutograd(InnerLoopRun):
     def reverse(self, trajectory: Sequence[Tensor], adjoints: Sequence[Tensor | None]) -> Tensor:
         """Returns the adjoint of ``z_0``, and adds to the gradient of the rates (see ``InnerLoopRun``)."""
         steps = len(trajectory) - 1
-        carried = self._with(torch.zeros_like(trajectory[steps]), adjoints[steps])
+        carried = self._last(trajectory[steps], adjoints[steps])
         for step in reversed(range(steps)):
             z = trajectory[step]
             gradient, leaf = self._gradient(self.steps.theta(z), step)

@@ -80,8 +80,7 @@ class InnerLoopRun:
         """
         steps = len(trajectory) - 1
         first = self.first or self._run_prefix(self.steps.theta(trajectory[0]), self.everything)
-        assert adjoints[steps] is not None  # the last step always has an adjoint
-        carried = self._with(torch.zeros_like(trajectory[steps]), adjoints[steps])
+        carried = self._last(trajectory[steps], adjoints[steps])
         for step in reversed(range(steps)):
             z = trajectory[step]
             run, gradient = self.kept.pop() if self.kept else self._recompute(first, self.steps.theta(z), step)
@@ -92,6 +91,11 @@ class InnerLoopRun:
                     carried = self.steps.add(carried, run.flat(run.hvp()))
             carried = self._with(carried, adjoints[step])
         return self.steps.add(carried, first.flat(first.backward_prefix())) if first.prefix.adjoint else carried
+
+    def _last(self, z: Tensor, adjoint: Tensor | None) -> Tensor:
+        """Returns the adjoint of ``z_S``, ``[T, (1 + K) P]``."""
+        assert adjoint is not None  # the last step always has one
+        return adjoint if adjoint.shape == z.shape else self._with(torch.zeros_like(z), adjoint)
 
     def _with(self, carried: Tensor, adjoint: Tensor | None) -> Tensor:
         """Adds an adjoint, ``[T, (1 + K) P]`` or ``[T, P]``."""
