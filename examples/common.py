@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ def options_of(doc: str | None, argv: list[str] | None = None, **defaults: Any) 
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
     return options
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Makes float64 the dtype of new tensors, for as long as the context lasts."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def hold_to(truth: Iterable[Tensor | None], found: Iterable[Tensor | None], what: str) -> None:

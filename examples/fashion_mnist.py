@@ -1,4 +1,4 @@
-"""Reads Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, 1708.07747; MIT licence): 70,000 pictures of ten kinds of clothes."""
+"""Reads Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, 1708.07747; MIT licence): pictures of ten kinds of clothes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KINDS = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", 
 _PARTS = {"train": "train", "test": "t10k"}
 _BYTES = 0x08  # the code of unsigned bytes in the third byte of an IDX file
 _HOW = (
-    "Fashion-MNIST comes with Debian's package: apt install dataset-fashion-mnist. Or give --data, the folder of its four "
-    "files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+    "Fashion-MNIST comes with Debian's package: apt install dataset-fashion-mnist. Or give --data, the folder of its "
+    "four files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
 )
 
 
@@ -31,8 +31,8 @@ def read(folder: str | Path, part: str) -> tuple[Tensor, Tensor]:
     labels = read_idx(prefix.with_name(prefix.name + "-labels-idx1-ubyte.gz"), 1)
     if pictures.shape[1:] != (28, 28) or len(pictures) != len(labels):
         raise ValueError(
-            f"{folder}: {part} has pictures of shape {list(pictures.shape)} and {len(labels)} labels; there should be as "
-            "many of both, and pictures of 28 x 28"
+            f"{folder}: {part} has pictures of shape {list(pictures.shape)} and {len(labels)} labels; there should be "
+            "as many of both, and pictures of 28 x 28"
         )
     if labels.numel() and labels.max() > 9:
         raise ValueError(f"{folder}: {part} has the label {labels.max()}; they are 0..9")

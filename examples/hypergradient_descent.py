@@ -95,14 +95,14 @@ def curve(problem: mf.Bilevel, train: Samples, judges: Samples, points: list[int
     return [F.mse_loss(problem.solve(train, k)(judges[0]), judges[1]).item() for k in points]
 
 
-def main(options: argparse.Namespace) -> None:
+def main(given: argparse.Namespace) -> None:
     """Tunes by hypergradients, and compares with the run before."""
     train, validation, test = samples(200), samples(200), samples(2000)
-    problem = problem_of(mlp(options.width), options.steps)
-    points = sorted({options.steps * k // 15 for k in range(16)})
+    problem = problem_of(mlp(given.width), given.steps)
+    points = sorted({given.steps * k // 15 for k in range(16)})
     untuned, untuned_test = (curve(problem, train, of, points) for of in (validation, test))
     optimiser = torch.optim.Adam(problem.parameters(), lr=0.07)
-    for step in range(options.outer_steps):
+    for step in range(given.outer_steps):
         optimiser.zero_grad()
         loss = problem.backward(train, validation).loss
         optimiser.step()
@@ -119,9 +119,14 @@ def main(options: argparse.Namespace) -> None:
     axes.plot(points, tuned, label="tuned")
     axes.set(xlabel="inner step", ylabel="validation loss")
     axes.legend()
-    save(figure, options.out, "hypergradient_descent.png")
+    save(figure, given.out, "hypergradient_descent.png")
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options."""
+    return options_of(__doc__, argv, steps=200, outer_steps=40, width=32)
 
 
 if __name__ == "__main__":
-    chosen = options_of(__doc__, steps=200, outer_steps=50, width=32)
-    check() if chosen.check else main(chosen)
+    given = options()
+    check() if given.check else main(given)

@@ -2,8 +2,8 @@
 
     min over theta_0, phi, a of  mean_t MSE_query(theta_t,S),   theta_{s+1} = theta_s - a grad mean_i M_phi(f(x_i), y_i)
 
-Tasks are sinusoids of 20 points, and 30% of the values are anything. The query sets hold the truth. The MSE follows every
-point; the learned loss finds out what to believe. See Bechtle et al. 2021 (1906.05374).
+Tasks are sinusoids of 20 points, and 30% of the values are anything. The query sets hold the truth. The MSE follows
+every point; the learned loss finds out what to believe. See Bechtle et al. 2021 (1906.05374).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import hold_to, options_of, save
+from common import hold_to, in_float64, options_of, save
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -69,8 +69,7 @@ def loss_by_loop(model: nn.Module, loss: Loss, rate: Tensor, steps: int, tasks: 
 
 def check(steps: int = 3) -> None:
     """Compares the meta-gradient in model, learned loss and rate with that of the plain loop, in float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
+    with in_float64():
         loss, tasks = LearnedLoss(4), sinusoids(3, 5, 6)
         learner = mf.MAML(mlp(6), loss=loss, query_loss="mse", lr=mf.Rate(0.3, learn=True), steps=steps)
         wanted = [*learner.parameters()]
@@ -78,17 +77,15 @@ def check(steps: int = 3) -> None:
         truth = torch.autograd.grad(meta_loss, wanted)
         learner.backward(tasks)
         hold_to(truth, [p.grad for p in wanted], "meta-gradient in model, loss and rate")
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
-def learn(name: str, loss: str | Loss, rate: float, options: argparse.Namespace) -> mf.MAML:
+def learn(name: str, loss: str | Loss, rate: float, given: argparse.Namespace) -> mf.MAML:
     """Learns the initialisation, the rate and what parameters the inner loss has; says how well it does."""
-    learner = mf.MAML(mlp(40), loss=loss, query_loss="mse", lr=mf.Rate(rate, learn=True), steps=options.steps)
+    learner = mf.MAML(mlp(40), loss=loss, query_loss="mse", lr=mf.Rate(rate, learn=True), steps=given.steps)
     optimiser = torch.optim.Adam(learner.parameters(), lr=2e-3)
-    for step in range(options.iterations):
+    for step in range(given.iterations):
         optimiser.zero_grad()
-        out = learner.backward(sinusoids(options.tasks))
+        out = learner.backward(sinusoids(given.tasks))
         nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
         optimiser.step()
         if step % 200 == 0:
@@ -96,15 +93,15 @@ def learn(name: str, loss: str | Loss, rate: float, options: argparse.Namespace)
     return learner
 
 
-def main(options: argparse.Namespace) -> None:
+def main(given: argparse.Namespace) -> None:
     """Compares the learned loss with two that are known, after the same numbers of inner and outer steps."""
     learned = LearnedLoss()
     rows: dict[str, tuple[str | Loss, float]] = {
         "MSE": ("mse", 0.01), "Huber's loss": (F.smooth_l1_loss, 0.05), "learned loss": (learned, 0.3)
     }  # fmt: skip
-    learners = {name: learn(name, *row, options) for name, row in rows.items()}
+    learners = {name: learn(name, *row, given) for name, row in rows.items()}
     test = sinusoids(500)
-    print(f"query MSE of {len(test)} new tasks after {options.steps} inner steps on")
+    print(f"query MSE of {len(test)} new tasks after {given.steps} inner steps on")
     with torch.no_grad():
         for name, learner in learners.items():
             print(f"  {name}: {learner(test).loss:.3f}")
@@ -114,16 +111,22 @@ def main(options: argparse.Namespace) -> None:
     of_loss, of_fit = figure.subplots(1, 2)
     of_loss.plot(error, values)
     of_loss.set(xlabel="output, where the target is 0", ylabel="learned loss")
-    x = torch.linspace(-5, 5, 200)[None, :, None]
+    x, shown = torch.linspace(-5, 5, 200)[None, :, None], int(test.query_y.abs().amax((1, 2)).argmax())
+    one = slice(shown, shown + 1)
     for name, learner in learners.items():
-        of_fit.plot(x[0], learner.adapt(test.support_x[:1], test.support_y[:1])(x)[0], label=name)
-    of_fit.plot(test.support_x[0], test.support_y[0], "^", color="purple", label="support")
-    of_fit.plot(test.query_x[0], test.query_y[0], ".", color="black", label="truth")
+        of_fit.plot(x[0], learner.adapt(test.support_x[one], test.support_y[one])(x)[0], label=name)
+    of_fit.plot(test.support_x[shown], test.support_y[shown], "^", color="purple", label="support")
+    of_fit.plot(test.query_x[shown], test.query_y[shown], ".", color="black", label="truth")
     of_fit.set(xlabel="x", title="a new task")
     of_fit.legend(fontsize="small")
-    save(figure, options.out, "learned_loss.png")
+    save(figure, given.out, "learned_loss.png")
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options."""
+    return options_of(__doc__, argv, steps=3, iterations=800, tasks=16)
 
 
 if __name__ == "__main__":
-    given = options_of(__doc__, steps=3, iterations=800, tasks=16)
+    given = options()
     check() if given.check else main(given)

@@ -1,6 +1,6 @@
 """Finds out which labels of Fashion-MNIST are wrong, by a weight for each sample that hypergradients learn.
 
-    min over v of  L_clean(theta_S(v)),   theta_{s+1} = theta_s - a grad mean_{i in minibatch s} sigmoid(v_i) L_i(theta_s)
+    min over v of  L_clean(theta_S(v)),   theta_{s+1} = theta_s - a grad mean_{i in batch s} sigmoid(v_i) L_i(theta_s)
 
 40% of the training labels are flipped, and a small clean set judges the training. The weight of a sample is a factor of
 its soft target, gathered for each inner minibatch; samples that do harm lose theirs. See Franceschi et al. 2017,
@@ -78,12 +78,13 @@ def separation(weights: Tensor, wrong: Tensor) -> float:
     return float(ranks[right].sum() - rights * (rights + 1) / 2) / (rights * wrongs)
 
 
-def tested(samples: Samples, factors: Tensor, test: Samples, options: argparse.Namespace) -> float:
+def tested(samples: Samples, factors: Tensor, test: Samples, given: argparse.Namespace) -> float:
     """Trains a network in the ordinary way on weighted samples, and returns its test accuracy."""
-    model = network(options.width)
+    model = network(given.width)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(options.epochs):
-        for x, targets in zip(*minibatches(samples, factors, draw(len(factors), len(factors) // MINIBATCH, MINIBATCH))):
+    for _ in range(given.epochs):
+        chosen = draw(len(factors), len(factors) // MINIBATCH, MINIBATCH)
+        for x, targets in zip(*minibatches(samples, factors, chosen), strict=True):
             optimiser.zero_grad()
             F.cross_entropy(model(x), targets).backward()
             optimiser.step()
@@ -91,18 +92,18 @@ def tested(samples: Samples, factors: Tensor, test: Samples, options: argparse.N
         return float((model(test[0]).argmax(1) == test[1]).float().mean())
 
 
-def main(options: argparse.Namespace) -> None:
+def main(given: argparse.Namespace) -> None:
     """Learns the weights, trains with them, and compares with training on noisy and on clean labels."""
-    (x, y), test = read(options.data, "train"), read(options.data, "test")
+    (x, y), test = read(given.data, "train"), read(given.data, "test")
     order = torch.randperm(len(x))
-    of_clean, of_train = order[:CLEAN], order[CLEAN : CLEAN + options.samples]
+    of_clean, of_train = order[:CLEAN], order[CLEAN : CLEAN + given.samples]
     clean, (x, right) = (x[of_clean], y[of_clean]), (x[of_train], y[of_train])
     noisy, wrong = flipped(right)
-    problem = mf.Bilevel(network(options.width), loss="cross_entropy", lr=RATE, steps=options.steps)
+    problem = mf.Bilevel(network(given.width), loss="cross_entropy", lr=RATE, steps=given.steps)
     logits = torch.zeros(len(x), requires_grad=True)
     optimiser = torch.optim.Adam([logits], lr=0.3)
-    for step in range(options.outer_steps):
-        chosen = draw(len(x), options.steps, MINIBATCH)
+    for step in range(given.outer_steps):
+        chosen = draw(len(x), given.steps, MINIBATCH)
         optimiser.zero_grad()
         loss = problem.backward(minibatches((x, noisy), logits.sigmoid(), chosen), clean, each_step=True).loss
         optimiser.step()
@@ -110,23 +111,30 @@ def main(options: argparse.Namespace) -> None:
             print(f"outer step {step:3}: loss on clean samples {loss:.3f}, AUC {separation(logits, wrong):.3f}")
     weights = logits.detach().sigmoid()
     alike = torch.ones(len(x))
-    print(f"test accuracy after {options.epochs} epochs of Adam on")
+    print(f"test accuracy after {given.epochs} epochs of Adam on")
     for name, samples, factors in (
         ("noisy labels", (x, noisy), alike),
         ("noisy labels with learned weights", (x, noisy), weights / weights.mean()),
         ("clean labels", (x, right), alike),
         (f"the {CLEAN} clean samples alone", clean, alike[:CLEAN]),
     ):
-        print(f"  {name}: {tested(samples, factors, test, options):.1%}")
+        print(f"  {name}: {tested(samples, factors, test, given):.1%}")
     print(f"weights tell flipped from clean labels with an AUC of {separation(weights, wrong):.3f}")
     figure = require("matplotlib.figure").Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.hist([weights[~wrong].numpy(), weights[wrong].numpy()], 30, stacked=True, label=["right label", "flipped label"])
+    axes.hist(
+        [weights[~wrong].numpy(), weights[wrong].numpy()], 30, stacked=True, label=["right label", "flipped label"]
+    )
     axes.set(xlabel="learned weight", ylabel="training samples")
     axes.legend()
-    save(figure, options.out, "reweight_noisy_samples.png")
+    save(figure, given.out, "reweight_noisy_samples.png")
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options."""
+    return options_of(__doc__, argv, data=FOLDER, samples=5000, steps=50, outer_steps=40, epochs=60, width=64)
 
 
 if __name__ == "__main__":
-    given = options_of(__doc__, data=FOLDER, samples=5000, steps=50, outer_steps=40, epochs=60, width=64)
+    given = options()
     check() if given.check else main(given)

@@ -145,12 +145,12 @@ def check() -> None:
     hold_to(loop, dual, "answers and gradients of the dual form")
 
 
-def main(options: argparse.Namespace) -> None:
+def main(given: argparse.Namespace) -> None:
     """Trains the memory, and asks it about sequences that it has not seen."""
-    model = Recall(options.chunks * options.pairs, options.values, options.size, options.hidden)
+    model = Recall(given.chunks * given.pairs, given.values, given.size, given.hidden)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(options.iterations):
-        told, asked, right = sequences(options.batch, options.chunks, options.pairs, options.values)
+    for step in range(given.iterations):
+        told, asked, right = sequences(given.batch, given.chunks, given.pairs, given.values)
         logits = model(told, asked)
         loss = F.cross_entropy(logits.flatten(0, 2), right.flatten())
         optimiser.zero_grad()
@@ -159,13 +159,18 @@ def main(options: argparse.Namespace) -> None:
         optimiser.step()
         if step % 20 == 0:
             print(f"iteration {step:3}: loss {loss:.3f}, accuracy {(logits.argmax(-1) == right).float().mean():.1%}")
-    told, asked, right = sequences(200, options.chunks, options.pairs, options.values)
+    told, asked, right = sequences(200, given.chunks, given.pairs, given.values)
     with torch.no_grad():
         of_chunks = (model(told, asked).argmax(-1) == right).float().mean((0, 2))
     print("accuracy on new sequences, chunk by chunk:", ", ".join(f"{found:.1%}" for found in of_chunks.tolist()))
-    print(f"chance is {1 / options.values:.1%}; learned inner rate: {model.layer.fast.rate.value.item():.2f}")
+    print(f"chance is {1 / given.values:.1%}; learned inner rate: {model.layer.fast.rate.value.item():.2f}")
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options."""
+    return options_of(__doc__, argv, iterations=200, batch=32, chunks=3, pairs=4, values=8, size=16, hidden=64)
 
 
 if __name__ == "__main__":
-    given = options_of(__doc__, iterations=200, batch=32, chunks=3, pairs=4, values=8, size=16, hidden=64)
+    given = options()
     check() if given.check else main(given)

@@ -131,6 +131,31 @@ def test_fast_weights_keep_a_graph_from_call_to_call(backend):
         layer.after(fast, chunks[0][0, :1], chunks[1][0, :1], chunks[2][0, :1])
 
 
+@pytest.mark.parametrize("inner", [mf.SGD(), mf.Adam()], ids=str)
+def test_fast_weights_begin_where_they_are_told_and_are_found_by_name(inner):
+    """Sequences with starts of their own do what each does as the model that starts there."""
+    models = [network(), network()]
+    for p in models[1].parameters():
+        p.data.mul_(0.5)
+    layer = mf.FastWeights(models[0], loss="mse", lr=0.1, steps=3, inner=inner)
+    x, y = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    starts = torch.stack([torch.nn.utils.parameters_to_vector(m.parameters()) for m in models])
+    outputs, fast = layer.after(mf.Fast(starts, 0), x, y, x)
+    of_starts = torch.autograd.grad(outputs.square().sum(), starts)[0]
+    for t, model in enumerate(models):
+        own = mf.FastWeights(model, loss="mse", lr=0.1, steps=3, inner=inner)
+        wanted, end = own.after(None, x[t : t + 1], y[t : t + 1], x[t : t + 1])
+        torch.testing.assert_close(outputs[t], wanted[0], rtol=1e-12, atol=1e-14)
+        grads = torch.autograd.grad(wanted.square().sum(), list(model.parameters()))
+        torch.testing.assert_close(of_starts[t], torch.cat([g.flatten() for g in grads]), rtol=1e-10, atol=1e-13)
+        for name, weights in layer.weights(fast).items():
+            torch.testing.assert_close(weights[t], own.weights(end)[name][0], rtol=1e-12, atol=1e-14)
+        found = functional_call(model, {name: w[t] for name, w in layer.weights(fast).items()}, (x[t],))
+        torch.testing.assert_close(found, outputs[t], rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match=rf"weights of shape \[2, {starts.shape[1] - 1}\]; .* P = {starts.shape[1]}"):
+        layer.after(mf.Fast(starts[:, 1:], 0), x, y, x)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_derivatives_of_a_tasks_loss_are_those_of_autograd(backend, adapted):

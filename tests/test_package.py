@@ -16,7 +16,7 @@ from metafast import kernels
 from metafast.kernels.contract.layer import Layer, Loss
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("metafast", "kernels", "tests", "benchmarks", "csrc")
+FOLDERS = ("metafast", "kernels", "tests", "benchmarks", "examples", "csrc")
 SOURCES = [
     path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and not path.is_symlink()

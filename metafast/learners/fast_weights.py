@@ -21,7 +21,8 @@ class Fast(NamedTuple):
     """Holds fast weights after some steps.
 
     Attributes:
-        z: the parameters of each task and the state of the rule behind them, ``[T, (1 + K) P]``, with their graph.
+        z: the parameters of each task and the state of the rule behind them, ``[T, (1 + K) P]``, with their graph. The
+            parameters that the model uses lie in the order of ``model.parameters()``.
         steps: the number of steps taken.
     """
 
@@ -49,13 +50,15 @@ class FastWeights(MAML):
         """Takes S steps on the support set; returns outputs ``[T, m, ...]`` for ``query_x``, and what to go on from.
 
         Args:
-            fast: what the last call returned; ``None``: the initial weights, the same for all sequences.
+            fast: what the last call returned; ``None``: the initial weights, the same for all sequences; or
+                ``Fast(z, 0)`` with weights ``[T, P]`` of your own to begin with.
             support_x: ``[T, n, ...]``, or with ``each_step`` ``[S, T, n, ...]``.
             support_y: the targets of the inner loss, likewise.
             query_x: ``[T, m, ...]``.
 
         Raises:
-            TypeError, ValueError: the samples do not fit the model, or ``fast`` is of another number of sequences.
+            TypeError, ValueError: the samples do not fit the model, or ``fast`` is of another number of sequences, or
+                of parameters.
         """
         first_y = support_y[0] if each_step else support_y
         query_y = first_y[:, :1].detach().expand(-1, query_x.shape[1], *first_y.shape[2:])
@@ -65,8 +68,8 @@ class FastWeights(MAML):
         tasks = with_seeds(known.program, tasks)
         outside = self._outside(known.choice, tasks.first_step)
         z, steps = fast if fast is not None else (self._start_of(self.flat_parameters()), 0)
-        if fast is not None and z.shape[0] != len(tasks):
-            raise ValueError(f"fast: these are the weights of {z.shape[0]} sequences, and the batch has {len(tasks)}")
+        if fast is not None:
+            self._check(z, len(tasks))
         unjudged = (0.0,) * (self.steps + 1)
         loop = self.loop._replace(first=steps, step_weights=unjudged)
         rates, program = self.inner_rates(), self._held_program()
@@ -78,6 +81,25 @@ class FastWeights(MAML):
             z, rates, known.choice.executor, program, loop, spec, modules, *tensors, *modules.parameters()
         )
         return outputs, Fast(final, steps + self.steps)
+
+    def weights(self, fast: Fast) -> dict[str, Tensor]:
+        """Returns fast weights by the names of the model's parameters, ``[T, *shape]`` each, with their graph.
+
+        Raises:
+            RuntimeError: no batch has been seen yet.
+        """
+        return self.program.by_name(fast.z[:, : self.program.size])
+
+    def _check(self, z: Tensor, tasks: int) -> None:
+        size, states = self.program.size, self.loop.states
+        if z.dim() != 2 or z.shape[1] not in (size, (1 + states) * size):
+            state = f", or {(1 + states) * size} with the state of the rule" if states else ""
+            raise ValueError(
+                f"fast: weights of shape {list(z.shape)}; give [T, P] for {tasks} sequences, and the model has "
+                f"P = {size} parameters{state}"
+            )
+        if z.shape[0] != tasks:
+            raise ValueError(f"fast: these are the weights of {z.shape[0]} sequences, and the batch has {tasks}")
 
     def _after_recorded(self, loop: Any, z: Tensor, rates: Tensor, tasks: TaskBatch) -> tuple[Tensor, Fast]:
         with self._recording():

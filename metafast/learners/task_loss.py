@@ -72,8 +72,7 @@ class TaskLoss:
 
     def by_name(self, vector: Tensor) -> dict[str, Tensor]:
         """Splits a vector ``[..., P]`` into tensors ``[..., *shape]`` by the names of the parameters."""
-        names = [p.name for p in self.program.parameters]
-        return dict(zip(names, self.program.unflatten(vector), strict=True))
+        return self.program.by_name(vector)
 
     def _joined(self, u: Mapping[str, Tensor]) -> Tensor:
         """Joins tensors ``[*shape]`` or ``[T, *shape]``, given by name, into ``[T, P]``."""

@@ -127,6 +127,10 @@ class Program:
         lead = flat.shape[:-1]
         return [flat[..., p.offset : p.offset + p.size].reshape((*lead, *p.shape)) for p in self.parameters]
 
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Splits ``flat [..., P]`` into tensors ``[..., *shape]`` by the names of the parameters."""
+        return {p.name: tensor for p, tensor in zip(self.parameters, self.unflatten(flat), strict=True)}
+
     @cached_property
     def derived(self) -> tuple[Node, ...]:
         """Returns the nodes that have no rules of their own, for any number of samples."""
