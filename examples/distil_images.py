@@ -102,14 +102,14 @@ def main(given: argparse.Namespace) -> None:
     (x, y), test = read(given.data, "train"), read(given.data, "test")
     learner = distilling(given.width, x.shape[1], given.steps)
     pictures = torch.rand(10, x.shape[1], requires_grad=True)
-    optimiser = torch.optim.Adam([{"params": pictures, "lr": 0.02}, {"params": learner.rate.parameters(), "lr": 2e-3}])
+    optimizer = torch.optim.Adam([{"params": pictures, "lr": 0.02}, {"params": learner.rate.parameters(), "lr": 2e-3}])
     for step in range(given.outer_steps):
         chosen = torch.randint(len(x), (given.batch,))
         starts = random_starts(given.tasks, given.width, x.shape[1])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = loss_on(learner, starts, pictures, x[chosen], y[chosen])
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % 20 == 0:
             print(f"outer step {step:3}: loss {loss:.3f}, rate {learner.rate.value.item():.3f}")
     starts = random_starts(10, given.width, x.shape[1])

@@ -101,11 +101,11 @@ def main(given: argparse.Namespace) -> None:
     problem = problem_of(mlp(given.width), given.steps)
     points = sorted({given.steps * k // 15 for k in range(16)})
     untuned, untuned_test = (curve(problem, train, of, points) for of in (validation, test))
-    optimiser = torch.optim.Adam(problem.parameters(), lr=0.07)
+    optimizer = torch.optim.Adam(problem.parameters(), lr=0.07)
     for step in range(given.outer_steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = problem.backward(train, validation).loss
-        optimiser.step()
+        optimizer.step()
         if step % 5 == 0:
             print(f"outer step {step:3}: validation loss {loss:.3f}")
     tuned, tuned_test = (curve(problem, train, of, points) for of in (validation, test))

@@ -82,12 +82,12 @@ def check(steps: int = 3) -> None:
 def learn(name: str, loss: str | Loss, rate: float, given: argparse.Namespace) -> mf.MAML:
     """Learns the initialisation, the rate and what parameters the inner loss has; says how well it does."""
     learner = mf.MAML(mlp(40), loss=loss, query_loss="mse", lr=mf.Rate(rate, learn=True), steps=given.steps)
-    optimiser = torch.optim.Adam(learner.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=2e-3)
     for step in range(given.iterations):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         out = learner.backward(sinusoids(given.tasks))
         nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
-        optimiser.step()
+        optimizer.step()
         if step % 200 == 0:
             print(f"{name}, iteration {step:4}: query MSE {out.loss:.2f}")
     return learner

@@ -81,13 +81,13 @@ def separation(weights: Tensor, wrong: Tensor) -> float:
 def tested(samples: Samples, factors: Tensor, test: Samples, given: argparse.Namespace) -> float:
     """Trains a network in the ordinary way on weighted samples, and returns its test accuracy."""
     model = network(given.width)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(given.epochs):
         chosen = draw(len(factors), len(factors) // MINIBATCH, MINIBATCH)
         for x, targets in zip(*minibatches(samples, factors, chosen), strict=True):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(model(x), targets).backward()
-            optimiser.step()
+            optimizer.step()
     with torch.no_grad():
         return float((model(test[0]).argmax(1) == test[1]).float().mean())
 
@@ -101,12 +101,12 @@ def main(given: argparse.Namespace) -> None:
     noisy, wrong = flipped(right)
     problem = mf.Bilevel(network(given.width), loss="cross_entropy", lr=RATE, steps=given.steps)
     logits = torch.zeros(len(x), requires_grad=True)
-    optimiser = torch.optim.Adam([logits], lr=0.3)
+    optimizer = torch.optim.Adam([logits], lr=0.3)
     for step in range(given.outer_steps):
         chosen = draw(len(x), given.steps, MINIBATCH)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = problem.backward(minibatches((x, noisy), logits.sigmoid(), chosen), clean, each_step=True).loss
-        optimiser.step()
+        optimizer.step()
         if step % 10 == 0:
             print(f"outer step {step:3}: loss on clean samples {loss:.3f}, AUC {separation(logits, wrong):.3f}")
     weights = logits.detach().sigmoid()

@@ -148,15 +148,15 @@ def check() -> None:
 def main(given: argparse.Namespace) -> None:
     """Trains the memory, and asks it about sequences that it has not seen."""
     model = Recall(given.chunks * given.pairs, given.values, given.size, given.hidden)
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(given.iterations):
         told, asked, right = sequences(given.batch, given.chunks, given.pairs, given.values)
         logits = model(told, asked)
         loss = F.cross_entropy(logits.flatten(0, 2), right.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         if step % 20 == 0:
             print(f"iteration {step:3}: loss {loss:.3f}, accuracy {(logits.argmax(-1) == right).float().mean():.1%}")
     told, asked, right = sequences(200, given.chunks, given.pairs, given.values)

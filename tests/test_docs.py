@@ -19,7 +19,7 @@ from metafast.bench.run import contenders
 from metafast.cli.app import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -56,11 +56,11 @@ def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, page, "exec"), vars(module))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    paths = re.findall(r"`((?:metafast|kernels|csrc|tests|benchmarks|docs)/[\w/]+\.(?:py|h|cpp|md))`", text)
+    paths = re.findall(r"`((?:metafast|kernels|csrc|tests|benchmarks|docs|examples)/[\w/]+\.(?:py|h|cpp|md))`", text)
     for link in links:
         assert (page.parent / link).exists(), link
     for path in paths:
