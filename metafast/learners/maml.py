@@ -284,7 +284,7 @@ class MAML(GradientLearner):
         if x is None and self._latest is not None and not self.loop.is_plain:
             width = (1 + self.loop.states) * self.program.size
             segments = segments_of(self.loop, self._latest.tasks, width, self._sources[0].element_size())
-            said += f"\n  way back: {segments}"
+            said += f"\n  z of the steps, step by step or through autograd: {segments}"
         return said
 
     def graph_obstacle(self, tasks: TaskBatch) -> str | None:
