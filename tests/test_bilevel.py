@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 import metafast as mf
 
@@ -98,6 +99,34 @@ def test_a_bilevel_problem_says_what_it_keeps_and_what_it_takes():
     problem = mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=S, memory=100)
     with pytest.raises(ValueError, match=r"memory=100: .* bytes at the least"):
         problem.backward(train, held, each_step=True)
+
+
+class Exponential(nn.Module):
+    def forward(self, logarithm):
+        return logarithm.exp()
+
+    def right_inverse(self, value):
+        return value.log()
+
+
+@pytest.mark.parametrize("per", [(), "step", "layer", "parameter"], ids=str)
+def test_rates_may_have_a_parametrization(per):
+    """Each call computes them anew, and a number that is set goes into what they are made of."""
+    held = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
+    rate, rule = mf.Rate(0.1, per, learn=True), mf.SGD(momentum=mf.Rate(0.5, per, learn=True))
+    plain, made = (mf.Bilevel(network(), loss="cross_entropy", lr=rate, steps=3, inner=rule) for _ in range(2))
+    for rates in (made.learner.rate, made.learner.hyper["momentum"]):
+        parametrize.register_parametrization(rates, "value", Exponential())
+    for number in (0.1, 0.3):
+        for problem in (plain, made):
+            problem.learner.lr = number
+            problem.zero_grad()
+            problem.backward(held, held)
+        for logarithm, value in zip(made.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(logarithm.exp(), value, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(logarithm.grad, value * value.grad, rtol=1e-10, atol=1e-13)
+        for problem in (plain, made):
+            torch.testing.assert_close(problem.solve(held)(held[0]), plain.solve(held)(held[0]))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -146,7 +146,11 @@ class Rates(nn.Module):
                 f"{'' if self.learn else 'not '}learned, and optimisers and checkpoints hold them; make a new learner, "
                 "or set lr to a number, which goes into all of them"
             )
-        self.value.copy_(_drawn(rate, tuple(self.value.shape), self.value))
+        drawn = _drawn(rate, tuple(self.value.shape), self.value)
+        if self._held is None:
+            self.value = drawn  # a parametrization writes it into what ``value`` is made of
+        else:
+            self._held.copy_(drawn)
 
     @property
     def by_step(self) -> bool:
@@ -157,9 +161,14 @@ class Rates(nn.Module):
     def fixed(self) -> Tensor | None:
         """Returns the tensor that :meth:`forward` returns at every call, until another tensor replaces ``value``.
 
-        It is ``None`` where :meth:`forward` computes a new tensor each time.
+        It is ``None`` where :meth:`forward`, or a parametrization of ``value``, computes a new tensor each time.
         """
-        return self.value if self.index is None else None
+        return self._held if self.index is None else None
+
+    @property
+    def _held(self) -> Tensor | None:
+        """The tensor ``value`` itself; ``None`` where a parametrization computes it."""
+        return self._parameters.get("value", self._buffers.get("value"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *further: Any) -> None:
         saved = state_dict.get(prefix + "value")

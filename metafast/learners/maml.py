@@ -281,9 +281,10 @@ class MAML(GradientLearner):
         said = super().explain(x)
         if self._rule is not None:
             said += f"\n  inner steps: {self._inner}"
-        if x is None and self._latest is not None and not self.loop.is_plain:
-            width = (1 + self.loop.states) * self.program.size
-            segments = segments_of(self.loop, self._latest.tasks, width, self._sources[0].element_size())
+        known = self._latest if x is None else None
+        if known is not None and not self.loop.is_plain:
+            width = (1 + self.loop.states) * known.program.size
+            segments = segments_of(self.loop, known.tasks, width, self._sources[0].element_size())
             said += f"\n  z of the steps, step by step or through autograd: {segments}"
         return said
 
