@@ -61,11 +61,11 @@ def test_meta_gradient(benchmark: Any, workload: Workload, peer: Peer) -> None:
     began = time.perf_counter()
     call()
     seconds = time.perf_counter() - began
-    program = capture(workload.network(), as_loss(workload.loss), tasks.support_x[0], steps=workload.steps)
+    program = capture(workload.network(), as_loss(workload.loss), tasks.support.at(0).x[0], steps=workload.steps)
     benchmark.group = workload.name
     benchmark.pedantic(call, rounds=min(100, max(3, int(2 / seconds))))
     median = benchmark.stats.stats.median
-    flops = meta_cost(program, tasks, workload.steps).flops
+    flops = meta_cost(program, tasks, workload.loop).flops
     benchmark.extra_info.update(tasks_per_s=len(tasks) / median, gflops=flops / median / 1e9, gradient=found.gradient)
 
 

@@ -221,7 +221,8 @@ def oracles(pack: Pack) -> None:
     """Packs the float64 oracles that judge the workloads."""
     names = ("workloads.py", "peers.py", "oracles.py")
     files = [*(ROOT / "metafast/bench" / name for name in names), *sorted((ROOT / "metafast/models").glob("*.py"))]
-    files += [ROOT / "metafast/verification/torch_loop.py", ROOT / "metafast/program/losses.py"]
+    files += [ROOT / "metafast/verification" / name for name in ("torch_loop.py", "inner_updates.py")]
+    files += [ROOT / "metafast/program/losses.py"]
     of = digest(files=files)
 
     def make(name: str) -> None:

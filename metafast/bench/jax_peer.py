@@ -10,15 +10,20 @@ import numpy as np
 from torch import nn
 
 from metafast.tasks import TaskBatch
+from metafast.verification.inner_updates import InnerUpdate
 
 from .peers import Answer, Peer
-from .workloads import Workload
+from .workloads import LR, Workload
 
 _LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
 
 
 class Jax(Peer):
-    """Compiles, by ``jax.jit``, the gradient of the mean over the tasks of ``jax.vmap``, in float32."""
+    """Compiles, by ``jax.jit``, the gradient of the mean over the tasks of ``jax.vmap``, in float32.
+
+    Where every step has samples of its own, steps are those of a ``scan``, and ``jax.checkpoint`` keeps nothing of them
+    but the parameters.
+    """
 
     name = "JAX jit(vmap)"
     package = "jax"
@@ -35,11 +40,13 @@ class Jax(Peer):
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         jax = importlib.import_module("jax")
         jax.config.update("jax_default_matmul_precision", "highest")
-        if tasks.support_x.device.type != jax.default_backend().replace("gpu", "cuda"):
-            raise RuntimeError(f"jax runs on {jax.default_backend()} and the tasks are on {tasks.support_x.device}")
+        if tasks.query_x.device.type != jax.default_backend().replace("gpu", "cuda"):
+            raise RuntimeError(f"jax runs on {jax.default_backend()} and the tasks are on {tasks.query_x.device}")
         model = workload.network()
         layers = list(model.named_children())
-        params = {name: jax.numpy.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
+        start = {name: jax.numpy.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
+        if workload.learns_lr:
+            start[LR] = jax.numpy.asarray(workload.lr)
         loss = _mse if workload.loss == "mse" else _cross_entropy
 
         def objective(params: dict, x: Any, y: Any) -> Any:
@@ -48,14 +55,25 @@ class Jax(Peer):
                 x = _apply(jax, layer, own, x)
             return loss(jax, x, y)
 
-        def task(params: dict, sx: Any, sy: Any, qx: Any, qy: Any) -> Any:
-            for _ in range(workload.steps):
-                grads = jax.grad(objective)(params, sx, sy)
-                params = {name: p - workload.lr * grads[name] for name, p in params.items()}
-            return objective(params, qx, qy)
+        def task(start: dict, sx: Any, sy: Any, qx: Any, qy: Any) -> Any:
+            params = dict(start)
+            update = InnerUpdate(workload.inner, params.pop(LR, workload.lr), jax.numpy)
 
-        def mean(params: dict, *data: Any) -> tuple[Any, Any]:
-            losses = jax.vmap(task, (None, 0, 0, 0, 0))(params, *data)
+            def step(carried: tuple, support: tuple) -> tuple[tuple, None]:
+                params, state, count = carried
+                return (*update(params, jax.grad(objective)(params, *support), state, count), count + 1), None
+
+            carried = params, update.start(params), 1
+            if workload.each_step:
+                carried, _ = jax.lax.scan(jax.checkpoint(step), carried, (sx, sy))
+            else:
+                for _ in range(workload.steps):
+                    carried, _ = step(carried, (sx, sy))
+            return objective(carried[0], qx, qy)
+
+        def mean(start: dict, *data: Any) -> tuple[Any, Any]:
+            of_task = int(workload.each_step)
+            losses = jax.vmap(task, (None, of_task, of_task, 0, 0))(start, *data)
             return losses.mean(), losses
 
         run = jax.jit(jax.grad(mean, has_aux=True))
@@ -63,7 +81,7 @@ class Jax(Peer):
         data = [jax.numpy.asarray(np.asarray(tensor.cpu())) for tensor in tensors]
 
         def call() -> Answer:
-            grads, losses = jax.block_until_ready(run(params, *data))
+            grads, losses = jax.block_until_ready(run(start, *data))
             return losses, grads
 
         return call

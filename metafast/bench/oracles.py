@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .peers import TorchLoop
-from .workloads import Workload
+from .workloads import LR, Workload
 
 _GRADIENT = "gradient "
 
@@ -47,6 +47,8 @@ def load(folder: Path, workload: Workload) -> Oracle:
         losses = arrays["losses"]
         gradient = {key.removeprefix(_GRADIENT): arrays[key] for key in arrays.files if key.startswith(_GRADIENT)}
     wanted = {name: tuple(p.shape) for name, p in workload.network().named_parameters()}
+    if workload.learns_lr:
+        wanted[LR] = ()
     if losses.shape != (workload.tasks,) or {name: g.shape for name, g in gradient.items()} != wanted:
         raise ValueError(f"{file} is of another {workload.name} than this one: work it out again")
     return losses, gradient

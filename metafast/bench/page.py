@@ -14,6 +14,7 @@ from metafast.bench.table import (
     duration,
     is_own,
     measured,
+    memory,
     remarks,
     times,
     title,
@@ -77,12 +78,13 @@ def _section(workload: dict[str, Any]) -> str:
     name, _, sizes = title(workload).partition(": ")
     ratio = best_ratio(workload)
     verdict = "" if ratio is None else f"<span class=ratio>{times(ratio)} as fast as the best peer</span>"
+    needs = "".join(f"<p class=soft>{escape(line)}</p>" for line in memory(workload))
     warnings = "".join(f"<p class=warn>{escape(line)}</p>" for line in remarks(workload))
     head = "".join(f"<th>{escape(heading)}</th>" for heading in ("", *HEADINGS))
     body = "".join(_table_row(row, workload) for row in workload["rows"])
     return (
         f"<section><header class=row><h2>{escape(name)}</h2>{verdict}</header><p class=soft>{escape(sizes)}</p>"
-        f"{_chart(workload)}<div class=wide><table><tr>{head}</tr>{body}</table></div>{warnings}</section>"
+        f"{_chart(workload)}<div class=wide><table><tr>{head}</tr>{body}</table></div>{needs}{warnings}</section>"
     )
 
 

@@ -1,41 +1,33 @@
-"""Peers: other ways to compute the same meta-gradient. All read the same tensors and return the same two things.
-
-In training mode ``F.batch_norm`` has a wrong second derivative under ``torch.func`` (torch 2.13, CPU: 1e-4
-relative even in float64, and the bias of a convolution in front of it, whose gradient is zero, gets one that is not),
-while plain autograd is exact. So the vmap peers get batch norms that are written out in elementary operations; with
-torch's own they would disagree and get no time.
-"""
+"""Peers: other ways to compute the same meta-gradient. All read the same tensors and return the same two things."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-import shutil
 import sys
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from metafast.learners import MAML
+from metafast.inner.rules import Adam
 from metafast.program.losses import TORCH_FUNCTIONS
 from metafast.tasks import TaskBatch
+from metafast.verification.inner_updates import InnerUpdate
 from metafast.verification.torch_loop import task_loss
 
-from .workloads import Workload
+from .workloads import LR, Workload
 
 Answer = tuple[Any, dict[str, Any]]
 """The query losses ``[T]``, and the gradient of their mean by parameter name, as anything that ``numpy.asarray``
-takes."""
+takes; where the workload learns the inner rate, the gradient in it is the one under ``LR``."""
 
 LEARN2LEARN = "METAFAST_LEARN2LEARN"
 
@@ -56,6 +48,10 @@ class Peer(ABC):
             return f"{self.package} is not installed: pip install {self.package}"
         return None
 
+    def load(self) -> None:
+        """Imports the package, so that the memory of that can be told from the memory that a meta-gradient needs."""
+        importlib.import_module(self.package)
+
     @abstractmethod
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         """Makes the model in the dtype and on the device of ``tasks``. Returns a call that computes one
@@ -75,9 +71,11 @@ class Metafast(Peer):
         return "metafast" if self.backend == "auto" else f"metafast ({self.backend})"
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        model = workload.network().to(tasks.support_x)
-        learner = MAML(model, loss=workload.loss, lr=workload.lr, steps=workload.steps, backend=self.backend)
+        model = workload.network().to(tasks.query_x)
+        learner = workload.learner(model, backend=self.backend)
         parameters: dict[str, Tensor] = dict(model.named_parameters())
+        if workload.learns_lr:
+            parameters[LR] = learner.rate.value
 
         def call() -> Answer:
             learner.zero_grad(set_to_none=True)
@@ -93,13 +91,15 @@ class TorchLoop(Peer):
     name = "torch loop"
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        model, loss = workload.network().to(tasks.support_x), TORCH_FUNCTIONS[workload.loss]
+        model, loss = workload.network().to(tasks.query_x), TORCH_FUNCTIONS[workload.loss]
         start: dict[str, Tensor] = dict(model.named_parameters())
+        lr = rate_of(workload, tasks)
+        update = InnerUpdate(workload.inner, lr, torch)
 
         def task(t: int) -> Tensor:
-            return task_loss(model, loss, start, tasks, t, workload.lr, workload.steps, start)
+            return task_loss(model, loss, start, tasks, t, update, workload.steps, start)
 
-        return _sequential(model, len(tasks), task)
+        return _sequential(start, lr, len(tasks), task)
 
 
 class Learn2Learn(Peer):
@@ -124,21 +124,30 @@ class Learn2Learn(Peer):
             )
         if not (Path(folder) / "learn2learn/algorithms/maml.py").is_file():
             return f"{LEARN2LEARN}={folder} has no learn2learn/algorithms/maml.py; unpack the source distribution there"
+        if workload.inner.states:
+            return "it cannot: its inner steps go along the gradient, without momentum or moments"
         return None
+
+    def load(self) -> None:
+        self._package()
+        importlib.import_module("learn2learn.algorithms.maml")
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         self._package()
         maml = importlib.import_module("learn2learn.algorithms.maml").MAML
-        model, loss = workload.network().to(tasks.support_x), TORCH_FUNCTIONS[workload.loss]
-        learner = maml(model, lr=workload.lr)
+        model, loss = workload.network().to(tasks.query_x), TORCH_FUNCTIONS[workload.loss]
+        start: dict[str, Tensor] = dict(model.named_parameters())
+        lr = rate_of(workload, tasks)
+        learner = maml(model, lr=lr)
 
         def task(t: int) -> Tensor:
             clone = learner.clone()
-            for _ in range(workload.steps):
-                clone.adapt(loss(clone(tasks.support_x[t]), tasks.support_y[t]))
+            for s in range(workload.steps):
+                support = tasks.support.at(s)
+                clone.adapt(loss(clone(support.x[t]), support.y[t]))
             return loss(clone(tasks.query_x[t]), tasks.query_y[t])
 
-        return _sequential(model, len(tasks), task)
+        return _sequential(start, lr, len(tasks), task)
 
     @staticmethod
     def _package() -> None:
@@ -152,124 +161,110 @@ class Learn2Learn(Peer):
 
 
 class Higher(Peer):
-    """Runs ``higher.innerloop_ctx`` around SGD, one task after the other."""
+    """Runs ``higher.innerloop_ctx`` around SGD or Adam, one task after the other.
+
+    Its Adam adds ``eps`` to the root of the moment as it is, and torch's to the root of the corrected one. It gets
+    another ``eps`` for each step, with which the two are the same.
+    """
 
     name = package = "higher"
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
         higher = importlib.import_module("higher")
-        model, loss = workload.network().to(tasks.support_x), TORCH_FUNCTIONS[workload.loss]
-        optimizer = torch.optim.SGD(model.parameters(), lr=workload.lr)
+        model, loss = workload.network().to(tasks.query_x), TORCH_FUNCTIONS[workload.loss]
+        start: dict[str, Tensor] = dict(model.named_parameters())
+        lr, settings = rate_of(workload, tasks), _settings(workload.inner)
+        kind = torch.optim.Adam if "eps" in settings else torch.optim.SGD
+        optimizer = kind(model.parameters(), lr=workload.lr, **settings)
+
+        def of_step(count: int) -> dict[str, list[float]]:
+            return {"eps": [settings["eps"] * (1 - settings["betas"][1] ** count) ** 0.5]} if "eps" in settings else {}
 
         def task(t: int) -> Tensor:
-            with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fast, inner):
-                for _ in range(workload.steps):
-                    inner.step(loss(fast(tasks.support_x[t]), tasks.support_y[t]))
+            context = higher.innerloop_ctx(model, optimizer, copy_initial_weights=False, override={"lr": [lr]})
+            with context as (fast, steps):
+                for s in range(workload.steps):
+                    support = tasks.support.at(s)
+                    steps.step(loss(fast(support.x[t]), support.y[t]), override=of_step(s + 1))
                 return loss(fast(tasks.query_x[t]), tasks.query_y[t])
 
-        return _sequential(model, len(tasks), task)
+        return _sequential(start, lr, len(tasks), task)
 
 
-class TorchVmap(Peer):
-    """Takes the gradient by ``torch.func`` of the mean over the tasks of ``vmap``, all tasks at once."""
+class TorchOpt(Peer):
+    """Runs ``torchopt.MetaSGD`` or ``torchopt.MetaAdam``, one task after the other.
 
-    name = "torch.func vmap"
+    The root of a moment that is zero has no derivative, and makes all gradients NaN. Against that ``eps_root`` is added
+    to the moments; the one here does nothing else, for its root is a hundredth of ``eps``.
+    """
+
+    name = "TorchOpt"
+    package = "torchopt"
 
     def prepare(self, workload: Workload, tasks: TaskBatch) -> Callable[[], Answer]:
-        model, loss = _written_out(workload.network().to(tasks.support_x)), TORCH_FUNCTIONS[workload.loss]
-        params = {name: p.detach() for name, p in model.named_parameters()}
-        data = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
+        torchopt = importlib.import_module("torchopt")
+        model, loss = workload.network().to(tasks.query_x), TORCH_FUNCTIONS[workload.loss]
+        start: dict[str, Tensor] = dict(model.named_parameters())
+        lr, settings = rate_of(workload, tasks), _settings(workload.inner)
+        if "eps" in settings:
+            optimizer = torchopt.MetaAdam(model, lr, **settings, eps_root=1e-4 * settings["eps"] ** 2)
+        else:
+            optimizer = torchopt.MetaSGD(model, lr, **settings)
+        before = [torchopt.extract_state_dict(part, by="reference") for part in (model, optimizer)]
 
-        def task(params: dict[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-            fast = params
-            for _ in range(workload.steps):
-                grads = torch.func.grad(lambda p: loss(functional_call(model, p, sx), sy))(fast)
-                fast = {name: p - workload.lr * grads[name] for name, p in fast.items()}
-            return loss(functional_call(model, fast, qx), qy)
+        def task(t: int) -> Tensor:
+            for s in range(workload.steps):
+                support = tasks.support.at(s)
+                optimizer.step(loss(model(support.x[t]), support.y[t]))
+            judged = loss(model(tasks.query_x[t]), tasks.query_y[t])
+            for part, state in zip((model, optimizer), before, strict=True):
+                torchopt.recover_state_dict(part, state)
+            return judged
 
-        def mean(params: dict[str, Tensor], *data: Tensor) -> tuple[Tensor, Tensor]:
-            losses = torch.func.vmap(task, (None, 0, 0, 0, 0))(params, *data)
-            return losses.mean(), losses
-
-        run = self._compiled(torch.func.grad(mean, has_aux=True))
-
-        def call() -> Answer:
-            grads, losses = run(params, *data)
-            return losses, grads
-
-        return call
-
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
+        return _sequential(start, lr, len(tasks), task)
 
 
-class TorchCompile(TorchVmap):
-    """Compiles the vmap peer by ``torch.compile``, from an empty compile cache."""
-
-    name = "torch.compile"
-
-    def missing(self, workload: Workload, device: str) -> str | None:
-        compiler = os.environ.get("CXX", "g++")
-        if device == "cpu" and shutil.which(compiler) is None:
-            return f"there is no C++ compiler {compiler} for it to use"
-        if device != "cpu" and importlib.util.find_spec("triton") is None:
-            return "there is no Triton for it to use"
-        return None
-
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.compiler.config.force_disable_caches = True
-        return torch.compile(function, dynamic=False)
+def rate_of(workload: Workload, tasks: TaskBatch) -> float | Tensor:
+    """Returns the inner rate: a number, or where its gradient is wanted a leaf of autograd's graph."""
+    return tasks.query_x.new_tensor(workload.lr).requires_grad_() if workload.learns_lr else workload.lr
 
 
-def _sequential(model: nn.Module, count: int, task: Callable[[int], Tensor]) -> Callable[[], Answer]:
+def _settings(inner: Any) -> dict[str, Any]:
+    """Returns the settings of a rule as other libraries call them, which is as torch does."""
+    return {"betas": inner.betas, "eps": inner.eps} if isinstance(inner, Adam) else {"momentum": inner.momentum}
+
+
+def _sequential(
+    start: dict[str, Tensor], lr: float | Tensor, count: int, task: Callable[[int], Tensor]
+) -> Callable[[], Answer]:
     """Runs one task after the other and frees each before the next, so that the loop needs as little memory as it
     can."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    leaves = {**start, LR: lr} if isinstance(lr, Tensor) else start
 
     def call() -> Answer:
-        model.zero_grad(set_to_none=True)
+        for leaf in leaves.values():
+            leaf.grad = None
         losses = []
         for t in range(count):
             loss = task(t)
             (loss / count).backward()
             losses.append(loss.detach())
-        return torch.stack(losses), _gradients(parameters)
+            del loss
+        return torch.stack(losses), _gradients(leaves)
 
     return call
 
 
-def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
-
-
-class _WrittenOutBatchNorm(nn.Module):
-    """Normalises by the batch's statistics, in elementary operations."""
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        axes = [0, *range(2, x.dim())]
-        centred = x - x.mean(axes, keepdim=True)
-        y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + self.eps)
-        if self.weight is None:
-            return y
-        shape = (-1, *(1 for _ in range(x.dim() - 2)))
-        return y * self.weight.view(shape) + self.bias.view(shape)
-
-
-def _written_out(model: nn.Module) -> nn.Module:
-    model = deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _WrittenOutBatchNorm(module))
-    return model
+def _gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {**found, LR: found[LR].reshape(())} if LR in found else found
 
 
 def peers() -> list[Peer]:
     """Returns all peers, the simplest first."""
+    from .functional_peers import MixedMode, TorchCompile, TorchVmap
     from .jax_peer import Jax
 
-    return [TorchLoop(), TorchVmap(), TorchCompile(), Learn2Learn(), Higher(), Jax()]
+    return [
+        TorchLoop(), TorchVmap(), TorchCompile(), MixedMode(), Learn2Learn(), Higher(), TorchOpt(), Jax(),
+    ]  # fmt: skip

@@ -142,12 +142,12 @@ def measure(
 def _cost(workload: Workload) -> dict[str, int]:
     """Counts FLOPs, bytes and parameters of the workload, and checks that its model fits its samples and labels."""
     tasks = workload.draw()
-    model = workload.network().to(tasks.support_x)
-    program = capture(model, as_loss(workload.loss), tasks.support_x[0], steps=workload.steps)
+    model, support = workload.network().to(tasks.query_x), tasks.support.at(0)
+    program = capture(model, as_loss(workload.loss), support.x[0], steps=workload.steps)
     with torch.no_grad():
-        output = tuple(model(tasks.support_x[0]).shape[1:])
-    program.loss.check(output, tasks.support_y, "support_y")
-    return {**asdict(meta_cost(program, tasks, workload.steps)), "parameters": program.size}
+        output = tuple(model(support.x[0]).shape[1:])
+    program.loss.check(output, support.y, "support_y")
+    return {**asdict(meta_cost(program, tasks, workload.loop)), "parameters": program.size}
 
 
 def _measure(
@@ -181,10 +181,11 @@ def _measure(
                 contender.worker.close()
     rows = [_finish(c, workload, cost, machine.matrix, machine.copy, max(floors.values())) for c in contenders]
     _compare(rows)
-    sizes = {key: getattr(workload, key) for key in ("loss", "ways", "shots", "queries", "tasks", "steps", "lr")}
+    keys = ("loss", "ways", "shots", "queries", "tasks", "steps", "lr", "each_step", "learns_lr")
+    sizes = {key: getattr(workload, key) for key in keys}
     found = {
         "name": workload.name,
-        "sizes": {**sizes, "sample": list(workload.sample)},
+        "sizes": {**sizes, "sample": list(workload.sample), "inner": str(workload.inner)},
         "cost": cost,
         "rates": asdict(machine),
         "floors_s": floors,
@@ -283,6 +284,8 @@ def _turn(contender: _Contender, settings: Settings, bare: int) -> None:
     else:
         contender.times += times
         contender.row["peak_bytes"] = peak.get("device", max(0, peak["host"] - bare))
+        if "beyond_data" in peak:
+            contender.row["beyond_data_bytes"] = peak["beyond_data"]
 
 
 def _finish(

@@ -28,6 +28,8 @@ def print_result(result: dict[str, Any]) -> None:
         ratio = best_ratio(workload)
         if ratio is not None:
             out.print(f"metafast is {times(ratio)} as fast as the best peer", style=_OWN)
+        for line in memory(workload):
+            out.print(line, style="dim")
         for line in remarks(workload):
             out.print(line, style="yellow")
 
@@ -65,7 +67,7 @@ def markdown(result: dict[str, Any]) -> str:
         last = ["–" if ratio is None else f"**{times(ratio)}**"]
         last += ["–", "–"] if own is None else [times(own["over_floor"]), error(own)]
         lines.append(f"| `{workload['name']}` | {' | '.join([*medians, *last])} |")
-    notes = [f"{w['name']}: {remark}" for w in result["workloads"] for remark in remarks(w)]
+    notes = [f"{w['name']}: {line}" for w in result["workloads"] for line in (*memory(w), *remarks(w))]
     return "\n".join([*lines, "", caption(result) + ".", *(f"- {note}" for note in notes)]) + "\n"
 
 
@@ -105,9 +107,11 @@ def title(workload: dict[str, Any]) -> str:
     """Returns the workload's sizes and floor in one line."""
     s, rates, floors = workload["sizes"], workload["rates"], workload["floors_s"]
     kind = f"{s['ways']}-way {s['shots']}-shot" if s["ways"] else f"{s['shots']}-shot regression"
+    if s.get("each_step"):
+        kind = f"{s['ways']} classes, {s['shots']} new samples a step"
     bound = max(floors, key=floors.__getitem__)
     return (
-        f"{workload['name']}: {s['tasks']} tasks, {kind}, {s['queries']} "
+        f"{workload['name']}: {s['tasks']} task{'s' * (s['tasks'] > 1)}, {kind}, {s['queries']} "
         f"{'query' if s['queries'] == 1 else 'queries'}, {s['steps']} inner step{'s' * (s['steps'] > 1)}; "
         f"{workload['cost']['flops'] / 1e9:.3g} GFLOP at {rates['matrix'] / 1e9:.0f} "
         f"GFLOP/s, {rates['copy'] / 1e9:.0f} GB/s: floor {duration(floors[bound])} ({bound})"
@@ -154,6 +158,14 @@ def remarks(workload: dict[str, Any]) -> Iterator[str]:
             yield f"{row['name']} gives another result than the oracle, so it is not timed: {row['note']}"
         elif row["state"] != "measured":
             yield f"{row['name']}: {row['state']}, {row['note']}"
+
+
+def memory(workload: dict[str, Any]) -> Iterator[str]:
+    """Says of a long loop, where memory decides what can run, how much each row needs beyond the samples."""
+    rows = [row for row in workload["rows"] if "beyond_data_bytes" in row]
+    if workload["sizes"].get("each_step") and rows:
+        sizes = ", ".join(f"{row['name']} {row['beyond_data_bytes'] / 1e6:,.0f} MB" for row in rows)
+        yield f"memory at the peak beyond samples and imports: {sizes}"
 
 
 def is_own(row: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,9 @@ class Worker:
     def turn(self, seconds: float, limit: float) -> tuple[list[float], dict[str, int]]:
         """Calls again and again for ``seconds``, at least once.
 
-        Returns the seconds of each call, and the peak memory of the process so far in bytes: ``host`` and, on a GPU,
-        ``device``.
+        Returns the seconds of each call, and the peak memory of the process in bytes since its tasks were drawn:
+        ``host`` and, on a GPU, ``device``; and ``beyond_data``, what it holds at that peak beyond the tasks and its
+        imports, where the system can tell.
         """
         with contextlib.suppress(ConnectionError):
             self._connection.send(("turn", seconds))
@@ -118,6 +120,7 @@ def _serve(
 
 def _serve_calls(connection: Connection, peer: Peer, workload: Workload, device: str, dtype: torch.dtype) -> None:
     call: Callable[[], Any] = lambda: None  # noqa: E731
+    held: int | None = None
     while True:
         try:
             message = connection.recv()
@@ -125,7 +128,9 @@ def _serve_calls(connection: Connection, peer: Peer, workload: Workload, device:
             return
         try:
             if message[0] == "first":
+                peer.load()
                 tasks = workload.draw().to(device).to(dtype)
+                held = restart_peak(device)
                 began = time.perf_counter()
                 call = _synchronised(peer.prepare(workload, tasks), device)
                 losses, gradient = call()
@@ -133,7 +138,7 @@ def _serve_calls(connection: Connection, peer: Peer, workload: Workload, device:
                 answer = _array(losses), {name: _array(value) for name, value in gradient.items()}
                 connection.send(("done", (peer.version(), seconds, answer)))
             else:
-                connection.send(("done", (_turn(call, message[1]), _peak(device))))
+                connection.send(("done", (_turn(call, message[1]), _peak(device, held))))
         except Exception as error:
             last = traceback.format_exception_only(error)[-1].strip()
             connection.send(("error", last[:300]))
@@ -173,11 +178,28 @@ def _array(value: Any) -> np.ndarray:
     return np.asarray(value, dtype=np.float64)
 
 
-def _peak(device: str) -> dict[str, int]:
+def _peak(device: str, held: int | None) -> dict[str, int]:
     peak = {"host": peak_bytes()}
     if device != "cpu":
         peak["device"] = torch.cuda.max_memory_allocated()
+    if held is not None:
+        peak["beyond_data"] = max(0, peak.get("device", peak["host"]) - held)
     return peak
+
+
+def restart_peak(device: str) -> int | None:
+    """Lets the peak begin anew from the memory that the process holds now, and returns that in bytes.
+
+    It returns ``None`` where the system cannot let the peak of a process begin anew; Linux can.
+    """
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return peak_bytes()
 
 
 def peak_bytes() -> int:

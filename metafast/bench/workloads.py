@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metafast.inner.rates import Rate
+from metafast.inner.rules import SGD, Adam
+from metafast.learners import MAML
 from metafast.models import conv4, mlp
+from metafast.program.inner_loop import InnerLoop
+from metafast.program.rule import Rule
 from metafast.tasks import TaskBatch
+
+LR = "lr"
+"""The name under which the gradient in a learned rate stands among those of the parameters."""
+_ALONG_GRADIENT = SGD()
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,10 @@ class Workload:
         tasks: the number of tasks, T.
         steps: the number of inner steps, S.
         lr: the inner rate.
+        inner: what an inner step makes of the gradient.
+        each_step: whether every inner step has new support samples, as in training a network. ``shots`` is then the
+            number of samples of a step, ``queries`` that of a task, and their classes are drawn at random.
+        learns_lr: whether the gradient in the inner rate is computed too.
     """
 
     name: str
@@ -45,6 +59,19 @@ class Workload:
     tasks: int
     steps: int
     lr: float
+    inner: Rule = _ALONG_GRADIENT
+    each_step: bool = False
+    learns_lr: bool = False
+
+    def learner(self, model: nn.Module, **options: Any) -> MAML:
+        """Makes the learner whose meta-gradient this is; ``options`` are further ones of :class:`MAML`."""
+        lr = Rate(self.lr, learn=True) if self.learns_lr else self.lr
+        return MAML(model, loss=self.loss, lr=lr, steps=self.steps, inner=self.inner, **options)
+
+    @property
+    def loop(self) -> InnerLoop:
+        """The inner loop, which is judged after its last step."""
+        return InnerLoop.judged_last(self.steps, learns_rates=self.learns_lr, rule=self.inner)
 
     def draw(self, seed: int = 0) -> TaskBatch:
         """Draws tasks that depend on ``seed`` alone, in float32 on the CPU.
@@ -53,8 +80,28 @@ class Workload:
         ``a sin(sum(x) - b)``, with the amplitudes and phases of Finn et al. 2017.
         """
         generator = torch.Generator().manual_seed(seed)
+        if self.each_step:
+            return self._training(generator)
         make = self._classes(generator) if self.ways else self._sinusoids(generator)
         return TaskBatch(*make(self.shots), *make(self.queries))
+
+    def _training(self, generator: torch.Generator) -> TaskBatch:
+        """Draws samples for each step, of classes that overlap.
+
+        With 784 numbers in a sample the centres of two classes lie four standard deviations apart.
+        """
+        centres = 0.03 * torch.randn(self.tasks, self.ways, *self.sample, generator=generator)
+
+        def make(steps: int, each: int) -> tuple[Tensor, Tensor]:
+            y = torch.randint(self.ways, (steps, self.tasks, each), generator=generator)
+            x = torch.randn(steps, self.tasks, each, *self.sample, generator=generator).mul_(0.3)
+            for step in range(steps):  # one by one, since all at once would need the memory of the samples again
+                for t, centre in enumerate(centres):
+                    x[step, t] += centre[y[step, t]]
+            return x, y
+
+        support, (query_x, query_y) = make(self.steps, self.shots), make(1, self.queries)
+        return TaskBatch(*support, query_x[0], query_y[0], each_step=True)
 
     def _classes(self, generator: torch.Generator) -> Callable[[int], tuple[Tensor, Tensor]]:
         centres = torch.randn(self.tasks, self.ways, 1, *self.sample, generator=generator)
@@ -98,6 +145,18 @@ def regressor() -> nn.Sequential:
 def perceptron() -> nn.Sequential:
     """Makes the MLP 64-256-256-5, whose parameters need more memory than any thread block has."""
     return _with_usual_values(mlp(64, 5, (256, 256)), 256)
+
+
+def digits() -> nn.Sequential:
+    """Makes the MLP 784-128-10, the size of a first network for handwritten digits.
+
+    Half is added to the biases of the hidden layer, so that few activations are near the kink of the ReLU: see
+    :func:`classifier`. In a thousand steps one on its other side may grow to 7% of the gradient.
+    """
+    model = _with_usual_values(mlp(784, 10, (128,)), 128)
+    with torch.no_grad():
+        model.get_parameter("hidden1.bias").add_(0.5)
+    return model
 
 
 def _with_usual_values(model: nn.Sequential, hidden: int) -> nn.Sequential:
@@ -164,15 +223,17 @@ def _pictures(
 # The channels of the network and the shape of an image, [C, H, W].
 _OMNIGLOT = (64, (1, 28, 28))
 _MINI = (32, (3, 84, 84))
+_SIN25_5 = _sinusoid("sin25-5", tasks=25, steps=5)
+_OMNI5W1S_5 = _pictures("omni5w1s-5", *_OMNIGLOT, ways=5, shots=1, queries=15, tasks=8, steps=5)
 WORKLOADS = {
     workload.name: workload
     for workload in (
         _sinusoid("sin25-1", tasks=25, steps=1),
-        _sinusoid("sin25-5", tasks=25, steps=5),
+        _SIN25_5,
         _sinusoid("sin1024-5", tasks=1024, steps=5),
         _sinusoid("sin4096-5", tasks=4096, steps=5),
         _pictures("omni5w1s-1", *_OMNIGLOT, ways=5, shots=1, queries=1, tasks=32, steps=1),
-        _pictures("omni5w1s-5", *_OMNIGLOT, ways=5, shots=1, queries=15, tasks=8, steps=5),
+        _OMNI5W1S_5,
         _pictures("omni20w1s-5", *_OMNIGLOT, ways=20, shots=1, queries=1, tasks=16, steps=5, lr=0.003),
         _pictures("mini5w1s-5", *_MINI, ways=5, shots=1, queries=15, tasks=4, steps=5, lr=0.002),
         _pictures("mini5w5s-5", *_MINI, ways=5, shots=5, queries=15, tasks=4, steps=5, lr=0.002),
@@ -188,6 +249,23 @@ WORKLOADS = {
             tasks=32,
             steps=5,
             lr=0.003,
+        ),
+        replace(_SIN25_5, name="sin25-5-adam", lr=0.003, inner=Adam()),
+        replace(_OMNI5W1S_5, name="omni5w1s-5-momentum", lr=0.003, inner=SGD(momentum=0.9)),
+        # A network is trained for 1,000 steps, and what it has learned is differentiated in what it started from.
+        Workload(
+            "bilevel-1000",
+            digits,
+            "cross_entropy",
+            (784,),
+            ways=10,
+            shots=64,
+            queries=256,
+            tasks=1,
+            steps=1000,
+            lr=0.05,
+            each_step=True,
+            learns_lr=True,
         ),
     )
 }

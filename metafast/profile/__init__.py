@@ -109,7 +109,7 @@ def profile(
     machine = rates(device)
     tasks = workload.draw()
     leads = {span.layer for span in timeline.rules} - {LOSS}
-    costs = layer_costs(run.learner.program, leads, tasks.support_x[0], tasks.query_x.shape[1])
+    costs = layer_costs(run.learner.program, leads, tasks.support.at(0).x[0], tasks.query_x.shape[1])
     kernels: tuple[dict[str, Any], ...] = ()
     if run.device.type == "cuda":
         kernels = gpu.kernels(lambda: run.iterate(0), iterations)
@@ -144,8 +144,7 @@ class _Run:
         self.host: list[Span] | None = None
 
     def _learner(self, backend: str | Executor) -> MAML:
-        work = self.workload
-        return MAML(self.model, loss=work.loss, lr=work.lr, steps=work.steps, backend=backend)
+        return self.workload.learner(self.model, backend=backend)
 
     def iterate(self, seed: int) -> None:
         """Runs one iteration. While it is recorded on a GPU, each of its parts waits for the GPU."""

@@ -9,7 +9,10 @@ adjoint nobody needs. One sample then takes
     query                    3 F - f1
 
 Products that exist only for parameters that the inner loop does not move are left out, and a part of the network that
-no inner step changes runs once forward and once back.
+no inner step changes runs once forward and once back, where all steps have the same samples.
+
+What a rule does with the gradient is elementwise. It has no products; it adds the bytes of the K vectors of its state:
+``z = (theta, state)`` is as large as ``1 + K`` times the parameters.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 
 from metafast.kernels.contract.layer import RuleContext
 from metafast.program import Program
+from metafast.program.inner_loop import InnerLoop
 from metafast.program.interpreter import Pass
 from metafast.tasks import Batch, TaskBatch
 
@@ -117,15 +121,24 @@ class ProgramCost:
         """Counts the FLOPs of the query loss of one task and its gradient on ``samples`` query samples."""
         return samples * sum(node.query for node in self.nodes)
 
-    def meta_gradient(self, tasks: int, support: int, query: int, steps: int, second_order: bool = True) -> MetaCost:
-        """Computes the cost of one meta-gradient of ``tasks`` tasks with ``support`` and ``query`` samples each."""
-        fixed = support * sum(node.fixed_part(second_order) for node in self.nodes)
+    def meta_gradient(
+        self, tasks: int, support: int, query: int, steps: int, second_order: bool = True, states: int = 0,
+        each_step: bool = False,
+    ) -> MetaCost:  # fmt: skip
+        """Computes the cost of one meta-gradient of ``tasks`` tasks with ``support`` and ``query`` samples each.
+
+        ``states`` is the number of vectors that the rule of the inner loop carries from step to step, and ``each_step``
+        says whether every step has ``support`` samples of its own.
+        """
+        sets = steps if each_step else 1
+        fixed = sets * support * sum(node.fixed_part(second_order) for node in self.nodes)
         reverse = steps * self.hessian(support) if second_order else 0
         flops = tasks * (fixed + steps * self.step(support) + reverse + self.query(query))
-        kept = 2 * steps * self.parameters if steps > 1 else 0  # theta_s is written once and read once
-        least = tasks * ((support + query) * self.elements + kept) + 3 * self.parameters
+        kept = 2 * steps * (1 + states) * self.parameters if steps > 1 else 0  # z_s is written once and read once
+        reads = 2 * sets if sets > 1 else 1  # samples of each step are read on the way forward and on the way back
+        least = tasks * ((reads * support + query) * self.elements + kept) + 3 * self.parameters
         passes = steps * support * (7 + (13 if second_order else 0)) + query * 7
-        streamed = tasks * (passes * self.activations + (2 * steps + 2) * self.parameters * 3)
+        streamed = tasks * (passes * self.activations + (2 * steps + 2) * self.parameters * (3 + 2 * states))
         return MetaCost(flops, self.itemsize * least, self.itemsize * streamed)
 
 
@@ -135,10 +148,11 @@ class MetaCost:
 
     Attributes:
         flops: the FLOPs of its products, computed directly.
-        least_bytes: the memory traffic where activations never leave the chip: samples are read once, ``theta_s`` is
-            written and read once, and parameters and meta-gradient take 3 P elements.
+        least_bytes: the memory traffic where activations never leave the chip: samples are read once (those of each
+            step twice, on the way forward and on the way back), ``z_s`` of each step is written and read once, and
+            parameters and meta-gradient take 3 P elements.
         streamed_bytes: the memory traffic where every layer reads and writes its activations: 7 times in a gradient
-            and 13 times in a Hessian-vector product.
+            and 13 times in a Hessian-vector product. A step also reads and writes the state of the rule.
     """
 
     flops: int
@@ -192,13 +206,14 @@ def _products(run: Pass, i: int) -> int:
     return counter.get_total_flops()
 
 
-def meta_cost(program: Program, tasks: TaskBatch, steps: int, second_order: bool = True) -> MetaCost:
-    """Computes the cost of one meta-gradient on ``tasks`` after ``steps`` inner steps.
+def meta_cost(program: Program, tasks: TaskBatch, loop: InnerLoop) -> MetaCost:
+    """Computes the cost of one meta-gradient on ``tasks``, judged after the last step of ``loop``.
 
     Raises:
         ValueError: the program cannot take these samples; the text names the layer.
     """
-    cost = program_cost(program, tasks.support_x[0])
-    support = tasks.support_x.shape[1]
-    query = tasks.query_x.shape[1]
-    return cost.meta_gradient(len(tasks), support, query, steps, second_order)
+    samples = tasks.support.at(0).x
+    cost, query = program_cost(program, samples[0]), tasks.query_x.shape[1]
+    return cost.meta_gradient(
+        len(tasks), samples.shape[1], query, loop.steps, not loop.first_order, loop.states, tasks.each_step
+    )

@@ -54,9 +54,7 @@ class Setting:
     def learner(self, chosen: Workload, precision: str = "float32") -> MAML:
         """Makes a learner on the executor that is meant for the workload."""
         model, backend = chosen.network().to(self.device), executor(chosen.name)
-        return MAML(
-            model, loss=chosen.loss, lr=chosen.lr, steps=chosen.steps, backend=backend, precision=precision
-        )  # fmt: skip
+        return chosen.learner(model, backend=backend, precision=precision)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
