@@ -4,7 +4,7 @@
 #include "../core/pass.h"
 #include "../core/steps/rule_step.h"
 #include "task_memory.h"
-#include "transfer.h"
+#include "user_memory.h"
 
 namespace METAFAST_NAMESPACE {
 
@@ -26,6 +26,7 @@ class InnerLoopRun {
         program(*job.program),
         mem(job, base),
         machine(program, member.rank == 0 ? mem.workspace : own, mem.workspace, member),
+        user(job, machine),
         pass(machine, program, job.constants),
         rule_step(machine, job.rule, program.size, job.rate_rows, mem.blocks),
         support{},
@@ -46,7 +47,7 @@ class InnerLoopRun {
 
   // The adjoint of the `first` task of a chunk is computed where the sum is to be, and the others are added to it.
   void run(int64_t task, const ChunkSums& to, bool first) {
-    t = task;
+    t = user.t = task;
     chunk = to;
     v = to.sums && first ? to.sums : mem.v;
     if (machine.trace) {
@@ -55,7 +56,7 @@ class InnerLoopRun {
     }
     query_layout = job.query_layouts.of ? job.query_layouts.of[t] : nullptr;
     machine.begin(SpanKind::load, 0);
-    query = load_samples(job.query, t, mem.query_x, mem.query_y, nullptr);
+    query = user.load_samples(job.query, t, mem.query_x, mem.query_y, nullptr);
     loaded = -1;
     if (!job.support.each_step) load_row(t);
     machine.barrier();
@@ -80,59 +81,59 @@ class InnerLoopRun {
 
  private:
   void predict() {
-    load_params(job.params, mem.starts);
+    user.load_params(job.params, mem.starts);
     machine.begin(SpanKind::query, job.step);
     const Tape<T> tape = query_tape();
     pass.forward(tape, query, mem.starts, job.step);
-    export_outputs(pass.outputs(tape, query), job.query, job.outputs);
+    user.export_outputs(pass.outputs(tape, query), job.query, job.outputs);
     machine.end();
   }
 
   void jvp() {
-    load_params(job.params, mem.starts);
-    import_user(job.v, 0, mem.u);
+    user.load_params(job.params, mem.starts);
+    user.import_user(job.v, 0, mem.u);
     fence_tape(program, *support_layout, mem.tapes);
     fence_scratch(program, *support_layout, mem.rest);
     const Tape<T> tape{support_layout, mem.tapes, mem.rest};
     pass.forward(tape, support, mem.starts, job.step);
-    export_outputs(pass.outputs(tape, support), job.support, job.outputs);
-    export_outputs(pass.jvp(tape, support, mem.starts, mem.u, job.step), job.support, job.tangents);
+    user.export_outputs(pass.outputs(tape, support), job.support, job.outputs);
+    user.export_outputs(pass.jvp(tape, support, mem.starts, mem.u, job.step), job.support, job.tangents);
   }
 
   void hvp() {
-    load_params(job.params, mem.starts);
-    import_user(job.v, 0, mem.u);
+    user.load_params(job.params, mem.starts);
+    user.import_user(job.v, 0, mem.u);
     if (job.grads) {
       from_zero(mem.g, [&] { support_pass(mem.tapes, mem.starts, job.step, mem.g); });
-      export_user(mem.g, job.grads, 0);
+      user.export_user(mem.g, job.grads, 0);
     } else {
       support_pass(mem.tapes, mem.starts, job.step, nullptr);
     }
     clear(mem.product);
     add_hvp(mem.tapes, mem.starts, mem.u, job.step, mem.product);
-    export_user(mem.product, job.products, 0);
+    user.export_user(mem.product, job.products, 0);
   }
 
   void loss_and_grad() {
-    load_params(job.params, mem.starts);
+    user.load_params(job.params, mem.starts);
     from_zero(v, [&] { set_loss(query_pass(mem.starts, job.step, v, true)); });
-    export_user(v, job.grads, 0);
+    user.export_user(v, job.grads, 0);
   }
 
   void adapt() {
-    load_start(start(0));
-    export_z(start(0), job.trajectory, 0);
+    user.load_start(start(0));
+    user.export_z(start(0), job.trajectory, 0);
     for (int s = 0; s < job.steps; ++s) {
       adapt_step(s, start(s % 2), start((s + 1) % 2), mem.g, mem.tapes);
-      export_z(start((s + 1) % 2), job.trajectory, s + 1);
+      user.export_z(start((s + 1) % 2), job.trajectory, s + 1);
     }
   }
 
   void adapt_vjp() {
-    import_adjoint(job.v_everywhere ? job.steps : 0, v, mem.w);
+    user.import_adjoint(job.v_everywhere ? job.steps : 0, v, mem.w);
     for (int s = job.steps - 1; s >= 0; --s) {
       machine.begin(SpanKind::reverse_step, s);
-      import_z(job.trajectory, s, mem.starts);
+      user.import_z(job.trajectory, s, mem.starts);
       load_support(s);
       if (job.needs_gradient) {
         from_zero(mem.g, [&] { support_pass(mem.tapes, mem.starts, number(s), mem.g); });
@@ -142,12 +143,12 @@ class InnerLoopRun {
       reverse_step(s, mem.tapes, mem.starts, mem.g);
       machine.end();
       if (!job.v_everywhere) continue;
-      import_adjoint(s, mem.u, mem.starts);
+      user.import_adjoint(s, mem.u, mem.starts);
       add(v, 1, mem.u);
       for (int k = 0; k < job.rule.states; ++k) add(mem.w + k * program.size, 1, mem.starts + k * program.size);
     }
-    export_user(v, job.grads, 0, 0);
-    for (int k = 0; k < job.rule.states; ++k) export_user(mem.w + k * program.size, job.grads, 0, k + 1);
+    user.export_user(v, job.grads, 0, 0);
+    for (int k = 0; k < job.rule.states; ++k) user.export_user(mem.w + k * program.size, job.grads, 0, k + 1);
   }
 
   void meta_gradient() {
@@ -178,7 +179,7 @@ class InnerLoopRun {
 
   // Takes the steps that the way back does not go through, and keeps nothing of them.
   void adapt_before(Loss& loss) {
-    load_start(start(job.begin % 2));
+    user.load_start(start(job.begin % 2));
     for (int s = 0; s < job.begin; ++s) {
       T* const z = start((job.begin - s) % 2);
       if (job.weights[s] != 0) M::add_weighted(loss, job.weights[s], query_pass(z, number(s), nullptr, false));
@@ -201,7 +202,9 @@ class InnerLoopRun {
     const bool last = s == job.steps;
     if (last && weight == 1) {
       from_zero(v, [&] { loss += query_pass(z, number(s), v, true); });
-    } else if (last || weight != 0) {
+    } else if (last && weight == 0) {
+      query_pass(z, number(s), nullptr, true);
+    } else if (weight != 0) {
       from_zero(mem.product, [&] { M::add_weighted(loss, weight, query_pass(z, number(s), mem.product, last)); });
       add(v, static_cast<T>(weight), mem.product);
     }
@@ -284,7 +287,7 @@ class InnerLoopRun {
     const Tape<T> tape = query_tape();
     pass.forward(tape, query, at, step);
     const Loss loss = pass.loss(tape, query);
-    if (wants_outputs) export_outputs(pass.outputs(tape, query), job.query, job.outputs);
+    if (wants_outputs) user.export_outputs(pass.outputs(tape, query), job.query, job.outputs);
     if (g) pass.backward(tape, query, at, step, g, true);
     machine.end();
     return loss;
@@ -308,90 +311,7 @@ class InnerLoopRun {
   void load_row(int64_t row) {
     loaded = row;
     support_layout = job.support_layouts.of ? job.support_layouts.of[row] : nullptr;
-    support = load_samples(job.support, row, mem.support_x, mem.support_y, mem.support_yd);
-  }
-
-  static int64_t count(const Samples<T>& samples, int64_t row) {
-    return samples.counts ? samples.counts[row] : samples.n;
-  }
-
-  LoadedSamples<T> load_samples(const Samples<T>& samples, int64_t row, T* x, T* y, T* yd) const {
-    if (!samples.x) return {};
-    const int n = static_cast<int>(count(samples, row));
-    const int64_t first = row * samples.n, next = job.task_stride * samples.n;
-    const Share mine = machine.share(n);
-    const auto load = [&](const T* from, const Grid& grid, int border_y, int border_x, T* to) -> const T* {
-      const int64_t sample = static_cast<int64_t>(grid.c) * (grid.h - 2 * border_y) * (grid.w - 2 * border_x);
-      from += first * sample;
-      // Vectors without padding lie as they are read.
-      if (M::tasks == 1 && grid.h * grid.w == 1 && sample == grid.ld) return from;
-      const int64_t image = static_cast<int64_t>(grid.h) * grid.w * grid.ld;
-      import_images<M::tasks>(from + mine.first * sample, next * sample, static_cast<int>(mine.end - mine.first), grid,
-                              border_y, border_x, to + mine.first * image);
-      return to;
-    };
-    LoadedSamples<T> found{};
-    found.x = load(samples.x, program.input, program.border_y, program.border_x, x);
-    found.labels = samples.labels ? samples.labels + first : nullptr;
-    if (samples.targets) found.targets = load(samples.targets, program.out, 0, 0, y);
-    if (samples.d_targets) found.d_targets = load(samples.d_targets, program.out, 0, 0, yd);
-    found.label_stride = next;
-    return found;
-  }
-
-  // Writes zeros behind the samples of a task that has fewer, and where there is nothing to export.
-  void export_outputs(const T* from, const Samples<T>& samples, T* to) const {
-    const Grid& out = program.out;
-    const int64_t size = static_cast<int64_t>(out.c) * out.h * out.w, n = from ? count(samples, t) : 0;
-    to += t * samples.n * size;
-    machine.once([&] {
-      if (n > 0) export_images<M::tasks>(from, static_cast<int>(n), out, to, job.task_stride * samples.n * size);
-      for (int j = 0; j < M::tasks; ++j) {
-        T* const mine = to + j * job.task_stride * samples.n * size;
-        std::memset(mine + n * size, 0, (samples.n - n) * size * sizeof(T));
-      }
-    });
-  }
-
-  void load_params(const T* params, T* to) const {
-    if (job.params_per_task) return import_user(params, 0, to);
-    machine.each(program.size, [=](long i) { M::store(to + i, M::load_shared(params, i)); });
-  }
-
-  // z_0: the state begins with numbers, or is given with the parameters.
-  void load_start(T* z) const {
-    const int K = job.rule.states;
-    if (job.params_per_task && K > 0) return import_z(job.params, 0, z);
-    load_params(job.params, z);
-    for (int k = 0; k < K; ++k) {
-      const auto value = M::broadcast(static_cast<T>(job.rule.start[k]));
-      T* const to = z + (k + 1) * program.size;
-      machine.each(program.size, [=](long i) { M::store(to + i, value); });
-    }
-  }
-
-  void import_z(const T* rows, int s, T* z) const {
-    for (int k = 0; k <= job.rule.states; ++k) import_user(rows, s, z + k * program.size, k);
-  }
-  void import_adjoint(int s, T* of_theta, T* of_state) const {
-    import_user(job.v, s, of_theta, 0);
-    for (int k = 0; k < job.rule.states; ++k) import_user(job.v, s, of_state + k * program.size, k + 1);
-  }
-  void export_z(const T* z, T* rows, int s) const {
-    for (int k = 0; k <= job.rule.states; ++k) export_user(z + k * program.size, rows, s, k);
-  }
-
-  // The part k of a vector (1 + K) P of this task, in a row of such vectors of all tasks.
-  int64_t of_user(int s, int k) const { return ((s * job.tasks + t) * (1 + job.rule.states) + k) * job.n_params; }
-  int64_t next_user() const { return job.task_stride * (1 + job.rule.states) * job.n_params; }
-
-  void import_user(const T* rows, int s, T* to, int k = 0) const {
-    const T* const from = rows + of_user(s, k);
-    machine.once([&] { import_params<M::tasks>(from, next_user(), job.inner, job.n_params, program.size, to); });
-  }
-
-  void export_user(const T* from, T* rows, int s, int k = 0) const {
-    if (machine.leads()) export_params<M::tasks>(from, job.inner, job.n_params, rows + of_user(s, k), next_user());
+    support = user.load_samples(job.support, row, mem.support_x, mem.support_y, mem.support_yd);
   }
 
   void set_loss(const Loss& loss) const {
@@ -434,6 +354,7 @@ class InnerLoopRun {
   const Program& program;
   TaskMemory<M> mem;
   M machine;
+  UserMemory<M> user;
   Pass<M> pass;
   RuleStep<M> rule_step;
   LoadedSamples<T> support, query;

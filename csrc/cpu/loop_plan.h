@@ -56,8 +56,9 @@ Kept kept_of(const Job<T>& job) {
   return {z, z + (job.needs_gradient ? size : 0) + tape, job.steps - job.begin};
 }
 
-// Chooses what to keep within so many elements for each task: everything; z and gradients of all steps; z of some of
-// them, if that is much less or `bounded`. Returns how many elements are kept.
+// Chooses what to keep within so many elements for each task: everything; z and gradients of all steps; or all of some
+// steps, if that is much less or if it has to be, for `bounded` says that the user gave the limit. The least that is
+// kept then is z alone of some steps. Returns how many elements are kept.
 template <class T>
 double plan_loop(Job<T>& job, int64_t truncate, double limit, bool bounded) {
   const int64_t back = truncate < 0 ? job.steps : std::min<int64_t>(truncate, job.steps);
@@ -76,7 +77,14 @@ double plan_loop(Job<T>& job, int64_t truncate, double limit, bool bounded) {
     return job.keeps_tapes ? kept.all() : states;
   }
   job.segment = static_cast<int32_t>(length);
-  return cut;
+  if (!bounded || cut <= limit) return cut;
+  const double z = static_cast<double>((1 + job.rule.states) * job.n_params);
+  const Kept least{z, z, kept.steps};
+  const int64_t shortest = least.best_length();
+  const bool cuts = least.in_segments(shortest) < least.all();
+  job.segment = static_cast<int32_t>(cuts ? shortest : kept.steps);
+  job.keeps_tapes = false;
+  return cuts ? least.in_segments(shortest) : least.all();
 }
 
 }  // namespace metafast

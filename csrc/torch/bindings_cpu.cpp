@@ -174,6 +174,8 @@ Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, i
     job.support.n = static_cast<int32_t>(n);
     job.query.n = static_cast<int32_t>(m);
     job.goal = Goal::meta_gradient;
+    job.inner = plan->inner().data();
+    job.n_params = static_cast<int64_t>(plan->inner().size());
     job.tasks = tasks;
     job.steps = static_cast<int32_t>(settings.steps);
     job.first_order = settings.first_order;

@@ -3,8 +3,10 @@
 Tasks are spread over torch's threads, and each runs on one core. Where there are fewer tasks than threads, several
 threads share a task; where the network is small, a core runs as many tasks at once as a vector has lanes. Results do
 not depend on either. The extension is built for several instruction sets and uses the best that the processor has.
-Each of several ragged tasks runs on its own samples, without padding. Under a loss that has no rules in C++, or that
-leaves out some of the labels of a batch, Python computes the loss and each pass is a call of its own.
+Each of several ragged tasks runs on its own samples, without padding. The one call takes steps by the rules of
+torch.optim (``Rule.formula``), samples of each step, and long loops in segments. Under a loss that has no rules in
+C++, or that leaves out some of the labels of a batch, Python computes the loss and each pass is a call of its own; so
+is each pass where C++ has no formula for the steps (see ``inner_steps``).
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ class CpuExecutor(Executor):
         back = loop.steps - needed["begin"]
         words = ""
         if 0 < needed["segment"] < back:
-            again = f"z of one of {needed['segment']} steps kept and the steps between taken again"
+            again = f"one of {needed['segment']} steps kept and the others taken again"
             words = f"{again}, which costs one more gradient a step"
         elif back < loop.steps:
             words = f"the way back through {back} of {loop.steps} steps"
