@@ -88,8 +88,7 @@ def test_a_bilevel_problem_says_what_it_keeps_and_what_it_takes():
     train, held = sets(each_step=False)
     problem = mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=400, memory=120_000)
     problem.backward((train[0], train[1].argmax(1)), held)
-    assert "steps kept and the steps between taken again" in problem.explain()
-    assert "of 20 steps kept and the others taken again" in problem.explain()
+    assert problem.explain().count("steps kept and the others taken again") == 2
     train, held = sets()
     problem = mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=S)
     with pytest.raises(TypeError, match=r"a set is \(x, y\) or \(x, y, mask\)"):

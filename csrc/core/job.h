@@ -46,6 +46,7 @@ struct Job {
   bool learns_rates;                // the gradient of the learning rates is wanted
   bool needs_gradient;              // the way back reads the gradient of each step
   int32_t begin;                    // the first step that the way back goes through
+  bool judges_before;               // query losses count that are judged before that
   int32_t segment;                  // steps of which z is kept for the way back; earlier ones are taken again
   bool keeps_tapes;                 // each of these has a tape of its own; else its pass runs again
   const T* constants;               // running means and variances, as Op::constants points into them

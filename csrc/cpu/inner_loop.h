@@ -173,16 +173,19 @@ class InnerLoopRun {
         judge(s, z, loss);
       }
     }
+    if (job.judges_before) add(v, 1, mem.before);
     set_loss(loss);
     if (chunk.sums && v != chunk.sums) add(chunk.sums, 1, v);
   }
 
-  // Takes the steps that the way back does not go through, and keeps nothing of them.
+  // Takes the steps that the way back does not go through, and keeps nothing of them but what query losses that are
+  // judged there make of theta_0: to them theta_s is theta_0 and a constant.
   void adapt_before(Loss& loss) {
     user.load_start(start(job.begin % 2));
+    if (job.judges_before) clear(mem.before);
     for (int s = 0; s < job.begin; ++s) {
       T* const z = start((job.begin - s) % 2);
-      if (job.weights[s] != 0) M::add_weighted(loss, job.weights[s], query_pass(z, number(s), nullptr, false));
+      if (job.weights[s] != 0) add_query(s, z, mem.before, loss, false);
       adapt_step(s, z, start((job.begin - s - 1) % 2), mem.g, mem.tapes);
     }
   }
@@ -205,9 +208,16 @@ class InnerLoopRun {
     } else if (last && weight == 0) {
       query_pass(z, number(s), nullptr, true);
     } else if (weight != 0) {
-      from_zero(mem.product, [&] { M::add_weighted(loss, weight, query_pass(z, number(s), mem.product, last)); });
-      add(v, static_cast<T>(weight), mem.product);
+      add_query(s, z, v, loss, last);
     }
+  }
+
+  // Adds the weighted query loss after s steps to `loss`, and its gradient to `to`.
+  void add_query(int s, const T* z, T* to, Loss& loss, bool wants_outputs) {
+    const double weight = job.weights[s];
+    from_zero(mem.product,
+              [&] { M::add_weighted(loss, weight, query_pass(z, number(s), mem.product, wants_outputs)); });
+    add(to, static_cast<T>(weight), mem.product);
   }
 
   // Takes step s from z to z' = `to`; plain: theta_{s+1} = theta_s - alpha_s g_s.
@@ -281,14 +291,13 @@ class InnerLoopRun {
     pass.backward(tape, support, at, step, g, false);
   }
 
-  // Without g nothing but the loss is computed.
   Loss query_pass(const T* at, int step, T* g, bool wants_outputs) {
     machine.begin(SpanKind::query, step);
     const Tape<T> tape = query_tape();
     pass.forward(tape, query, at, step);
     const Loss loss = pass.loss(tape, query);
     if (wants_outputs) user.export_outputs(pass.outputs(tape, query), job.query, job.outputs);
-    if (g) pass.backward(tape, query, at, step, g, true);
+    pass.backward(tape, query, at, step, g, true);
     machine.end();
     return loss;
   }

@@ -63,6 +63,7 @@ template <class T>
 double plan_loop(Job<T>& job, int64_t truncate, double limit, bool bounded) {
   const int64_t back = truncate < 0 ? job.steps : std::min<int64_t>(truncate, job.steps);
   job.begin = static_cast<int32_t>(job.steps - (goes_back(job) ? back : 0));
+  job.judges_before = std::any_of(job.weights, job.weights + job.begin, [](double weight) { return weight != 0; });
   job.needs_gradient = needs_gradient(job);
   const Kept kept = kept_of(job);
   const double tapes = needs_tapes(job) ? static_cast<double>(kept.steps * job.support_layouts.tape) : 0;

@@ -16,6 +16,7 @@ struct TaskMemory {
   T* inside;  // z of the steps between
   T* g;       // the gradient of each step of a segment, where the way back reads it
   T *v, *w;   // the adjoints of theta and of the state
+  T* before;  // the gradient of query losses that are judged before the way back begins
   T *u, *product, *tapes, *rest;
   double* blocks;  // of totals
   int64_t size;
@@ -48,6 +49,7 @@ struct TaskMemory {
     g = take((job.needs_gradient ? length : 1) * p.size);
     v = take(p.size);
     w = take(rule.states * p.size);
+    before = take(job.judges_before ? p.size : 0);
     u = take(p.size);
     product = take(p.size);
     const int64_t scratch = job.goal == Goal::adapt ? 0 : job.support_layouts.scratch;

@@ -108,7 +108,7 @@ class CpuExecutor(Executor):
             self,
             lambda: tuple(where for _ in program.nodes),
             f"executor {self.name!r} may wait for the host",
-            lambda: str(self.memory(program, loop, shapes)) if self._fits(program, loop, shapes) else None,
+            lambda: str(self.memory(program, loop, shapes)),
         )
 
     def memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> MemoryPlan:
@@ -188,9 +188,7 @@ class CpuExecutor(Executor):
     ) -> MetaGradient:
         loss, dtype, support = program.loss, parameters[0].dtype, tasks.support
         found = self._fused(program, loop, rates, support, dtype)
-        early = loop.truncate is not None and any(loop.step_weights[: max(loop.steps - loop.truncate, 0)])
-        cannot = found is None or early or program.query_loss is not None or not has_rules(loss, tasks.query_y)
-        if found is None or cannot or not self._fits(program, loop, tasks.shapes):
+        if found is None or program.query_loss is not None or not has_rules(loss, tasks.query_y):
             return super().meta_gradient(program, loop, parameters, rates, tasks)
         model = self._models.of(program, tasks.query_x.shape[2:])
         query = RaggedPacking(tasks.query_mask)
@@ -245,16 +243,6 @@ class CpuExecutor(Executor):
             packing.pack(batch.x), packing.pack(y[0]), packing.pack(y[1]) if len(y[1]) else y[1], packing.sizes, step,
         )  # fmt: skip
         return product
-
-    def _fits(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> bool:
-        """Says whether the one call, which keeps passes too, can do with ``loop.memory``."""
-        if loop.memory is None:
-            return True
-        try:
-            self._memory(program, shapes, loop)
-        except ValueError:
-            return False
-        return True
 
     def _fused(
         self, program: Program, loop: InnerLoop, rates: Tensor, support: Batch, dtype: torch.dtype
