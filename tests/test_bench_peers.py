@@ -205,10 +205,11 @@ def test_costs_of_states_and_of_samples_for_each_step() -> None:
 
 
 def test_a_worker_tells_memory_beyond_the_samples() -> None:
-    """In a loop that autograd records, twice as many steps need twice the memory; imports do not count."""
-    network = partial(mlp, 64, 3, (2048,))  # 0.6 MB of parameters
+    """In a loop that autograd records, more steps need more memory, by a few times the parameters each."""
+    network = partial(mlp, 64, 3, (8192,))
+    size = 4 * (64 * 8192 + 8192 + 3 * 8192 + 3)  # bytes of the parameters
     found = []
-    for steps in (40, 80):
+    for steps in (40, 120):
         w = replace(KINDS["bilevel-1000"], network=network, sample=(64,), steps=steps)
         worker = Worker(TorchLoop(), w, "cpu", 1)
         try:
@@ -218,7 +219,7 @@ def test_a_worker_tells_memory_beyond_the_samples() -> None:
             worker.close()
     if sys.platform == "linux":
         beyond = [peak["beyond_data"] for peak in found]
-        assert 40 * 0.5e6 < beyond[1] - beyond[0] < 40 * 10e6
+        assert 80 * size < beyond[1] - beyond[0] < 80 * 10 * size
         assert all(0 < peak["beyond_data"] < peak["host"] for peak in found)
 
 
