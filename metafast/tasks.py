@@ -264,7 +264,8 @@ class TaskBatch:
             object.__setattr__(self, f"{part}_x", x)
         if self.each_step:
             _check_steps(self.support_x, self.support_y, self.support_mask)
-        for part, batch in (("support", self.every_support), ("query", self.query)):
+        every, judging = self.every_support, Batch(self.query_x, self.query_y, self.query_mask)
+        for part, batch in (("support", every), ("query", judging)):
             _check_part(part, batch.x, batch.y, batch.mask)
         if self._support_tasks != self.query_x.shape[0]:
             raise ValueError(
@@ -279,7 +280,7 @@ class TaskBatch:
                 f"support_x has the tensors {names[0]} and query_x {names[1]}; both go through the same model, so "
                 "their names must match"
             )
-        support, query = ([tuple(p.shape[2:]) for p in parts_of(x)] for x in (self.support.at(0).x, self.query_x))
+        support, query = ([tuple(p.shape[2:]) for p in parts_of(x)] for x in (every.x, self.query_x))
         if support != query:
             raise ValueError(
                 f"a support sample has shape {', '.join(map(str, support))} and a query sample "
@@ -318,7 +319,7 @@ class TaskBatch:
 
     @property
     def _support_tasks(self) -> int:
-        return (self.support.at(0).x if self.each_step else self.support_x).shape[0]
+        return self.support_y.shape[1 if self.each_step else 0]
 
     @property
     def query(self) -> Batch:
