@@ -15,10 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metafast.executors.by_program import ByProgram
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop, row_of_step, sum_to_rate
-from metafast.program.rule import advance, advance_vjp, hyper_of_step, started
+from metafast.program.rule import hyper_rows, started
 from metafast.tasks import Batch
+
+_MOVED: ByProgram[Tensor] = ByProgram()
+"""Which parameters move, on each device: what is copied there while a CUDA graph is recorded would be lost."""
 
 
 class Derivatives(Protocol):
@@ -49,14 +53,9 @@ class Steps:
 
     def __init__(self, program: Program, loop: InnerLoop, rates: Tensor) -> None:
         self.loop, self.rates, self.size = loop, rates, program.size
-        self._adapted = program.adapted
+        self.moved = _MOVED.of(program, rates.device, lambda program, device: program.adapted.to(device))
         self.rates_grad = torch.zeros_like(rates) if loop.learns_rates else None
         self.needs_gradient = loop.learns_rates or loop.rule is not None
-
-    @cached_property
-    def moved(self) -> Tensor:
-        """Returns the bool mask ``[P]`` of what the inner loop moves, on the device of the rates."""
-        return self._adapted.to(self.rates.device)
 
     @cached_property
     def _downhill(self) -> Tensor:
@@ -70,14 +69,14 @@ class Steps:
 
     def theta(self, z: Tensor) -> Tensor:
         """Returns the parameters ``[T, P]`` of ``z``."""
-        return z if z.shape[-1] == self.size else z[..., : self.size].contiguous()
+        return z if z.shape[-1] == self.size else z[..., : self.size]
 
     def advance(self, z: Tensor, gradient: Tensor, step: int) -> Tensor:
         """Takes the step of that number. ``gradient [T, P]`` is zero where a parameter is not adapted."""
         rule = self.loop.rule
         if rule is None:
             return torch.addcmul(z, row_of_step(self.rates, step), gradient, value=-1)
-        return advance(rule, z, gradient, hyper_of_step(rule, self.rates, step), step + 1, self.moved)
+        return rule.advance(z, gradient, hyper_rows(self.rates, step), step + 1, self.moved)
 
     def back(self, z: Tensor, gradient: Tensor | None, v: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Takes the adjoint ``v`` of ``z_{s+1}`` to those of ``z_s`` and of the gradient; adds to ``rates_grad``."""
@@ -88,11 +87,11 @@ class Steps:
                 row -= sum_to_rate(v * gradient, self.rates.shape[1])
             return v, row_of_step(self._downhill, step) * v
         assert gradient is not None
-        hyper = hyper_of_step(rule, self.rates, step)
-        found = advance_vjp(rule, z, gradient, hyper, step + 1, self.moved, v, self.loop.learns_rates)
+        rows = hyper_rows(self.rates, step)
+        found = rule.advance_vjp(z, gradient, rows, step + 1, self.moved, v, self.loop.learns_rates)
         if self.rates_grad is not None and found.hyper is not None:
-            self.rates_grad[:, min(step, self.rates.shape[1] - 1)] += found.hyper
-        return found.z, found.gradient * self.moved
+            hyper_rows(self.rates_grad, step).add_(found.hyper)
+        return found.z, found.gradient
 
     def of_theta(self, v: Tensor) -> Tensor:
         """Returns ``v [T, (1 + K) P]`` with zeros in the place of the state."""

@@ -31,7 +31,7 @@ from metafast.learners.settings import check_whole
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
-from metafast.program.rule import Hyper, Rule, hyper_of_step, is_of_the_user
+from metafast.program.rule import Hyper, Rule, hyper_rows, is_of_the_user
 from metafast.tasks import TaskBatch, TaskShapes
 
 _PLAIN = SGD()
@@ -193,7 +193,7 @@ class MAML(GradientLearner):
 
     def _first_hyper(self, program: Program) -> Hyper:
         """Returns the hyper-parameters of the first step, without a graph."""
-        return hyper_of_step(self._inner, self.inner_rates(program).detach(), 0)
+        return self._inner.named(hyper_rows(self.inner_rates(program).detach(), 0))
 
     def _outside(self, choice: Choice, tasks: TaskBatch, judged: bool = True) -> Outside:
         """Finds what it finds for any learner, and tensors that a rule reads beside what it is given."""

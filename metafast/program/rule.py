@@ -74,9 +74,6 @@ class Rule(ABC):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the parameters and the state after a step.
 
-        It changes nothing that it is given, keeps tasks apart, and returns the same for the same arguments, since the
-        way back takes steps again. The first batch shows whether it does; else it is refused.
-
         Args:
             theta: the parameters ``[T, P]``. Those that the inner loop does not move have a gradient of zero, and stay
                 as they are whatever is returned for them.
@@ -100,13 +97,53 @@ class Rule(ABC):
         """Lists the hyper-parameters as tables hold them: ``"lr"``, the rule's own, and the bounds that it clips to."""
         return ("lr", *self.hyper, *(name for name in _CLIPS if getattr(self, name) is not None))
 
+    def advance(self, z: Tensor, gradient: Tensor, rows: Tensor, count: int, moved: Tensor) -> Tensor:
+        """Takes a step from ``z [T, (1 + K) P]``, the parameters and the state, and returns it after the step.
+
+        Args:
+            z: the parameters and the vectors of the state, one after another.
+            gradient: the gradient of the support loss, ``[T, P]``.
+            rows: the hyper-parameters ``[H, 1 or P]`` in the order of ``hyper_names``, in float64.
+            count: the number of this step, from 1.
+            moved: true ``[P]`` where the inner loop moves the parameter.
+        """
+        theta, *state = z.split(gradient.shape[-1], -1)
+        hyper = self.named(rows)
+        with _threads(self):
+            gradient = clipped(self, gradient, hyper)
+            found, states = self.step(theta, gradient, tuple(state), hyper, count)
+        parts = [
+            torch.where(moved, new, old).to(z.dtype) for new, old in zip((found, *states), (theta, *state), strict=True)
+        ]
+        return torch.cat(parts, -1)
+
+    @torch.no_grad()
+    def advance_vjp(
+        self, z: Tensor, gradient: Tensor, rows: Tensor, count: int, moved: Tensor, v: Tensor, learns: bool
+    ) -> StepAdjoints:
+        """Takes the adjoint ``v`` of what :meth:`advance` returns to those of what it is given."""
+        with torch.enable_grad(), _threads(self, learns):
+            leaves = [z.detach().requires_grad_(), gradient.detach().requires_grad_()]
+            own = rows.detach().requires_grad_(learns)
+            found = self.advance(leaves[0], leaves[1], own, count, moved)
+            wanted = [*leaves, own] if learns else leaves
+            of_z, of_gradient, *of_rows = torch.autograd.grad(
+                found, wanted, v, allow_unused=True, materialize_grads=True
+            )
+        return StepAdjoints(of_z, of_gradient * moved, of_rows[0] if learns else None)
+
+    def named(self, rows: Tensor) -> Hyper:
+        """Returns the hyper-parameters by name, each of no dimension or ``[P]``."""
+        rows = rows[:, 0] if rows.shape[1] == 1 else rows
+        return dict(zip(self.hyper_names, rows.unbind(0), strict=True))
+
 
 class StepAdjoints(NamedTuple):
     """Holds the adjoints of what a step is made of.
 
     Attributes:
         z: that of theta and the state before the step, ``[T, (1 + K) P]``, without what goes through the gradient.
-        gradient: that of the gradient, ``[T, P]``.
+        gradient: that of the gradient, ``[T, P]``; zero where a parameter does not move.
         hyper: those of the hyper-parameters, ``[H, 1 or P]`` float64; ``None`` where they are not asked for.
     """
 
@@ -130,9 +167,9 @@ def clipped(rule: Rule, gradient: Tensor, hyper: Hyper) -> Tensor:
 
 
 def root(square: Tensor) -> Tensor:
-    """Returns the square root, whose derivative is zero where ``square`` is zero: there it has none."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    """Returns the square root, whose derivative is zero where ``square`` is zero: there it has none. NaN stays NaN."""
+    flat = square <= 0
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, square).sqrt())
 
 
 def started(rule: Rule | None, start: Tensor, size: int) -> Tensor:
@@ -143,30 +180,12 @@ def started(rule: Rule | None, start: Tensor, size: int) -> Tensor:
     return torch.cat([start, *(start.new_full(shape, rule.start(name)) for name in rule.states)], -1)
 
 
-def advance(rule: Rule, z: Tensor, gradient: Tensor, hyper: Hyper, count: int, moved: Tensor) -> Tensor:
-    """Takes one step from ``z [T, (1 + K) P]``; ``moved`` is true ``[P]`` where the inner loop moves the parameter."""
-    theta, *state = z.split(gradient.shape[-1], -1)
-    with _threads(rule):
-        gradient = clipped(rule, gradient, hyper)
-        found, states = rule.step(theta, gradient, tuple(state), hyper, count)
-    parts = [
-        torch.where(moved, new, old).to(z.dtype) for new, old in zip((found, *states), (theta, *state), strict=True)
-    ]
-    return torch.cat(parts, -1)
+def hyper_rows(rates: Tensor, step: int) -> Tensor:
+    """Returns the hyper-parameters of one step, ``[H, 1 or P]``, from ``rates [H, 1 or S, 1 or P]``.
 
-
-@torch.no_grad()
-def advance_vjp(
-    rule: Rule, z: Tensor, gradient: Tensor, hyper: Hyper, count: int, moved: Tensor, v: Tensor, learns: bool
-) -> StepAdjoints:
-    """Takes the adjoint ``v`` of what :func:`advance` returns to those of what it is given."""
-    with torch.enable_grad(), _threads(rule, learns):
-        leaves = [z.detach().requires_grad_(), gradient.detach().requires_grad_()]
-        own = {name: t.detach().requires_grad_(learns) for name, t in hyper.items()}
-        found = advance(rule, leaves[0], leaves[1], own, count, moved)
-        wanted = [*leaves, *own.values()] if learns else leaves
-        of_z, of_gradient, *of_hyper = torch.autograd.grad(found, wanted, v, allow_unused=True, materialize_grads=True)
-    return StepAdjoints(of_z, of_gradient, torch.stack([t.reshape(-1) for t in of_hyper]) if learns else None)
+    The last row serves all later steps.
+    """
+    return rates[:, min(step, rates.shape[1] - 1)]
 
 
 def is_of_the_user(rule: Rule | None) -> bool:
@@ -181,10 +200,3 @@ def _threads(rule: Rule, learns: bool = False) -> AbstractContextManager[None]:
     """
     sums = learns or rule.max_norm is not None or is_of_the_user(rule)
     return one_thread() if sums else nullcontext()
-
-
-def hyper_of_step(rule: Rule, rates: Tensor, step: int) -> dict[str, Tensor]:
-    """Returns the hyper-parameters of one step from ``rates [H, 1 or S, 1 or P]``; the last row serves later steps."""
-    rows = rates[:, min(step, rates.shape[1] - 1)]
-    rows = rows[:, 0] if rows.shape[1] == 1 else rows
-    return dict(zip(rule.hyper_names, rows.unbind(0), strict=True))

@@ -22,7 +22,7 @@ from metafast.program.noise import given_numbers
 from metafast.program.operation import Made, Recording
 from metafast.program.recording import record
 from metafast.program.replay import replay
-from metafast.program.rule import advance, hyper_of_step, started
+from metafast.program.rule import hyper_rows, started
 from metafast.tasks import Batch, Samples, TaskBatch, each_part, moved, parts_of
 
 # The inner loop is written here once more, so that the truth shares no code with what it judges.
@@ -145,7 +145,7 @@ class Truth:
             if rule is None:
                 z = z - self.rates[min(step, self.rates.shape[0] - 1)] * gradient
             else:
-                z = advance(rule, z, gradient, hyper_of_step(rule, self.rates, step), step + 1, adapted)
+                z = rule.advance(z, gradient, hyper_rows(self.rates, step), step + 1, adapted)
         return self.query_loss(self.outputs(z[0, : len(theta)], query.x, self.steps, query.seed), query.y)
 
 
