@@ -163,6 +163,7 @@ def everything():
     step(conv4[4:6], (64, 42, 42), 0, "mse", "tf32")
     step(mlp, (40,), 0, "mse")
     every_elementwise_layer()
+    every_step()
 
 
 def every_elementwise_layer():
@@ -175,6 +176,25 @@ def every_elementwise_layer():
         layer = kernel.lower(case.layer, "float32")
         if layer is not None:
             rules(layer, point_without_memory(case, 4), case.constants, case.step)
+
+
+def every_step():
+    """Steps by rules and their way back, with hyper-parameters that are learned and such that are not."""
+    import torch
+    from test_triton_rules import CASES, rows_of, rule_of
+
+    from metafast.executors.triton.rules import lower_rule
+
+    size, tasks = 112_000, 8
+    moved = torch.empty(size, dtype=torch.bool, device="meta")
+    for case in CASES:
+        rule = rule_of(case)
+        rows, fused = rows_of(rule, size, case.wide).to("meta"), lower_rule(rule)
+        z = torch.empty(tasks, (1 + len(rule.states)) * size, device="meta")
+        gradient = torch.empty(tasks, size, device="meta")
+        fused.advance(z, gradient, rows, case.count, moved)
+        for learns in (True, False):
+            fused.advance_vjp(z, gradient, rows, case.count, moved, z, learns)
 
 
 def by_their_cases(names):
@@ -234,6 +254,8 @@ def variant(constexprs):
     for name, value in constexprs.items():
         if isinstance(value, (str, bool)) or name.startswith("B"):
             yield name, value
+        elif name in ("NORM", "VALUE", "STATES"):
+            yield name, value > 0
         elif name == "S":
             yield getattr(value, "channels", 0) >= 16, getattr(value, "classes_h", 1), getattr(value, "window_h", 1)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import metafast as mf
 from metafast import kernels as layers
 from metafast.bench.workloads import Workload, workload
 from metafast.executors.triton.executor import TritonExecutor
@@ -38,7 +39,9 @@ WORKLOADS = ("omni5w1s-1", "omni5w1s-5", "omni20w1s-5", "mini5w1s-5", "torchbenc
 HOT = ("metafast_gather_product", "metafast_weight_gradient", "metafast_norm")
 PROCESSORS = 132  # the multiprocessors of an H100
 BUDGET = 40 << 30  # bytes: half of an H100's memory
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int16: "*i16", torch.int64: "*i64"}
+TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8",
+         torch.int16: "*i16", torch.int64: "*i64"}  # fmt: skip
+RULES = {"plain": None, "momentum": mf.SGD(momentum=0.9), "adam": mf.Adam()}
 
 
 @dataclass
@@ -79,17 +82,22 @@ def modules_that_launch() -> list[Any]:
     return [module for module in modules if hasattr(module, "launch") and module is not launching]
 
 
-def meta_step(work: Workload, architecture: int) -> Step:
-    """Collects what a meta-gradient of the workload launches, on meta tensors, which have no memory."""
+def meta_step(work: Workload, architecture: int, rule: mf.Rule | None = None) -> Step:
+    """Collects what a meta-gradient of the workload launches, on meta tensors, which have no memory.
+
+    Its inner steps are plain, or those of ``rule``.
+    """
     drawn = work.draw()
     step, program = Step(), capture(work.network(), as_loss(work.loss), drawn.support_x[0])
     executor = TritonExecutor(budget=BUDGET)
     parts = (drawn.support_x, drawn.support_y, drawn.query_x, drawn.query_y)
     tasks = TaskBatch(*(x.to("meta") for x in parts))
-    theta, rate = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
+    theta, rates = torch.empty(program.size, device="meta"), torch.empty(1, 1, device="meta")
+    if rule is not None:
+        rates = torch.empty(len(rule.hyper_names), 1, 1, device="meta", dtype=torch.float64)
 
     def run() -> None:
-        executor.meta_gradient(program, InnerLoop.judged_last(work.steps), (theta,), rate, tasks)
+        executor.meta_gradient(program, InnerLoop.judged_last(work.steps, rule=rule), (theta,), rates, tasks)
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         step.launches.append(describe(kernel, grid, args, options, architecture))
@@ -134,7 +142,8 @@ def describe(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords
     signature, constexprs, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):  # Triton compiles these in
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:  # Triton compiles these in
             signature[name], constexprs[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -235,9 +244,9 @@ def kernels(step: Step, architecture: int) -> list[dict[str, Any]]:
     return rows
 
 
-def report(work: Workload, architecture: int) -> dict[str, Any]:
+def report(work: Workload, architecture: int, rule: mf.Rule | None) -> dict[str, Any]:
     """Returns all counts of one workload."""
-    step = meta_step(work, architecture)
+    step = meta_step(work, architecture, rule)
     return {"workload": work.name, "launches": len(step.launches), "operators": sum(step.operators.values()),
             "bytes": sum(launch.bytes for launch in step.launches),
             "by_kernel": dict(Counter(launch.name for launch in step.launches).most_common()),
@@ -266,12 +275,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.counts", description=__doc__)
     parser.add_argument("workloads", nargs="*", default=WORKLOADS, help=f"default: {' '.join(WORKLOADS)}")
     parser.add_argument("--architecture", type=int, default=90, help="80 for an A100, 90 for an H100 (default)")
+    parser.add_argument("--inner", choices=RULES, default="plain", help="what an inner step is (default: plain)")
     parser.add_argument("--json", type=Path, help="write the counts to this file too")
     options = parser.parse_args()
     found = []
-    print(f"Triton {triton.__version__}, sm_{options.architecture}")
+    print(f"Triton {triton.__version__}, sm_{options.architecture}, inner steps: {options.inner}")
     for name in options.workloads:
-        found.append(report(workload(name), options.architecture))
+        found.append(report(workload(name), options.architecture, RULES[options.inner]))
         show(found[-1])
     if options.json:
         counts = {"triton": triton.__version__, "architecture": options.architecture, "workloads": found}

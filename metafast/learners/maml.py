@@ -288,12 +288,6 @@ class MAML(GradientLearner):
             said += f"\n  z of the steps, step by step or through autograd: {segments}"
         return said
 
-    def graph_obstacle(self, tasks: TaskBatch) -> str | None:
-        """Says what it says of any gradient-based learner, and that steps by a rule are taken one by one."""
-        if not self.loop.is_plain or tasks.each_step:
-            return "the steps of this inner loop are taken one by one"
-        return super().graph_obstacle(tasks)
-
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
         """Adds the meta-gradient of the mean loss to ``.grad`` of all meta-parameters, in one call of the executor.

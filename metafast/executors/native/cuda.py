@@ -140,7 +140,10 @@ class CudaExecutor(Executor):
         where = f"CUDA C++, {blocks}, {needed / 1024:.0f} KiB of shared memory{' in each' * (cluster > 1)}"
         if self.precision != "float32":
             where += f"; {PRECISIONS[self.precision]}, on tensor cores where they are filled"
-        return ExecutionPlan(self, lambda: tuple(where for _ in program.nodes), None, lambda: None)
+        obstacle = (
+            None if loop.is_plain and not shapes.step_sets else "the steps of this inner loop are taken one by one"
+        )
+        return ExecutionPlan(self, lambda: tuple(where for _ in program.nodes), obstacle, lambda: None)
 
     def shared_memory(self, program: Program, shapes: TaskShapes) -> tuple[int, int]:
         """Returns the number of blocks for each task, and the bytes of shared memory that each of them needs at least.

@@ -10,14 +10,15 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from metafast.executors import steps
 from metafast.executors.base import ExecutionPlan, Executor, MetaGradient, losses_with_targets
+from metafast.executors.composition import segments_of
 from metafast.executors.cuda_graphs import Graphs, Results
 from metafast.executors.memory import MemoryPlan, choose_memory_plan, peak_bytes
 from metafast.executors.reference.executor import ReferenceExecutor
@@ -117,6 +118,7 @@ class TritonExecutor(Executor):
             return tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
 
         obstacle = derived and f"{derived}: a function of PyTorch's or the user's that may read values"
+        obstacle = obstacle or _unknown_rule(loop)
         return ExecutionPlan(self, layers, obstacle, lambda: self._describe_memory(program, loop, shapes))
 
     def predict(
@@ -139,30 +141,27 @@ class TritonExecutor(Executor):
         return losses, lowered.unpack(grad), outputs.float()
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        if not loop.is_plain or support.each_step:
-            return steps.adapt(self, program, loop, params, rates, support)
         device = support.x.device
         lowered = self._lowered(program, device)
         inner = self._layered(program, device)
         packed = lowered.pack(params)
-        packed_rates = _pack_rates(lowered, rates)
+        packed_rates = lowered.pack_rates(rates)
         with _on_device(device):
-            return lowered.unpack(inner.adapt(lowered.program, loop, packed, packed_rates, self._reordered(support)))
+            found = inner.adapt(lowered.program, _lowered_loop(loop), packed, packed_rates, self._reordered(support))
+            return lowered.unpack(found)
 
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if not loop.is_plain or support.each_step:
-            return steps.adapt_vjp(self, program, loop, trajectory, rates, support, v)
         device = support.x.device
         lowered = self._lowered(program, device)
         inner = self._layered(program, device)
         with _on_device(device):
             grad, rates_grad = inner.adapt_vjp(
-                lowered.program, loop, lowered.pack(trajectory), _pack_rates(lowered, rates), self._reordered(support),
-                lowered.pack(v),
+                lowered.program, _lowered_loop(loop), lowered.pack(trajectory), lowered.pack_rates(rates),
+                self._reordered(support), lowered.pack(v),
             )  # fmt: skip
-        return lowered.unpack(grad), _unpack_rates(lowered, rates_grad)
+        return lowered.unpack(grad), lowered.unpack_rates(rates_grad)
 
     def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
         device = batch.x.device
@@ -177,25 +176,30 @@ class TritonExecutor(Executor):
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        if self.wrap is not None or not loop.is_plain or tasks.each_step:
+        if self.wrap is not None:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
         device = tasks.support_x.device
         lowered = self._lowered(program, device)
         theta = _flatten_dense_tensors(parameters)
-        plan = self._memory_plan(lowered, loop, rates, tasks)
+        plan = None if _in_segments(lowered, loop, len(tasks)) else self._memory_plan(lowered, loop, rates, tasks)
 
         def compute(theta: Tensor, rates: Tensor, *parts: Any) -> Results:
-            packed = lowered.pack(theta)
-            packed_rates = _pack_rates(lowered, rates)
-            found = self._in_chunks(lowered.program, loop, plan, packed, packed_rates, TaskBatch(*parts))
-            rates_grad = _unpack_rates(lowered, found.rates_grad)
+            packed, packed_rates = lowered.pack(theta), lowered.pack_rates(rates)
+            batch = TaskBatch(*parts, each_step=tasks.each_step)
+            if plan is None:
+                inner, batch = self._layered(program, device), self._reordered_tasks(batch)
+                found = inner.meta_gradient(lowered.program, _lowered_loop(loop), (packed,), packed_rates, batch)
+            else:
+                found = self._in_chunks(lowered.program, loop, plan, packed, packed_rates, batch)
+            rates_grad = lowered.unpack_rates(found.rates_grad)
             results = found.losses, found.outputs.float(), lowered.unpack(found.grads[0])
             return results if rates_grad is None else (*results, rates_grad)
 
         parts = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
         with _on_device(device):
-            if _recordable(lowered.program, tasks):
-                found = self.graphs.run((lowered.program, loop, plan), compute, (theta, rates, *parts))
+            if _recordable(lowered.program, loop, tasks):
+                key = lowered.program, loop, plan, tasks.each_step
+                found = self.graphs.run(key, compute, (theta, rates, *parts))
             else:
                 found = compute(theta, rates, *parts, tasks.support_mask, tasks.query_mask)
         losses, outputs, grad, *rates_grad = found
@@ -206,7 +210,7 @@ class TritonExecutor(Executor):
         self, program: Program, loop: InnerLoop, plan: MemoryPlan, theta: Tensor, rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
         """Computes the meta-gradient as many tasks at a time as the plan says, and adds up the chunks' gradients."""
-        parts = []
+        parts, loop = [], _lowered_loop(loop)
         for chunk in plan.chunks(len(tasks)):
             some = tasks.tasks(chunk)
             batches = self._reordered(some.support), self._reordered(some.query)
@@ -218,11 +222,16 @@ class TritonExecutor(Executor):
         rates_grads = [p.rates_grad for p in parts if p.rates_grad is not None]
         return MetaGradient(losses, outputs, (grad,), torch.stack(rates_grads).sum(0) if rates_grads else None)
 
-    def _describe_memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> str:
+    def _describe_memory(self, program: Program, loop: InnerLoop, shapes: TaskShapes) -> str | None:
         if _unknown_function(program):
             return "measured on one task when the first batch comes"
         lowered = self._lowered(program, shapes.device)
-        return str(self._memory_plan(lowered, loop, torch.empty(1, 1, device=shapes.device), _without_memory(shapes)))
+        if _in_segments(lowered, loop, shapes.tasks):
+            return None
+        rates = torch.empty(1, 1, device=shapes.device)
+        if loop.rule is not None:
+            rates = rates.double().expand(len(loop.rule.hyper_names), 1, 1)
+        return str(self._memory_plan(lowered, loop, rates, _without_memory(shapes)))
 
     def _memory_plan(self, lowered: Lowered, loop: InnerLoop, rates: Tensor, tasks: TaskBatch) -> MemoryPlan:
         """Returns the memory plan for batches of these shapes; it is made once."""
@@ -253,9 +262,11 @@ class TritonExecutor(Executor):
             rates = torch.empty_like(rates, device="meta")
             copies = 1
         theta = torch.zeros(program.size, device=rates.device)
-        rates = rates if rates.shape[-1] == 1 else theta.expand(*rates.shape[:-1], -1)
+        rates = rates if rates.shape[-1] == 1 else rates[..., :1].expand(*rates.shape[:-1], program.size)
         batches = self._reordered(some.support), self._reordered(some.query)
-        run = functools.partial(meta_gradient, program, loop, theta, rates, batches, share=1.0, keep=keep)
+        run = functools.partial(
+            meta_gradient, program, _lowered_loop(loop), theta, rates, batches, share=1.0, keep=keep
+        )
         return copies * peak_bytes(run)
 
     def _budget(self, device: torch.device) -> int:
@@ -274,14 +285,21 @@ class TritonExecutor(Executor):
 
         return lower(program, self.precision, device)
 
-    def _reorder(self, x: Tensor) -> Tensor:
-        """Puts images ``[T, n, C, H, W]`` into memory of the order ``[T, n, H, W, C]`` and the activations' dtype."""
+    def _reorder(self, x: Tensor, each_step: bool = False) -> Tensor:
+        """Puts images ``[T, n, C, H, W]`` into memory of the order ``[T, n, H, W, C]`` and the activations' dtype.
+
+        With ``each_step`` the axis of steps is in front.
+        """
         x = x.to(torch.bfloat16) if self.precision == "bf16" else x
-        return x.movedim(2, -1).contiguous().movedim(-1, 2) if x.dim() == 5 else x
+        return x.movedim(-3, -1).contiguous().movedim(-1, -3) if x.dim() == 5 + each_step else x
 
     def _reordered(self, batch: Batch) -> Batch:
         """Returns the batch with its images in the kernels' memory order."""
-        return Batch(self._reorder(batch.x), batch.y, batch.mask)
+        return batch._replace(x=self._reorder(batch.x, batch.each_step))
+
+    def _reordered_tasks(self, tasks: TaskBatch) -> TaskBatch:
+        """Returns the tasks with their images in the kernels' memory order."""
+        return replace(tasks, support_x=self._reordered(tasks.support).x, query_x=self._reordered(tasks.query).x)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -296,31 +314,45 @@ def _unknown_function(program: Program) -> str | None:
     return next(iter(names), "loss" if custom else None)
 
 
-def _recordable(program: Program, tasks: TaskBatch) -> bool:
+def _lowered_loop(loop: InnerLoop) -> InnerLoop:
+    """Returns the loop with kernels for its rule, where there are any."""
+    from metafast.executors.triton.rules import lower_rule
+
+    return loop if loop.rule is None else loop._replace(rule=lower_rule(loop.rule))
+
+
+def _in_segments(lowered: Lowered, loop: InnerLoop, tasks: int) -> bool:
+    """Says whether the way back leaves out some of the steps, or takes some of them again."""
+    if loop.is_plain:
+        return False
+    width = (1 + loop.states) * lowered.program.size
+    return loop.truncate is not None or not segments_of(loop, tasks, width, torch.float32.itemsize).keeps_all
+
+
+def _unknown_rule(loop: InnerLoop) -> str | None:
+    """Says of a rule that is not one of metafast's own that its step may read values."""
+    known = loop.rule is None or type(loop.rule).__module__.startswith("metafast.")
+    return None if known else f"{loop.rule}: a rule of the user's, whose step may read values"
+
+
+def _recordable(program: Program, loop: InnerLoop, tasks: TaskBatch) -> bool:
     """Says whether the meta-gradient runs on a GPU by kernels alone, which read the same addresses every time."""
     if not tasks.support_x.is_cuda or tasks.support_mask is not None or tasks.query_mask is not None:
+        return False
+    if _unknown_rule(loop) is not None:
         return False
     return _unknown_function(program) is None and not any(node.constants for node in program.nodes)
 
 
 def _chunk_without_memory(tasks: TaskBatch, count: int) -> TaskBatch:
     """Makes ``count`` tasks of the shapes of ``tasks``, without memory and without padding."""
-    parts = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-    return TaskBatch(*(torch.empty(count, *x.shape[1:], dtype=x.dtype, device="meta") for x in parts))
+    return _without_memory(tasks.shapes, count)
 
 
-def _without_memory(shapes: TaskShapes) -> TaskBatch:
-    """Makes tasks of these shapes that have no memory."""
-    sizes = (shapes.support_x, shapes.support_y, shapes.query_x, shapes.query_y)
-    parts = zip(sizes, shapes.dtypes, strict=True)
-    return TaskBatch(*(torch.empty(size, dtype=dtype, device="meta") for size, dtype in parts))
-
-
-def _pack_rates(lowered: Lowered, rates: Tensor) -> Tensor:
-    """Takes the user's ``rates [1 or S, 1 or P]`` to ``[1 or S, 1 or P']``."""
-    return rates if rates.shape[-1] == 1 else lowered.pack(rates)
-
-
-def _unpack_rates(lowered: Lowered, rates_grad: Tensor | None) -> Tensor | None:
-    """Takes the gradient of the rates, ``[1 or S, 1 or P']``, back to the shape of the user's rates."""
-    return rates_grad if rates_grad is None or rates_grad.shape[-1] == 1 else lowered.unpack(rates_grad)
+def _without_memory(shapes: TaskShapes, count: int | None = None) -> TaskBatch:
+    """Makes tasks of these shapes, or only ``count`` of them, that have no memory and no padding."""
+    steps, count = ((shapes.step_sets,) if shapes.step_sets else ()), count or shapes.tasks
+    sizes = [(*steps, count, *size[1:]) for size in (shapes.support_x, shapes.support_y)]
+    sizes += [(count, *size[1:]) for size in (shapes.query_x, shapes.query_y)]
+    parts = (torch.empty(s, dtype=d, device="meta") for s, d in zip(sizes, shapes.dtypes, strict=True))
+    return TaskBatch(*parts, each_step=bool(steps))

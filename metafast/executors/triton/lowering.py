@@ -56,13 +56,25 @@ class Lowered:
     max_tasks: int
 
     def pack(self, flat: Tensor) -> Tensor:
-        """Takes the user's ``[..., P]`` to ``[..., P']``, with zeros in the gaps."""
-        packed = flat.new_zeros(*flat.shape[:-1], self.program.size)
-        return packed.index_copy_(-1, self.order, flat)
+        """Takes the user's ``[..., (1 + K) P]`` to ``[..., (1 + K) P']``, with zeros in the gaps."""
+        parts = flat.unflatten(-1, (-1, len(self.order)))
+        packed = flat.new_zeros(*parts.shape[:-1], self.program.size)
+        return packed.index_copy_(-1, self.order, parts).flatten(-2)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Takes ``[..., P']`` back to the user's ``[..., P]``."""
-        return packed.index_select(-1, self.order)
+        """Takes ``[..., (1 + K) P']`` back to the user's ``[..., (1 + K) P]``."""
+        return packed.unflatten(-1, (-1, self.program.size)).index_select(-1, self.order).flatten(-2)
+
+    def pack_rates(self, rates: Tensor) -> Tensor:
+        """Takes ``[..., 1 or P]`` to ``[..., 1 or P']``; in the gaps lie rates too, at which steps are defined."""
+        if rates.shape[-1] == 1:
+            return rates
+        packed = rates[..., :1].expand(*rates.shape[:-1], self.program.size).clone()
+        return packed.index_copy_(-1, self.order, rates)
+
+    def unpack_rates(self, rates_grad: Tensor | None) -> Tensor | None:
+        """Takes the gradient of the rates, ``[..., 1 or P']``, back to the shape of the user's rates."""
+        return rates_grad if rates_grad is None or rates_grad.shape[-1] == 1 else self.unpack(rates_grad)
 
 
 _LOWERED: ByProgram[Lowered] = ByProgram()
