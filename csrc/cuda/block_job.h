@@ -7,10 +7,12 @@ namespace metafast {
 
 // Places in a block's shared memory, in elements from its base; steps are the distances between what belongs to one
 // inner step and the next, zero where only one is there at a time. `u` holds a direction, or a gradient on its way into
-// theta, v or the adjoint of a rate (then it is `g` too): never both.
+// theta, v or the adjoint of a rate (then it is `g` too): never both, but for steps by rules, whose gradient lies apart
+// where the way back reads it. Under a rule `theta` has the K vectors of the state behind it, and `w` has the adjoints
+// of these.
 struct BlockMemory {
   int32_t partials, support_x, support_y, support_labels, query_x, query_y, query_labels;
-  int32_t tape, theta, g, v, u, rest;
+  int32_t tape, theta, g, v, w, u, rest;
   int32_t common;  // for what the blocks of a cluster exchange
   int32_t tape_step, theta_step, g_step;
   int32_t record_at,
@@ -39,6 +41,7 @@ struct BlockTables {
   PassTables support_layout, query_layout;
   const int32_t* inner;  // [P]: where an element of the user's flat vector lies in the inner ones of a cluster's blocks
   const int32_t* outer;  // the way back, for each block: the index of an adapted parameter, else negative
+  const void* moved;     // likewise, of the job's type: one where the inner loop moves a parameter, else zero
 };
 
 // How products are computed: exactly in the type of the job, or on tensor cores, of float32 as three products of TF32,

@@ -61,7 +61,7 @@ class BlockMachine {
 
   // `common`: memory for what the blocks of a cluster exchange.
   METAFAST_DEVICE BlockMachine(const Cluster& cluster, Precision precision, int threads, T* partials, T* common)
-      : cluster(cluster), precision(precision), threads(threads, partials), common(common) {}
+      : precision(precision), common(common), cluster(cluster), threads(threads, partials) {}
 
   // Traces are of the CPU's time.
   METAFAST_DEVICE void begin(SpanKind, int) const {}
@@ -238,10 +238,12 @@ class BlockMachine {
     return p;
   }
 
-  Cluster cluster;
   Precision precision;
-  Threads<T> threads;
   T* common;
+
+ protected:
+  Cluster cluster;
+  Threads<T> threads;
 };
 
 }  // namespace METAFAST_NAMESPACE

@@ -1,13 +1,22 @@
 // One task's whole way through a block: S inner steps, then back from theta_S to theta_0. At each theta on the way back
-// its own loss on the query set joins the adjoint v, and the step before it is taken in reverse.
+// its own loss on the query set joins the adjoint v, and the step before it is taken in reverse. Where steps are those
+// of a rule, z is theta and the K vectors of the state behind it, and w has the adjoints of these. A single product
+// with a Hessian is the way back through one step whose direction is given.
 #pragma once
 #include "../core/pass.h"
 #include "contract.cuh"
-#include "block_job.h"
+#include "parameter_machine.cuh"
+
+// A call of its own would put the run into local memory.
+#ifdef __CUDACC__
+#define METAFAST_INLINED __forceinline__
+#else
+#define METAFAST_INLINED
+#endif
 
 namespace METAFAST_NAMESPACE {
 
-template <class T, class Cluster>
+template <class T, class Cluster, bool by_rule>
 class InnerLoopRun {
   using M = BlockMachine<T, Cluster>;
   enum class Stage { adapt, query, reverse };
@@ -25,27 +34,31 @@ class InnerLoopRun {
         history(job.history ? job.history + block * job.steps * job.memory.record : nullptr) {}
 
   // The tasks of this block, in turns: each sums the same ones on every run.
-  METAFAST_DEVICE void run(int64_t blocks) {
+  METAFAST_INLINED METAFAST_DEVICE void run(int64_t blocks) {
     if (sums) machine.each(program.size, [&](long i) { sums[i] = 0; });
     for (int s = 0; job.rate_sums && s < job.rate_rows; ++s) {
       machine.each(job.rate_width > 1 ? program.size : 1, [&](long i) { rate_sums(s)[i] = 0; });
+    }
+    if (by_rule && job.number_sums) {
+      machine.each(job.rate_rows * job.rule.names, [&](long i) { number_sums()[i] = 0; });
     }
     for (int64_t task = block / cluster.size(); task < job.tasks; task += blocks / cluster.size()) run_task(task);
   }
 
  private:
-  METAFAST_DEVICE void run_task(int64_t task) {
+  METAFAST_INLINED METAFAST_DEVICE void run_task(int64_t task) {
     t = task;
     start();
     const int S = job.steps;
     const bool adapts = job.goal == Goal::adapt || job.goal == Goal::meta_gradient;
     const int end = job.goal == Goal::adapt ? S : 3 * S + 1;
-    for (int k = adapts ? 0 : S; k < end; ++k) {
+    for (int k = adapts ? 0 : S + (job.goal == Goal::hvp); k < end; ++k) {
       const int down = k - S;
       const Stage stage = down < 0 ? Stage::adapt : down % 2 ? Stage::reverse : Stage::query;
       const int s = down < 0 ? k : S - (down + 1) / 2;
       const T weight = stage == Stage::query && job.weights ? static_cast<T>(job.weights[s]) : T(1);
       if (stage == Stage::reverse) fetch(s);
+      if (stage != Stage::query) load_support(s);
       if (has_pass(stage, s, weight)) {
         const double value = run_pass(stage, s);
         if (stage == Stage::query) loss += weight * static_cast<T>(value);
@@ -63,13 +76,42 @@ class InnerLoopRun {
 
   METAFAST_DEVICE void start() {
     const BlockMemory& m = job.memory;
-    support = load_samples(job.support, m.support_x, m.support_y, m.support_labels);
-    query = load_samples(job.query, m.query_x, m.query_y, m.query_labels);
+    loaded = -1;
+    query = load_samples(job.query, t, m.query_x, m.query_y, m.query_labels);
     loss = 0;
-    if (job.goal != Goal::adapt && job.goal != Goal::predict) clear(at(m.v));
+    if (job.goal != Goal::adapt && job.goal != Goal::predict) {
+      clear(at(m.v));
+      for (int k = 0; k < states(); ++k) clear(at(m.w) + k * program.size);
+    }
     if (job.goal == Goal::adapt_vjp) return;
-    load_params(job.params + (job.params_per_task ? t * job.n_params : 0), theta(0));
-    if (job.goal == Goal::adapt) store_params(theta(0), job.trajectory + t * job.n_params);
+    load_start();
+    if (job.goal == Goal::adapt) store_z(0);
+    if (job.goal == Goal::hvp) {
+      load_params(job.v + t * job.n_params, at(m.u));
+      machine.each(program.size, [&](long i) {
+        if (outer[i] < 0) M::store(at(m.u) + i, 0);
+      });
+    }
+  }
+
+  // theta_0, with the state as it begins, or z_0.
+  METAFAST_DEVICE void load_start() {
+    const bool has_states = by_rule && job.params_per_task;
+    const int64_t row = job.params_per_task ? t : 0, parts = has_states ? 1 + states() : 1;
+    for (int k = 0; k < parts; ++k) load_params(job.params + (row * parts + k) * job.n_params, part(theta(0), k));
+    for (int k = 0; k < states() && !has_states; ++k) {
+      machine.each(program.size,
+                   [&](long i) { M::store(part(theta(0), k + 1) + i, static_cast<T>(job.rule.start[k])); });
+    }
+  }
+
+  // The support samples of step s, where they are not there.
+  METAFAST_DEVICE void load_support(int s) {
+    const int64_t row = (by_rule && job.support.each_step ? s * job.tasks : 0) + t;
+    if (row == loaded) return;
+    const BlockMemory& m = job.memory;
+    support = load_samples(job.support, row, m.support_x, m.support_y, m.support_labels);
+    loaded = row;
   }
 
   // Their pointers lead into the job, which a GPU has in its constant bank; by value, to stay in registers.
@@ -85,7 +127,7 @@ class InnerLoopRun {
   METAFAST_DEVICE bool has_pass(Stage stage, int s, T weight) const {
     const bool vjp = job.goal == Goal::adapt_vjp;
     if (stage == Stage::query) return !vjp && (weight != 0 || s == job.steps);
-    if (stage == Stage::reverse) return vjp && (!job.first_order || job.learns_rates);
+    if (stage == Stage::reverse) return job.goal == Goal::hvp || (vjp && (!job.first_order || job.needs_gradient));
     return true;
   }
 
@@ -99,9 +141,9 @@ class InnerLoopRun {
     const Pass<M> pass(machine, program, nullptr);
     const PassLayout layout = layout_of(is_query ? job.tables.query_layout : job.tables.support_layout);
     const Tape<T> tape{&layout, is_query ? at(m.rest) : tape_of(s), nullptr};
-    const int step = job.steps > 0 ? s : job.step;
+    const int step = number(s);
     const bool predicts = job.goal == Goal::predict;
-    T* grad = is_query ? at(m.u) : stage == Stage::reverse && !job.learns_rates ? nullptr : gradient(s);
+    T* grad = is_query ? at(m.u) : stage == Stage::reverse && !job.needs_gradient ? nullptr : gradient(s);
     if (grad && !predicts) machine.ahead([&] { clear(grad); });
     pass.forward(tape, samples, theta(s), step);
     if (is_query && s == job.steps && cluster.rank() == 0) store_outputs(pass.outputs(tape, samples));
@@ -117,13 +159,22 @@ class InnerLoopRun {
     if (history) keep(s);
     const T *from = theta(s), *g = gradient(s);
     T* to = theta(s + 1);
+    if constexpr (by_rule) {
+      const auto parameters = this->parameters();
+      steps_of(parameters).advance(number(s), from, g, to);
+    } else {
+      step_along(s, from, g, to);
+    }
+    if (job.goal == Goal::adapt) store_z(s + 1);
+  }
+
+  METAFAST_DEVICE void step_along(int s, const T* from, const T* g, T* to) const {
     machine.each4(program.size, [&](long i) {
       const Quad<T> alpha = rates(s, i), step = M::load4(g + i);
       Quad<T> theta = M::load4(from + i);
       for (int j = 0; j < 4; ++j) theta.of[j] -= alpha.of[j] * step.of[j];
       M::store4(to + i, theta);
     });
-    if (job.goal == Goal::adapt) store_params(to, job.trajectory + ((s + 1) * job.tasks + t) * job.n_params);
   }
 
   // What reaches theta_s other than through the steps behind it.
@@ -131,11 +182,15 @@ class InnerLoopRun {
     T* v = at(job.memory.v);
     if (job.goal == Goal::adapt_vjp) {
       if (s < job.steps && !job.v_everywhere) return;
-      const T* given = job.v + ((job.v_everywhere ? s : 0) * job.tasks + t) * job.n_params;
-      machine.each(job.n_params, [&](long i) {
-        const int64_t place = place_of(i);
-        if (place >= 0) M::put(v + place, given[i], true);
-      });
+      const int64_t row = (job.v_everywhere ? s : 0) * job.tasks + t;
+      for (int k = 0; k <= states(); ++k) {
+        const T* given = job.v + (row * (1 + states()) + k) * job.n_params;
+        T* to = k == 0 ? v : at(job.memory.w) + (k - 1) * program.size;
+        machine.each(job.n_params, [&](long i) {
+          const int64_t place = place_of(i);
+          if (place >= 0) M::put(to + place, given[i], true);
+        });
+      }
     } else if (has_pass(Stage::query, s, weight) && job.goal != Goal::predict) {
       const T* grad = at(job.memory.u);
       machine.each4(program.size, [&](long i) {
@@ -150,16 +205,37 @@ class InnerLoopRun {
   METAFAST_DEVICE void reverse_step(int s) {
     const BlockMemory& m = job.memory;
     T *v = at(m.v), *u = at(m.u);
-    if (job.learns_rates) add_rate_adjoint(s, gradient(s), v);
+    if (job.goal != Goal::hvp) {
+      if constexpr (by_rule) {
+        const auto parameters = this->parameters();
+        T* const sums = nullptr;
+        steps_of(parameters).back(number(s), theta(s), gradient(s), v, at(m.w), u, {number_sums(), sums, 0});
+      } else {
+        if (job.learns_rates) add_rate_adjoint(s, gradient(s), v);
+        if (!job.first_order) turn_around(s, v, u);
+      }
+    }
     if (job.first_order) return;
+    const PassLayout layout = layout_of(job.tables.support_layout);
+    Pass<M>(machine, program, nullptr).hvp({&layout, tape_of(s), at(m.rest)}, support, theta(s), u, number(s), v);
+  }
+
+  // u = -alpha_s v
+  METAFAST_DEVICE void turn_around(int s, const T* v, T* u) const {
     machine.each4(program.size, [&](long i) {
       Quad<T> step = rates(s, i);
       const Quad<T> adjoint = M::load4(v + i);
       for (int j = 0; j < 4; ++j) step.of[j] *= -adjoint.of[j];
       M::store4(u + i, step);
     });
-    const PassLayout layout = layout_of(job.tables.support_layout);
-    Pass<M>(machine, program, nullptr).hvp({&layout, tape_of(s), at(m.rest)}, support, theta(s), u, s, v);
+  }
+
+  // The block as a Machine for rules, and what takes steps on it.
+  METAFAST_DEVICE ParameterMachine<T, Cluster> parameters() const {
+    return {machine, program.size, program.common, base + job.memory.partials};
+  }
+  METAFAST_DEVICE RuleStep<ParameterMachine<T, Cluster>> steps_of(const ParameterMachine<T, Cluster>& on) const {
+    return {on, job.rule, program.size, job.rate_rows, nullptr};
   }
 
   METAFAST_DEVICE void add_rate_adjoint(int s, const T* g, const T* v) const {
@@ -178,7 +254,10 @@ class InnerLoopRun {
     const T* v = at(job.memory.v);
     machine.together([&] {
       if (job.losses && cluster.rank() == 0) machine.each(1, [&](long) { job.losses[t] = loss; });
-      if (job.grads) store_params(v, job.grads + t * job.n_params);
+      for (int k = 0; job.grads && k <= states(); ++k) {
+        const T* from = k == 0 ? v : at(job.memory.w) + (k - 1) * program.size;
+        store_params(from, job.grads + (t * (1 + states()) + k) * job.n_params);
+      }
       if (sums) machine.each(program.size, [&](long i) { sums[i] += M::load(v + i); });
     });
   }
@@ -192,7 +271,7 @@ class InnerLoopRun {
   // theta_s, with its tape and its gradient where they are not here for all steps.
   METAFAST_DEVICE void fetch(int s) {
     if (job.goal == Goal::adapt_vjp) {
-      load_params(job.trajectory + (s * job.tasks + t) * job.n_params, theta(s));
+      for (int k = 0; k <= states(); ++k) load_params(job.trajectory + of_user(s, k), part(theta(s), k));
     } else if (history) {
       const T* from = history + static_cast<int64_t>(s) * job.memory.record;
       T* to = at(job.memory.record_at);
@@ -202,14 +281,15 @@ class InnerLoopRun {
 
   // [n, C, H, W] as [n, H, W, features padded to quads]. A label outside the classes makes its sample NaN, and with it
   // the loss and the gradients of its task.
-  METAFAST_DEVICE LoadedSamples<T> load_samples(const Samples<T>& samples, int x_at, int y_at, int labels_at) const {
+  METAFAST_DEVICE LoadedSamples<T> load_samples(const Samples<T>& samples, int64_t row, int x_at, int y_at,
+                                                int labels_at) const {
     if (!samples.x) return {};
     T *x = at(x_at), *y = samples.targets ? at(y_at) : nullptr;
-    load_grid(samples.x, samples.n, program.input, x);
-    if (y) load_grid(samples.targets, samples.n, program.out, y);
+    load_grid(samples.x, row, samples.n, program.input, x);
+    if (y) load_grid(samples.targets, row, samples.n, program.out, y);
     if (!samples.labels) return {x, nullptr, y};
     auto* labels = reinterpret_cast<int64_t*>(at(labels_at));
-    const int64_t* given = samples.labels + t * samples.n;
+    const int64_t* given = samples.labels + row * samples.n;
     const long sample = static_cast<long>(program.input.h) * program.input.w * program.input.ld;
     machine.each(samples.n, [&](long s) {
       const bool known = given[s] >= 0 && given[s] < program.out.c;
@@ -219,9 +299,9 @@ class InnerLoopRun {
     return {x, labels, nullptr};
   }
 
-  METAFAST_DEVICE void load_grid(const T* from, int n, const Grid& g, T* to) const {
+  METAFAST_DEVICE void load_grid(const T* from, int64_t row, int n, const Grid& g, T* to) const {
     const int pixels = g.h * g.w;
-    const T* mine = from + t * n * g.c * pixels;
+    const T* mine = from + row * n * g.c * pixels;
     machine.each(static_cast<long>(n) * pixels * g.ld, [&](long i) {
       const int channel = static_cast<int>(i) % g.ld, pixel = static_cast<int>(i) / g.ld;
       const int source = (pixel / pixels * g.c + channel) * pixels + pixel % pixels;
@@ -247,6 +327,10 @@ class InnerLoopRun {
     });
   }
 
+  METAFAST_DEVICE void store_z(int s) const {
+    for (int k = 0; k <= states(); ++k) store_params(part(theta(s), k), job.trajectory + of_user(s, k));
+  }
+
   METAFAST_DEVICE void store_params(const T* from, T* flat) const {
     machine.each(job.n_params, [&](long i) {
       const int64_t place = place_of(i);
@@ -267,7 +351,20 @@ class InnerLoopRun {
     return alpha;
   }
 
-  METAFAST_DEVICE int row(int s) const { return s < job.rate_rows ? s : job.rate_rows - 1; }
+  METAFAST_DEVICE int number(int s) const { return static_cast<int>(job.first) + s; }
+  METAFAST_DEVICE int row(int s) const { return number(s) < job.rate_rows ? number(s) : job.rate_rows - 1; }
+
+  // Of a rule's state; the part k of z; where it lies in the user's z of all tasks after s steps.
+  METAFAST_DEVICE int states() const { return by_rule ? job.rule.states : 0; }
+  METAFAST_DEVICE T* part(T* z, int k) const { return z + k * program.size; }
+  METAFAST_DEVICE int64_t of_user(int s, int k) const {
+    return ((s * job.tasks + t) * (1 + states()) + k) * job.n_params;
+  }
+
+  // Where this block sums the adjoints of a rule's numbers: [rate_rows, H]; null: they are not wanted.
+  METAFAST_DEVICE double* number_sums() const {
+    return job.number_sums ? job.number_sums + block * job.rate_rows * job.rule.names : nullptr;
+  }
 
   // Where the adjoints of the rates of step s are summed: a row of the inner vectors of all blocks of the cluster, or
   // one element for each block.
@@ -302,7 +399,7 @@ class InnerLoopRun {
   int64_t block;
   T *sums, *history;
   LoadedSamples<T> support, query;
-  int64_t t;
+  int64_t t, loaded;  // the task, and the row of samples that `support` holds
   T loss;
 };
 

@@ -16,25 +16,39 @@
 using metafast::BlockJob;
 using metafast::cuda::ways;
 
-template <class Cluster>
+template <class Cluster, bool by_rule>
 __device__ void inner_loop(const BlockJob<float>& job) {
   extern __shared__ float4 memory[];
   const int threads = static_cast<int>(blockDim.x);
-  metafast::cuda::InnerLoopRun<float, Cluster>(job, Cluster{}, threads, reinterpret_cast<float*>(memory), blockIdx.x)
-      .run(gridDim.x);
+  float* const base = reinterpret_cast<float*>(memory);
+  metafast::cuda::InnerLoopRun<float, Cluster, by_rule>(job, Cluster{}, threads, base, blockIdx.x).run(gridDim.x);
 }
 
 // Registers of a thread: six blocks of 64 threads, or one of the largest, have them on a processor.
 extern "C" __global__ void __maxnreg__(168) metafast_inner_loop(const __grid_constant__ BlockJob<float> job) {
-  inner_loop<metafast::cuda::SingleBlock>(job);
+  inner_loop<metafast::cuda::SingleBlock, false>(job);
 }
 
 extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
     metafast_inner_loop_cluster(const __grid_constant__ BlockJob<float> job) {
 #if __CUDA_ARCH__ >= 900
-  inner_loop<metafast::cuda::BlockCluster>(job);
+  inner_loop<metafast::cuda::BlockCluster, false>(job);
 #else
   __trap();  // nothing before has clusters, and no launch of them
+#endif
+}
+
+// The same under a rule.
+extern "C" __global__ void __maxnreg__(168) metafast_rule_loop(const __grid_constant__ BlockJob<float> job) {
+  inner_loop<metafast::cuda::SingleBlock, true>(job);
+}
+
+extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
+    metafast_rule_loop_cluster(const __grid_constant__ BlockJob<float> job) {
+#if __CUDA_ARCH__ >= 900
+  inner_loop<metafast::cuda::BlockCluster, true>(job);
+#else
+  __trap();
 #endif
 }
 
@@ -90,13 +104,17 @@ void cuda_upload(void* to, const void* from, int64_t bytes, Queue queue) {
 
 void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue) {
   const DeviceGuard guard(queue.device);
-  const auto kernel = shape.cluster > 1 ? metafast_inner_loop_cluster : metafast_inner_loop;
-  const std::string what = (shape.cluster > 1 ? "metafast_inner_loop_cluster of " : "metafast_inner_loop of ") +
-                           std::to_string(job.tasks) + " tasks, " + std::to_string(job.steps) + " steps, " +
-                           std::to_string(job.support.n) + " + " + std::to_string(job.query.n) + " samples, in " +
-                           std::to_string(shape.blocks) + " blocks, " + std::to_string(shape.cluster) + " a task, of " +
-                           std::to_string(shape.threads) + " threads and " + std::to_string(shape.bytes) +
-                           " bytes on device " + std::to_string(queue.device);
+  const bool by_rule = takes_a_rule(job);
+  const auto alone = by_rule ? metafast_rule_loop : metafast_inner_loop;
+  const auto together = by_rule ? metafast_rule_loop_cluster : metafast_inner_loop_cluster;
+  const auto kernel = shape.cluster > 1 ? together : alone;
+  const std::string name = by_rule ? "metafast_rule_loop" : "metafast_inner_loop";
+  const std::string what = name + (shape.cluster > 1 ? "_cluster of " : " of ") + std::to_string(job.tasks) +
+                           " tasks, " + std::to_string(job.steps) + " steps, " + std::to_string(job.support.n) + " + " +
+                           std::to_string(job.query.n) + " samples, in " + std::to_string(shape.blocks) + " blocks, " +
+                           std::to_string(shape.cluster) + " a task, of " + std::to_string(shape.threads) +
+                           " threads and " + std::to_string(shape.bytes) + " bytes on device " +
+                           std::to_string(queue.device);
   const auto set = [&](cudaFuncAttribute attribute, int value) {
     check(cudaFuncSetAttribute(kernel, attribute, value), what);
   };

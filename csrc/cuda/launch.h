@@ -22,6 +22,12 @@ struct Sum {
   T* out;
 };
 
+// Are its steps those of a rule? They have a kernel of their own.
+template <class T>
+bool takes_a_rule(const BlockJob<T>& job) {
+  return job.rule.kind != StepKind::plain;
+}
+
 // Each throws std::runtime_error with the launch's name and shape where the device reports an error.
 void cuda_upload(void* to, const void* from, int64_t bytes, Queue queue);
 void cuda_run(const BlockJob<float>& job, const BlockShape& shape, Queue queue);

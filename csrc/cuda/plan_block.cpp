@@ -77,7 +77,8 @@ std::string block_refusal(const Program& program) {
 
 BlockMemory block_memory(const BlockWork& work, bool resident, int element_size) {
   const Program& p = *work.program;
-  const bool meta = work.goal == Goal::meta_gradient, back = meta || work.goal == Goal::adapt_vjp;
+  const bool meta = work.goal == Goal::meta_gradient;
+  const bool back = meta || work.goal == Goal::adapt_vjp || work.goal == Goal::hvp;
   const bool all = meta && resident, streams = meta && !resident;
   const bool labelled = facts(p.loss).reads == planning::LossReads::labels;
   int64_t size = 0;
@@ -99,16 +100,19 @@ BlockMemory block_memory(const BlockWork& work, bool resident, int element_size)
   samples(work.query_layout, m.query_x, m.query_y, m.query_labels);
   const int64_t tape = work.support_layout ? round_up(work.support_layout->tape, 16) : 0;
   m.tape_step = all && !work.first_order ? static_cast<int32_t>(tape) : 0;
-  m.theta_step = all ? static_cast<int32_t>(p.size) : 0;
-  m.g_step = all && work.learns_rates ? static_cast<int32_t>(p.size) : 0;
+  const int64_t z = p.size * (1 + work.states), gradients = p.size * (all ? work.steps : 1);
+  m.theta_step = all ? static_cast<int32_t>(z) : 0;
+  m.g_step = all && work.needs_gradient ? static_cast<int32_t>(p.size) : 0;
   m.tape = take(m.tape_step ? tape * work.steps : tape);
-  m.theta = take(m.theta_step ? p.size * (work.steps + 1) : p.size);
-  const bool gradient = work.goal != Goal::predict;
+  m.theta = take(m.theta_step ? z * (work.steps + 1) : z);
+  const bool gradient = work.goal != Goal::predict, apart = work.by_rule && work.needs_gradient && back;
+  if (apart) m.g = take(gradients);
   m.u = take(gradient ? p.size : 0);
-  m.g = m.g_step ? take(p.size * work.steps) : m.u;
+  if (!apart) m.g = m.g_step ? take(gradients) : m.u;
   m.record_at = work.first_order ? m.theta : m.tape;
-  m.record = streams ? (work.learns_rates ? static_cast<int32_t>(size) : m.u) - m.record_at : 0;
+  m.record = streams ? (work.needs_gradient && !apart ? static_cast<int32_t>(size) : m.u) - m.record_at : 0;
   m.v = take(gradient && work.goal != Goal::adapt ? p.size : 0);
+  m.w = take(back ? p.size * work.states : 0);
   const int64_t scratch = back && !work.first_order ? work.support_layout->scratch : 0;
   m.rest = take(std::max(scratch, work.query_layout ? work.query_layout->tape : 0));
   m.common = take(exchanged(work));
@@ -191,6 +195,7 @@ std::vector<int32_t> outer(const Plan& plan) {
 
 }  // namespace
 
+template <class T>
 std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layout, const PassLayout* query_layout,
                                uint64_t address, BlockTables& head) {
   const Program& p = plan.program();
@@ -210,7 +215,15 @@ std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layou
   const std::vector<int32_t> places = outer(plan);
   head.inner = to.add(plan.inner().data(), plan.inner().size());
   head.outer = to.add(places.data(), places.size());
+  std::vector<T> moved(places.size());
+  std::transform(places.begin(), places.end(), moved.begin(), [](int32_t place) { return T(place >= 0); });
+  head.moved = to.add(moved.data(), moved.size());
   return std::move(to.bytes);
 }
+
+template std::vector<char> block_tables<float>(const Plan&, const PassLayout*, const PassLayout*, uint64_t,
+                                               BlockTables&);
+template std::vector<char> block_tables<double>(const Plan&, const PassLayout*, const PassLayout*, uint64_t,
+                                                BlockTables&);
 
 }  // namespace metafast

@@ -21,7 +21,10 @@ struct BlockWork {
   const PassLayout *support_layout, *query_layout;
   int64_t steps;
   bool first_order, learns_rates;
-  int cluster;  // blocks that run a task together
+  bool by_rule;         // steps are those of a rule
+  int32_t states;       // K, of it
+  bool needs_gradient;  // the way back through a step reads the gradient that it took
+  int cluster;          // blocks that run a task together
 };
 
 // Lays out a block's memory. `resident`: every inner step has its own tape and theta there; else there is one of each,
@@ -36,6 +39,7 @@ BlockShape block_shape(const BlockWork& work, int64_t tasks, int threads, const 
 // Fills `head` with a Program and its passes, and returns the maps of its parameters as one piece of memory: the bytes
 // that belong at `address`, to which `head` points. Throws std::runtime_error with the reason where a block cannot run
 // it.
+template <class T>
 std::vector<char> block_tables(const Plan& plan, const PassLayout* support_layout, const PassLayout* query_layout,
                                uint64_t address, BlockTables& head);
 

@@ -167,6 +167,24 @@ class Threads {
     return total;
   }
 
+  // Gives the sums over all threads of what each f(thread, parts) adds to its parts, the same in every thread.
+  template <int K, class F>
+  METAFAST_DEVICE void sums(T (&out)[K], const F& f) const {
+#ifdef __CUDACC__
+    T parts[K] = {};
+    f(static_cast<int>(threadIdx.x), parts);
+#pragma unroll
+    for (int k = 0; k < K; ++k) out[k] = sum([&](int) { return parts[k]; });
+#else
+    std::vector<T> parts(count_ * K);
+    for (int thread = 0; thread < count_; ++thread) {
+      RaceChecker::enter(thread);
+      f(thread, &parts[thread * K]);
+    }
+    for (int k = 0; k < K; ++k) out[k] = sum([&](int thread) { return parts[thread * K + k]; });
+#endif
+  }
+
  private:
   T* partials;
   mutable bool waits = true;  // is each thing that is run followed by a barrier?

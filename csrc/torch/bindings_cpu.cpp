@@ -84,12 +84,6 @@ Tensor hvp(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Ten
   });
 }
 
-// The sets of support samples, of which a batch has one for each step where each has its own.
-int64_t sets(const std::vector<int64_t>& loop) {
-  const LoopSettings settings = loop_settings(loop);
-  return settings.each_step ? std::max<int64_t>(settings.steps, 1) : 1;
-}
-
 Tensor adapt(Tensor description, int64_t isa, int64_t team_from, int64_t rank, Tensor constants, Tensor params,
              std::vector<double> rule, Tensor rates, Tensor x, Tensor y, Tensor sizes, std::vector<int64_t> loop) {
   return by_dtype(params, [&](auto real) {

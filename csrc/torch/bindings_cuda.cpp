@@ -1,10 +1,13 @@
 // The operators torch.ops.metafast.cuda_*: tasks run by thread blocks on a GPU or, on CPU tensors, by their twin.
 #include <cstring>
+#include <optional>
 
 #include "../core/plan/cache.h"
+#include "../cpu/loop_plan.h"
 #include "../cuda/launch.h"
 #include "../cuda/plan_block.h"
 #include "facts.h"
+#include "rule_tables.h"
 #include "tensors.h"
 
 namespace metafast {
@@ -67,45 +70,81 @@ std::shared_ptr<Plan> block_plan(const Tensor& description, int64_t cluster) {
   return find_plan(numbers(description), block_layout(static_cast<int>(cluster)), sizeof(T));
 }
 
+// Reads what is done to each task.
+template <class T>
+LoopSettings read_loop(const std::vector<int64_t>& settings, const std::vector<double>& rule, Job<T>& job) {
+  const LoopSettings loop = loop_settings(settings);
+  job.steps = static_cast<int32_t>(loop.steps);
+  job.first = loop.first;
+  job.first_order = loop.first_order;
+  job.learns_rates = loop.learns_rates;
+  read_rule(rule, job.rule);
+  job.needs_gradient = needs_gradient(job);
+  return loop;
+}
+
+template <class T>
+BlockWork block_work(const Job<T>& job, const Program& program, const PassLayouts& layouts, int cluster) {
+  return {job.goal,        &program,           layouts.support,  layouts.query,
+          job.steps,       job.first_order,    job.learns_rates, job.rule.kind != StepKind::plain,
+          job.rule.states, job.needs_gradient, cluster};
+}
+
 // One call: a job, and the tensors that it points to.
 template <class T>
 class CudaCall {
  public:
+  // For the tasks of `x [T, n, ...]`, or of [S T, n, ...] where each of so many steps has its own.
   CudaCall(Goal goal, const Tensor& description, const Tensor& head, const std::vector<int64_t>& settings,
-           const Tensor& like)
-      : settings(settings), plan(block_plan<T>(description, this->settings.cluster)), like(like) {
+           const Tensor& x, int64_t sets = 1)
+      : settings(settings), plan(block_plan<T>(description, this->settings.cluster)), like(x) {
     job.goal = goal;
     job.precision = this->settings.precision;
     if (job.precision != Precision::float32 && sizeof(T) != sizeof(float)) fail("tensor cores take float32");
     job.tables = *static_cast<const BlockTables*>(head.data_ptr());
     job.n_params = static_cast<int64_t>(plan->inner().size());
-    job.tasks = like.sizes()[0];
+    job.tasks = x.sizes()[0] / sets;
     job.rate_rows = 1;
     job.rate_width = 1;
   }
 
   void params(const Tensor& t) {
     job.params_per_task = t.dim() == 2;
-    expect_here(t, (job.params_per_task ? job.tasks : 1) * job.n_params, "params");
+    expect_here(t, job.params_per_task ? job.tasks * z_size() : job.n_params, "params");
     job.params = data<T>(t);
   }
 
-  void rates(const Tensor& rates, int64_t steps, bool learns_rates) {
+  // What is done to each task. `rates` are those of plain steps, [1 or S, 1 or P], or under a rule the hyper-parameters
+  // of each step in a row, float64 [1 or S, H].
+  void loop(const std::vector<int64_t>& settings, const std::vector<double>& rule, const Tensor& rates) {
+    loop_ = read_loop(settings, rule, job);
     const int64_t rows = rates.sizes()[0], width = rates.sizes()[1];
-    expect_here(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
-    job.rates = data<T>(rates);
     job.rate_rows = static_cast<int32_t>(rows);
-    job.rate_width = width;
-    job.steps = static_cast<int32_t>(steps);
-    job.learns_rates = learns_rates;
+    if (rule.empty()) {
+      expect_here(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
+      job.rates = data<T>(rates);
+      job.rate_width = width;
+    } else {
+      expect<double>(rates, rows * job.rule.names, "rates");
+      expect_device(rates, "rates");
+      numbers_ = rates;
+      job.rule.numbers = data<double>(rates);
+      job.rule.moved = static_cast<const T*>(job.tables.moved);
+    }
   }
 
-  Samples<T> samples(const Tensor& x, const Tensor* y) const {
+  // Of the support sets, where each step may have its own: T is S T then.
+  Samples<T> support(const Tensor& x, const Tensor& y) const { return samples(x, &y, loop_.each_step); }
+
+  Samples<T> samples(const Tensor& x, const Tensor* y, bool each_step = false) const {
     const Program& p = plan->program();
     const int32_t n = static_cast<int32_t>(x.sizes()[1]);
-    const int64_t count = job.tasks * n;
+    const int64_t count = (each_step ? job.steps * job.tasks : job.tasks) * n;
     expect_here(x, count * p.input.c * p.input.h * p.input.w, "x");
-    Samples<T> s{n, data<T>(x), nullptr, nullptr};
+    Samples<T> s{};
+    s.n = n;
+    s.x = data<T>(x);
+    s.each_step = each_step;
     if (!y) return s;
     if (!plan->reads_labels()) {
       expect_here(*y, count * p.out.c * p.out.h * p.out.w, "targets");
@@ -148,8 +187,11 @@ class CudaCall {
     return out;
   }
 
+  // Elements of a task's z.
+  int64_t z_size() const { return (1 + job.rule.states) * job.n_params; }
+
   Tensor grads() {
-    Tensor out = empty(like, {job.tasks, job.n_params});
+    Tensor out = empty(like, {job.tasks, z_size()});
     job.grads = data<T>(out);
     return out;
   }
@@ -157,12 +199,16 @@ class CudaCall {
   void run(bool wants_sums) {
     const Program& p = plan->program();
     const PassLayouts layouts(*plan, job.support.n, job.query.n, job.goal == Goal::predict);
-    const BlockWork work{
-        job.goal, &p, layouts.support, layouts.query, job.steps, job.first_order, job.learns_rates, settings.cluster};
+    const BlockWork work = block_work(job, p, layouts, settings.cluster);
     shape = block_shape(work, job.tasks, settings.threads, settings.limits, sizeof(T), job.memory);
     const int64_t blocks = shape.blocks;
     if (wants_sums) job.sums = take(blocks * p.size);
-    if (job.learns_rates) job.rate_sums = take(blocks * job.rate_rows * (job.rate_width > 1 ? p.size : 1));
+    if (job.learns_rates && job.rule.kind != StepKind::plain) {
+      number_sums = empty(*numbers_, {blocks / shape.cluster, shape.cluster, job.rate_rows, job.rule.names});
+      job.number_sums = data<double>(number_sums);
+    } else if (job.learns_rates) {
+      job.rate_sums = take(blocks * job.rate_rows * (job.rate_width > 1 ? p.size : 1));
+    }
     if (job.memory.record) job.history = take(blocks * job.steps * job.memory.record);
     run_anywhere(job, shape, like, settings.stream);
   }
@@ -176,8 +222,10 @@ class CudaCall {
     return out;
   }
 
-  // Likewise, of the shape of rates.
+  // Likewise, of the shape of rates; under a rule neither summed nor scaled: those of each block, float64 [blocks,
+  // rows, H], of which the blocks of a cluster have the same.
   Tensor rates_grad(T scale) const {
+    if (numbers_) return job.learns_rates ? number_sums : empty(*numbers_, {0});
     const bool each = job.rate_width > 1;  // parameter has a rate, summed by clusters; else blocks sum one for all
     const int64_t rows = job.learns_rates ? job.rate_rows : 0, width = each ? plan->program().size * shape.cluster : 1;
     const int64_t parts = each ? shape.blocks / shape.cluster : shape.blocks;
@@ -199,7 +247,9 @@ class CudaCall {
 
   LaunchSettings settings;
   std::shared_ptr<Plan> plan;
-  Tensor like;
+  Tensor like, number_sums;
+  std::optional<Tensor> numbers_;
+  LoopSettings loop_{};
   BlockShape shape{};
   std::vector<Tensor> workspace;
 };
@@ -209,7 +259,7 @@ Tensor predict(Tensor description, Tensor head, std::vector<int64_t> settings, T
     CudaCall<decltype(real)> call(Goal::predict, description, head, settings, x);
     call.params(params);
     call.job.query = call.samples(x, nullptr);
-    call.job.step = static_cast<int32_t>(step);
+    call.job.first = step;
     Tensor outputs = call.outputs();
     call.run(false);
     return outputs;
@@ -222,22 +272,42 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_grad(Tensor description, Tensor head
     CudaCall<decltype(real)> call(Goal::loss_and_grad, description, head, settings, x);
     call.params(params);
     call.job.query = call.samples(x, &y);
-    call.job.step = static_cast<int32_t>(step);
+    call.job.first = step;
     Tensor losses = call.losses(), grads = call.grads(), outputs = call.outputs();
     call.run(false);
     return std::make_tuple(losses, grads, outputs);
   });
 }
 
-Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor rates, Tensor x,
-             Tensor y, int64_t steps) {
+// H u [T, P] of the loss on the support sets; of u [T, P] the adapted parameters count.
+Tensor hvp(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, Tensor u, Tensor x, Tensor y,
+           int64_t step) {
   return by_dtype(params, [&](auto real) {
-    CudaCall<decltype(real)> call(Goal::adapt, description, head, settings, x);
+    using T = decltype(real);
+    CudaCall<T> call(Goal::hvp, description, head, settings, x);
     auto& job = call.job;
     call.params(params);
-    call.rates(rates, steps, false);
+    job.steps = 1;  // the way back through it
+    job.first = step;
     job.support = call.samples(x, &y);
-    Tensor trajectory = empty(x, {steps + 1, job.tasks, job.n_params});
+    call.expect_here(u, job.tasks * job.n_params, "u");
+    job.v = data<T>(u);
+    Tensor products = call.grads();
+    call.run(false);
+    return products;
+  });
+}
+
+Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor params, std::vector<double> rule,
+             Tensor rates, Tensor x, Tensor y, std::vector<int64_t> loop) {
+  return by_dtype(params, [&](auto real) {
+    CudaCall<decltype(real)> call(Goal::adapt, description, head, settings, x, sets(loop));
+    auto& job = call.job;
+    call.loop(loop, rule, rates);
+    job.learns_rates = false;
+    call.params(params);
+    job.support = call.support(x, y);
+    Tensor trajectory = empty(x, {job.steps + 1, job.tasks, call.z_size()});
     job.trajectory = data<decltype(real)>(trajectory);
     call.run(false);
     return trajectory;
@@ -245,18 +315,18 @@ Tensor adapt(Tensor description, Tensor head, std::vector<int64_t> settings, Ten
 }
 
 std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vector<int64_t> settings, Tensor trajectory,
-                                     Tensor rates, Tensor x, Tensor y, Tensor v, bool first_order, bool learns_rates) {
+                                     std::vector<double> rule, Tensor rates, Tensor x, Tensor y, Tensor v,
+                                     std::vector<int64_t> loop) {
   return by_dtype(trajectory, [&](auto real) {
     using T = decltype(real);
-    CudaCall<T> call(Goal::adapt_vjp, description, head, settings, x);
+    CudaCall<T> call(Goal::adapt_vjp, description, head, settings, x, sets(loop));
     auto& job = call.job;
-    const int64_t steps = trajectory.sizes()[0] - 1;
-    call.rates(rates, steps, learns_rates);
-    job.first_order = first_order;
-    job.support = call.samples(x, &y);
+    call.loop(loop, rule, rates);
+    const int64_t rows = job.steps + 1, row = job.tasks * call.z_size();
+    job.support = call.support(x, y);
     job.v_everywhere = v.dim() == 3;
-    call.expect_here(trajectory, (steps + 1) * job.tasks * job.n_params, "trajectory");
-    call.expect_here(v, (job.v_everywhere ? steps + 1 : 1) * job.tasks * job.n_params, "v");
+    call.expect_here(trajectory, rows * row, "trajectory");
+    call.expect_here(v, (job.v_everywhere ? rows : 1) * row, "v");
     job.trajectory = data<T>(trajectory);
     job.v = data<T>(v);
     Tensor grads = call.grads();
@@ -266,19 +336,19 @@ std::tuple<Tensor, Tensor> adapt_vjp(Tensor description, Tensor head, std::vecto
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> meta_gradient(Tensor description, Tensor head, std::vector<int64_t> settings,
-                                                         Tensor params, Tensor rates, Tensor support_x,
-                                                         Tensor support_y, Tensor query_x, Tensor query_y,
-                                                         Tensor step_weights, bool first_order, bool learns_rates) {
+                                                         Tensor params, std::vector<double> rule, Tensor rates,
+                                                         Tensor support_x, Tensor support_y, Tensor query_x,
+                                                         Tensor query_y, Tensor step_weights,
+                                                         std::vector<int64_t> loop) {
   return by_dtype(params, [&](auto real) {
     using T = decltype(real);
-    CudaCall<T> call(Goal::meta_gradient, description, head, settings, support_x);
+    CudaCall<T> call(Goal::meta_gradient, description, head, settings, query_x);
     auto& job = call.job;
     if (params.dim() != 1) fail("a meta-gradient is of parameters [P] that all tasks share");
+    call.loop(loop, rule, rates);
     call.params(params);
-    call.rates(rates, step_weights.numel() - 1, learns_rates);
     call.weights(step_weights);
-    job.first_order = first_order;
-    job.support = call.samples(support_x, &support_y);
+    job.support = call.support(support_x, support_y);
     job.query = call.samples(query_x, &query_y);
     Tensor outputs = call.outputs(), losses = call.losses();
     call.run(true);
@@ -294,11 +364,11 @@ std::tuple<Tensor, Tensor> tables(Tensor description, Tensor like, int64_t suppo
     const auto plan = block_plan<decltype(real)>(description, cluster);
     const PassLayouts layouts(*plan, support, query, predicts);
     BlockTables head;
-    const int64_t size = block_tables(*plan, layouts.support, layouts.query, 0, head).size();
+    const int64_t size = block_tables<decltype(real)>(*plan, layouts.support, layouts.query, 0, head).size();
     Tensor out = empty(like, {size / static_cast<int64_t>(sizeof(real)) + 1});
     Tensor out_head = empty(description, {static_cast<int64_t>(sizeof head / sizeof(double)) + 1});
     const auto address = reinterpret_cast<uint64_t>(out.data_ptr());
-    const auto bytes = block_tables(*plan, layouts.support, layouts.query, address, head);
+    const auto bytes = block_tables<decltype(real)>(*plan, layouts.support, layouts.query, address, head);
     std::memcpy(out_head.data_ptr(), &head, sizeof head);
     if (like.is_cuda()) {
       cuda_upload(out.data_ptr(), bytes.data(), size, queue(like, stream));
@@ -312,32 +382,39 @@ std::tuple<Tensor, Tensor> tables(Tensor description, Tensor like, int64_t suppo
 // Bytes of shared memory that a task takes at least, in each of `cluster` blocks: for a meta-gradient; without a query
 // set, for steps and the way back; without a support set, for a gradient or a prediction. Raises with the reason where
 // blocks cannot run the model.
-int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query, bool predicts, int64_t cluster) {
+int64_t needs(Tensor description, bool in_double, int64_t support, int64_t query, bool predicts, int64_t cluster,
+              std::vector<double> rule) {
   const auto plan = in_double ? block_plan<double>(description, cluster) : block_plan<float>(description, cluster);
   const std::string reason = block_refusal(plan->program());
   if (!reason.empty()) fail(reason);
   const PassLayouts layouts(*plan, support, query, predicts);
   const int size = in_double ? 8 : 4;
   const Goal alone = predicts ? Goal::predict : support ? Goal::adapt_vjp : Goal::loss_and_grad;
-  const Goal goal = support && query ? Goal::meta_gradient : alone;
-  const BlockWork work{goal,  &plan->program(), layouts.support,          layouts.query, 1,
-                       false, support > 0,      static_cast<int>(cluster)};
+  Job<float> job{};
+  job.goal = support && query ? Goal::meta_gradient : alone;
+  job.steps = 1;
+  job.learns_rates = support > 0;
+  read_rule(rule, job.rule);
+  job.needs_gradient = needs_gradient(job);
+  const BlockWork work = block_work(job, plan->program(), layouts, static_cast<int>(cluster));
   return int64_t{size} * block_memory(work, false, size).size;
 }
 
 // How a meta-gradient of so many tasks is launched: threads in a block, blocks, bytes of shared memory in each, and
 // bytes that each keeps of an inner step in global memory; zero: none, all steps stay in shared memory.
 std::tuple<int64_t, int64_t, int64_t, int64_t> launch(Tensor description, bool in_double, std::vector<int64_t> settings,
-                                                      int64_t tasks, int64_t support, int64_t query, int64_t steps,
-                                                      bool first_order, bool learns_rates) {
+                                                      int64_t tasks, int64_t support, int64_t query,
+                                                      std::vector<double> rule, std::vector<int64_t> loop) {
   const LaunchSettings m(settings);
   const auto plan = in_double ? block_plan<double>(description, m.cluster) : block_plan<float>(description, m.cluster);
   const PassLayouts layouts(*plan, support, query, false);
   const int size = in_double ? 8 : 4;
-  const BlockWork work{Goal::meta_gradient, &plan->program(), layouts.support, layouts.query, steps,
-                       first_order,         learns_rates,     m.cluster};
+  Job<float> job{};
+  job.goal = Goal::meta_gradient;
+  read_loop(loop, rule, job);
   BlockMemory memory;
-  const BlockShape shape = block_shape(work, tasks, m.threads, m.limits, size, memory);
+  const BlockShape shape =
+      block_shape(block_work(job, plan->program(), layouts, m.cluster), tasks, m.threads, m.limits, size, memory);
   return {shape.threads, shape.blocks, shape.bytes, int64_t{size} * memory.record};
 }
 
@@ -352,22 +429,29 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metafast, m) {
       "step) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "cuda_adapt(Tensor description, Tensor head, int[] settings, Tensor params, Tensor rates, Tensor x, Tensor y, "
-      "int steps) -> Tensor");
+      "cuda_hvp(Tensor description, Tensor head, int[] settings, Tensor params, Tensor u, Tensor x, Tensor y, int "
+      "step) "
+      "-> Tensor");
   m.def(
-      "cuda_adapt_vjp(Tensor description, Tensor head, int[] settings, Tensor trajectory, Tensor rates, Tensor x, "
-      "Tensor y, Tensor v, bool first_order, bool learns_rates) -> (Tensor, Tensor)");
+      "cuda_adapt(Tensor description, Tensor head, int[] settings, Tensor params, float[] rule, Tensor rates, Tensor "
+      "x, "
+      "Tensor y, int[] loop) -> Tensor");
   m.def(
-      "cuda_meta_gradient(Tensor description, Tensor head, int[] settings, Tensor params, Tensor rates, "
-      "Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, bool first_order, "
-      "bool learns_rates) -> (Tensor, Tensor, Tensor, Tensor)");
+      "cuda_adapt_vjp(Tensor description, Tensor head, int[] settings, Tensor trajectory, float[] rule, Tensor rates, "
+      "Tensor x, Tensor y, Tensor v, int[] loop) -> (Tensor, Tensor)");
+  m.def(
+      "cuda_meta_gradient(Tensor description, Tensor head, int[] settings, Tensor params, float[] rule, Tensor rates, "
+      "Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, Tensor step_weights, int[] loop) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cuda_tables(Tensor description, Tensor like, int support, int query, bool predicts, int cluster, int stream) "
       "-> (Tensor, Tensor)");
-  m.def("cuda_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster) -> int");
   m.def(
-      "cuda_launch(Tensor description, bool in_double, int[] settings, int tasks, int support, int query, int steps, "
-      "bool first_order, bool learns_rates) -> (int, int, int, int)");
+      "cuda_needs(Tensor description, bool in_double, int support, int query, bool predicts, int cluster, "
+      "float[] rule) -> int");
+  m.def(
+      "cuda_launch(Tensor description, bool in_double, int[] settings, int tasks, int support, int query, "
+      "float[] rule, int[] loop) -> (int, int, int, int)");
   m.def("cuda_built() -> bool");
 }
 
@@ -375,6 +459,7 @@ template <class Library>
 void implement(Library& m) {
   m.impl("cuda_predict", TORCH_BOX(&predict));
   m.impl("cuda_loss_and_grad", TORCH_BOX(&loss_and_grad));
+  m.impl("cuda_hvp", TORCH_BOX(&hvp));
   m.impl("cuda_adapt", TORCH_BOX(&adapt));
   m.impl("cuda_adapt_vjp", TORCH_BOX(&adapt_vjp));
   m.impl("cuda_meta_gradient", TORCH_BOX(&meta_gradient));

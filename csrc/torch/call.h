@@ -15,14 +15,6 @@
 
 namespace metafast {
 
-// Reads the argument `loop` of operators.
-inline LoopSettings loop_settings(const std::vector<int64_t>& numbers) {
-  LoopSettings loop{};
-  if (numbers.size() != sizeof loop / sizeof(int64_t)) fail("loop has the wrong number of settings");
-  std::copy(numbers.begin(), numbers.end(), &loop.steps);
-  return loop;
-}
-
 // Returns how many tasks are summed together, so many that there are at most 64 sums.
 inline int64_t chunk_of(int64_t tasks) { return (tasks + 63) / 64; }
 

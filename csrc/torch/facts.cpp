@@ -61,13 +61,15 @@ Table losses() {
   return table;
 }
 
-// The rules of inner steps: the number of each, and the place of weight decay among its hyper-parameters.
+// The rules of inner steps: the number of each, how many hyper-parameters it has, and the place of weight decay among
+// them.
 Table steps() {
   Table table;
 #define METAFAST_STEP(kind, formula, names, decay)           \
   {                                                          \
     Table step;                                              \
     step.add("number", static_cast<size_t>(StepKind::kind)); \
+    step.add("names", static_cast<size_t>(names));           \
     step.add("decay", static_cast<size_t>(decay));           \
     table.add(#kind, step.text());                           \
   }

@@ -5,9 +5,24 @@
 #include "../core/job.h"
 #include "../core/plan/plan.h"
 #include "../cpu/lane_groups.h"
+#include "facts.h"
 #include "tensors.h"
 
 namespace metafast {
+
+// Reads the argument `loop` of operators.
+inline LoopSettings loop_settings(const std::vector<int64_t>& numbers) {
+  LoopSettings loop{};
+  if (numbers.size() != sizeof loop / sizeof(int64_t)) fail("loop has the wrong number of settings");
+  std::copy(numbers.begin(), numbers.end(), &loop.steps);
+  return loop;
+}
+
+// The sets of support samples, of which a batch has one for each step where each has its own.
+inline int64_t sets(const std::vector<int64_t>& loop) {
+  const LoopSettings settings = loop_settings(loop);
+  return settings.each_step ? std::max<int64_t>(settings.steps, 1) : 1;
+}
 
 // Reads a rule: its kind, its option, the number of its states, whether it scales down the norm and whether it clamps
 // values, and what each state begins with. Nothing: steps are plain.

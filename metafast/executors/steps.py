@@ -104,6 +104,12 @@ class Steps:
         return torch.cat([v[..., : self.size] + product, v[..., self.size :]], -1)
 
 
+def unknown_rule(loop: InnerLoop) -> str | None:
+    """Says of a rule that is not one of metafast's own that its step may read values, as no CUDA graph can."""
+    known = loop.rule is None or type(loop.rule).__module__.startswith("metafast.")
+    return None if known else f"{loop.rule}: a rule of the user's, whose step may read values"
+
+
 @torch.no_grad()
 def adapt(
     derivatives: Derivatives, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch

@@ -9,6 +9,16 @@
 
 namespace METAFAST_NAMESPACE {
 
+// By repeated squaring; the exponent is at least 0.
+METAFAST_DEVICE inline double power(double base, int64_t exponent) {
+  double found = 1;
+  for (; exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) found *= base;
+    base *= base;
+  }
+  return found;
+}
+
 // One element's part of a step, or of the way back through it.
 template <class Pack>
 struct Element {
@@ -95,7 +105,7 @@ struct Adam {
 
   METAFAST_DEVICE Adam(const StepRule<T>& rule, const double* hyper, int64_t count) : decoupled(rule.option) {
     const double b1 = hyper[beta1], b2 = hyper[beta2], k = static_cast<double>(count);
-    const double c1 = 1 - std::pow(b1, k), c2 = std::sqrt(1 - std::pow(b2, k));
+    const double c1 = 1 - power(b1, count), c2 = std::sqrt(1 - power(b2, count));
     keep1 = static_cast<T>(b1);
     take1 = static_cast<T>(1 - b1);
     keep2 = static_cast<T>(b2);
@@ -103,8 +113,8 @@ struct Adam {
     eps = static_cast<T>(hyper[eps_]);
     unbias = static_cast<T>(1 / c1);
     scale = static_cast<T>(1 / c2);
-    of_unbias = static_cast<T>(k * std::pow(b1, k - 1) / (c1 * c1));
-    of_scale = static_cast<T>(k * std::pow(b2, k - 1) / (2 * c2 * c2 * c2));
+    of_unbias = static_cast<T>(k * power(b1, count - 1) / (c1 * c1));
+    of_scale = static_cast<T>(k * power(b2, count - 1) / (2 * c2 * c2 * c2));
   }
 
   METAFAST_DEVICE void step(Element<Pack>& e) const {
@@ -163,14 +173,13 @@ struct RmsProp {
         eps(static_cast<T>(hyper[eps_])),
         momentum(static_cast<T>(hyper[momentum_])),
         centered(rule.option),
-        carries(rule.states > 1 + centered),
-        mean(carries ? 2 : 1) {}
+        carries(rule.states > 1 + centered) {}
 
   METAFAST_DEVICE void step(Element<Pack>& e) const {
     const Pack g = e.g + e.decay * e.theta;
     e.state[0] = keep * e.state[0] + take * (g * g);
-    if (centered) e.state[mean] = keep * e.state[mean] + take * g;
-    Pack d = g / (Root<M>(spread(e.state[0], e.state[mean])).value + eps);
+    if (centered) set_mean(e.state, keep * mean(e.state) + take * g);
+    Pack d = g / (Root<M>(spread(e.state[0], mean(e.state))).value + eps);
     if (carries) d = e.state[1] = momentum * e.state[1] + d;
     e.theta = e.theta - e.lr * d;
   }
@@ -178,7 +187,7 @@ struct RmsProp {
   template <bool Learns>
   METAFAST_DEVICE void back(const Element<Pack>& e, Pack& a, Pack* b, Pack& of_g, Pack* own) const {
     const Pack g = e.g + e.decay * e.theta;
-    const Pack squares = keep * e.state[0] + take * (g * g), next = keep * e.state[mean] + take * g;
+    const Pack squares = keep * e.state[0] + take * (g * g), next = keep * mean(e.state) + take * g;
     const Root<M> root(spread(squares, next));
     const Pack below = root.value + eps, ratio = g / below;
     Pack of_d = -e.lr * a;
@@ -196,10 +205,10 @@ struct RmsProp {
     if (Learns) own[alpha] = of_squares * (e.state[0] - g * g);
     b[0] = keep * of_squares;
     if (centered) {
-      const Pack of_next = b[mean] - 2 * next * of_spread;
+      const Pack of_next = mean(b) - 2 * next * of_spread;
       of_g = of_g + take * of_next;
-      if (Learns) own[alpha] += of_next * (e.state[mean] - g);
-      b[mean] = keep * of_next;
+      if (Learns) own[alpha] += of_next * (mean(e.state) - g);
+      set_mean(b, keep * of_next);
     }
     if (Learns) own[eps_] = of_below;
     if (Learns) own[decay] = of_g * e.theta;
@@ -211,9 +220,18 @@ struct RmsProp {
     return centered ? squares - of_mean * of_mean : squares;
   }
 
+  // The mean has the second place among the states, or behind a velocity the third.
+  METAFAST_DEVICE Pack mean(const Pack* state) const { return carries ? state[2] : state[1]; }
+  METAFAST_DEVICE void set_mean(Pack* state, Pack value) const {
+    if (carries) {
+      state[2] = value;
+    } else {
+      state[1] = value;
+    }
+  }
+
   T keep, take, eps, momentum;
   bool centered, carries;
-  int mean;  // its place among the states
 };
 
 // s' = s + g^2,  theta' = theta - lr / (1 + (k - 1) lr_decay) g / (root(s') + eps)

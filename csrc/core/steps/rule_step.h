@@ -35,9 +35,8 @@ class RuleStep {
         formula.step(after);
         const auto moved = is_moved(i);
         M::store(to + i, M::select(moved, after.theta, before.theta));
-        for (int k = 0; k < rule.states; ++k) {
-          M::store(to + (k + 1) * size + i, M::select(moved, after.state[k], before.state[k]));
-        }
+        each_state(
+            [&](int k) { M::store(to + (k + 1) * size + i, M::select(moved, after.state[k], before.state[k])); });
       });
     });
   }
@@ -123,13 +122,21 @@ class RuleStep {
     Element<Pack> e{};
     e.theta = M::load(z + i);
     e.g = g;
-    e.lr = hyper.rates ? M::load_shared(hyper.rates, i) : M::broadcast(hyper.rate);
-    e.decay = hyper.decay ? M::load_shared(hyper.decay, i) : M::broadcast(hyper.decays);
-    for (int k = 0; k < rule.states; ++k) e.state[k] = M::load(z + (k + 1) * size + i);
+    e.lr = hyper.rates ? m.load_shared(hyper.rates, i) : M::broadcast(hyper.rate);
+    e.decay = hyper.decay ? m.load_shared(hyper.decay, i) : M::broadcast(hyper.decays);
+    each_state([&](int k) { e.state[k] = M::load(z + (k + 1) * size + i); });
     return e;
   }
 
-  METAFAST_DEVICE auto is_moved(long i) const { return M::load_shared(rule.moved, i) > T(0); }
+  // In turns that a compiler knows, so that a GPU keeps the states in registers.
+  template <class F>
+  METAFAST_DEVICE void each_state(const F& f) const {
+    for (int k = 0; k < max_states; ++k) {
+      if (k < rule.states) f(k);
+    }
+  }
+
+  METAFAST_DEVICE auto is_moved(long i) const { return m.load_shared(rule.moved, i) > T(0); }
 
   // Leaves the adjoint of the clipped gradient in u.
   template <bool Learns, class Formula>
@@ -139,11 +146,11 @@ class RuleStep {
       const Element<Pack> e = element(hyper, at.z, i, clip(M::load(at.g + i)));
       const Pack a = M::load(at.v + i), zero = M::broadcast(0);
       Pack b[max_states] = {}, of_theta = a, of_g, of_state[max_states];
-      for (int k = 0; k < rule.states; ++k) of_state[k] = b[k] = M::load(at.w + k * size + i);
+      each_state([&](int k) { of_state[k] = b[k] = M::load(at.w + k * size + i); });
       formula.template back<Learns>(e, of_theta, of_state, of_g, own);
       const auto moved = is_moved(i);
       M::store(at.v + i, M::select(moved, of_theta, a));
-      for (int k = 0; k < rule.states; ++k) M::store(at.w + k * size + i, M::select(moved, of_state[k], b[k]));
+      each_state([&](int k) { M::store(at.w + k * size + i, M::select(moved, of_state[k], b[k])); });
       M::store(at.u + i, M::select(moved, of_g, zero));
       for (int h = 0; Learns && h < Formula::names; ++h) own[h] = M::select(moved, own[h], zero);
     };
@@ -170,14 +177,18 @@ class RuleStep {
         f(i, own);
         for (int k = 0; k < K; ++k) parts[k] += own[k];
       });
-      for (int k = 0; k < K; ++k) add_numbers(first + k, row, sums, found[k]);
+      add_numbers(first, row, sums, found);
     }
   }
 
-  METAFAST_DEVICE void add_numbers(int place, int row, const HyperSums<T>& sums, const double* found) const {
+  template <int K>
+  METAFAST_DEVICE void add_numbers(int first, int row, const HyperSums<T>& sums,
+                                   const double (&found)[K][M::tasks]) const {
     m.once([&] {
-      double* const to = sums.numbers + static_cast<int64_t>(row) * rule.names + place;
-      for (int j = 0; j < M::tasks; ++j) to[j * sums.task_stride] += found[j];
+      double* const to = sums.numbers + static_cast<int64_t>(row) * rule.names + first;
+      for (int k = 0; k < K; ++k) {
+        for (int j = 0; j < M::tasks; ++j) to[j * sums.task_stride + k] += found[k][j];
+      }
     });
   }
 

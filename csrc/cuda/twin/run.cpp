@@ -11,7 +11,7 @@ namespace metafast {
 
 namespace {
 
-template <class T, class Cluster>
+template <class T, bool by_rule, class Cluster>
 void run_block(const BlockJob<T>& job, const BlockShape& shape, const Cluster& cluster, int64_t block,
                std::vector<twin::RaceChecker*>& checkers) {
   const int64_t size = shape.bytes / static_cast<int64_t>(sizeof(T));
@@ -19,23 +19,29 @@ void run_block(const BlockJob<T>& job, const BlockShape& shape, const Cluster& c
   T* base = memory[0].of;
   std::fill(base, base + size, std::numeric_limits<T>::quiet_NaN());
   const twin::RaceChecker checker(base, shape.bytes, cluster.rank(), checkers);
-  twin::InnerLoopRun<T, Cluster>(job, cluster, shape.threads, base, block).run(shape.blocks);
+  twin::InnerLoopRun<T, Cluster, by_rule>(job, cluster, shape.threads, base, block).run(shape.blocks);
+}
+
+template <class T, bool by_rule>
+void run_blocks(const BlockJob<T>& job, const BlockShape& shape) {
+  std::vector<twin::RaceChecker*> checkers(shape.cluster);
+  for (int64_t first = 0; first < shape.blocks; first += shape.cluster) {
+    if (shape.cluster == 1) {
+      run_block<T, by_rule>(job, shape, twin::SingleBlock{}, first, checkers);
+      continue;
+    }
+    twin::RoundRobin round_robin(shape.cluster);
+    round_robin.run([&](int rank) {
+      run_block<T, by_rule>(job, shape, twin::BlockCluster(round_robin, rank), first + rank, checkers);
+    });
+  }
 }
 
 }  // namespace
 
 template <class T>
 void twin_run(const BlockJob<T>& job, const BlockShape& shape) {
-  std::vector<twin::RaceChecker*> checkers(shape.cluster);
-  for (int64_t first = 0; first < shape.blocks; first += shape.cluster) {
-    if (shape.cluster == 1) {
-      run_block(job, shape, twin::SingleBlock{}, first, checkers);
-      continue;
-    }
-    twin::RoundRobin round_robin(shape.cluster);
-    round_robin.run(
-        [&](int rank) { run_block(job, shape, twin::BlockCluster(round_robin, rank), first + rank, checkers); });
-  }
+  takes_a_rule(job) ? run_blocks<T, true>(job, shape) : run_blocks<T, false>(job, shape);
 }
 
 template <class T>

@@ -31,8 +31,10 @@ from metafast.executors.native.encode import (
     unsupported_layer,
     unsupported_loss,
 )
+from metafast.executors.native.inner_steps import BlockSteps, block_steps, loop_numbers, rule_numbers
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
+from metafast.program.rule import started
 from metafast.tasks import Batch, TaskBatch, TaskShapes
 
 _BUILD = "METAFAST_CUDA=1 pip install --no-build-isolation -e ."
@@ -140,10 +142,9 @@ class CudaExecutor(Executor):
         where = f"CUDA C++, {blocks}, {needed / 1024:.0f} KiB of shared memory{' in each' * (cluster > 1)}"
         if self.precision != "float32":
             where += f"; {PRECISIONS[self.precision]}, on tensor cores where they are filled"
-        obstacle = (
-            None if loop.is_plain and not shapes.step_sets else "the steps of this inner loop are taken one by one"
-        )
-        return ExecutionPlan(self, lambda: tuple(where for _ in program.nodes), obstacle, lambda: None)
+        if rule_numbers(loop.rule) is None:
+            where += "; a launch for each gradient and Hessian product of a step"
+        return ExecutionPlan(self, lambda: tuple(where for _ in program.nodes), steps.unknown_rule(loop), lambda: None)
 
     def shared_memory(self, program: Program, shapes: TaskShapes) -> tuple[int, int]:
         """Returns the number of blocks for each task, and the bytes of shared memory that each of them needs at least.
@@ -164,71 +165,84 @@ class CudaExecutor(Executor):
         """
         model = self._models.of(program, shapes.sample)
         samples = shapes.samples
-        numbers = self._numbers(model, shapes.device, shapes.dtype, (*samples, False))
+        rule = rule_numbers(loop.rule) or ()
+        numbers = self._numbers(model, shapes.device, shapes.dtype, (*samples, False), rule)
         threads, blocks, shared, record = call_op(
             torch.ops.metafast.cuda_launch, model.description, shapes.dtype == torch.float64, numbers,
-            shapes.tasks, *samples, loop.steps, loop.first_order, loop.learns_rates,
+            shapes.tasks, *samples, rule, loop_numbers(loop, bool(shapes.step_sets), 0),
         )  # fmt: skip
-        cluster, _ = model.fit(self.limits(shapes.device), (*samples, False), shapes.dtype)
+        cluster, _ = model.fit(self.limits(shapes.device), (*samples, False), shapes.dtype, rule)
         return Launch(threads, blocks, cluster, shared, record)
 
     def predict(
         self, program: Program, params: Tensor, x: Tensor, step: int = 0, seeds: Tensor | None = None
     ) -> Tensor:
-        model = self._models.of(program, x.shape[2:])
-        head = self._head(model, x, 0, x.shape[1], predicts=True)
+        head = self._head(program, x, (0, x.shape[1], True))
         outputs = call_op(torch.ops.metafast.cuda_predict, *head, as_input(params), as_input(x), step)
-        return model.shaped(outputs)
+        return self._models.of(program, x.shape[2:]).shaped(outputs)
 
     def loss_and_grad(
         self, program: Program, params: Tensor, batch: Batch, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        model = self._models.of(program, batch.x.shape[2:])
+        x, y = _samples(program, batch)
         losses, grads, outputs = call_op(
-            torch.ops.metafast.cuda_loss_and_grad, *self._head(model, batch.x, 0, batch.x.shape[1]),
-            as_input(params), *_samples(program, batch), step,
+            torch.ops.metafast.cuda_loss_and_grad, *self._head(program, x, (0, x.shape[1], False)),
+            as_input(params), x, y, step,
         )  # fmt: skip
-        return losses, grads, model.shaped(outputs)
+        return losses, grads, self._models.of(program, x.shape[2:]).shaped(outputs)
 
     def adapt(self, program: Program, loop: InnerLoop, params: Tensor, rates: Tensor, support: Batch) -> Tensor:
-        if not loop.is_plain or support.each_step:
+        found = self._fused(program, loop, rates, support, params.dtype)
+        if found is None:
             return steps.adapt(self, program, loop, params, rates, support)
+        x, y = _samples(program, support)
+        if loop.states and params.shape != (program.size,):
+            params = started(loop.rule, params, program.size).expand(support.at(0).x.shape[0], -1)
         trajectory: Tensor = call_op(
-            torch.ops.metafast.cuda_adapt, *self._support_head(program, support), as_input(params),
-            as_input(rates.to(params.dtype)), *_samples(program, support), loop.steps,
+            torch.ops.metafast.cuda_adapt, *self._head(program, x, (x.shape[1], 0, False), found.rule),
+            as_input(params), *found, x, y, loop_numbers(loop, support.each_step, 0),
         )  # fmt: skip
         return trajectory
 
     def adapt_vjp(
         self, program: Program, loop: InnerLoop, trajectory: Tensor, rates: Tensor, support: Batch, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if not loop.is_plain or support.each_step:
+        found = self._fused(program, loop, rates, support, trajectory.dtype)
+        if found is None:
             return steps.adapt_vjp(self, program, loop, trajectory, rates, support, v)
+        x, y = _samples(program, support)
         grads, rates_grad = call_op(
-            torch.ops.metafast.cuda_adapt_vjp, *self._support_head(program, support), as_input(trajectory),
-            as_input(rates.to(trajectory.dtype)), *_samples(program, support), as_input(v),
-            loop.first_order, loop.learns_rates,
+            torch.ops.metafast.cuda_adapt_vjp, *self._head(program, x, (x.shape[1], 0, False), found.rule),
+            as_input(trajectory), *found, x, y, as_input(v), loop_numbers(loop, support.each_step, 0),
         )  # fmt: skip
-        return grads, rates_grad if loop.learns_rates else None
+        return grads, found.gradient(rates_grad, rates, 1) if loop.learns_rates else None
+
+    def hvp(self, program: Program, params: Tensor, batch: Batch, u: Tensor, step: int = 0) -> Tensor:
+        x, y = _samples(program, batch)
+        product: Tensor = call_op(
+            torch.ops.metafast.cuda_hvp, *self._head(program, x, (x.shape[1], 0, False)), as_input(params),
+            as_input(u.expand(len(x), -1)), x, y, step,
+        )  # fmt: skip
+        return product
 
     @torch.no_grad()
     def meta_gradient(
         self, program: Program, loop: InnerLoop, parameters: Sequence[Tensor], rates: Tensor, tasks: TaskBatch
     ) -> MetaGradient:
-        if program.query is not program or not loop.is_plain or tasks.each_step:
+        theta, queries = _flatten_dense_tensors(parameters), tasks.query_x.shape[1]
+        found = self._fused(program, loop, rates, tasks.support, theta.dtype, queries)
+        whole = loop.truncate is None and loop.memory is None and program.query is program
+        if found is None or not whole:
             return super().meta_gradient(program, loop, parameters, rates, tasks)
-        x = tasks.support_x
-        m = tasks.query_x.shape[1]
-        model = self._models.of(program, x.shape[2:])
-        theta = _flatten_dense_tensors(parameters)
+        x, y = _samples(program, tasks.support)
         losses, outputs, grad, rates_grad = call_op(
-            torch.ops.metafast.cuda_meta_gradient, *self._head(model, x, x.shape[1], m), as_input(theta),
-            as_input(rates.to(theta.dtype)), *_samples(program, tasks.support),
-            *_samples(program, tasks.query), in_double(loop.step_weights, x.device), loop.first_order,
-            loop.learns_rates,
+            torch.ops.metafast.cuda_meta_gradient, *self._head(program, x, (x.shape[1], queries, False), found.rule),
+            as_input(theta), *found, x, y, *_samples(program, tasks.query), in_double(loop.step_weights, x.device),
+            loop_numbers(loop, tasks.each_step, 0),
         )  # fmt: skip
         grads = _unflatten_dense_tensors(grad, parameters)
-        return MetaGradient(losses, model.shaped(outputs), grads, rates_grad if loop.learns_rates else None)
+        of_rates = found.gradient(rates_grad, rates, 1 / len(tasks)) if loop.learns_rates else None
+        return MetaGradient(losses, self._models.of(program, x.shape[2:]).shaped(outputs), grads, of_rates)
 
     def _device_obstacle(self, shapes: TaskShapes) -> str | None:
         """Says in words why batches of these dtypes cannot be computed on their device; ``None`` where they can."""
@@ -252,35 +266,51 @@ class CudaExecutor(Executor):
         """Returns the limits of what runs the blocks: ``device``, or the twin."""
         return self.twin if self.twin is not None else _gpu_limits(device.index, self.threads, self.clusters)
 
+    def _fused(
+        self, program: Program, loop: InnerLoop, rates: Tensor, support: Batch, dtype: torch.dtype, queries: int = 0
+    ) -> BlockSteps | None:
+        """Returns the steps as blocks take all of them in one launch; ``None``: each gradient is a launch of its own.
+
+        That is so under rules that blocks have no formula for, with numbers for each parameter, and where a block has no
+        memory for the state.
+        """
+        found = block_steps(loop, support.each_step, rates, dtype)
+        if found is None or not found.rule:
+            return found
+        x = support.at(0).x
+        model, limits = self._models.of(program, x.shape[2:]), self.limits(x.device)
+        fits = model.fit(limits, (x.shape[1], queries, False), dtype, found.rule)[1] <= limits.shared
+        return found if fits else None
+
     def _numbers(
-        self, model: _Model, device: torch.device, dtype: torch.dtype, samples: tuple[int, int, bool]
-    ) -> list[int]:
+        self, model: _Model, device: torch.device, dtype: torch.dtype, samples: tuple[int, int, bool],
+        rule: tuple[float, ...],
+    ) -> list[int]:  # fmt: skip
         """Lists the numbers that say where and how a call runs, in the order in which C++ reads them."""
         limits = self.limits(device)
         settings = {
             "shared": limits.shared,
             "processors": limits.processors,
             "threads": limits.threads,
-            "cluster": model.fit(limits, samples, dtype)[0],
+            "cluster": model.fit(limits, samples, dtype, rule)[0],
             "precision": FACTS["precisions"].index(self.precision),
             "stream": 0 if self.twin is not None else torch.cuda.current_stream(device).cuda_stream,
         }
         return [settings[name] for name in FACTS["launch_settings"]]
 
-    def _support_head(self, program: Program, support: Batch) -> tuple[Any, ...]:
-        """Returns the first arguments of operators that read the support sets alone."""
-        return self._head(self._models.of(program, support.x.shape[2:]), support.x, support.x.shape[1], 0)
+    def _head(
+        self, program: Program, x: Tensor, samples: tuple[int, int, bool], rule: tuple[float, ...] = ()
+    ) -> tuple[Any, ...]:
+        """Returns the first arguments of an operator for tasks of samples like ``x``.
 
-    def _head(self, model: _Model, x: Tensor, support: int, query: int, predicts: bool = False) -> tuple[Any, ...]:
-        """Returns the first arguments of an operator for tasks of ``support`` and ``query`` samples like ``x``.
-
-        The tables that the kernel reads are made on the first call for these sizes, and kept.
+        ``samples`` are the numbers of support and of query samples, and whether the call only predicts. The tables that
+        the kernel reads are made on the first call for these sizes, and kept.
 
         Raises:
             RuntimeError: they would have to be made while a CUDA graph is being recorded.
         """
-        samples = (support, query, predicts)
-        numbers = self._numbers(model, x.device, x.dtype, samples)
+        model = self._models.of(program, x.shape[2:])
+        numbers = self._numbers(model, x.device, x.dtype, samples, rule)
         cluster, stream = (numbers[FACTS["launch_settings"].index(name)] for name in ("cluster", "stream"))
         key = (*samples, cluster, x.dtype, x.device)
         if key not in model.tables:
@@ -305,16 +335,19 @@ class _Model(Model):
         self.tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._fits: dict[tuple[Any, ...], tuple[int, int]] = {}
 
-    def fit(self, limits: BlockLimits, samples: tuple[int, int, bool], dtype: torch.dtype) -> tuple[int, int]:
+    def fit(
+        self, limits: BlockLimits, samples: tuple[int, int, bool], dtype: torch.dtype, rule: tuple[float, ...] = ()
+    ) -> tuple[int, int]:
         """Returns the number of blocks for each task, and the bytes of shared memory that each of them needs.
 
-        ``samples`` are the numbers of support and of query samples, and whether the call only predicts.
+        ``samples`` are the numbers of support and of query samples, and whether the call only predicts. Steps by a
+        ``rule``, given in numbers, need room for its state.
         """
-        key = (limits, samples, dtype)
+        key = (limits, samples, dtype, rule)
         if key not in self._fits:
             for cluster in limits.clusters:
                 needs = torch.ops.metafast.cuda_needs
-                needed = int(call_op(needs, self.description, dtype == torch.float64, *samples, cluster))
+                needed = int(call_op(needs, self.description, dtype == torch.float64, *samples, cluster, rule))
                 self._fits[key] = cluster, needed
                 if needed <= limits.shared or needed > limits.shared * limits.clusters[-1]:
                     break
@@ -322,8 +355,11 @@ class _Model(Model):
 
 
 def _samples(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns inputs and targets as operators take them."""
-    return as_input(batch.x), as_input(targets(program.loss, batch.y, batch.x.dtype))
+    """Returns inputs and targets as operators take them; those of steps lie one after another, ``[S T, n, ...]``."""
+    x, y = batch.x, batch.y
+    if batch.each_step:
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+    return as_input(x), as_input(targets(program.loss, y, x.dtype))
 
 
 def _memory_obstacle(cluster: int, needed: int, limits: BlockLimits) -> str | None:

@@ -46,6 +46,42 @@ def inner_steps(loop: InnerLoop, rates: Tensor, dtype: torch.dtype) -> InnerStep
     return InnerSteps(rule, rates)
 
 
+class BlockSteps(NamedTuple):
+    """Holds the steps of a loop as thread blocks take them.
+
+    Attributes:
+        rule: as in ``InnerSteps``.
+        rates: ``[1 or S, 1 or P]`` in the dtype of the parameters, or under a rule ``[1 or S, H]`` in float64.
+    """
+
+    rule: tuple[float, ...]
+    rates: Tensor
+
+    def gradient(self, found: Tensor, rates: Tensor, scale: float) -> Tensor:
+        """Returns the gradient of the user's ``rates`` from what an operator has ``found``."""
+        if not self.rule:
+            return found
+        sums = found[:, 0].sum(0) * scale  # the blocks of a cluster have the same
+        return sums[:, :1].to(rates.dtype) if rates.dim() == 2 else sums.t()[..., None]
+
+
+def block_steps(loop: InnerLoop, each_step: bool, rates: Tensor, dtype: torch.dtype) -> BlockSteps | None:
+    """Returns the steps as thread blocks take them; ``None`` where they have no formula for them.
+
+    Of a rule's hyper-parameters blocks take one number a step. Steps along the gradient on samples of their own are those
+    of SGD without momentum.
+    """
+    if loop.rule is None and not each_step:
+        return BlockSteps(_PLAIN, as_input(rates.to(dtype)))
+    rule = rule_numbers(loop.rule)
+    if rule is None or rates.shape[-1] > 1:
+        return None
+    if rule == _PLAIN:
+        rule = (FACTS["steps"]["sgd"]["number"], 0, 0, 0, 0)
+        return BlockSteps(rule, torch.nn.functional.pad(rates.double(), (0, FACTS["steps"]["sgd"]["names"] - 1)))
+    return BlockSteps(rule, as_input(rates[..., 0].double().t()))
+
+
 def rule_numbers(rule: Rule | None) -> tuple[float, ...] | None:
     """Writes a rule down in numbers; ``None`` where C++ has no formula for it."""
     if rule is None:

@@ -23,6 +23,7 @@ from metafast.executors.cuda_graphs import Graphs, Results
 from metafast.executors.memory import MemoryPlan, choose_memory_plan, peak_bytes
 from metafast.executors.reference.executor import ReferenceExecutor
 from metafast.executors.reference.inner_loop import meta_gradient
+from metafast.executors.steps import unknown_rule
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop
@@ -118,7 +119,7 @@ class TritonExecutor(Executor):
             return tuple(f"{note} ({self.precision})" for note in self._lowered(program, shapes.device).notes)
 
         obstacle = derived and f"{derived}: a function of PyTorch's or the user's that may read values"
-        obstacle = obstacle or _unknown_rule(loop)
+        obstacle = obstacle or unknown_rule(loop)
         return ExecutionPlan(self, layers, obstacle, lambda: self._describe_memory(program, loop, shapes))
 
     def predict(
@@ -329,17 +330,11 @@ def _in_segments(lowered: Lowered, loop: InnerLoop, tasks: int) -> bool:
     return loop.truncate is not None or not segments_of(loop, tasks, width, torch.float32.itemsize).keeps_all
 
 
-def _unknown_rule(loop: InnerLoop) -> str | None:
-    """Says of a rule that is not one of metafast's own that its step may read values."""
-    known = loop.rule is None or type(loop.rule).__module__.startswith("metafast.")
-    return None if known else f"{loop.rule}: a rule of the user's, whose step may read values"
-
-
 def _recordable(program: Program, loop: InnerLoop, tasks: TaskBatch) -> bool:
     """Says whether the meta-gradient runs on a GPU by kernels alone, which read the same addresses every time."""
     if not tasks.support_x.is_cuda or tasks.support_mask is not None or tasks.query_mask is not None:
         return False
-    if _unknown_rule(loop) is not None:
+    if unknown_rule(loop) is not None:
         return False
     return _unknown_function(program) is None and not any(node.constants for node in program.nodes)
 
