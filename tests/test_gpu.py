@@ -19,10 +19,12 @@ from loops import meta_gradient, refusal
 from setups import make_learner, make_tasks
 from test_cuda_precision import BITS, FILLED, check_rounding
 from test_cuda_twin import RESIDENT, RUNS, TURNS, WIDE, named
-from test_meta_gradients import check_against_oracle
+from test_meta_gradients import check_against_oracle, close
+from test_native_rules import RULES, work
 
 import metafast as mf
 from metafast import executors
+from metafast.executors.cuda_graphs import CudaGraph
 from metafast.executors.native.cuda import CudaExecutor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -63,6 +65,38 @@ def test_float32(setup, gpu):
 @pytest.mark.parametrize("setup", RUNS, ids=str)
 def test_one_launch(setup, learns_rates, gpu):
     check_one_launch(gpu, setup, "cuda", torch.float32, 1e-4, learns_rates)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name, gpu):
+    given = work(RULES[name], width="step", dtype=torch.float32)
+    wanted, found = given.meta_gradient(executors.ReferenceExecutor()), by_rule(gpu, given)
+    close(found.losses.cpu(), wanted.losses, 1e-4)
+    close(found.grads[0].cpu(), wanted.grads[0], 1e-3)
+    assert torch.equal(found.grads[0], by_rule(gpu, given).grads[0])
+
+
+def by_rule(gpu, given):
+    tasks = given.tasks.to("cuda")
+    return gpu.meta_gradient(given.program, given.loop, (given.params.cuda(),), given.rates.cuda(), tasks)
+
+
+@pytest.mark.parametrize("rule", [mf.Adam(eps=1e-2, max_norm=0.5), mf.Adam(eps=1e-2, amsgrad=True)], ids=str)
+@pytest.mark.parametrize("executor", [CudaExecutor(), executors.TritonExecutor()], ids=["blocks", "triton"])
+def test_a_cuda_graph_holds_rules(executor, rule):
+    """One that blocks run in one launch, and one whose steps are those of PyTorch."""
+    given = work(rule, dtype=torch.float32)
+    theta, rates, tasks = given.params.cuda(), given.rates.cuda(), given.tasks.to("cuda")
+    arguments = given.program, given.loop, (theta,), rates, tasks
+    expected = executor.meta_gradient(*arguments)
+    graph = CudaGraph(lambda: tuple(executor.meta_gradient(*arguments).grads), theta.device)
+    theta.zero_()
+    graph.replay()
+    moved = graph.result[0].clone()
+    theta.copy_(given.params)
+    graph.replay()
+    close(graph.result[0], expected.grads[0], 1e-5)
+    assert not torch.equal(graph.result[0], moved)
 
 
 def test_a_query_loss_before_the_first_step(gpu):

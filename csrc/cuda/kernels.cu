@@ -17,7 +17,7 @@ using metafast::BlockJob;
 using metafast::cuda::ways;
 
 template <class Cluster, bool by_rule>
-__device__ void inner_loop(const BlockJob<float>& job) {
+__device__ __forceinline__ void inner_loop(const BlockJob<float>& job) {
   extern __shared__ float4 memory[];
   const int threads = static_cast<int>(blockDim.x);
   float* const base = reinterpret_cast<float*>(memory);
