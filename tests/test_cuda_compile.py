@@ -100,8 +100,8 @@ def test_products_come_with_tensor_cores(ptx, kernel):
 
 def test_blocks_of_a_cluster_meet_around_all_that_they_exchange(ptx):
     """Two products fetch their inputs and hand out their columns, two transposed ones add parts, two outer ones fetch:
-    each between two barriers. So are the sums of rules: of the norm, forward and back, of its adjoint, of the four rules'
-    hyper-parameters and of both bounds."""
+    each between two barriers. So are the sums of rules: of the norm, forward and back, of its adjoint, of the four
+    rules' hyper-parameters and of both bounds."""
     of_passes, of_rules = 2 * (2 * (1 + 1) + 2 + 2), 2 * (2 + 1 + 4 + 2)
     expected = {"metafast_inner_loop_cluster": of_passes, "metafast_rule_loop_cluster": of_passes + of_rules}
     for half in ("arrive.release", "wait.acquire"):

@@ -259,7 +259,7 @@ class TritonExecutor(Executor):
             rates = rates.detach()
             copies = chunk
         else:
-            some = _chunk_without_memory(tasks, chunk)
+            some = _without_memory(tasks.shapes, chunk)
             rates = torch.empty_like(rates, device="meta")
             copies = 1
         theta = torch.zeros(program.size, device=rates.device)
@@ -337,11 +337,6 @@ def _recordable(program: Program, loop: InnerLoop, tasks: TaskBatch) -> bool:
     if unknown_rule(loop) is not None:
         return False
     return _unknown_function(program) is None and not any(node.constants for node in program.nodes)
-
-
-def _chunk_without_memory(tasks: TaskBatch, count: int) -> TaskBatch:
-    """Makes ``count`` tasks of the shapes of ``tasks``, without memory and without padding."""
-    return _without_memory(tasks.shapes, count)
 
 
 def _without_memory(shapes: TaskShapes, count: int | None = None) -> TaskBatch:
