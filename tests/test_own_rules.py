@@ -342,7 +342,7 @@ def test_settings_take_effect_with_the_next_batch(seen):
     learner.truncate = None
     check(learner, tasks)
     assert "inner steps: SGD(momentum=0.5" in learner.explain()
-    assert "one by one" in learner.graph_obstacle(tasks)
+    assert learner.graph_obstacle(tasks) == "executor 'cpu' may wait for the host"
     learner.inner, learner.memory = mf.SGD(), None
     assert "inner steps" not in learner.explain(tasks.support_x)
 

@@ -11,7 +11,7 @@ from loop_oracle import support_of
 from rule_cases import RULES, Sign, Stopped, batch, check, convnet, maml, mlp, normed, stepped, truth_of, wave
 
 import metafast as mf
-from metafast.program.rule import advance, clipped
+from metafast.program.rule import clipped
 
 BACKENDS = ("auto", "reference")
 PER = [(), "step", "layer", "parameter", ("step", "layer"), ("step", "parameter")]
@@ -250,10 +250,10 @@ def test_derivatives_are_finite_where_the_gradient_has_been_zero(rule, backend):
 )
 def test_a_gradient_of_zero_moves_theta_by_the_rate_over_eps(rule, hyper, wanted):
     """``d theta' / d g = -lr / eps`` at ``g = 0``: the step is ``-lr g / (|g| + eps)``, but for what scales ``|g|``."""
-    numbers = {n: torch.tensor(float(v), dtype=torch.float64) for n, v in {"lr": 0.1, **hyper}.items()}
+    rows = torch.tensor([[0.1], *([float(hyper[name])] for name in rule.hyper)], dtype=torch.float64)
     z, g = torch.zeros(1, 1 + len(rule.states), dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     moved = torch.ones(1, dtype=torch.bool)
-    (slope,) = torch.autograd.grad(advance(rule, z, g.requires_grad_(), numbers, 1, moved)[:, 0].sum(), g)
+    (slope,) = torch.autograd.grad(rule.advance(z, g.requires_grad_(), rows, 1, moved)[:, 0].sum(), g)
     torch.testing.assert_close(float(slope), float(wanted))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from metafast.executors.by_program import ByProgram
 from metafast.program import Program
 from metafast.program.inner_loop import InnerLoop, row_of_step, sum_to_rate
-from metafast.program.rule import hyper_rows, started
+from metafast.program.rule import hyper_rows, is_of_the_user, started
 from metafast.tasks import Batch
 
 _MOVED: ByProgram[Tensor] = ByProgram()
@@ -106,8 +106,7 @@ class Steps:
 
 def unknown_rule(loop: InnerLoop) -> str | None:
     """Says of a rule that is not one of metafast's own that its step may read values, as no CUDA graph can."""
-    known = loop.rule is None or type(loop.rule).__module__.startswith("metafast.")
-    return None if known else f"{loop.rule}: a rule of the user's, whose step may read values"
+    return f"{loop.rule}: a rule of the user's, whose step may read values" if is_of_the_user(loop.rule) else None
 
 
 @torch.no_grad()

@@ -271,8 +271,8 @@ class CudaExecutor(Executor):
     ) -> BlockSteps | None:
         """Returns the steps as blocks take all of them in one launch; ``None``: each gradient is a launch of its own.
 
-        That is so under rules that blocks have no formula for, with numbers for each parameter, and where a block has no
-        memory for the state.
+        That is so under rules that blocks have no formula for, with numbers for each parameter, and where a block has
+        no memory for the state.
         """
         found = block_steps(loop, support.each_step, rates, dtype)
         if found is None or not found.rule:

@@ -68,8 +68,8 @@ class BlockSteps(NamedTuple):
 def block_steps(loop: InnerLoop, each_step: bool, rates: Tensor, dtype: torch.dtype) -> BlockSteps | None:
     """Returns the steps as thread blocks take them; ``None`` where they have no formula for them.
 
-    Of a rule's hyper-parameters blocks take one number a step. Steps along the gradient on samples of their own are those
-    of SGD without momentum.
+    Of a rule's hyper-parameters blocks take one number a step. Steps along the gradient on samples of their own are
+    those of SGD without momentum.
     """
     if loop.rule is None and not each_step:
         return BlockSteps(_PLAIN, as_input(rates.to(dtype)))
