@@ -28,7 +28,7 @@ ISAS = {
 WANTED = os.environ.get("METAFAST_ISAS", "avx2,avx512" if platform.machine() in ("x86_64", "AMD64") else "")
 BUILDS = {"generic": (16, [])} | {name: ISAS[name] for name in WANTED.split(",") if name}
 EXTRA = os.environ.get("METAFAST_CXXFLAGS", "").split()
-FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", *EXTRA]
+FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", *EXTRA]
 INNER_LOOP = "csrc/cpu/inner_loop.cpp"
 BINDINGS = sorted(map(str, Path("csrc/torch").glob("*.cpp")))  # they alone include torch's headers
 CORE = sorted({str(p) for p in Path("csrc").rglob("*.cpp")} - {*BINDINGS, INNER_LOOP})

@@ -158,7 +158,7 @@ class InnerLoopRun {
     for (int j = 0; j < segments; ++j) adapt_segment(j, j == segments - 1);
     if (job.weights[job.steps] != 1) clear(v);
     if (job.rule.states > 0) machine.once([&] { std::memset(mem.w, 0, job.rule.states * program.size * sizeof(T)); });
-    judge(job.steps, start(segments), loss);
+    query_after(job.steps, start(segments), loss);
     for (int j = segments - 1; j >= 0; --j) {
       if (j < segments - 1) adapt_segment(j, true);
       for (int s = first_of(j + 1) - 1; s >= first_of(j); --s) {
@@ -170,7 +170,7 @@ class InnerLoopRun {
         if (stale && !job.first_order) support_pass(tape, z, number(s), nullptr);
         reverse_step(s, tape, z, gradient(i));
         machine.end();
-        judge(s, z, loss);
+        query_after(s, z, loss);
       }
     }
     if (job.judges_before) add(v, 1, mem.before);
@@ -200,7 +200,7 @@ class InnerLoopRun {
   }
 
   // Adds to v what the query loss after s steps makes of it.
-  void judge(int s, const T* z, Loss& loss) {
+  void query_after(int s, const T* z, Loss& loss) {
     const double weight = job.weights[s];
     const bool last = s == job.steps;
     if (last && weight == 1) {

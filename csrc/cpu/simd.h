@@ -6,6 +6,10 @@
 #include <limits>
 #include <utility>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #if !defined(METAFAST_NAMESPACE) || !defined(METAFAST_VECTOR_BYTES)
 #error "inner_loop.cpp is built once for each instruction set with METAFAST_NAMESPACE and METAFAST_VECTOR_BYTES"
 #endif
@@ -35,6 +39,28 @@ struct VectorTypes<double> {
   typedef int64_t Index __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
 };
+
+// The root is one instruction, which compilers do not make of a loop over lanes: it would have to set errno.
+#ifdef __x86_64__
+#if METAFAST_VECTOR_BYTES == 64
+#define METAFAST_ROOT(type) _mm512_sqrt_##type
+#elif METAFAST_VECTOR_BYTES == 32
+#define METAFAST_ROOT(type) _mm256_sqrt_##type
+#else
+#define METAFAST_ROOT(type) _mm_sqrt_##type
+#endif
+METAFAST_INLINE static inline VectorTypes<float>::Pack root(VectorTypes<float>::Pack v) { return METAFAST_ROOT(ps)(v); }
+METAFAST_INLINE static inline VectorTypes<double>::Pack root(VectorTypes<double>::Pack v) {
+  return METAFAST_ROOT(pd)(v);
+}
+#undef METAFAST_ROOT
+#else
+template <class Pack>
+static Pack root(Pack v) {
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+#endif
 
 // Elements first .. end - 1.
 struct Share {
@@ -93,9 +119,7 @@ struct Simd {
   static Pack log(Pack v) {
     return by_lane(v, [](T x) { return std::log(x); });
   }
-  static Pack sqrt(Pack v) {
-    return by_lane(v, [](T x) { return std::sqrt(x); });
-  }
+  static Pack sqrt(Pack v) { return root(v); }
   static Pack tanh(Pack v) {
     return by_lane(v, [](T x) { return std::tanh(x); });
   }

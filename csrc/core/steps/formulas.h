@@ -22,7 +22,7 @@ METAFAST_DEVICE inline double power(double base, int64_t exponent) {
 // One element's part of a step, or of the way back through it.
 template <class Pack>
 struct Element {
-  Pack theta, g, lr, decay;  // g is clipped already
+  Pack theta, g, rate, decay;  // g is clipped already
   Pack state[max_states];
 };
 
@@ -30,13 +30,13 @@ struct Element {
 template <class M>
 struct Root {
   using Pack = typename M::Pack;
-  Pack value, slope;
+  Pack value, derivative;
 
   METAFAST_DEVICE explicit Root(Pack square) {
     const Pack zero = M::broadcast(0), one = M::broadcast(1);
     const auto positive = square > zero;
     value = M::select(positive, M::sqrt(M::select(positive, square, one)), zero);
-    slope = M::select(positive, one / (2 * value), zero);
+    derivative = M::select(positive, one / (2 * value), zero);
   }
 };
 
@@ -46,7 +46,7 @@ struct Sgd {
   using T = typename M::Real;
   using Pack = typename M::Pack;
   static constexpr int names = 4, states = 1;
-  enum { lr, momentum_, dampening, decay };
+  enum { rate, momentum_, dampening, decay };
 
   METAFAST_DEVICE Sgd(const StepRule<T>& rule, const double* hyper, int64_t count)
       : momentum(static_cast<T>(hyper[momentum_])),
@@ -58,14 +58,14 @@ struct Sgd {
   METAFAST_DEVICE void step(Element<Pack>& e) const {
     const Pack g = e.g + e.decay * e.theta;
     if (carries) e.state[0] = momentum * e.state[0] + share * g;
-    e.theta = e.theta - e.lr * direction(g, e.state[0]);
+    e.theta = e.theta - e.rate * direction(g, e.state[0]);
   }
 
   template <bool Learns>
   METAFAST_DEVICE void back(const Element<Pack>& e, Pack& a, Pack* b, Pack& of_g, Pack* own) const {
-    const Pack g = e.g + e.decay * e.theta, along = -e.lr * a;
+    const Pack g = e.g + e.decay * e.theta, along = -e.rate * a;
     const Pack next = momentum * e.state[0] + share * g;
-    if (Learns) own[lr] = -a * direction(g, next);
+    if (Learns) own[rate] = -a * direction(g, next);
     of_g = along;
     if (carries) {
       Pack of_next = b[0] + along;
@@ -101,7 +101,7 @@ struct Adam {
   using T = typename M::Real;
   using Pack = typename M::Pack;
   static constexpr int names = 5, states = 2;
-  enum { lr, beta1, beta2, eps_, decay };
+  enum { rate, beta1, beta2, eps_, decay };
 
   METAFAST_DEVICE Adam(const StepRule<T>& rule, const double* hyper, int64_t count) : decoupled(rule.option) {
     const double b1 = hyper[beta1], b2 = hyper[beta2], k = static_cast<double>(count);
@@ -121,8 +121,8 @@ struct Adam {
     const Pack g = decoupled ? e.g : e.g + e.decay * e.theta;
     e.state[0] = keep1 * e.state[0] + take1 * g;
     e.state[1] = keep2 * e.state[1] + take2 * (g * g);
-    const Pack start = decoupled ? e.theta * (1 - e.lr * e.decay) : e.theta;
-    e.theta = start - unbias * e.lr * (e.state[0] / (Root<M>(e.state[1]).value * scale + eps));
+    const Pack start = decoupled ? e.theta * (1 - e.rate * e.decay) : e.theta;
+    e.theta = start - unbias * e.rate * (e.state[0] / (Root<M>(e.state[1]).value * scale + eps));
   }
 
   template <bool Learns>
@@ -131,24 +131,24 @@ struct Adam {
     const Pack m = keep1 * e.state[0] + take1 * g, v = keep2 * e.state[1] + take2 * (g * g);
     const Root<M> root(v);
     const Pack below = root.value * scale + eps, ratio = m / below;
-    const Pack of_ratio = -unbias * e.lr * a / below, of_below = -of_ratio * ratio;
-    const Pack of_m = b[0] + of_ratio, of_v = b[1] + scale * of_below * root.slope;
+    const Pack of_ratio = -unbias * e.rate * a / below, of_below = -of_ratio * ratio;
+    const Pack of_m = b[0] + of_ratio, of_v = b[1] + scale * of_below * root.derivative;
     of_g = take1 * of_m + 2 * take2 * g * of_v;
     if (Learns) {
-      own[lr] = -unbias * a * ratio;
-      own[beta1] = of_m * (e.state[0] - g) - of_unbias * e.lr * a * ratio;
+      own[rate] = -unbias * a * ratio;
+      own[beta1] = of_m * (e.state[0] - g) - of_unbias * e.rate * a * ratio;
       own[beta2] = of_v * (e.state[1] - g * g) + of_scale * of_below * root.value;
       own[eps_] = of_below;
       if (decoupled) {
-        own[lr] -= a * e.theta * e.decay;
-        own[decay] = -a * e.theta * e.lr;
+        own[rate] -= a * e.theta * e.decay;
+        own[decay] = -a * e.theta * e.rate;
       } else {
         own[decay] = of_g * e.theta;
       }
     }
     b[0] = keep1 * of_m;
     b[1] = keep2 * of_v;
-    a = decoupled ? a * (1 - e.lr * e.decay) : a + e.decay * of_g;
+    a = decoupled ? a * (1 - e.rate * e.decay) : a + e.decay * of_g;
   }
 
  private:
@@ -165,7 +165,7 @@ struct RmsProp {
   using T = typename M::Real;
   using Pack = typename M::Pack;
   static constexpr int names = 5, states = 3;
-  enum { lr, alpha, eps_, decay, momentum_ };
+  enum { rate, alpha, eps_, decay, momentum_ };
 
   METAFAST_DEVICE RmsProp(const StepRule<T>& rule, const double* hyper, int64_t)
       : keep(static_cast<T>(hyper[alpha])),
@@ -181,7 +181,7 @@ struct RmsProp {
     if (centered) set_mean(e.state, keep * mean(e.state) + take * g);
     Pack d = g / (Root<M>(spread(e.state[0], mean(e.state))).value + eps);
     if (carries) d = e.state[1] = momentum * e.state[1] + d;
-    e.theta = e.theta - e.lr * d;
+    e.theta = e.theta - e.rate * d;
   }
 
   template <bool Learns>
@@ -190,8 +190,8 @@ struct RmsProp {
     const Pack squares = keep * e.state[0] + take * (g * g), next = keep * mean(e.state) + take * g;
     const Root<M> root(spread(squares, next));
     const Pack below = root.value + eps, ratio = g / below;
-    Pack of_d = -e.lr * a;
-    if (Learns) own[lr] = -a * (carries ? momentum * e.state[1] + ratio : ratio);
+    Pack of_d = -e.rate * a;
+    if (Learns) own[rate] = -a * (carries ? momentum * e.state[1] + ratio : ratio);
     if (Learns) own[momentum_] = M::broadcast(0);
     if (carries) {
       of_d = of_d + b[1];
@@ -199,7 +199,7 @@ struct RmsProp {
       b[1] = momentum * of_d;
     }
     of_g = of_d / below;
-    const Pack of_below = -of_g * ratio, of_spread = of_below * root.slope;
+    const Pack of_below = -of_g * ratio, of_spread = of_below * root.derivative;
     const Pack of_squares = b[0] + of_spread;
     of_g = of_g + 2 * take * g * of_squares;
     if (Learns) own[alpha] = of_squares * (e.state[0] - g * g);
@@ -234,16 +234,16 @@ struct RmsProp {
   bool centered, carries;
 };
 
-// s' = s + g^2,  theta' = theta - lr / (1 + (k - 1) lr_decay) g / (root(s') + eps)
+// s' = s + g^2,  theta' = theta - rate / (1 + (k - 1) rate_decay) g / (root(s') + eps)
 template <class M>
 struct Adagrad {
   using T = typename M::Real;
   using Pack = typename M::Pack;
   static constexpr int names = 4, states = 1;
-  enum { lr, lr_decay, decay, eps_ };
+  enum { rate, rate_decay, decay, eps_ };
 
   METAFAST_DEVICE Adagrad(const StepRule<T>&, const double* hyper, int64_t count) : eps(static_cast<T>(hyper[eps_])) {
-    const double past = static_cast<double>(count - 1), share = 1 / (1 + past * hyper[lr_decay]);
+    const double past = static_cast<double>(count - 1), share = 1 / (1 + past * hyper[rate_decay]);
     slowed = static_cast<T>(share);
     of_slowed = static_cast<T>(-past * share * share);
   }
@@ -251,7 +251,7 @@ struct Adagrad {
   METAFAST_DEVICE void step(Element<Pack>& e) const {
     const Pack g = e.g + e.decay * e.theta;
     e.state[0] = e.state[0] + g * g;
-    e.theta = e.theta - slowed * e.lr * (g / (Root<M>(e.state[0]).value + eps));
+    e.theta = e.theta - slowed * e.rate * (g / (Root<M>(e.state[0]).value + eps));
   }
 
   template <bool Learns>
@@ -259,13 +259,13 @@ struct Adagrad {
     const Pack g = e.g + e.decay * e.theta;
     const Root<M> root(e.state[0] + g * g);
     const Pack below = root.value + eps, ratio = g / below;
-    of_g = -slowed * e.lr * a / below;
+    of_g = -slowed * e.rate * a / below;
     const Pack of_below = -of_g * ratio;
-    b[0] = b[0] + of_below * root.slope;
+    b[0] = b[0] + of_below * root.derivative;
     of_g = of_g + 2 * g * b[0];
     if (Learns) {
-      own[lr] = -slowed * a * ratio;
-      own[lr_decay] = -of_slowed * e.lr * a * ratio;
+      own[rate] = -slowed * a * ratio;
+      own[rate_decay] = -of_slowed * e.rate * a * ratio;
       own[eps_] = of_below;
       own[decay] = of_g * e.theta;
     }
@@ -273,7 +273,7 @@ struct Adagrad {
   }
 
  private:
-  T eps, slowed, of_slowed;  // 1 / (1 + (k - 1) lr_decay) and its derivative
+  T eps, slowed, of_slowed;  // 1 / (1 + (k - 1) rate_decay) and its derivative
 };
 
 // Calls f(rule) with the rule of a step, `hyper` being its numbers and `count` the number of the step, from 1.

@@ -122,7 +122,7 @@ class RuleStep {
     Element<Pack> e{};
     e.theta = M::load(z + i);
     e.g = g;
-    e.lr = hyper.rates ? m.load_shared(hyper.rates, i) : M::broadcast(hyper.rate);
+    e.rate = hyper.rates ? m.load_shared(hyper.rates, i) : M::broadcast(hyper.rate);
     e.decay = hyper.decay ? m.load_shared(hyper.decay, i) : M::broadcast(hyper.decays);
     each_state([&](int k) { e.state[k] = M::load(z + (k + 1) * size + i); });
     return e;
@@ -145,7 +145,7 @@ class RuleStep {
     const auto go = [=, *this](long i, Pack* own) {
       const Element<Pack> e = element(hyper, at.z, i, clip(M::load(at.g + i)));
       const Pack a = M::load(at.v + i), zero = M::broadcast(0);
-      Pack b[max_states] = {}, of_theta = a, of_g, of_state[max_states];
+      Pack b[max_states] = {}, of_theta = a, of_g, of_state[max_states] = {};
       each_state([&](int k) { of_state[k] = b[k] = M::load(at.w + k * size + i); });
       formula.template back<Learns>(e, of_theta, of_state, of_g, own);
       const auto moved = is_moved(i);
