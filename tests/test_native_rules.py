@@ -1,8 +1,4 @@
-"""Inner loops by rules, with samples for each step, in segments and truncated, each in one C++ call.
-
-Against the reference executor, which takes the same steps one by one, and against autograd through a loop that is
-written here.
-"""
+"""Inner loops by rules in one C++ call, against the reference executor and autograd through a loop written here."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from metafast.executors.base import MetaGradient
 from metafast.executors.steps import Steps
@@ -95,7 +96,7 @@ class InnerLoopRun:
     def _last(self, z: Tensor, adjoint: Tensor | None) -> Tensor:
         """Returns the adjoint of ``z_S``, ``[T, (1 + K) P]``."""
         assert adjoint is not None  # the last step always has one
-        return adjoint if adjoint.shape == z.shape else self._with(torch.zeros_like(z), adjoint)
+        return pad(adjoint, (0, z.shape[-1] - adjoint.shape[-1])) if adjoint.shape != z.shape else adjoint
 
     def _with(self, carried: Tensor, adjoint: Tensor | None) -> Tensor:
         """Adds an adjoint, ``[T, (1 + K) P]`` or ``[T, P]``."""
