@@ -49,7 +49,7 @@ def test_one_launch(name, twin):
 
 @pytest.mark.usefixtures("_fused")
 @pytest.mark.parametrize("options", [{"first_order": True}, {"learns_rates": False}, {"truncate": 2},
-                                     {"each_step": True}, {"adapt": {"0.weight", "4.bias"}}], ids=str)  # fmt: skip
+                                     {"each_step": True}, {"adapt": ["0.weight", "4.bias"]}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", SOME)
 def test_what_else_a_loop_says(name, options, twin):
     check(twin, work(RULES[name], steps=4, **options))
@@ -122,6 +122,9 @@ class Own(mf.Rule):
 
     def step(self, theta, gradient, state, hyper, count):
         return theta - hyper["lr"] * torch.tanh(gradient + state[0]), (gradient,)
+
+    def __repr__(self):
+        return "Own()"
 
 
 @pytest.mark.parametrize(("rule", "width"), [(mf.Adam(eps=1e-2), "parameter"), (mf.Adam(amsgrad=True), "number"),
