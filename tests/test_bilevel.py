@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import metafast as mf
+from metafast.executors.memory import peak_bytes
 
 S = 12
 LAYERS = {"0.weight": 0, "0.bias": 0, "2.weight": 1, "2.bias": 1}
@@ -126,6 +127,21 @@ def test_rates_may_have_a_parametrization(per):
             torch.testing.assert_close(logarithm.grad, value * value.grad, rtol=1e-10, atol=1e-13)
         for problem in (plain, made):
             torch.testing.assert_close(problem.solve(held)(held[0]), plain.solve(held)(held[0]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_way_forward_and_back_hold_no_more_steps_than_they_say(backend):
+    train, held = sets(each_step=False)
+    problems = [
+        mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=900, memory=memory, backend=backend, learn_start=True)
+        for memory in (None, 40_000)
+    ]
+    all_of_them, some = [peak_bytes(lambda p=p: p(train, held).loss.backward()) for p in problems]
+    row = 8 * problems[0].learner.program.size
+    assert all_of_them > 900 * row
+    assert some < 150 * row
+    for p, q in zip(*(problem.parameters() for problem in problems), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

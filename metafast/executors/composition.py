@@ -163,7 +163,7 @@ def evaluate(
     for a, b in [*skipped, *segments.spans]:
         trajectory = executor.adapt(program, loop.part(a, b), z, rates, support.steps(a, b))
         if a >= segments.begin:
-            kept.append(trajectory if segments.keeps_all else trajectory[:1])
+            kept.append(trajectory if segments.keeps_all else trajectory[:1].clone())
         z = trajectory[-1]
         for step in range(a + 1, b + (b < loop.steps)):
             if step in weights:
@@ -173,7 +173,7 @@ def evaluate(
     outputs = judge(loop.steps, z)
     if not (segments.keeps_all and segments.spans):
         kept.append(z[None])
-    return Evaluation(losses, outputs, z.clone(), torch.cat(kept), torch.stack(grads))
+    return Evaluation(losses, outputs, z.clone(), torch.cat(kept) if len(kept) > 1 else kept[0], torch.stack(grads))
 
 
 @torch.no_grad()

@@ -115,12 +115,13 @@ def adapt(
 ) -> Tensor:
     """Computes the trajectory as ``Executor.adapt`` does, a call of ``derivatives`` for each step."""
     steps = Steps(program, loop, rates)
-    trajectory = [steps.start(params, support.at(0).x.shape[0])]
+    z = steps.start(params, support.at(0).x.shape[0])
+    trajectory = z.new_empty(loop.steps + 1, *z.shape)
+    trajectory[0] = z
     for s, number in enumerate(loop.numbers):
-        z = trajectory[-1]
-        _, gradient, _ = derivatives.loss_and_grad(program, steps.theta(z), support.at(s), number)
-        trajectory.append(steps.advance(z, gradient * steps.moved, number))
-    return torch.stack(trajectory)
+        _, gradient, _ = derivatives.loss_and_grad(program, steps.theta(trajectory[s]), support.at(s), number)
+        trajectory[s + 1] = steps.advance(trajectory[s], gradient * steps.moved, number)
+    return trajectory
 
 
 @torch.no_grad()
