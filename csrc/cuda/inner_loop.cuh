@@ -7,7 +7,7 @@
 #include "contract.cuh"
 #include "parameter_machine.cuh"
 
-// A call of its own would put the run into local memory.
+// In a kernel by rules, which a compiler would leave in parts, a call would put the run into local memory.
 #ifdef __CUDACC__
 #define METAFAST_INLINED __forceinline__
 #else

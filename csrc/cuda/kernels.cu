@@ -16,23 +16,31 @@
 using metafast::BlockJob;
 using metafast::cuda::ways;
 
-template <class Cluster, bool by_rule>
-__device__ __forceinline__ void inner_loop(const BlockJob<float>& job) {
+template <class Cluster>
+__device__ void inner_loop(const BlockJob<float>& job) {
   extern __shared__ float4 memory[];
   const int threads = static_cast<int>(blockDim.x);
   float* const base = reinterpret_cast<float*>(memory);
-  metafast::cuda::InnerLoopRun<float, Cluster, by_rule>(job, Cluster{}, threads, base, blockIdx.x).run(gridDim.x);
+  metafast::cuda::InnerLoopRun<float, Cluster, false>(job, Cluster{}, threads, base, blockIdx.x).run(gridDim.x);
+}
+
+template <class Cluster>
+__device__ __forceinline__ void rule_loop(const BlockJob<float>& job) {
+  extern __shared__ float4 memory[];
+  const int threads = static_cast<int>(blockDim.x);
+  float* const base = reinterpret_cast<float*>(memory);
+  metafast::cuda::InnerLoopRun<float, Cluster, true>(job, Cluster{}, threads, base, blockIdx.x).run(gridDim.x);
 }
 
 // Registers of a thread: six blocks of 64 threads, or one of the largest, have them on a processor.
 extern "C" __global__ void __maxnreg__(168) metafast_inner_loop(const __grid_constant__ BlockJob<float> job) {
-  inner_loop<metafast::cuda::SingleBlock, false>(job);
+  inner_loop<metafast::cuda::SingleBlock>(job);
 }
 
 extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
     metafast_inner_loop_cluster(const __grid_constant__ BlockJob<float> job) {
 #if __CUDA_ARCH__ >= 900
-  inner_loop<metafast::cuda::BlockCluster, false>(job);
+  inner_loop<metafast::cuda::BlockCluster>(job);
 #else
   __trap();  // nothing before has clusters, and no launch of them
 #endif
@@ -40,13 +48,13 @@ extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
 
 // The same under a rule.
 extern "C" __global__ void __maxnreg__(168) metafast_rule_loop(const __grid_constant__ BlockJob<float> job) {
-  inner_loop<metafast::cuda::SingleBlock, true>(job);
+  rule_loop<metafast::cuda::SingleBlock>(job);
 }
 
 extern "C" __global__ void __launch_bounds__(metafast::max_threads, 1)
     metafast_rule_loop_cluster(const __grid_constant__ BlockJob<float> job) {
 #if __CUDA_ARCH__ >= 900
-  inner_loop<metafast::cuda::BlockCluster, true>(job);
+  rule_loop<metafast::cuda::BlockCluster>(job);
 #else
   __trap();
 #endif
