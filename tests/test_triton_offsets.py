@@ -22,9 +22,11 @@ from test_triton_compile import kernels_of_the_package, layers_with_kernels
 from torch import nn
 from triton.runtime import interpreter
 
+import metafast as mf
 from benchmarks.gpu.counts import modules_that_launch
 from metafast.executors.triton import lowering
 from metafast.executors.triton.executor import TritonExecutor
+from metafast.executors.triton.rules import lower_rule
 from metafast.kernels.contract.layer import RuleContext
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.conv2d.kernel import TritonConv2d
@@ -93,6 +95,17 @@ def test_a_task_beyond_32_bits_is_refused(outputs, x):
         TritonConv2d(Conv2d(bias=False)).forward(ctx, [weight], [images])
 
 
+def inner_steps(rule):
+    """A step by a rule and the way back through it, without memory."""
+    lowered, size = lower_rule(rule), 2**31 // TASKS + 100
+    z = torch.empty(TASKS, (1 + len(rule.states)) * size, device="meta")
+    rows = torch.empty(len(rule.hyper_names), 1, dtype=torch.float64, device="meta")
+    given = z, torch.empty(TASKS, size, device="meta"), rows, 1, torch.empty(size, dtype=torch.bool, device="meta")
+    with np.errstate(invalid="ignore", divide="ignore"):  # zeros are loaded, eps among them
+        lowered.advance(*given)
+        lowered.advance_vjp(*given, torch.empty_like(z), True)
+
+
 def test_offsets_of_the_last_task(launched):
     images = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
                            nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1),
@@ -102,6 +115,8 @@ def test_offsets_of_the_last_task(launched):
     step(pools, (1, 84, 84), "mse", (2,))
     features = nn.Sequential(nn.BatchNorm1d(20000), nn.LayerNorm(20000))
     step(features, (20000,), "mse", (20000,))
+    for rule in (mf.SGD(momentum=0.9, max_norm=1.0), mf.Adam(max_norm=1.0)):
+        inner_steps(rule)
     apart = {"metafast_add_slices"}  # runs where tasks are few
     of_the_package = set(kernels_of_the_package()) - apart
     for case, layer in layers_with_kernels(of_the_package - {name for name, *_ in launched}):

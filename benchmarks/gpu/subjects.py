@@ -8,7 +8,7 @@ TRITON = ("omni5w1s-1", "omni5w1s-5", "mini5w1s-5", "omni20w1s-5", "mini5w5s-5",
 # These files have all tests that are marked gpu.
 TRITON_TESTS = (
     "tests/test_gpu_train.py", "tests/test_triton.py", "tests/test_triton_shared.py", "tests/test_triton_executor.py",
-    "tests/test_triton_tiles.py", "tests/test_triton_products.py",
+    "tests/test_triton_tiles.py", "tests/test_triton_products.py", "tests/test_triton_rules.py",
 )  # fmt: skip
 TESTS = ("tests/test_gpu.py", "tests/test_sampler.py", *TRITON_TESTS)
 
