@@ -12,6 +12,7 @@ from loops import loop
 
 from metafast.executors.native.encode import FACTS, LOSSES
 from metafast.executors.native.inner_steps import loop_numbers
+from metafast.program.inner_loop import InnerLoop
 
 CORE = Path(__file__).parents[1] / "csrc" / "core"
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -81,6 +82,12 @@ def plan(kind, options):
 
 
 @pytest.mark.skipif(not FACTS["kinds"], reason="metafast._C is not built")
+def test_the_numbers_of_a_loop_have_their_places():
+    numbers = loop_numbers(InnerLoop(3, (0.0, 0.0, 0.0, 1.0), True, False, None, 2, 1, 7), True, 9)
+    wanted = {"steps": 3, "first": 2, "truncate": 1, "memory": 7, "first_order": 1, "learns_rates": 0}
+    assert dict(zip(FACTS["loop_settings"], numbers, strict=True)) == {**wanted, "each_step": 1, "budget": 9}
+
+
 def test_a_layer_that_this_build_does_not_know_is_refused():
     """Python may be newer or older than the extension."""
     leaky_relu, kinds = FACTS["kinds"]["leaky_relu"], FACTS["kinds"].values()

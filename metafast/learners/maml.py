@@ -198,7 +198,7 @@ class MAML(GradientLearner):
     def _outside(self, choice: Choice, tasks: TaskBatch, judged: bool = True) -> Outside:
         """Finds what it finds for any learner, and tensors that a rule reads beside what it is given."""
         found = super()._outside(choice, tasks, judged)
-        if not is_of_the_user(self._inner):
+        if self._is_plain or not is_of_the_user(self._inner):
             return found
         own = self._inner.parameters() if isinstance(self._inner, nn.Module) else ()
         with torch.enable_grad():
@@ -324,7 +324,7 @@ class MAML(GradientLearner):
 
     def _loop(self, learns_rates: bool) -> InnerLoop:
         return InnerLoop(
-            self.steps, self._weights, self.first_order, learns_rates, self._rule, 0, self.truncate, self.memory
+            self._steps, self._weights, self._first_order, learns_rates, self._rule, 0, self._truncate, self._memory
         )
 
 

@@ -96,6 +96,7 @@ def rule_numbers(rule: Rule | None) -> tuple[float, ...] | None:
 
 def loop_numbers(loop: InnerLoop, each_step: bool, budget: int) -> list[int]:
     """Writes a loop's numbers down in the order of ``FACTS["loop_settings"]``; -1 stands for ``None``."""
-    others = {"each_step": each_step, "budget": budget}
-    given = (others[name] if name in others else getattr(loop, name) for name in FACTS["loop_settings"])
-    return [-1 if number is None else int(number) for number in given]
+    truncate = -1 if loop.truncate is None else loop.truncate
+    memory = -1 if loop.memory is None else loop.memory
+    flags = int(loop.first_order), int(loop.learns_rates), int(each_step)
+    return [loop.steps, loop.first, truncate, memory, *flags, budget]
