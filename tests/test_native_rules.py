@@ -255,17 +255,16 @@ def test_rules_and_loops_at_random(data):
     clips = {name: draw(st.none() | st.floats(0.02, 0.5)) for name in ("max_norm", "max_value")}
     momentum, decay, eps = draw(st.just(0.0) | number), draw(st.just(0.0) | number), draw(st.floats(1e-3, 0.1))
     nesterov = draw(st.booleans()) and momentum > 0
-    rule = draw(
-        st.sampled_from(
-            [
-                mf.SGD(momentum, 0.0 if nesterov else draw(number), decay, nesterov, **clips),
-                mf.Adam((draw(number), draw(number)), eps, decay, **clips),
-                mf.AdamW((draw(number), draw(number)), eps, decay, **clips),
-                mf.RMSprop(draw(number), eps, decay, momentum, draw(st.booleans()), **clips),
-                mf.Adagrad(draw(number), decay, draw(number), eps, **clips),
-            ]
-        )
-    )
+    dampening, betas = 0.0 if nesterov else draw(number), (draw(number), draw(number))
+    options = {"weight_decay": decay, "eps": eps, **clips}
+    rules = [
+        mf.SGD(momentum=momentum, dampening=dampening, weight_decay=decay, nesterov=nesterov, **clips),
+        mf.Adam(betas=betas, **options),
+        mf.AdamW(betas=betas, **options),
+        mf.RMSprop(alpha=draw(number), momentum=momentum, centered=draw(st.booleans()), **options),
+        mf.Adagrad(lr_decay=draw(number), initial_accumulator_value=draw(number), **options),
+    ]
+    rule = draw(st.sampled_from(rules))
     count = draw(st.integers(1, 6))
     made = work(
         rule, "mlp", draw(st.sampled_from(ALL_WIDTHS)), count, draw(st.integers(1, 3)), draw(st.integers(3, 5)),

@@ -34,9 +34,9 @@ struct Root {
 
   METAFAST_DEVICE explicit Root(Pack square) {
     const Pack zero = M::broadcast(0), one = M::broadcast(1);
-    const auto positive = square > zero;
-    value = M::select(positive, M::sqrt(M::select(positive, square, one)), zero);
-    derivative = M::select(positive, one / (2 * value), zero);
+    const auto flat = square <= zero;
+    value = M::select(flat, zero, M::sqrt(M::select(flat, one, square)));
+    derivative = M::select(flat, zero, one / (2 * value));
   }
 };
 

@@ -110,8 +110,8 @@ class RuleStep {
     const double most = hyper.numbers[rule.max_norm];
     clip.share = M::by_task([&](int j) {
       const double norm = std::sqrt(squares[0][j]), above = norm + norm_eps, share = most / above;
-      const bool scales = share <= 1;
-      clip.of_norm[j] = scales && norm > 0 ? -share / above / norm : 0;
+      const bool scales = !(share > 1);  // as by a norm that is NaN, which makes all of the gradient so
+      clip.of_norm[j] = scales && norm != 0 ? -share / above / norm : 0;
       clip.of_max[j] = scales ? 1 / above : 0;
       return scales ? share : 1;
     });
