@@ -235,6 +235,8 @@ def test_a_rule_that_cannot_be_is_refused_before_any_work(make, text):
     [
         (lambda: mf.SGD(momentum=1.0), "momentum=1.0: give a number in"),
         (lambda: mf.SGD(momentum="0.9"), "momentum='0.9': give a number, or an mf.Rate"),
+        (lambda: mf.Adam(lr=0.1), r"Adam\(lr=0.1\): the learning rate is the learner's"),
+        (lambda: mf.SGD(0.1, 0.9), "positional"),
         (lambda: mf.SGD(momentum=True), "momentum=True"),
         (lambda: mf.SGD(momentum=torch.tensor(0.9)), "momentum=tensor"),
         (lambda: mf.SGD(weight_decay=-0.1), "weight_decay=-0.1"),
@@ -265,7 +267,7 @@ def test_a_rule_that_cannot_be_is_refused_before_any_work(make, text):
         (lambda: maml(inner=made(hyper=("keys",), keys=mf.Rate(0.3))), "cannot be called 'keys'"),
         (lambda: maml(inner=mf.Adam(), learn_state=1), "learn_state=1: give True or False"),
     ],
-    ids=range(31),
+    ids=range(33),
 )
 def test_options_out_of_their_range_are_refused(make, text):
     with pytest.raises((TypeError, ValueError), match=text):
@@ -276,7 +278,9 @@ def test_options_out_of_their_range_are_refused(make, text):
 def rich(**options):
     """A learner with all that it can learn."""
     rule = mf.Adam(
-        (mf.Rate(0.5, "layer", learn=True), 0.9), eps=mf.Rate(1e-2, learn=True), max_norm=mf.Rate(0.4, "step", True)
+        betas=(mf.Rate(0.5, "layer", learn=True), 0.9),
+        eps=mf.Rate(1e-2, learn=True),
+        max_norm=mf.Rate(0.4, "step", True),
     )
     return maml(inner=rule, learn_state=True, lr=mf.Rate(0.1, ("step", "layer"), learn=True), **options)
 
@@ -351,12 +355,16 @@ def test_learned_hyper_parameters_stay_where_optimisers_hold_them():
     learner, tasks = rich(), batch()
     held = learner.hyper["beta1"].value
     learner.inner = mf.Adam(
-        (mf.Rate(0.7, "layer", True), 0.8), eps=mf.Rate(0.1, learn=True), max_norm=mf.Rate(0.2, "step", True)
+        betas=(mf.Rate(0.7, "layer", True), 0.8), eps=mf.Rate(0.1, learn=True), max_norm=mf.Rate(0.2, "step", True)
     )
     assert learner.hyper["beta1"].value is held
     assert held.tolist() == [[0.7, 0.7]]
     check(learner, tasks)
-    for rule in (mf.Adam(), mf.AdamW((0.9, mf.Rate(0.7, "layer", True))), mf.Adam((mf.Rate(0.7, "step", True), 0.8))):
+    for rule in (
+        mf.Adam(),
+        mf.AdamW(betas=(0.9, mf.Rate(0.7, "layer", True))),
+        mf.Adam(betas=(mf.Rate(0.7, "step", True), 0.8)),
+    ):
         with pytest.raises(ValueError, match=r"hyper-parameters \['beta1', 'eps', 'max_norm'\].*make a new learner"):
             learner.inner = rule
     with pytest.raises(ValueError, match="told apart by step, 3 of them"):

@@ -35,12 +35,24 @@ def test_meta_gradients_are_those_of_autograd(rule, make, backend):
 def test_all_hyper_parameters_are_learned(kind, per):
     of, by_step = (lambda value: learned(value, per)), "step" if "step" in per else ()
     rule = {
-        "sgd": lambda: mf.SGD(of(0.5), of(0.2), of(0.1), False, learned(0.1, by_step), of(0.05)),
+        "sgd": lambda: mf.SGD(
+            momentum=of(0.5),
+            dampening=of(0.2),
+            weight_decay=of(0.1),
+            max_norm=learned(0.1, by_step),
+            max_value=of(0.05),
+        ),
         "nesterov": lambda: mf.SGD(momentum=of(0.5), nesterov=True, weight_decay=0.1),
-        "adam": lambda: mf.Adam((of(0.5), of(0.6)), of(1e-3), of(0.1), True, learned(0.3, by_step)),
-        "adamw": lambda: mf.AdamW((of(0.5), 0.9), 1e-3, of(0.1), max_value=of(0.1)),
-        "rmsprop": lambda: mf.RMSprop(of(0.5), of(1e-2), of(0.1), of(0.3), True),
-        "adagrad": lambda: mf.Adagrad(of(0.2), of(0.1), 0.1, of(1e-2)),
+        "adam": lambda: mf.Adam(
+            betas=(of(0.5), of(0.6)), eps=of(1e-3), weight_decay=of(0.1), amsgrad=True, max_norm=learned(0.3, by_step)
+        ),
+        "adamw": lambda: mf.AdamW(betas=(of(0.5), 0.9), eps=1e-3, weight_decay=of(0.1), max_value=of(0.1)),
+        "rmsprop": lambda: mf.RMSprop(
+            alpha=of(0.5), eps=of(1e-2), weight_decay=of(0.1), momentum=of(0.3), centered=True
+        ),
+        "adagrad": lambda: mf.Adagrad(
+            lr_decay=of(0.2), weight_decay=of(0.1), initial_accumulator_value=0.1, eps=of(1e-2)
+        ),
     }[kind]()
     learner = maml(inner=rule, lr=learned(0.05, per))
     check(learner, batch())
@@ -102,12 +114,14 @@ def _of_rule(draw):
     if kind == "SGD":
         nesterov = draw(st.booleans())
         dampening = 0.0 if nesterov else of(0, 0.5)
-        return mf.SGD(of(0.1, 0.9), dampening, decay, nesterov, **clips)
+        return mf.SGD(momentum=of(0.1, 0.9), dampening=dampening, weight_decay=decay, nesterov=nesterov, **clips)
+    options = {"weight_decay": decay, "eps": eps, **clips}
     if kind == "RMSprop":
-        return mf.RMSprop(of(0.1, 0.95), eps, decay, of(0, 0.8), draw(st.booleans()), **clips)
+        return mf.RMSprop(alpha=of(0.1, 0.95), momentum=of(0, 0.8), centered=draw(st.booleans()), **options)
     if kind == "Adagrad":
-        return mf.Adagrad(of(0, 0.5), decay, draw(st.sampled_from([0.0, 0.1])), eps, **clips)
-    return getattr(mf, kind)((of(0.1, 0.9), of(0.1, 0.95)), eps, decay, draw(st.booleans()), **clips)
+        start = draw(st.sampled_from([0.0, 0.1]))
+        return mf.Adagrad(lr_decay=of(0, 0.5), initial_accumulator_value=start, **options)
+    return getattr(mf, kind)(betas=(of(0.1, 0.9), of(0.1, 0.95)), amsgrad=draw(st.booleans()), **options)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)

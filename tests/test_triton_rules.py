@@ -162,20 +162,20 @@ def learned(value, *per):
 
 MOMENTUM = mf.SGD(momentum=learned(0.8, "layer"), dampening=0.1, weight_decay=learned(0.05), max_norm=learned(0.7))
 BETAS = (learned(0.8, "step"), learned(0.9))
-ADAM = mf.Adam(BETAS, eps=learned(1e-3), weight_decay=learned(0.1), max_value=learned(0.2))
+ADAM = mf.Adam(betas=BETAS, eps=learned(1e-3), weight_decay=learned(0.1), max_value=learned(0.2))
 WHOLE = [
     vectors("momentum, learned", inner=MOMENTUM, lr=rate("step")),
     vectors("momentum, numbers", inner=mf.SGD(momentum=0.9, max_norm=0.5), steps=3, step_weights=[0.2, 0.3, 0.5]),
     vectors("Nesterov, only biases", inner=mf.SGD(momentum=learned(0.8), nesterov=True, max_value=0.3),
             adapt=["0.bias", "4.bias"]),
     vectors("Adam, learned", inner=ADAM, lr=rate("parameter"), steps=3),
-    vectors("AdamW, first order", inner=mf.AdamW(BETAS, weight_decay=learned(0.1), eps=1e-2), first_order=True),
+    vectors("AdamW, first order", inner=mf.AdamW(betas=BETAS, weight_decay=learned(0.1), eps=1e-2), first_order=True),
     vectors("AdamW, ragged", inner=mf.AdamW(eps=1e-2, max_norm=1.0), ragged=True, lr=rate()),
     vectors("RMSprop, by autograd", inner=mf.RMSprop(eps=1e-2, max_norm=1.0), lr=rate("parameter"),
             adapt=["4.bias", "4.weight"]),
     vectors("truncated", inner=mf.SGD(momentum=learned(0.8, "step")), steps=4, truncate=2),
     vectors("plain, truncated", steps=3, truncate=1, lr=rate("step")),
-    vectors("in segments", inner=mf.AdamW(BETAS, eps=1e-2), steps=9, memory=24_000, lr=0.02),
+    vectors("in segments", inner=mf.AdamW(betas=BETAS, eps=1e-2), steps=9, memory=24_000, lr=0.02),
     vectors("the state is learned", inner=mf.SGD(momentum=0.8), learn_state=True),
     images("batch norm per step", models.convnet, bn="per_step", inner=mf.SGD(momentum=learned(0.8), max_norm=1.0)),
 ]  # fmt: skip

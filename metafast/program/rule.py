@@ -7,6 +7,7 @@ vectors of the state lie one after another in ``z [T, (1 + K) P]``.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -67,6 +68,19 @@ class Rule(ABC):
     states: Sequence[str] = ()
     max_norm: Any = None
     max_value: Any = None
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Says where the learning rate belongs, which optimisers of torch take themselves.
+
+        Raises:
+            TypeError: ``lr`` is given to a rule that has no such argument of its own.
+        """
+        if "lr" in options and "lr" not in inspect.signature(cls.__init__).parameters:
+            raise TypeError(
+                f"{cls.__name__}(lr={options['lr']!r}): the learning rate is the learner's, "
+                f"mf.MAML(..., lr={options['lr']!r}, inner=mf.{cls.__name__}(...)), and may be an mf.Rate"
+            )
+        return super().__new__(cls)
 
     @abstractmethod
     def step(

@@ -12,7 +12,7 @@ from metafast.inner.rules.checks import check_bounds, check_hyper
 from metafast.program.rule import Formula, Hyper, Rule, root
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adagrad(Rule):
     """Steps as ``torch.optim.Adagrad`` does (Duchi, Hazan, Singer 2011), in the k-th step
 

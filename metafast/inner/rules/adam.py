@@ -13,7 +13,7 @@ from metafast.inner.rules.checks import check_bounds, check_flag, check_hyper
 from metafast.program.rule import Formula, Hyper, Rule, root
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adam(Rule):
     """Steps as ``torch.optim.Adam`` does (Kingma, Ba 2015, 1412.6980), in the k-th step from zero moments
 
@@ -94,7 +94,7 @@ class Adam(Rule):
         return theta - lr / (1 - beta1**count) * (mean / denominator), states
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
     """Steps as ``torch.optim.AdamW`` does (Loshchilov, Hutter 2019, 1711.05101): as :class:`Adam` but for its decay.
 

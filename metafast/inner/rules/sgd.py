@@ -12,7 +12,7 @@ from metafast.inner.rules.checks import check_bounds, check_flag, check_hyper, i
 from metafast.program.rule import Formula, Hyper, Rule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SGD(Rule):
     """Steps as ``torch.optim.SGD`` does: ``theta <- theta - lr d``.
 
