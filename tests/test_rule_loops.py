@@ -89,6 +89,22 @@ def test_what_segments_keep_at_the_least_suffices(steps):
         segments_of(loop._replace(memory=least - 1), 1, 1, 8)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("way", ["backward", "__call__"])
+def test_a_memory_that_is_too_small_is_refused_before_statistics_move(backend, way):
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    learner = mf.MAML(
+        model, loss="cross_entropy", lr=0.1, steps=9, inner=mf.Adam(), bn="running", memory=10, backend=backend
+    )
+    x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.randint(3, (2, 5))
+    with pytest.raises(ValueError, match=r"memory=10: .* bytes at the least"):
+        getattr(learner, way)(mf.TaskBatch(x, y, x, y))
+    assert not model[1].running_mean.any()
+    learner.memory = None
+    getattr(learner, way)(mf.TaskBatch(x, y, x, y))
+    assert model[1].running_mean.any()
+
+
 def test_an_adaptation_of_many_steps_keeps_none_of_them():
     tasks, learner = batch(), maml(inner=mf.Adam(), lr=0.01, memory=1)
     fast = learner.adapt(tasks.support_x, tasks.support_y, steps=50)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.executors import Choice
-from metafast.executors.composition import Sets, segments_of
+from metafast.executors.composition import Segments, Sets, segments_of
 from metafast.inner.autocast import in_own_dtype
 from metafast.inner.autograd import MetaLoss, flattened
 from metafast.inner.hyper_rates import HyperRates, described
@@ -235,6 +235,8 @@ class MAML(GradientLearner):
             return self._compiled(tasks, self._weights, self.first_order, create_graph)
         known = self._known_for(tasks)
         check_steps(tasks, self.steps)
+        if not create_graph:
+            self._check_memory(known, fused=False)
         tasks, seen = with_seeds(known.program, tasks), tasks.first_step
         if torch.is_grad_enabled():
             self._track_statistics(tasks)
@@ -283,10 +285,22 @@ class MAML(GradientLearner):
             said += f"\n  inner steps: {self._inner}"
         known = self._latest if x is None else None
         if known is not None and not self.loop.is_plain:
-            width = (1 + self.loop.states) * known.program.size
-            segments = segments_of(self.loop, known.tasks, width, self._sources[0].element_size())
+            segments = self._segments(known)
             said += f"\n  z of the steps, step by step or through autograd: {segments}"
         return said
+
+    def _check_memory(self, known: KnownBatch, fused: bool) -> None:
+        """Raises ValueError where ``memory`` is less than any plan needs, before running statistics move.
+
+        Where the executor's one call is to do it (``fused``), it says so of its own plan, if it has one.
+        """
+        if self._memory is not None and (not fused or known.choice.plan.memory() is None):
+            self._segments(known)
+
+    def _segments(self, known: KnownBatch) -> Segments:
+        """Says which steps are kept where the loop is taken by parts."""
+        width = (1 + self.loop.states) * known.program.size
+        return segments_of(self.loop, known.tasks, width, known.parameters[0].element_size())
 
     @in_own_dtype
     def backward(self, tasks: TaskBatch) -> LearnerOutput:
@@ -305,6 +319,7 @@ class MAML(GradientLearner):
             with torch.enable_grad():
                 return super().backward(tasks)
         if known.tracks_statistics:
+            self._check_memory(known, fused=True)
             self._track_statistics(tasks)
         rates = self.inner_rates()
         loop = self._loop(learns_rates=rates.requires_grad)
