@@ -94,6 +94,8 @@ def test_a_bilevel_problem_says_what_it_keeps_and_what_it_takes():
     problem = mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=S)
     with pytest.raises(TypeError, match=r"a set is \(x, y\) or \(x, y, mask\)"):
         problem.backward(train[0], held, each_step=True)
+    with pytest.raises(TypeError, match=r"a set has a ndarray; pass torch.Tensors"):
+        problem.backward((train[0].numpy(), train[1]), held, each_step=True)
     with pytest.raises(ValueError, match=r"support_x has samples for 11 inner steps .* there are 12"):
         problem.backward((train[0][:11], train[1][:11]), held, each_step=True)
     problem = mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=S, memory=100)
@@ -174,6 +176,8 @@ def test_fast_weights_keep_a_graph_from_call_to_call(backend):
     wanted = torch.autograd.grad(total, [*plain, rate, *start.values()])
     for mine, true in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-13)
+    with pytest.raises(TypeError, match="fast is a Tensor; pass what the last call returned"):
+        layer.after(fast.z, chunks[0][0], chunks[1][0], chunks[2][0])
     with pytest.raises(ValueError, match="the weights of 2 sequences, and the batch has 1"):
         layer.after(fast, chunks[0][0, :1], chunks[1][0, :1], chunks[2][0, :1])
 
@@ -241,6 +245,8 @@ def test_vectors_and_parameters_of_other_shapes_are_refused():
         task_loss.jvp({"3.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"'2.bias' of shape \[2\]: the parameter is of shape \[3\]"):
         task_loss.jvp({"2.bias": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"a list: give one of \[3, 66\]"):
+        task_loss.hvp([1.0])
     with pytest.raises(ValueError, match=r"at: parameters of shape \[2, 66\]"):
         learner.task_loss(x, y, at=torch.zeros(2, 66, dtype=torch.float64))
 

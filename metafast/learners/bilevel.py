@@ -13,7 +13,7 @@ from metafast.learners.adapted import Adapted
 from metafast.learners.base import LearnerOutput
 from metafast.learners.maml import MAML
 from metafast.program.losses import LossLike
-from metafast.tasks import TaskBatch, as_samples, each_part
+from metafast.tasks import TaskBatch, as_samples, each_part, parts_of
 
 Set = Sequence[Any]
 """Samples and targets ``(x, y)``, or ``(x, y, mask)`` with false where a sample is padding."""
@@ -134,6 +134,9 @@ def _parts(given: Set, each_step: bool) -> tuple[Any, Tensor, Tensor | None]:
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise TypeError(f"a set is (x, y) or (x, y, mask), not {type(given).__name__} of {_length(given)}")
     x, y, mask = (*given, None)[:3]
+    wrong = [part for part in (*parts_of(as_samples(x)), y) if not isinstance(part, Tensor)]
+    if wrong:
+        raise TypeError(f"a set has a {type(wrong[0]).__name__}; pass torch.Tensors (torch.as_tensor makes one)")
     axis = 1 if each_step else 0
     return _as_task(x, axis), y.unsqueeze(axis), None if mask is None else mask.unsqueeze(axis)
 

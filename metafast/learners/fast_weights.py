@@ -67,6 +67,8 @@ class FastWeights(MAML):
         check_steps(tasks, self.steps)
         tasks = with_seeds(known.program, tasks)
         outside = self._outside(known.choice, tasks.first_step)
+        if fast is not None and not isinstance(fast, Fast):
+            raise TypeError(f"fast is a {type(fast).__name__}; pass what the last call returned, mf.Fast(z, 0) or None")
         z, steps = fast if fast is not None else (self._start_of(self.flat_parameters()), 0)
         if fast is not None:
             self._check(z, len(tasks))

@@ -227,9 +227,10 @@ class GradientLearner(FollowingLearner):
         tasks = with_seeds(known.program, tasks)
         program, size = known.program.holding_constants().adapting_all, known.program.size
         theta = at.parameters if isinstance(at, Adapted) else self.flat_parameters() if at is None else at
-        if theta.shape not in ((size,), (len(tasks), size)):
+        shape = list(theta.shape) if isinstance(theta, Tensor) else type(theta).__name__
+        if shape not in ([size], [len(tasks), size]):
             raise ValueError(
-                f"at: parameters of shape {list(theta.shape)}; for these {len(tasks)} tasks give [{len(tasks)}, "
+                f"at: parameters of shape {shape}; for these {len(tasks)} tasks give [{len(tasks)}, "
                 f"{size}], [{size}], or models adapted to as many tasks"
             )
         theta = theta.detach().expand(len(tasks), -1).contiguous()

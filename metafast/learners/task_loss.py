@@ -63,9 +63,10 @@ class TaskLoss:
         tasks, size = self.at.shape
         if isinstance(u, Mapping):
             u = self._joined(u)
-        if u.shape not in ((size,), (tasks, size)):
+        if not isinstance(u, Tensor) or u.shape not in ((size,), (tasks, size)):
+            what = f"a vector of shape {list(u.shape)}" if isinstance(u, Tensor) else f"a {type(u).__name__}"
             raise ValueError(
-                f"a vector of shape {list(u.shape)}: give one of [{tasks}, {size}], of [{size}] for all tasks, or a "
+                f"{what}: give one of [{tasks}, {size}], of [{size}] for all tasks, or a "
                 "dict of tensors by the names of the parameters"
             )
         return u.detach().to(self.at).expand(tasks, -1).contiguous()
