@@ -13,7 +13,7 @@ from test_cli import call
 from torch import nn
 
 import metafast as mf
-from metafast.executors import BlockLimits, CpuExecutor, CudaExecutor, ReferenceExecutor
+from metafast.executors import BlockLimits, CpuExecutor, CudaExecutor, Executor, ReferenceExecutor
 from metafast.kernels.batch_norm import BatchNorm
 from metafast.kernels.conv2d import Conv2d
 from metafast.kernels.cross_entropy import CrossEntropy
@@ -141,6 +141,32 @@ def test_a_wrong_inner_loop_is_told_from_a_wrong_layer(monkeypatch: pytest.Monke
     assert not found.passed
     assert found.first_wrong is None
     assert "the inner loop" in found.verdict
+
+
+def of_steps() -> tuple[nn.Module, mf.TaskBatch]:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 2, 5, 4), torch.randint(3, (3, 2, 5))
+    tasks = mf.TaskBatch(x, y, torch.randn(2, 5, 4), torch.randint(3, (2, 5)), each_step=True)
+    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)), tasks
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rules_and_samples_of_each_step_pass_and_are_told_where_they_are_wrong(monkeypatch, backend: str) -> None:
+    model, tasks = of_steps()
+    options = {"loss": "cross_entropy", "lr": 0.02, "steps": 3, "backend": backend}
+    found = mf.verify(model, tasks, inner=mf.Adam(max_norm=1.0), **options)
+    assert found.passed, str(found)
+    assert "Adam(" in found.settings["inner"]
+    executor = CpuExecutor if found.executor == "cpu" else ReferenceExecutor
+    right = executor.adapt_vjp
+    meta_gradient = Executor.meta_gradient  # made of adapt and adapt_vjp
+    monkeypatch.setattr(executor, "meta_gradient", meta_gradient)
+    monkeypatch.setattr(executor, "adapt_vjp", lambda self, p, loop, z, rates, *rest: right(
+        self, p, loop, z, rates * 0.9 if loop.rule else rates, *rest))  # fmt: skip
+    wrong = mf.verify(model, tasks, inner=mf.Adam(max_norm=1.0), **options)
+    assert not wrong.passed
+    assert wrong.first_wrong is None
+    assert "meta-gradient" in wrong.verdict
 
 
 def test_an_executor_that_gives_other_bits_each_time_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,19 +18,18 @@ def unrolled(
     rates: float | Mapping[str, Tensor | float],
     steps: int,
     leaves: tuple[Tensor, ...] = (),
-    direction: Callable[[Tensor, Tensor, dict], Tensor] = lambda theta, g, state: g,
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """The mean query loss, its gradients by name, and those in further ``leaves``.
 
     ``rates`` are one number, or by name a tensor ``[S, *shape]`` or what broadcasts to it. Every parameter that
-    requires a gradient moves. ``direction`` makes the way of a step of a parameter, its gradient, and what it keeps.
+    requires a gradient moves.
     """
     named = dict(model.named_parameters())
     moved = [name for name, p in named.items() if p.requires_grad]
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     losses = []
     for t in range(len(tasks)):
-        fast, kept = dict(named), {name: {} for name in moved}
+        fast = dict(named)
         for step in range(steps):
             outputs = functional_call(
                 model, {**fast, **{n: b.clone() for n, b in buffers.items()}}, (tasks.support_x[t],)
@@ -42,7 +41,7 @@ def unrolled(
                 if g is not None:
                     rate = rates[name] if isinstance(rates, Mapping) else rates
                     rate = rate[min(step, len(rate) - 1)] if isinstance(rate, Tensor) else rate
-                    fast[name] = fast[name] - rate * direction(fast[name], g, kept[name])
+                    fast[name] = fast[name] - rate * g
         outputs = functional_call(model, {**fast, **{n: b.clone() for n, b in buffers.items()}}, (tasks.query_x[t],))
         losses.append(loss(outputs, tasks.query_y[t]))
     total = torch.stack(losses).mean()
