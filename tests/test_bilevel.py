@@ -89,7 +89,8 @@ def test_a_bilevel_problem_says_what_it_keeps_and_what_it_takes():
     train, held = sets(each_step=False)
     problem = mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=400, memory=120_000)
     problem.backward((train[0], train[1].argmax(1)), held)
-    assert problem.explain().count("steps kept and the others taken again") == 2
+    assert "steps kept at a time" in problem.explain()
+    assert "steps kept and the others taken again" in problem.explain()
     train, held = sets()
     problem = mf.Bilevel(network(), loss="cross_entropy", lr=0.1, steps=S)
     with pytest.raises(TypeError, match=r"a set is \(x, y\) or \(x, y, mask\)"):

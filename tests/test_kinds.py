@@ -83,8 +83,8 @@ def plan(kind, options):
 
 @pytest.mark.skipif(not FACTS["kinds"], reason="metafast._C is not built")
 def test_the_numbers_of_a_loop_have_their_places():
-    numbers = loop_numbers(InnerLoop(3, (0.0, 0.0, 0.0, 1.0), True, False, None, 2, 1, 7), True, 9)
-    wanted = {"steps": 3, "first": 2, "truncate": 1, "memory": 7, "first_order": 1, "learns_rates": 0}
+    numbers = loop_numbers(InnerLoop(3, (0.0, 0.0, 0.0, 1.0), True, False, True, None, 2, 1, 7), True, 9)
+    wanted = {"steps": 3, "first": 2, "truncate": 1, "memory": 7, "first_order": 1, "learns_rates": 0, "one_rate": 1}
     assert dict(zip(FACTS["loop_settings"], numbers, strict=True)) == {**wanted, "each_step": 1, "budget": 9}
 
 

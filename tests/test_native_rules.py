@@ -124,6 +124,7 @@ def work(
     qx, qy, qmask = samples((tasks,), support + 1, ragged, (dtype, sample))
     batch = TaskBatch(x, y, qx, qy, mask, qmask, each_step=each_step)
     options.setdefault("learns_rates", True)
+    options.setdefault("one_rate", rule is None and "parameter" not in width)
     loop = InnerLoop(steps, tuple(weights or (*[0.0] * steps, 1.0)), rule=rule, **options)
     return Work(program, module, params, batch, loop, table(rule, width, steps, program.size, dtype))
 
@@ -244,7 +245,35 @@ def test_rules_against_autograd(name, width):
 def plain(made):
     """The same loop without a rule."""
     rates = made.rates[0] if made.rates.dim() == 3 else made.rates
-    return dataclasses.replace(made, loop=made.loop._replace(rule=None), rates=rates.to(made.params.dtype))
+    loop = made.loop._replace(rule=None, one_rate=rates.shape[1] == 1)
+    return dataclasses.replace(made, loop=loop, rates=rates.to(made.params.dtype))
+
+
+@pytest.mark.parametrize("adapt", [None, ["2.weight", "4.bias"], ["0.weight"]])
+@pytest.mark.parametrize("width", ["number", "step"])
+def test_one_rate_needs_no_gradient_of_a_step(width, adapt):
+    """Its gradient is a derivative along the way back: where steps stand still too, and against one rate for each."""
+    for options in ({}, {"ragged": True, "truncate": 2}, {"each_step": True, "weights": (0.1, 0.2, 0.0, 0.3, 0.4)}):
+        made = work(None, "mlp", width, steps=4, tasks=19, adapt=adapt, **options)
+        for zero in (False, True):
+            if zero:
+                made.rates[-1] = 0
+            found = compare(made)
+            assert_close(found, made.but(one_rate=False).meta_gradient(), 1e-12)
+            assert found.rates_grad.shape == made.rates.shape
+            assert (found.rates_grad != 0).all() or options.get("truncate")
+    native, reference, support = CpuExecutor(), ReferenceExecutor(), made.tasks.support
+    z = native.adapt(made.program, made.loop, made.params, made.rates, support)
+    v = torch.randn_like(z)
+    back = [e.adapt_vjp(made.program, made.loop, z, made.rates, support, v) for e in (native, reference)]
+    for f, w in zip(*back, strict=True):
+        close(f, w, 1e-10)
+
+
+def test_one_rate_is_one():
+    made = work(None, width="parameter", one_rate=True)
+    with pytest.raises(ValueError, match="one_rate: rates have"):
+        made.meta_gradient()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -373,9 +402,12 @@ def test_every_length_of_segments():
 def test_the_words_on_memory():
     made = work(None, mlp_of_1000(), steps=1000, tasks=1, support=64, dtype=torch.float32, learns_rates=False)
     plan = CpuExecutor().memory(made.program, made.loop, made.tasks.shapes)
-    assert "steps kept and the others taken again, which costs one more gradient a step" in str(plan)
+    assert "600 steps kept at a time, 400 of 1000 taken again, which costs a gradient each" in str(plan)
     assert plan.keep
     assert plan.peak < 94 * 4 * made.program.size
+    each = made.loop._replace(learns_rates=True, one_rate=False)
+    learned = CpuExecutor()._memory(made.program, made.tasks.shapes, each)
+    assert learned["segment"] < CpuExecutor()._memory(made.program, made.tasks.shapes, made.loop)["segment"]
     cut = made.but(truncate=5).loop
     assert "the way back through 5 of 1000 steps" in str(CpuExecutor().memory(made.program, cut, made.tasks.shapes))
     with pytest.raises(ValueError, match="memory=1000: the way back through 1000 steps keeps"):

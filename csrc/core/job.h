@@ -23,7 +23,7 @@ struct Samples {
 // Where the passes of all tasks keep things, each by its number of samples.
 struct TaskPassLayouts {
   const PassLayout* const* of;  // [T] like the samples; null: there is no such pass
-  int64_t tape, scratch;        // elements that the largest one takes
+  int64_t tape, scratch, kept;  // elements that the largest one takes
 };
 
 // `size` below is Program::size, P the number of parameters, S that of steps. "Inner" vectors [size] are in the layout
@@ -44,15 +44,18 @@ struct Job {
   int32_t step;                     // of a single pass: the inner step that it belongs to
   bool first_order;                 // the way back leaves the Hessian out
   bool learns_rates;                // the gradient of the learning rates is wanted
+  bool one_rate;                    // and each plain step has one for all parameters
   bool needs_gradient;              // the way back reads the gradient of each step
   int32_t begin;                    // the first step that the way back goes through
   bool judges_before;               // query losses count that are judged before that
   int32_t segment;                  // steps of which z is kept for the way back; earlier ones are taken again
+  int64_t kept_from;                // the first element of z that is kept of these; all of it where a segment begins
   bool keeps_tapes;                 // each of these has a tape of its own; else its pass runs again
   const T* constants;               // running means and variances, as Op::constants points into them
   const T* params;                  // one vector as the Machine loads it, or (params_per_task) the user's [T, P]
   bool params_per_task;
   const T* alpha;         // inner [rate_rows, size]: rates of plain steps, zero where a parameter is not adapted
+  const T* rate_numbers;  // [rate_rows]: the same where each step has one rate (one_rate)
   StepRule<T> rule;       // of other steps; z is theta and the K vectors of its state
   const double* weights;  // [S + 1]: of the query loss at each theta_s
   Samples<T> support, query;
@@ -68,7 +71,7 @@ struct Job {
   T* sums;       // inner, a vector [size] for each chunk of tasks: the sum of its gradients, which the run writes
   T* rate_sums;  // inner, [rate_sum_rows, size] for each chunk: likewise of the rates, or of all hyper-parameters
   int32_t rate_sum_rows;
-  double* number_sums;    // [rate_rows, H] for each chunk: or the sums over all parameters, which the run adds to
+  double* number_sums;    // [rate_rows, H or 1] for each chunk: or the sums over all parameters, which the run adds to
   int64_t number_stride;  // from those of a task to the next of those that run at once in lanes
 };
 

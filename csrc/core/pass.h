@@ -78,11 +78,26 @@ class Pass {
     return at(tape.scratch, tape.layout->tangent, program.output);
   }
 
+  // The tangent along u of the loss of the pass on the tape, right behind its jvp.
+  METAFAST_DEVICE typename M::Loss loss_tangent(const Tape<T>& tape) const {
+    const T* const g = at(tape.base, tape.layout->adjoint, program.output);
+    const T* const yd = at(tape.scratch, tape.layout->tangent, program.output);
+    const Grid& out = program.out;
+    if (!g || !yd) return {};
+    const long size = static_cast<long>(tape.layout->n) * out.h * out.w * out.ld;
+    return m.total(size, out.ld, [=](long i) { return M::load(g + i) * M::load(yd + i); });
+  }
+
   // Adds to `product` the Hessian of the loss of the pass on the tape times u, for all parameters; u is zero where a
   // parameter is not adapted.
   METAFAST_DEVICE void hvp(const Tape<T>& tape, const LoadedSamples<T>& samples, const T* theta, const T* u, int step,
                            T* product) const {
-    if (!jvp(tape, samples, theta, u, step)) return;
+    if (jvp(tape, samples, theta, u, step)) tangent_backward(tape, samples, theta, u, step, product);
+  }
+
+  // The second half of it, behind a jvp along which the outputs move.
+  METAFAST_DEVICE void tangent_backward(const Tape<T>& tape, const LoadedSamples<T>& samples, const T* theta,
+                                        const T* u, int step, T* product) const {
     m.begin(SpanKind::tangent_backward, -1);
     with_loss<M>(program.loss, [&](auto rules) { rules.tangent_backward(loss_context(tape, samples)); });
     m.end();

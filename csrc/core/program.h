@@ -84,6 +84,7 @@ struct PassLayout {
   const int64_t* tangent;    // by value, in the scratch memory
   const int64_t* d_adjoint;  // by value, in the scratch memory: the tangent of the adjoint
   int64_t tape, scratch;     // elements of the two
+  int64_t kept;              // elements in front of the tape that tangent rules read; those behind may go
 };
 
 struct Program {
@@ -96,6 +97,7 @@ struct Program {
   int32_t border_y, border_x;  // pixels of zeros on each side of the stored input
   int64_t size;                // elements of the inner vector of parameters
   bool used_once;              // every parameter is adapted, and read by one operation
+  int64_t read_from;           // no tangent rule reads elements of theta in front of this one
   int64_t common;      // elements of the inner vector that all blocks have alike; each has its own of those behind them
   const bool* moving;  // by value: does it depend on an adapted parameter?
   const bool* depends;  // by value: does it depend on any parameter?

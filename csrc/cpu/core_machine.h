@@ -284,6 +284,7 @@ class CoreMachine : public Simd<T> {
   static constexpr int block_rows = 64;
 
  private:
+  bool shares_columns(int n, int columns) const;
   void multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias, bool add,
                         T* y) const;
 

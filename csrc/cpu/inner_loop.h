@@ -121,11 +121,11 @@ class InnerLoopRun {
   }
 
   void adapt() {
-    user.load_start(start(0));
-    user.export_z(start(0), job.trajectory, 0);
+    user.load_start(mem.start(0));
+    user.export_z(mem.start(0), job.trajectory, 0);
     for (int s = 0; s < job.steps; ++s) {
-      adapt_step(s, start(s % 2), start((s + 1) % 2), mem.g, mem.tapes);
-      user.export_z(start((s + 1) % 2), job.trajectory, s + 1);
+      adapt_step(s, mem.start(s % 2), mem.start((s + 1) % 2), mem.g, mem.tapes);
+      user.export_z(mem.start((s + 1) % 2), job.trajectory, s + 1);
     }
   }
 
@@ -152,23 +152,24 @@ class InnerLoopRun {
   }
 
   void meta_gradient() {
-    const int segments = segment_of(job.steps - 1) + 1;
+    const int segments = mem.segments();
     Loss loss{};
     adapt_before(loss);
     for (int j = 0; j < segments; ++j) adapt_segment(j, j == segments - 1);
     if (job.weights[job.steps] != 1) clear(v);
     if (job.rule.states > 0) machine.once([&] { std::memset(mem.w, 0, job.rule.states * program.size * sizeof(T)); });
-    query_after(job.steps, start(segments), loss);
+    query_after(job.steps, mem.start(segments), loss);
     for (int j = segments - 1; j >= 0; --j) {
       if (j < segments - 1) adapt_segment(j, true);
-      for (int s = first_of(j + 1) - 1; s >= first_of(j); --s) {
-        const int i = s - first_of(j);
-        T *const z = place(s, j, true), *const tape = this->tape(i);
+      for (int s = mem.first_of(j + 1) - 1; s >= mem.first_of(j); --s) {
+        const int i = s - mem.first_of(j);
+        const T* const z = mem.kept_z(s, j);
+        T* const tape = mem.tape(i);
         machine.begin(SpanKind::reverse_step, s);
         load_support(s);
         const bool stale = !job.keeps_tapes && s < job.steps - 1;
         if (stale && !job.first_order) support_pass(tape, z, number(s), nullptr);
-        reverse_step(s, tape, z, gradient(i));
+        reverse_step(s, tape, z, mem.gradient(i));
         machine.end();
         query_after(s, z, loss);
       }
@@ -181,22 +182,29 @@ class InnerLoopRun {
   // Takes the steps that the way back does not go through, and keeps nothing of them but what query losses that are
   // judged there make of theta_0: to them theta_s is theta_0 and a constant.
   void adapt_before(Loss& loss) {
-    user.load_start(start(job.begin % 2));
+    user.load_start(mem.start(job.begin % 2));
     if (job.judges_before) clear(mem.before);
     for (int s = 0; s < job.begin; ++s) {
-      T* const z = start((job.begin - s) % 2);
+      T* const z = mem.start((job.begin - s) % 2);
       if (job.weights[s] != 0) add_query(s, z, mem.before, loss, false);
-      adapt_step(s, z, start((job.begin - s - 1) % 2), mem.g, mem.tapes);
+      adapt_step(s, z, mem.start((job.begin - s - 1) % 2), mem.g, mem.tapes);
     }
   }
 
   // Takes the steps of segment j, from the z at its start to that at the start of the next.
   void adapt_segment(int j, bool keeps) {
-    const int first = first_of(j);
-    for (int s = first; s < first_of(j + 1); ++s) {
+    const int first = mem.first_of(j);
+    for (int s = first; s < mem.first_of(j + 1); ++s) {
       const int i = keeps ? s - first : 0;
-      adapt_step(s, place(s, j, keeps), place(s + 1, j, keeps), gradient(i), tape(i));
+      adapt_step(s, mem.place(s, j, keeps), mem.place(s + 1, j, keeps), mem.gradient(i), mem.tape(i));
+      if (keeps && job.kept_from > 0 && s + 1 < mem.first_of(j + 1)) keep_part(mem.place(s + 1, j, true), mem.part(i));
     }
+  }
+
+  // Keeps of z what the way back reads.
+  void keep_part(const T* z, T* to) const {
+    const int64_t from = job.kept_from;
+    machine.each(program.size - from, [=](long i) { M::store(to + i, M::load(z + from + i)); });
   }
 
   // Adds to v what the query loss after s steps makes of it.
@@ -228,12 +236,24 @@ class InnerLoopRun {
     if (job.rule.kind != StepKind::plain) {
       from_zero(g, add_gradient);
       rule_step.advance(number(s), z, g, to);
-    } else if (const T* const alpha = rate(s); job.learns_rates || !redirected(add_gradient, g, to, z, alpha)) {
+    } else if (job.needs_gradient || !redirected(add_gradient, g, to, z, rate(s))) {
       from_zero(g, add_gradient);
-      machine.each(program.size,
-                   [=](long i) { M::store(to + i, M::load(z + i) - M::load_shared(alpha, i) * M::load(g + i)); });
+      scaled_by(rate(s), rate_number(s), [&](const auto& alpha) {
+        machine.each(program.size, [=](long i) { M::store(to + i, M::load(z + i) - alpha(i) * M::load(g + i)); });
+      });
     }
     machine.end();
+  }
+
+  // f(alpha), where alpha(i) are the elements of a shared vector: of a number, if there is one and all parameters move.
+  template <class F>
+  void scaled_by(const T* vector, const T* number, const F& f) const {
+    if (number && program.used_once) {
+      const auto alpha = M::broadcast(*number);
+      f([=](long) { return alpha; });
+    } else {
+      f([=](long i) { return M::load_shared(vector, i); });
+    }
   }
 
   // Lets what add_gradient() would add to a g that was zero make to = from - rate * g, or to = g where there is no
@@ -267,15 +287,40 @@ class InnerLoopRun {
       if (!job.first_order) add_hvp(tape, z, u, number(s), v);
       return;
     }
-    const T* alpha = rate(s);
+    if (job.learns_rates && !job.needs_gradient) return reverse_by_one_rate(s, tape, z);
     if (job.learns_rates) {
       T* out = chunk.rate_sums + row(s) * program.size;
       machine.each(program.size,
                    [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
     }
     if (job.first_order) return;
-    machine.each(program.size, [=](long i) { M::store(u + i, -M::load_shared(alpha, i) * M::load(v + i)); });
+    go_against(rate(s), rate_number(s));
     add_hvp(tape, z, u, number(s), v);
+  }
+
+  // u = -alpha v
+  void go_against(const T* vector, const T* number) const {
+    const T* const v = this->v;
+    T* const u = mem.u;
+    scaled_by(vector, number, [&](const auto& alpha) {
+      machine.each(program.size, [=](long i) { M::store(u + i, -alpha(i) * M::load(v + i)); });
+    });
+  }
+
+  // The same where all parameters have one rate: d alpha_s = -g_s v is the derivative of the loss along -v, which the
+  // tangent pass along alpha_s v finds but for the factor; where that is zero, one along v.
+  void reverse_by_one_rate(int s, T* tape, const T* z) {
+    const T one = 1, alpha = *rate_number(s), factor = alpha != 0 ? alpha : one;
+    go_against(alpha != 0 ? rate(s) : job.rule.moved, &factor);
+    const Tape<T> along{support_layout, tape, mem.rest};
+    fence_scratch(program, *support_layout, mem.rest);
+    if (!pass.jvp(along, support, z, mem.u, number(s))) return;
+    const Loss tangent = pass.loss_tangent(along);
+    if (alpha != 0) pass.tangent_backward(along, support, z, mem.u, number(s), v);
+    machine.once([&] {
+      double* const to = chunk.number_sums + row(s);
+      for (int j = 0; j < M::tasks; ++j) to[j * job.number_stride] += M::of_task(tangent, j) / factor;
+    });
   }
 
   void add_hvp(T* tape, const T* at, const T* u, int step, T* product) {
@@ -329,7 +374,7 @@ class InnerLoopRun {
   }
 
   void clear(T* x) const {
-    machine.once([&] { std::memset(x, 0, program.size * sizeof(T)); });
+    machine.each(program.size, [=](long i) { M::store(x + i, M::broadcast(0)); });
   }
   void add(T* to, T scale, const T* x) const {
     machine.each(program.size, [=](long i) { M::put(to + i, M::load(x + i) * scale, true); });
@@ -338,26 +383,7 @@ class InnerLoopRun {
   int number(int s) const { return static_cast<int>(job.first) + s; }
   int row(int s) const { return number(s) < job.rate_rows ? number(s) : job.rate_rows - 1; }
   const T* rate(int s) const { return job.alpha + row(s) * program.size / M::tasks; }
-
-  // Segment j has the steps first_of(j) .. first_of(j + 1) - 1.
-  int segment_of(int s) const { return s < job.begin ? -1 : (s - job.begin) / job.segment; }
-  int first_of(int j) const {
-    const int64_t first = job.begin + static_cast<int64_t>(j) * job.segment;
-    return static_cast<int>(first < job.steps ? first : job.steps);
-  }
-
-  T* start(int j) const { return mem.starts + j * z_size(); }
-  // z after s steps, of segment j. Two places take turns where it `keeps` nothing between.
-  T* place(int s, int j, bool keeps) const {
-    if (s == first_of(j)) return start(j);
-    if (s == first_of(j + 1)) return start(j + 1);
-    const int i = s - first_of(j) - 1;
-    return mem.inside + (keeps ? i : i % 2) * z_size();
-  }
-  int64_t z_size() const { return (1 + job.rule.states) * program.size; }
-  // Of a segment's step i.
-  T* gradient(int i) const { return mem.g + (job.needs_gradient ? i : 0) * program.size; }
-  T* tape(int i) const { return mem.tapes + (job.keeps_tapes ? i : 0) * job.support_layouts.tape; }
+  const T* rate_number(int s) const { return job.rate_numbers ? job.rate_numbers + row(s) : nullptr; }
 
   const Job<T>& job;
   const Program& program;

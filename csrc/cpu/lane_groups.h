@@ -31,6 +31,7 @@ class LaneGroups {
     plan_ = find_plan(description, isa.lanes, sizeof(T));
     job = all;
     job.keeps_tapes = needs_tapes(all);
+    job.kept_from = 0;
     while ((lanes >> shift_) > 1) ++shift_;
     job.program = &plan_->program();
     job.inner = plan_->inner().data();
@@ -73,8 +74,9 @@ class LaneGroups {
 
  private:
   static constexpr double cost = 0.8;  // the time of a chunk in a group over that of one alone
-  // What a step touches must stay in a core's cache, of 512 KiB at least with vectors of 32 bytes and of 1 MiB with 64.
-  static constexpr int64_t cache_of_a_byte = 16 << 10;
+  // What a step touches must stay near a core: 1.25 MiB with vectors of 32 bytes and 2.5 MiB with 64. That is more than
+  // a second-level cache of 1 MiB, but rows of weights come in order: up to there lanes were faster at every size.
+  static constexpr int64_t cache_of_a_byte = 40 << 10;
 
   // Returns how many groups let the slowest thread end first, of those that `whole` chunks can make; what is left over
   // runs alone.
@@ -100,7 +102,7 @@ class LaneGroups {
     if (!like.of) return {};
     const PassLayout& layout = plan_->pass_layout(n, kind);
     of.assign(job.tasks * (job.support.each_step ? job.steps : 1), &layout);
-    return {of.data(), layout.tape, layout.scratch};
+    return {of.data(), layout.tape, layout.scratch, layout.kept};
   }
 
   // Writes what all tasks share, once for all lanes.

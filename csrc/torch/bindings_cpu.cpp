@@ -174,10 +174,11 @@ Tensor memory(Tensor description, int64_t isa, int64_t team_from, Tensor like, i
     job.steps = static_cast<int32_t>(settings.steps);
     job.first_order = settings.first_order;
     job.learns_rates = settings.learns_rates;
+    job.one_rate = settings.one_rate && rule.empty();
     job.weights = step_weights.data();
     read_rule(rule, job.rule);
-    job.support_layouts = {of_support, support.tape, support.scratch};
-    job.query_layouts = {of_query, query.tape, 0};
+    job.support_layouts = {of_support, support.tape, support.scratch, support.kept};
+    job.query_layouts = {of_query, query.tape, 0, 0};
     const int64_t budget = keep_within(job, settings), team = found->team_workspace(job, team_from);
     const int64_t chunk = chunk_of(tasks), chunks = (tasks + chunk - 1) / chunk;
     const LaneGroups<T> groups(*found, numbers(description), job, chunk, side_by_side(chunks), budget);

@@ -100,6 +100,7 @@ class CpuCall {
     job.first = loop_.first;
     job.first_order = loop_.first_order;
     job.learns_rates = loop_.learns_rates;
+    job.one_rate = loop_.one_rate && rule.empty();
     if (rule.empty()) {
       read_rule(rule, job.rule);
       this->rates(rates);
@@ -113,7 +114,8 @@ class CpuCall {
     const auto sizes = rates.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
     expect<T>(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
-    job.rate_rows = job.rate_sum_rows = static_cast<int32_t>(rows);
+    if (job.one_rate && width != 1) fail("one_rate: rates have " + std::to_string(width) + " numbers a step");
+    job.rate_rows = static_cast<int32_t>(rows);
     alpha = zeros<T>(rows * size);
     const T* given = data<T>(rates);
     for (int64_t r = 0; r < rows; ++r, given += width) {
@@ -127,6 +129,11 @@ class CpuCall {
       }
     }
     job.alpha = alpha.get();
+    job.rate_numbers = width == 1 ? data<T>(rates) : nullptr;
+    if (!sums_numbers()) return;
+    moved_ = zeros<T>(size);
+    std::copy(plan->moved().begin(), plan->moved().end(), moved_.get());
+    job.rule.moved = moved_.get();
   }
 
   Samples<T> support(const Tensor& x, const Tensor& y, const Tensor& sizes) const {
@@ -172,6 +179,7 @@ class CpuCall {
       of.push_back(t > 0 && of.back()->n == n ? of.back() : &plan->pass_layout(n, kind));
       all.tape = std::max(all.tape, of.back()->tape);
       all.scratch = std::max(all.scratch, of.back()->scratch);
+      all.kept = std::max(all.kept, of.back()->kept);
     }
     all.of = of.data();
     return all;
@@ -186,7 +194,15 @@ class CpuCall {
     const int64_t chunk = chunk_of(job.tasks), chunks = (job.tasks + chunk - 1) / chunk;
     const int64_t size = job.program->size, threads = side_by_side(chunks);
     const bool learns = job.learns_rates;
-    if (learns && rule_) rule_->sum_up(job, chunks);
+    if (learns && rule_) {
+      rule_->sum_up(job, chunks);
+    } else if (sums_numbers()) {
+      number_sums_ = zeros<double>(chunks * job.rate_rows);
+      job.number_sums = number_sums_.get();
+      job.number_stride = job.rate_rows;
+    } else {
+      job.rate_sum_rows = job.rate_rows;
+    }
     const bool rate_sums = learns && job.rate_sum_rows > 0;
     const int64_t in_sums = sums ? chunks * size : 0, in_lr_sums = rate_sums ? chunks * job.rate_sum_rows * size : 0;
     if (sums || rate_sums) partial.emplace((in_sums + in_lr_sums) * sizeof(T), -1);
@@ -229,6 +245,11 @@ class CpuCall {
     for (int64_t r = 0; r < out.sizes()[0]; ++r) {
       T* to = data<T>(out) + r * width;
       double sum = 0;
+      if (sums_numbers()) {
+        for (int64_t k = 0; k * chunk_of(job.tasks) < job.tasks; ++k) sum += number_sums_[k * rows + r];
+        to[0] = static_cast<T>(sum * scale);
+        continue;
+      }
       for (int64_t i = 0; i < job.n_params; ++i) {
         const T value = plan->adapted()[i] ? job.rate_sums[r * size + job.inner[i]] * scale : T(0);
         width == 1 ? sum += value : to[i] = value;
@@ -252,6 +273,9 @@ class CpuCall {
   Job<T> job{};
 
  private:
+  // Is the gradient of the rates of plain steps one number a step?
+  bool sums_numbers() const { return job.learns_rates && job.one_rate && !job.first_order; }
+
   // Each thread takes group after group, then chunk after chunk, so that none waits for one that began late.
   void run_separately(int64_t threads, int64_t chunk, LaneGroups<T>& groups) {
     const bool some = groups.chunks() > 0;
@@ -351,7 +375,8 @@ class CpuCall {
 
   const std::vector<double> description_;
   std::vector<T> constants_;
-  std::unique_ptr<T[]> inner_params, alpha, sums_, rate_sums_;
+  std::unique_ptr<T[]> inner_params, alpha, moved_, sums_, rate_sums_;
+  std::unique_ptr<double[]> number_sums_;
   const int64_t team_from_, rank_;
   LoopSettings loop_{};
   int64_t budget_ = 0;  // bytes that a meta-gradient keeps at most

@@ -21,7 +21,8 @@ namespace metafast {
 // What is done to each task, in the order of the operators' argument `loop`: InnerLoop's numbers, -1 for None, whether
 // each step has samples of its own, and the bytes that a meta-gradient keeps where `memory` does not say so.
 #define METAFAST_LOOP_SETTINGS(ROW) \
-  ROW(steps) ROW(first) ROW(truncate) ROW(memory) ROW(first_order) ROW(learns_rates) ROW(each_step) ROW(budget)
+  ROW(steps)                        \
+  ROW(first) ROW(truncate) ROW(memory) ROW(first_order) ROW(learns_rates) ROW(one_rate) ROW(each_step) ROW(budget)
 
 struct LoopSettings {
 #define METAFAST_NAME(name) int64_t name;

@@ -22,6 +22,7 @@ class InnerLoop(NamedTuple):
         step_weights: ``w_0 .. w_S``, the weights of the query losses after 0 .. S steps.
         first_order: whether the Hessian terms of the way back are dropped.
         learns_rates: whether the gradient in the rates is computed.
+        one_rate: whether a step has the same rate for all parameters, so that ``rates`` are ``[1 or S, 1]``.
         rule: what a step makes of the gradient; ``None``: the step above.
         first: the number of the first step, where others have gone before; steps are numbered from there.
         truncate: the way back of ``meta_gradient`` goes through the last so many steps, and takes what lies before for
@@ -34,6 +35,7 @@ class InnerLoop(NamedTuple):
     step_weights: tuple[float, ...]
     first_order: bool = False
     learns_rates: bool = False
+    one_rate: bool = False
     rule: Rule | None = None
     first: int = 0
     truncate: int | None = None
@@ -44,7 +46,8 @@ class InnerLoop(NamedTuple):
         cls, steps: int, first_order: bool = False, learns_rates: bool = False, rule: Rule | None = None, first: int = 0
     ) -> InnerLoop:
         """Makes the loop whose query loss counts after the last step only."""
-        return cls(steps, (*[0.0] * steps, 1.0), first_order, learns_rates, rule, first)
+        weights = (*[0.0] * steps, 1.0)
+        return cls(steps, weights, first_order, learns_rates, rule=rule, first=first)
 
     @property
     def judged_steps(self) -> list[tuple[int, float]]:

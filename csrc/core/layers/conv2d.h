@@ -32,9 +32,10 @@ struct Conv2d {
   }
 
   // The transposed weights of a layer of vectors, whose tangents use them again: there they cost as much as a few
-  // samples do. Machines without tables need none.
+  // samples do, so where these are many it is memory that is spared. Machines without tables need none.
   static int64_t saved_elements(const Op& op, const PlannedPass& pass) {
-    const bool vectors = op.x.h * op.x.w * op.window.kh * op.window.kw == 1 && op.backward;
+    constexpr int many = 32;
+    const bool vectors = op.x.h * op.x.w * op.window.kh * op.window.kw == 1 && op.backward && pass.n < many;
     return vectors && pass.kind == PassKind::gradient_and_tangent ? static_cast<int64_t>(op.y.ld) * op.x.ld : 0;
   }
 

@@ -15,23 +15,29 @@ struct Interval {
   int64_t* offset;
   int64_t size;
   int born, dies;  // both inclusive
+  bool stays;      // after the pass
   int64_t end() const { return *offset + size; }
 };
 
-// Places intervals so that no two alive at once overlap, each as low as it can behind its gap; returns the height.
-// Where there are gaps, nothing shares memory, so that they stay where they are.
-int64_t arrange(std::vector<Interval>& intervals) {
+struct Height {
+  int64_t all, staying;
+};
+
+// Places intervals so that no two alive at once overlap, each as low as it can behind its gap, and lowest what stays;
+// returns the heights. Where there are gaps, nothing shares memory, so that they stay where they are.
+Height arrange(std::vector<Interval>& intervals) {
   for (Interval& one : intervals) {
     one.size += gap;
     if (gap > 0) {
       one.born = 0;
       one.dies = INT32_MAX;
+      one.stays = true;
     }
   }
   std::stable_sort(intervals.begin(), intervals.end(),
-                   [](const Interval& a, const Interval& b) { return a.size > b.size; });
+                   [](const Interval& a, const Interval& b) { return a.stays != b.stays ? a.stays : a.size > b.size; });
   std::vector<const Interval*> placed;  // by offset
-  int64_t height = 0;
+  Height height{};
   for (Interval& one : intervals) {
     int64_t at = 0;
     for (const Interval* other : placed) {
@@ -40,7 +46,8 @@ int64_t arrange(std::vector<Interval>& intervals) {
       at = std::max(at, other->end());
     }
     *one.offset = at;
-    height = std::max(height, one.end());
+    height.all = std::max(height.all, one.end());
+    if (one.stays) height.staying = height.all;
     placed.insert(std::upper_bound(placed.begin(), placed.end(), &one,
                                    [](const Interval* a, const Interval* b) { return *a->offset < *b->offset; }),
                   &one);
@@ -56,6 +63,8 @@ bool has_second_derivative(const Op& op) {
 }
 
 }  // namespace
+
+bool Plan::multiplies_constants(const Op& op) const { return planning::makes_products(op) && !depends_[op.input[0]]; }
 
 const PassLayout& Plan::pass_layout(int n, PassKind kind) {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -75,6 +84,7 @@ void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
   out.saved.assign(L + 1, -1);
   std::vector<int> made(values, 0), first_reader(values, L), last_reader(values, -1), needed(values, 0),
       tangent_needed(values, 0);
+  std::vector<bool> followed(values, false);  // do tangent rules read it?
   const int output = program_.output;
   const bool backward = kind != PassKind::predict;
   for (int k = 0; k < L; ++k) {
@@ -84,11 +94,16 @@ void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
       if (v < 0) continue;
       first_reader[v] = std::min(first_reader[v], k);
       last_reader[v] = std::max(last_reader[v], k);
-      needed[v] = std::max(needed[v], backward && depends_[op.output] && reads(op, Reads::input) ? 2 * L - k : k);
+      const bool read_again = backward && depends_[op.output] && reads(op, Reads::input);
+      needed[v] = std::max(needed[v], read_again ? 2 * L - k : k);
+      if (read_again) followed[v] = true;
       if (has_second_derivative(op)) tangent_needed[v] = std::max(tangent_needed[v], 2 * L - k);
       tangent_needed[v] = std::max(tangent_needed[v], k);
     }
-    if (backward && reads(op, Reads::output)) needed[op.output] = std::max(needed[op.output], 2 * L - k);
+    if (backward && reads(op, Reads::output)) {
+      needed[op.output] = std::max(needed[op.output], 2 * L - k);
+      followed[op.output] = true;
+    }
   }
   needed[output] = std::max(needed[output], L + 1);
   tangent_needed[output] = std::max(tangent_needed[output], L);
@@ -100,9 +115,10 @@ void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
   const bool with_tangent = kind == PassKind::gradient_and_tangent;
   std::vector<Interval> tape, scratch;
   std::vector<int> in_place;  // values whose adjoints take their place
-  // `followed`: by tangent rules that read it.
-  const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies, bool followed) {
-    if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, born, with_tangent && followed ? end : dies});
+  // `stays`: for tangent rules that read it.
+  const auto keep = [&](int64_t& offset, int64_t elements, int born, int dies, bool stays) {
+    stays = stays && with_tangent;
+    if (elements > 0) tape.push_back({&offset, (elements + 15) / 16 * 16, born, stays ? end : dies, stays});
   };
   const planning::PlannedPass pass{n, kind, element_size_};
   for (int k = 0; k < L; ++k) {
@@ -118,19 +134,21 @@ void Plan::build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const {
                               needed[v] == adjoint_born &&
                               facts(ops_[last_reader[v]].kind).adjoint == planning::Adjoint::in_place;
     if (shares_place) in_place.push_back(v);
-    keep(out.value[v], size(v), made[v], shares_place ? adjoint_dies : needed[v], needed[v] > L);
-    if (has_adjoint && !shares_place)
-      keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies, has_second_derivative(op));
-    if (with_tangent && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], tangent_needed[v]});
-    if (with_tangent && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies});
+    keep(out.value[v], size(v), made[v], shares_place ? adjoint_dies : needed[v], followed[v]);
+    if (has_adjoint && !shares_place) {
+      const bool read = v == output || (has_second_derivative(op) && !multiplies_constants(op));
+      keep(out.adjoint[v], size(v), adjoint_born, adjoint_dies, read);
+    }
+    if (with_tangent && moving_[v]) scratch.push_back({&out.tangent[v], size(v), made[v], tangent_needed[v], false});
+    if (with_tangent && depends_[v]) scratch.push_back({&out.d_adjoint[v], size(v), adjoint_born, adjoint_dies, false});
   }
   const Grid& o = program_.out;
   if (planning::saves(program_.loss)) keep(out.saved[L], pass.elements(o), L, L, true);
-  const int64_t height = arrange(tape), scratch_height = arrange(scratch);
+  const Height height = arrange(tape), scratch_height = arrange(scratch);
   for (int v : in_place) out.adjoint[v] = out.value[v];
   out.layout = {
-      n,      out.value.data(), out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
-      height, scratch_height};
+      n,          out.value.data(),   out.adjoint.data(), out.saved.data(), out.tangent.data(), out.d_adjoint.data(),
+      height.all, scratch_height.all, height.staying};
 }
 
 }  // namespace metafast

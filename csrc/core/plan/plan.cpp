@@ -297,6 +297,11 @@ class PlanBuilder {
     std::copy(moves.begin(), moves.end(), plan.moving_.get());
     std::copy(depends.begin(), depends.end(), plan.depends_.get());
     place_parameters();
+    p.read_from = p.size;
+    for (const Op& op : plan.ops_) {
+      if (op.weight.at >= 0 && !plan.multiplies_constants(op)) p.read_from = std::min(p.read_from, op.weight.at);
+      if (op.bias.at >= 0) p.read_from = std::min(p.read_from, op.bias.at);
+    }
     p.ops = plan.ops_.data();
     p.n_ops = static_cast<int>(plan.ops_.size());
     p.n_values = values;

@@ -56,6 +56,9 @@ class Plan {
     PassLayout layout;
   };
 
+  // Does it multiply what no parameter changes? Then it is linear in its weights, and its tangent rules read neither
+  // them nor the adjoint of what it makes.
+  bool multiplies_constants(const Op& op) const;
   void build_pass_layout(int n, PassKind kind, OwnedPassLayout& out) const;
 
   Layout layout_;

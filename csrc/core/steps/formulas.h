@@ -130,8 +130,8 @@ struct Adam {
     const Pack g = decoupled ? e.g : e.g + e.decay * e.theta;
     const Pack m = keep1 * e.state[0] + take1 * g, v = keep2 * e.state[1] + take2 * (g * g);
     const Root<M> root(v);
-    const Pack below = root.value * scale + eps, ratio = m / below;
-    const Pack of_ratio = -unbias * e.rate * a / below, of_below = -of_ratio * ratio;
+    const Pack share = 1 / (root.value * scale + eps), ratio = m * share;  // a division costs what ten products do
+    const Pack of_ratio = -unbias * e.rate * a * share, of_below = -of_ratio * ratio;
     const Pack of_m = b[0] + of_ratio, of_v = b[1] + scale * of_below * root.derivative;
     of_g = take1 * of_m + 2 * take2 * g * of_v;
     if (Learns) {

@@ -36,7 +36,8 @@ struct StepRule {
   double start[max_states];  // what the elements of each state are before the first step
   const double* numbers;     // [rows, H]: the hyper-parameters of each step
   const T *rates, *decay;    // inner [rows, size]: learning rates and weight decay; null: the numbers
-  const T* moved;            // inner [size]: one where the inner loop moves a parameter, else zero
+  const T* moved;            // inner [size]: one where the inner loop moves a parameter, else zero; also of plain steps
+                             // with one rate
   bool of_each;              // gradients of hyper-parameters are wanted for each parameter; else their sums
   const int32_t* order;      // [order_size]: elements in the order in which tasks that run alone add them up, negative
   int64_t order_size;        // where there is none; null: this is such a task

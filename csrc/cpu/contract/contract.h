@@ -79,12 +79,21 @@ void CoreMachine<T>::correlate_transposed(const Op& op, int n, const Term* terms
   barrier();
 }
 
+// Does each member of a team take some columns of a matrix for all samples, and not some samples for all columns? Then
+// it meets the same part of the weights again and again, which are more than the samples.
+template <class T>
+bool CoreMachine<T>::shares_columns(int n, int columns) const {
+  return member.team && columns > n && columns % (Direct<T>::panel * member.members) == 0;
+}
+
 // to (+)= sum of terms W a (+ bias), of vectors.
 template <class T>
 void CoreMachine<T>::multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count,
                                       const T* bias, bool add, T* y) const {
   using D = Direct<T>;
-  D::matrix_product({terms, count, from.ld, from.c, from.ld, y, to.ld, bias, add}, share(n), to.ld);
+  const bool by_columns = shares_columns(n, to.ld);
+  D::matrix_product({terms, count, from.ld, from.c, from.ld, y, to.ld, bias, add}, by_columns ? Share{0, n} : share(n),
+                    by_columns ? share(to.ld) : Share{0, to.ld});
 }
 
 template <class T>
@@ -98,7 +107,9 @@ void CoreMachine<T>::outer(const Op& op, int n, const Pair* pairs, int count, T*
     return barrier();
   }
   if (of_vectors(op)) {
-    D::vector_outer(pairs, count, {n, gx.ld, gy.ld, gx.ld, g_w}, share(gx.c), gy.ld);
+    const bool by_columns = shares_columns(n, gy.ld);
+    D::vector_outer(pairs, count, {n, gx.ld, gy.ld, gx.ld, g_w}, by_columns ? Share{0, gx.c} : share(gx.c),
+                    by_columns ? share(gy.ld) : Share{0, gy.ld});
     return barrier();
   }
   const Share rows = share(op.n_offsets);
@@ -161,7 +172,7 @@ WorkspaceParts parts(const Program& program) {
     if (!makes_products(op)) continue;
     const int x = op.x.ld, y = op.y.ld, taps = op.window.kh * op.window.kw;
     need.zeros = larger(need.zeros, larger(op.forward->length, larger(x, y)));
-    need.packed = larger(need.packed, 2 * transposed_size(op));
+    if (op.backward) need.packed = larger(need.packed, 2 * transposed_size(op));
     if (taps != 9) continue;
     const long weights = larger(W::weights_size(x, y), W::weights_size(y, x));
     const long tiles = 2 * W::points * (W::point_stride(x) + W::point_stride(y)) + W::points * W::block * panel;

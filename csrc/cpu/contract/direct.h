@@ -129,7 +129,7 @@ struct Direct {
   // Some of the rows of all samples times all panels of `columns` output elements; a panel is `depth` rows deep.
   static void product(const GatheredRows& rows, Share some, const Term<T>* terms, int count, long depth, int columns,
                       const Target& to) {
-    in_tiles(some, columns, [&](const Range& range, auto r, auto v) {
+    in_tiles(some, {0, columns}, [&](const Range& range, auto r, auto v) {
       gather_tiles<decltype(r)::value, decltype(v)::value>(rows, terms, count, range, depth, to);
     });
   }
@@ -165,20 +165,21 @@ struct Direct {
     }
   }
 
-  static void matrix_product(const Matrix& m, Share rows, int columns) {
+  static void matrix_product(const Matrix& m, Share rows, Share columns) {
     in_tiles(rows, columns, [&](const Range& range, auto r, auto v) {
       matrix_tiles<decltype(r)::value, decltype(v)::value>(m, range);
     });
   }
 
-  // f(range, R, V) for tiles of about equal height that cover `rows` and `columns` columns: whole panels and what is
-  // left of them, each in at most two heights that differ by one.
+  // f(range, R, V) for tiles of about equal height that cover `rows` and `columns`, from one where a panel begins:
+  // whole panels and what is left of them, each in at most two heights that differ by one.
   template <class F>
-  static void in_tiles(Share rows, int columns, const F& f) {
+  static void in_tiles(Share rows, Share columns, const F& f) {
     if (rows.first == rows.end) return;
-    const int whole = columns / panel;
-    if (whole > 0) in_heights<2>(rows, max_rows, {0, whole, 0, 0}, f);
-    if (columns > whole * panel) in_heights<1>(rows, 2 * max_rows, {whole * panel, 1, 0, 0}, f);
+    const int first = static_cast<int>(columns.first), count = static_cast<int>(columns.end) - first;
+    const int whole = count / panel, behind = first + whole * panel;
+    if (whole > 0) in_heights<2>(rows, max_rows, {first, whole, 0, 0}, f);
+    if (columns.end > behind) in_heights<1>(rows, 2 * max_rows, {behind, 1, 0, 0}, f);
   }
 
   template <int V, class F>
@@ -253,7 +254,7 @@ struct Direct {
   }
 
   static void outer(const Pair<T>* pairs, int count, const PixelRun& run, const GradientPart& to) {
-    in_tiles(to.rows, to.columns, [&](const Range& range, auto r, auto v) {
+    in_tiles(to.rows, {0, to.columns}, [&](const Range& range, auto r, auto v) {
       outer_tiles<decltype(r)::value, decltype(v)::value>(pairs, count, run, to, range);
     });
   }
@@ -278,7 +279,7 @@ struct Direct {
     }
   }
 
-  static void vector_outer(const Pair<T>* pairs, int count, const OuterVectors& of, Share rows, int columns) {
+  static void vector_outer(const Pair<T>* pairs, int count, const OuterVectors& of, Share rows, Share columns) {
     in_tiles(rows, columns, [&](const Range& range, auto r, auto v) {
       vector_outer_tiles<decltype(r)::value, decltype(v)::value>(pairs, count, of, range);
     });

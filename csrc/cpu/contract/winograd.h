@@ -187,7 +187,8 @@ struct Winograd {
           const long weights = shift + point * weights_stride(gx.ld);
           const Term<T> here[2] = {{a, terms[0].weights + weights}, {a + patches, terms[count - 1].weights + weights}};
           T* const out = products + point * block * panel;
-          D::matrix_product({here, count, gx.ld, gx.ld, gx.ld, out, panel, nullptr, false}, {0, tiles_here}, width);
+          D::matrix_product({here, count, gx.ld, gx.ld, gx.ld, out, panel, nullptr, false}, {0, tiles_here},
+                            {0, width});
         }
         width == panel ? transform_products<2>(products, gy, first, tiles_here, column, bias, add, y)
                        : transform_products<1>(products, gy, first, tiles_here, column, bias, add, y);
@@ -234,7 +235,7 @@ struct Winograd {
     const Pair<T> pairs[2] = {{x, g}, {x + next_x, g + next_g}};
     // From panel to panel it is `points` transforms.
     const long next = points * weights_stride(depth) / panel;
-    D::vector_outer(pairs, count, {tiles, depth, columns, next, out}, {0, depth}, columns);
+    D::vector_outer(pairs, count, {tiles, depth, columns, next, out}, {0, depth}, {0, columns});
   }
 
   // g_w [tap][depth][width] += G' m G of products m [point][depth][width].

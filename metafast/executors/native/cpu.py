@@ -128,8 +128,8 @@ class CpuExecutor(Executor):
         back = loop.steps - needed["begin"]
         words = ""
         if 0 < needed["segment"] < back:
-            again = f"one of {needed['segment']} steps kept and the others taken again"
-            words = f"{again}, which costs one more gradient a step"
+            again = f"{back - needed['segment']} of {back} taken again"
+            words = f"{needed['segment']} steps kept at a time, {again}, which costs a gradient each"
         elif back < loop.steps:
             words = f"the way back through {back} of {loop.steps} steps"
         peak = elements * shapes.dtype.itemsize

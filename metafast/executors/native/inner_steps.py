@@ -98,5 +98,5 @@ def loop_numbers(loop: InnerLoop, each_step: bool, budget: int) -> list[int]:
     """Writes a loop's numbers down in the order of ``FACTS["loop_settings"]``; -1 stands for ``None``."""
     truncate = -1 if loop.truncate is None else loop.truncate
     memory = -1 if loop.memory is None else loop.memory
-    flags = int(loop.first_order), int(loop.learns_rates), int(each_step)
+    flags = int(loop.first_order), int(loop.learns_rates), int(loop.one_rate), int(each_step)
     return [loop.steps, loop.first, truncate, memory, *flags, budget]
