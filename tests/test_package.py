@@ -52,6 +52,21 @@ def test_importing_touches_no_device_and_stays_quiet():
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_first_call_imports_no_sympy(backend):
+    """Where metafast has all the rules, torch's symbolic shapes and with them 34 MB of SymPy are not needed."""
+    code = f"""
+import sys, torch, metafast as mf
+learner = mf.MAML(torch.nn.Linear(2, 1), loss="mse", lr=mf.Rate(0.1, learn=True), backend={backend!r})
+x, y = torch.randn(3, 4, 2), torch.randn(3, 4, 1)
+learner.backward(mf.TaskBatch(x, y, x, y))
+assert all(p.grad is not None for p in learner.parameters())
+print("sympy" in sys.modules)
+"""
+    found = run(code)
+    assert (found.returncode, found.stdout) == (0, "False\n"), found.stderr
+
+
 @pytest.mark.parametrize("module", ["metafast", "metafast.episodes"])
 def test_public_names_are_documented(module):
     namespace = sys.modules[module] if module in sys.modules else __import__(module, fromlist=["__all__"])

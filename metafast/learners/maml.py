@@ -29,6 +29,7 @@ from metafast.learners.outside_gradients import Outside
 from metafast.learners.seeds import with_seeds
 from metafast.learners.settings import check_whole
 from metafast.program import Program
+from metafast.program.engine import add_gradients
 from metafast.program.inner_loop import InnerLoop
 from metafast.program.losses import LossLike
 from metafast.program.rule import Hyper, Rule, hyper_rows, is_of_the_user
@@ -325,8 +326,8 @@ class MAML(GradientLearner):
         loop = self._loop(learns_rates=rates.requires_grad)
         found = known.choice.executor.meta_gradient(known.program, loop, known.parameters, rates, tasks)
         self._add_gradients(found.grads)
-        if rates.requires_grad:
-            rates.backward(found.rates_grad)
+        if found.rates_grad is not None:
+            add_gradients(rates, found.rates_grad)
         if known.leaves_traces:
             self._leave_traces(tasks)
         return LearnerOutput(found.losses, found.outputs)

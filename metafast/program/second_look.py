@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metafast.program import Program
+from metafast.program.engine import gradients
 from metafast.program.interpreter import Pass
 from metafast.program.operation import Made, Recording, Ref, Weight
 from metafast.program.replay import replay
@@ -57,7 +58,7 @@ def truth_of(
     live = {name: p for name, p in parameters.items() if p.requires_grad}
     grads: Sequence[Tensor | None] = [None] * len(live)
     if outputs.requires_grad and live:
-        grads = torch.autograd.grad(outputs, list(live.values()), g, allow_unused=True)
+        grads = gradients(outputs, live.values(), g)
     found = {n: torch.zeros_like(p) if d is None else d for (n, p), d in zip(live.items(), grads, strict=True)}
     return Truth(x, outputs.detach(), g, found, coarse, seeds)
 
