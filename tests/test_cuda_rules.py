@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_work import RULES, assert_close, assert_same, work
 from test_cuda_twin import A100, H100, TWINS, WideNormed, classifier
 from test_native import close
-from test_native_rules import RULES, assert_close, assert_same, work
 
 import metafast as mf
 from metafast.executors import ReferenceExecutor, steps

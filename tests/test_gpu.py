@@ -16,11 +16,11 @@ from block_checks import (
     check_the_parts_alone,
 )
 from loops import meta_gradient, refusal
+from native_work import RULES, work
 from setups import make_learner, make_tasks
 from test_cuda_precision import BITS, FILLED, check_rounding
 from test_cuda_twin import RESIDENT, RUNS, TURNS, WIDE, named
 from test_meta_gradients import check_against_oracle, close
-from test_native_rules import RULES, work
 
 import metafast as mf
 from metafast import executors

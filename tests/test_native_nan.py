@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_native_rules import RULES, work
+from native_work import RULES, work
 
 from metafast.executors import CpuExecutor, ReferenceExecutor
 

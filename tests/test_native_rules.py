@@ -2,151 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import subprocess
-import sys
-from itertools import pairwise
-
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from native_work import ALL_WIDTHS, MODELS, RULES, assert_close, assert_same, compare, plain, work
 from test_native import close
-from torch import nn
 from torch.func import functional_call
 
 import metafast as mf
 from metafast.executors import CpuExecutor, ReferenceExecutor, base, steps
-from metafast.program.capture import capture
-from metafast.program.inner_loop import InnerLoop
-from metafast.program.losses import as_loss
-from metafast.tasks import TaskBatch
 
 pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
-
-RULES = {
-    "momentum": mf.SGD(momentum=0.9),
-    "dampened": mf.SGD(momentum=0.8, dampening=0.3, weight_decay=0.1),
-    "nesterov": mf.SGD(momentum=0.7, nesterov=True, weight_decay=0.05),
-    "decay": mf.SGD(weight_decay=0.2),
-    "norm": mf.SGD(max_norm=0.4),
-    "value": mf.SGD(max_value=0.05),
-    "both clips": mf.SGD(momentum=0.9, max_norm=0.2, max_value=0.06),
-    "adam": mf.Adam(eps=1e-3),
-    "adam, decay": mf.Adam(betas=(0.8, 0.95), weight_decay=0.1, eps=1e-2),
-    "adam without eps": mf.Adam(betas=(0.0, 0.5), eps=0.0),
-    "adamw": mf.AdamW(weight_decay=0.2, eps=1e-2),
-    "adam, clips": mf.Adam(eps=1e-2, max_norm=0.3, max_value=0.1),
-    "rmsprop": mf.RMSprop(eps=1e-2),
-    "rmsprop, all": mf.RMSprop(alpha=0.9, eps=0.1, momentum=0.5, centered=True, weight_decay=0.1),
-    "rmsprop, centered": mf.RMSprop(alpha=0.9, eps=0.1, centered=True, max_norm=0.5),
-    "adagrad": mf.Adagrad(lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.2, eps=1e-3),
-}
-ALL_WIDTHS = ("number", "step", "parameter", "step and parameter")
-
-
-class Net(nn.Module):
-    """A convolution with batch norm, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5, track_running_stats=False)
-        self.head = nn.Linear(20, 3)
-
-    def forward(self, x):
-        return self.head(F.max_pool2d(torch.relu(self.norm(self.conv(x))), 2).flatten(1))
-
-
-def mlp(*widths):
-    parts = [part for i, o in pairwise(widths) for part in (nn.Linear(i, o), nn.Tanh())]
-    return nn.Sequential(*parts[:-1])
-
-
-MODELS = {"mlp": (lambda: mlp(3, 7, 5, 3), (3,)), "conv": (Net, (2, 4, 4))}
-
-
-@dataclasses.dataclass
-class Work:
-    """A model and its tasks, what is done to them, and the rates."""
-
-    program: object
-    model: nn.Module
-    params: torch.Tensor
-    tasks: TaskBatch
-    loop: InnerLoop
-    rates: torch.Tensor
-
-    def meta_gradient(self, executor=None):
-        executor = executor or CpuExecutor()
-        return executor.meta_gradient(self.program, self.loop, (self.params,), self.rates, self.tasks)
-
-    def but(self, **changes):
-        return dataclasses.replace(self, loop=self.loop._replace(**changes))
-
-
-def samples(shape, count, ragged, dtype, classes=3):
-    x, y = torch.randn(*shape, count, *dtype[1], dtype=dtype[0]), torch.randint(classes, (*shape, count))
-    mask = None
-    if ragged:
-        mask = torch.rand(*shape, count) < 0.6
-        mask[..., 1:3] = True
-    return x, y, mask
-
-
-def table(rule, width, steps, size, dtype):
-    """Hyper-parameters ``[H, R, W]``; where there is one a parameter only the rate and the decay differ among them."""
-    rows, columns = (steps if "step" in width else 1), (size if "parameter" in width else 1)
-    if rule is None:
-        return (0.05 + 0.1 * torch.rand(rows, columns, dtype=torch.float64)).to(dtype)
-    numbers = [0.1, *(getattr(rule, name) for name in rule.hyper_names[1:])]
-    found = torch.tensor(numbers, dtype=torch.float64)[:, None, None].repeat(1, rows, columns)
-    found = found * (1 + 0.1 * torch.rand(len(numbers), rows, 1, dtype=torch.float64)).clamp(
-        max=0.99 / found.clamp(0.9)
-    )
-    for h, name in enumerate(rule.hyper_names):
-        if name in ("lr", "weight_decay"):
-            found[h] *= 0.7 + 0.6 * torch.rand(rows, columns, dtype=torch.float64)
-    return found
-
-
-def work(
-    rule, model="mlp", width="number", steps=3, tasks=2, support=4, dtype=torch.float64, weights=None, ragged=False,
-    each_step=False, adapt=None, seed=0, **options,
-):  # fmt: skip
-    torch.manual_seed(seed)
-    make, sample = MODELS[model] if isinstance(model, str) else model
-    module = make().double()
-    program = capture(module, as_loss("cross_entropy"), torch.zeros(support, *sample, dtype=torch.float64), adapt=adapt)
-    params = program.flatten({n: p.detach() for n, p in module.named_parameters()}).to(dtype)
-    x, y, mask = samples((steps, tasks) if each_step else (tasks,), support, ragged, (dtype, sample))
-    qx, qy, qmask = samples((tasks,), support + 1, ragged, (dtype, sample))
-    batch = TaskBatch(x, y, qx, qy, mask, qmask, each_step=each_step)
-    options.setdefault("learns_rates", True)
-    options.setdefault("one_rate", rule is None and "parameter" not in width)
-    loop = InnerLoop(steps, tuple(weights or (*[0.0] * steps, 1.0)), rule=rule, **options)
-    return Work(program, module, params, batch, loop, table(rule, width, steps, program.size, dtype))
-
-
-def assert_close(found, wanted, tolerance, mask=None):
-    close(found.losses, wanted.losses, tolerance)
-    outputs = (found.outputs, wanted.outputs) if mask is None else (found.outputs[mask], wanted.outputs[mask])
-    close(*outputs, tolerance)
-    close(found.grads[0], wanted.grads[0], tolerance)
-    assert (found.rates_grad is None) == (wanted.rates_grad is None)
-    if found.rates_grad is not None:
-        assert found.rates_grad.dtype == wanted.rates_grad.dtype
-        for f, w in zip(found.rates_grad, wanted.rates_grad, strict=True):  # each hyper-parameter has a size of its own
-            close(f, w, tolerance)
-
-
-def assert_same(found, wanted):
-    parts = ("losses", "outputs", "rates_grad")
-    pairs = [(getattr(found, p), getattr(wanted, p)) for p in parts] + [(found.grads[0], wanted.grads[0])]
-    for f, w in pairs:
-        assert (f is None and w is None) or torch.equal(f, w)
-
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
@@ -166,12 +34,6 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def compare(made, tolerance=1e-9):
-    found = made.meta_gradient()
-    assert_close(found, made.meta_gradient(ReferenceExecutor()), tolerance, made.tasks.query_mask)
-    return found
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -240,13 +102,6 @@ def test_rules_against_autograd(name, width):
         found = made.meta_gradient()
         for f, w in zip((found.losses, found.grads[0], found.rates_grad), by_autograd(made), strict=True):
             close(f, w, 1e-9)
-
-
-def plain(made):
-    """The same loop without a rule."""
-    rates = made.rates[0] if made.rates.dim() == 3 else made.rates
-    loop = made.loop._replace(rule=None, one_rate=rates.shape[1] == 1)
-    return dataclasses.replace(made, loop=loop, rates=rates.to(made.params.dtype))
 
 
 @pytest.mark.parametrize("adapt", [None, ["2.weight", "4.bias"], ["0.weight"]])
@@ -353,96 +208,6 @@ def test_threads_lanes_and_cores_agree(name, width, each_step):
             torch.set_num_threads(2)
             assert_same(one.meta_gradient(CpuExecutor(team_from=0)), wanted)
             assert_same(one.meta_gradient(CpuExecutor(team_from=0, budget=0)), wanted)
-
-
-def kept(made, executor=None):
-    """Bytes of z that are kept at the least, in words of the error that says so."""
-    with pytest.raises(ValueError, match=r"memory=1: the way back through \d+ steps keeps \d+ bytes") as found:
-        made.but(memory=1).meta_gradient(executor)
-    return int(str(found.value).split("keeps ")[1].split()[0])
-
-
-@pytest.mark.parametrize("each_step", [False, True])
-@pytest.mark.parametrize("name", ["momentum", "both clips", "adam, clips", "rmsprop, all", None])
-def test_segments_change_no_bit(name, each_step):
-    for weights in ((*[0.0] * 30, 1.0), (0.1, *[0.0] * 10, 0.4, *[0.02] * 19)):
-        made = work(RULES.get(name), "mlp", "step", 30, 3, each_step=each_step, weights=weights)
-        made = plain(made) if name is None else made
-        for change in ({}, {"first_order": True}, {"learns_rates": False}, {"truncate": 23}):
-            one = made.but(**change)
-            whole, least = one.meta_gradient(), kept(one)
-            assert CpuExecutor()._memory(one.program, one.tasks.shapes, one.loop)["segment"] >= 23
-            keeps_tapes = set()
-            for times in (1, 3, 6, 8, 10):
-                bounded = one.but(memory=times * least)
-                numbers = CpuExecutor()._memory(one.program, one.tasks.shapes, bounded.loop)
-                assert times > 1 or numbers["segment"] < 23
-                keeps_tapes.add(bool(numbers["keeps_tapes"]) and numbers["segment"] < 23)
-                assert_same(bounded.meta_gradient(), whole)
-            assert keeps_tapes == {False} if one.loop.first_order else {False, True}
-            with pytest.raises(ValueError, match="keeps"):
-                one.but(memory=least - 1).meta_gradient()
-    torch.set_num_threads(2)
-    assert_same(bounded.but(memory=2 * least).meta_gradient(), whole)
-
-
-def test_every_length_of_segments():
-    for steps_ in (1, 2, 3, 5, 12, 17):
-        made = work(RULES["adam"], "mlp", "step", steps_, 1, each_step=True)
-        whole = made.meta_gradient()
-        lengths = set()
-        least = kept(made) if steps_ > 1 else 0
-        for memory in range(least, 40 * least, max(least // 5, 1)):
-            bounded = made.but(memory=memory)
-            lengths.add(CpuExecutor()._memory(made.program, made.tasks.shapes, bounded.loop)["segment"])
-            assert_same(bounded.meta_gradient(), whole)
-        assert steps_ < 12 or len(lengths) > 1
-
-
-def test_the_words_on_memory():
-    made = work(None, mlp_of_1000(), steps=1000, tasks=1, support=64, dtype=torch.float32, learns_rates=False)
-    plan = CpuExecutor().memory(made.program, made.loop, made.tasks.shapes)
-    assert "600 steps kept at a time, 400 of 1000 taken again, which costs a gradient each" in str(plan)
-    assert plan.keep
-    assert plan.peak < 94 * 4 * made.program.size
-    each = made.loop._replace(learns_rates=True, one_rate=False)
-    learned = CpuExecutor()._memory(made.program, made.tasks.shapes, each)
-    assert learned["segment"] < CpuExecutor()._memory(made.program, made.tasks.shapes, made.loop)["segment"]
-    cut = made.but(truncate=5).loop
-    assert "the way back through 5 of 1000 steps" in str(CpuExecutor().memory(made.program, cut, made.tasks.shapes))
-    with pytest.raises(ValueError, match="memory=1000: the way back through 1000 steps keeps"):
-        CpuExecutor().memory(made.program, made.loop._replace(memory=1000), made.tasks.shapes)
-
-
-def mlp_of_1000():
-    return lambda: nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10)), (784,)
-
-
-LONG = """
-import torch
-from test_native_rules import mlp_of_1000, work
-
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
-torch.set_num_threads(1)
-small = work(None, mlp_of_1000(), steps=2, tasks=1, support=64, dtype=torch.float32, learns_rates=False)
-small.meta_gradient()
-made = small.but(steps=1000, step_weights=(*[0.0] * 1000, 1.0))
-before = peak()
-made.meta_gradient()
-print((peak() - before) * 1024 / (4 * made.program.size))
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux says how much memory was in use")
-def test_a_thousand_steps_take_the_memory_of_94():
-    """Copies of the parameters, by what the operating system counts."""
-    here = os.path.dirname(__file__)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, "-c", LONG], check=True, capture_output=True, timeout=300, env=env, cwd=here)
-    assert 30 < float(run.stdout) < 94
 
 
 @pytest.mark.parametrize("model", MODELS)
