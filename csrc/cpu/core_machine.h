@@ -23,8 +23,17 @@ class CoreMachine : public Simd<T> {
                                      Need::windows | Need::rows | Need::totals | Need::gradients;
 
   static constexpr int tasks = 1;  // that run at once
-  static constexpr bool redirects = false;
   using Loss = double;
+
+  // What rules add to the vector `of`, once to each element, makes to = from - rate * it. So a vector need not be
+  // cleared, written and read again, which costs much where the threads of a team share it.
+  struct Descent {
+    const T* of;
+    T* to;
+    const T* from;
+    T rate;
+  };
+  Descent descent{};
 
   // Workspaces hold workspace_size elements; `shared` is that of the whole team, the first member's own.
   CoreMachine(const Program& program, T* own, T* shared, Member member);
@@ -50,6 +59,7 @@ class CoreMachine : public Simd<T> {
     if (member.team) member.team->wait();
   }
   bool leads() const { return member.rank == 0; }
+  bool is_shared() const { return member.team; }
 
   // For what is too small to be shared.
   template <class F>
@@ -88,39 +98,14 @@ class CoreMachine : public Simd<T> {
   // out[k][channel] = sum over pixels of K quantities. Blocks are summed in the real type, their sums in double.
   template <int K, class F>
   void reduce(long rows, int ld, T* out, bool add, const F& f) const {
-    const Share packs = share((ld + lanes - 1) / lanes);
-    for (int ch = static_cast<int>(packs.first) * lanes; ch < packs.end * lanes; ch += lanes) {
-      const auto at_pixel = f(ch);
-      const auto block_sums = [&](long row, long end, Pack(&sums)[K]) {
-        Pack odd[K] = {};
-        for (; row + 1 < end; row += 2) {
-          at_pixel(row * ld + ch, sums);
-          at_pixel((row + 1) * ld + ch, odd);
-        }
-        if (row < end) at_pixel(row * ld + ch, sums);
-        for (int k = 0; k < K; ++k) sums[k] += odd[k];
-      };
-      if (rows <= block_rows) {
-        Pack sums[K] = {};
-        block_sums(0, rows, sums);
-        for (int k = 0; k < K; ++k) Simd<T>::put(out + static_cast<long>(k) * ld + ch, sums[k], add);
-        continue;
+    const Descent way = part_of_descent(out);
+    reduce<K>(rows, ld, f, [=](long i, Pack sum) {
+      if (way.of) {
+        Simd<T>::store(way.to + i, Simd<T>::load(way.from + i) - way.rate * sum);
+      } else {
+        Simd<T>::put(out + i, sum, add);
       }
-      double total[K][lanes] = {};
-      for (long block = 0; block < rows; block += block_rows) {
-        Pack sums[K] = {};
-        block_sums(block, block + block_rows < rows ? block + block_rows : rows, sums);
-        for (int k = 0; k < K; ++k) {
-          for (int lane = 0; lane < lanes; ++lane) total[k][lane] += sums[k][lane];
-        }
-      }
-      for (int k = 0; k < K; ++k) {
-        Pack sum{};
-        for (int lane = 0; lane < lanes; ++lane) sum[lane] = static_cast<T>(total[k][lane]);
-        Simd<T>::put(out + static_cast<long>(k) * ld + ch, sum, add);
-      }
-    }
-    barrier();
+    });
   }
 
   // f(machine, sample): a machine runs the maps and sums of one sample, here one core.
@@ -283,7 +268,52 @@ class CoreMachine : public Simd<T> {
   CoreMachine() = default;  // for who brings contractions of its own
   static constexpr int block_rows = 64;
 
+  // write(k * ld + channel, sum) for each pack of the sums.
+  template <int K, class F, class W>
+  void reduce(long rows, int ld, const F& f, const W& write) const {
+    const Share packs = share((ld + lanes - 1) / lanes);
+    for (int ch = static_cast<int>(packs.first) * lanes; ch < packs.end * lanes; ch += lanes) {
+      const auto at_pixel = f(ch);
+      const auto block_sums = [&](long row, long end, Pack(&sums)[K]) {
+        Pack odd[K] = {};
+        for (; row + 1 < end; row += 2) {
+          at_pixel(row * ld + ch, sums);
+          at_pixel((row + 1) * ld + ch, odd);
+        }
+        if (row < end) at_pixel(row * ld + ch, sums);
+        for (int k = 0; k < K; ++k) sums[k] += odd[k];
+      };
+      if (rows <= block_rows) {
+        Pack sums[K] = {};
+        block_sums(0, rows, sums);
+        for (int k = 0; k < K; ++k) write(static_cast<long>(k) * ld + ch, sums[k]);
+        continue;
+      }
+      double total[K][lanes] = {};
+      for (long block = 0; block < rows; block += block_rows) {
+        Pack sums[K] = {};
+        block_sums(block, block + block_rows < rows ? block + block_rows : rows, sums);
+        for (int k = 0; k < K; ++k) {
+          for (int lane = 0; lane < lanes; ++lane) total[k][lane] += sums[k][lane];
+        }
+      }
+      for (int k = 0; k < K; ++k) {
+        Pack sum{};
+        for (int lane = 0; lane < lanes; ++lane) sum[lane] = static_cast<T>(total[k][lane]);
+        write(static_cast<long>(k) * ld + ch, sum);
+      }
+    }
+    barrier();
+  }
+
  private:
+  // Where it leads for the elements from `of` on, a part of its vector; empty: there is none.
+  Descent part_of_descent(const T* of) const {
+    if (!descent.of) return {};
+    const long i = of - descent.of;
+    return {of, descent.to + i, descent.from + i, descent.rate};
+  }
+
   bool shares_columns(int n, int columns) const;
   void multiply_vectors(const Grid& from, const Grid& to, int n, const Term* terms, int count, const T* bias, bool add,
                         T* y) const;

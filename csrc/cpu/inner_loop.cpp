@@ -30,16 +30,7 @@ void run(const Job<T>& job, int64_t chunk, int64_t* next, T* base, Trace* trace)
   for (int64_t k = take(next); k * chunk < job.tasks; k = take(next)) run_chunk(task, job, chunk, k);
 }
 
-bool runs_lanes(const Program& program) {
-  constexpr uint32_t offered = LaneMachine<float>::offers;
-  bool all = offers(offered, program.loss);
-  for (int k = 0; k < program.n_ops; ++k) {
-    const Op& op = program.ops[k];
-    const bool vectors = op.x.h * op.x.w * op.y.h * op.y.w == 1 && (!makes_products(op) || of_vectors(op));
-    all = all && offers(offered, op.kind) && vectors;
-  }
-  return all;
-}
+bool runs_lanes(const Program& program) { return runs_in_lanes(program); }
 
 // The sums of a group lie behind its memory. Where a lane has one task only, its adjoint is the sum.
 template <class T>

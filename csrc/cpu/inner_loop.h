@@ -30,7 +30,8 @@ class InnerLoopRun {
         pass(machine, program, job.constants),
         rule_step(machine, job.rule, program.size, job.rate_rows, mem.blocks),
         support{},
-        query{} {
+        query{},
+        is_simple(job.rate_numbers && program.used_once && runs_in_lanes(program)) {
     machine.trace = trace;
     machine.barrier();
   }
@@ -232,27 +233,37 @@ class InnerLoopRun {
   void adapt_step(int s, const T* z, T* to, T* g, T* tape) {
     load_support(s);
     machine.begin(SpanKind::inner_step, s);
-    const auto add_gradient = [&] { support_pass(tape, z, number(s), g); };
+    const auto add_gradient = [&](T* sum) { support_pass(tape, z, number(s), sum); };
     if (job.rule.kind != StepKind::plain) {
-      from_zero(g, add_gradient);
+      from_zero(g, [&] { add_gradient(g); });
       rule_step.advance(number(s), z, g, to);
-    } else if (job.needs_gradient || !redirected(add_gradient, g, to, z, rate(s))) {
-      from_zero(g, add_gradient);
-      scaled_by(rate(s), rate_number(s), [&](const auto& alpha) {
-        machine.each(program.size, [=](long i) { M::store(to + i, M::load(z + i) - alpha(i) * M::load(g + i)); });
-      });
+    } else {
+      descend(s, z, to, g, add_gradient);
     }
     machine.end();
   }
 
-  // f(alpha), where alpha(i) are the elements of a shared vector: of a number, if there is one and all parameters move.
+  // to = from - alpha_s g, g being what add_gradient(g) adds to zero. It is left there where the way back needs it.
   template <class F>
-  void scaled_by(const T* vector, const T* number, const F& f) const {
-    if (number && program.used_once) {
-      const auto alpha = M::broadcast(*number);
-      f([=](long) { return alpha; });
+  void descend(int s, const T* from, T* to, T* g, const F& add_gradient) {
+    if constexpr (M::tasks > 1) {
+      if (!job.needs_gradient && redirected([&] { add_gradient(g); }, g, to, from, rate(s))) return;
+    } else if (is_simple && machine.is_shared() && !job.needs_gradient) {
+      machine.descent = {g, to, from, *rate_number(s)};
+      add_gradient(g);
+      machine.descent = {};
+      return;
+    }
+    from_zero(g, [&] { add_gradient(g); });
+    const auto subtract = [&](const auto& alpha) {
+      machine.each(program.size, [=](long i) { M::store(to + i, M::load(from + i) - alpha(i) * M::load(g + i)); });
+    };
+    if (is_simple) {
+      const auto alpha = M::broadcast(*rate_number(s));
+      subtract([=](long) { return alpha; });
     } else {
-      f([=](long i) { return M::load_shared(vector, i); });
+      const T* const alpha = rate(s);
+      subtract([=](long i) { return M::load_shared(alpha, i); });
     }
   }
 
@@ -260,7 +271,7 @@ class InnerLoopRun {
   // `from`. Returns false, and does nothing, where parameters get their gradient in several parts.
   template <class F>
   bool redirected(const F& add_gradient, const T* g, T* to, const T* from, const T* rate) {
-    if constexpr (M::redirects) {
+    if constexpr (M::tasks > 1) {
       if (program.used_once) {
         machine.redirect = {g, to, from, rate};
         add_gradient();
@@ -287,39 +298,41 @@ class InnerLoopRun {
       if (!job.first_order) add_hvp(tape, z, u, number(s), v);
       return;
     }
-    if (job.learns_rates && !job.needs_gradient) return reverse_by_one_rate(s, tape, z);
-    if (job.learns_rates) {
+    if (job.learns_rates && job.needs_gradient) {
       T* out = chunk.rate_sums + row(s) * program.size;
       machine.each(program.size,
                    [=](long i) { M::store(out + i, M::load(out + i) - M::load(g + i) * M::load(v + i)); });
     }
     if (job.first_order) return;
-    go_against(rate(s), rate_number(s));
+    if (is_simple || (job.learns_rates && !job.needs_gradient)) return reverse_by_one_rate(s, tape, z);
+    const T* const alpha = rate(s);
+    machine.each(program.size, [=](long i) { M::store(u + i, -M::load_shared(alpha, i) * M::load(v + i)); });
     add_hvp(tape, z, u, number(s), v);
   }
 
-  // u = -alpha v
-  void go_against(const T* vector, const T* number) const {
-    const T* const v = this->v;
-    T* const u = mem.u;
-    scaled_by(vector, number, [&](const auto& alpha) {
-      machine.each(program.size, [=](long i) { M::store(u + i, -alpha(i) * M::load(v + i)); });
-    });
-  }
-
-  // The same where all parameters have one rate: d alpha_s = -g_s v is the derivative of the loss along -v, which the
-  // tangent pass along alpha_s v finds but for the factor; where that is zero, one along v.
+  // The same by one rate, v <- v - alpha_s H_s v: -d alpha_s is the derivative of the loss along v, as far as that
+  // moves.
   void reverse_by_one_rate(int s, T* tape, const T* z) {
-    const T one = 1, alpha = *rate_number(s), factor = alpha != 0 ? alpha : one;
-    go_against(alpha != 0 ? rate(s) : job.rule.moved, &factor);
+    const T *u = this->v, *const moved = job.rule.moved;
+    if (!program.used_once) {
+      T *const v = this->v, *const to = mem.u;
+      machine.each(program.size, [=](long i) { M::store(to + i, M::load_shared(moved, i) * M::load(v + i)); });
+      u = mem.u;
+    }
     const Tape<T> along{support_layout, tape, mem.rest};
     fence_scratch(program, *support_layout, mem.rest);
-    if (!pass.jvp(along, support, z, mem.u, number(s))) return;
-    const Loss tangent = pass.loss_tangent(along);
-    if (alpha != 0) pass.tangent_backward(along, support, z, mem.u, number(s), v);
+    if (!pass.jvp(along, support, z, u, number(s))) return;
+    if (job.learns_rates && !job.needs_gradient) subtract_from_rate(s, pass.loss_tangent(along));
+    const auto add_product = [&](T* sum) { pass.tangent_backward(along, support, z, u, number(s), sum); };
+    if (is_simple) return descend(s, v, v, mem.product, add_product);
+    from_zero(mem.product, [&] { add_product(mem.product); });
+    add(v, -*rate_number(s), mem.product);
+  }
+
+  void subtract_from_rate(int s, const Loss& derivative) const {
     machine.once([&] {
       double* const to = chunk.number_sums + row(s);
-      for (int j = 0; j < M::tasks; ++j) to[j * job.number_stride] += M::of_task(tangent, j) / factor;
+      for (int j = 0; j < M::tasks; ++j) to[j * job.number_stride] -= M::of_task(derivative, j);
     });
   }
 
@@ -398,6 +411,8 @@ class InnerLoopRun {
   int64_t loaded;  // the row of samples that `support` holds
   T* v;            // the adjoint of theta_s
   const PassLayout *support_layout, *query_layout;
+  // Are steps plain, with one rate, and does the gradient of each parameter come in one piece, however the task is run?
+  const bool is_simple;
 };
 
 }  // namespace METAFAST_NAMESPACE

@@ -6,6 +6,19 @@
 
 namespace METAFAST_NAMESPACE {
 
+constexpr uint32_t offered_in_lanes = Need::maps | Need::sums | Need::products | Need::rows | Need::totals;
+
+// Does a LaneMachine run it?
+static inline bool runs_in_lanes(const Program& program) {
+  bool all = offers(offered_in_lanes, program.loss);
+  for (int k = 0; k < program.n_ops; ++k) {
+    const Op& op = program.ops[k];
+    const bool vectors = op.x.h * op.x.w * op.y.h * op.y.w == 1 && (!makes_products(op) || of_vectors(op));
+    all = all && offers(offered_in_lanes, op.kind) && vectors;
+  }
+  return all;
+}
+
 template <class T>
 class LaneMachine : public CoreMachine<T> {
   using S = Simd<T>;
@@ -25,7 +38,6 @@ class LaneMachine : public CoreMachine<T> {
     T* to;
     const T *from, *rate;
   };
-  static constexpr bool redirects = true;
   Redirect redirect{};
 
   struct Loss {
@@ -46,7 +58,7 @@ class LaneMachine : public CoreMachine<T> {
   };
 
   // What takes an element for itself, or leaves all to a contraction: for that it does not matter whose it is.
-  static constexpr uint32_t offers = Need::maps | Need::sums | Need::products | Need::rows | Need::totals;
+  static constexpr uint32_t offers = offered_in_lanes;
 
   LaneMachine(const Program&, T*, T*, Member) {}
   static long workspace_size(const Program&) { return 0; }
@@ -64,8 +76,13 @@ class LaneMachine : public CoreMachine<T> {
   template <int K, class F>
   void reduce(long rows, int ld, T* out, bool add, const F& f) const {
     const Redirect to = at(out);
-    CoreMachine<T>::template reduce<K>(rows, ld, to.of ? to.to : out, add && !to.of, f);
-    for (long i = 0; to.from && i < K * ld; i += lanes) S::store(to.to + i, descended(to, i, S::load(to.to + i)));
+    CoreMachine<T>::template reduce<K>(rows, ld, f, [=](long i, Pack sum) {
+      if (to.of) {
+        S::store(to.to + i, to.from ? descended(to, i, sum) : sum);
+      } else {
+        S::put(out + i, sum, add);
+      }
+    });
   }
 
   template <class F>

@@ -108,8 +108,10 @@ void CoreMachine<T>::outer(const Op& op, int n, const Pair* pairs, int count, T*
   }
   if (of_vectors(op)) {
     const bool by_columns = shares_columns(n, gy.ld);
-    D::vector_outer(pairs, count, {n, gx.ld, gy.ld, gx.ld, g_w}, by_columns ? Share{0, gx.c} : share(gx.c),
-                    by_columns ? share(gy.ld) : Share{0, gy.ld});
+    const Descent way = part_of_descent(g_w);
+    const int rows = way.of ? gx.ld : gx.c;  // all of what is written, and not added to
+    D::vector_outer(pairs, count, {n, gx.ld, gy.ld, gx.ld, way.of ? way.to : g_w, way.from, way.rate},
+                    by_columns ? Share{0, rows} : share(rows), by_columns ? share(gy.ld) : Share{0, gy.ld});
     return barrier();
   }
   const Share rows = share(op.n_offsets);

@@ -212,10 +212,13 @@ struct Direct {
     long x_sample, x_line, x_pixel, g_sample, g_line, g_pixel, x_at, g_at;
   };
 
-  // Vectors that a weight gradient [panel][depth][width] is summed over.
+  // Vectors that a weight gradient [panel][depth][width] is summed over: on top of `out`, or (from) to
+  // out = from - rate * it.
   struct OuterVectors {
     long length, x_stride, g_stride, depth;
     T* out;
+    const T* from = nullptr;
+    T rate = 0;
   };
 
   // A part of a weight gradient [panel][depth][width]: rows from `first`, at x + offset[i].
@@ -267,14 +270,20 @@ struct Direct {
       T* out = of.out + column * of.depth + range.first * V * lanes;
       int first = range.first;
       for (int tile = 0; tile < range.tiles; ++tile, first += R, out += R * V * lanes) {
-        RegisterTile<R, V> sums;
-        sums.start(out, V * lanes);
+        RegisterTile<R, V> sums{};
+        if (!of.from) sums.start(out, V * lanes);
         for (int t = 0; t < count; ++t) {
           const T* const x = pairs[t].x + first;
           sums.multiply([=](int i, long k) { return x[k + i]; }, of.x_stride, pairs[t].g + column, of.g_stride,
                         of.length);
         }
-        sums.finish(out, V * lanes, false);
+        if (of.from) {
+          const T* const from = of.from + (out - of.out);
+          const Pack rate = S::broadcast(of.rate);
+          sums.finish([=](long i, Pack g) { return S::load(from + i) - rate * g; }, out, V * lanes, lanes);
+        } else {
+          sums.finish(out, V * lanes, false);
+        }
       }
     }
   }
