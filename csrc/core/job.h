@@ -55,7 +55,7 @@ struct Job {
   const T* params;                  // one vector as the Machine loads it, or (params_per_task) the user's [T, P]
   bool params_per_task;
   const T* alpha;         // inner [rate_rows, size]: rates of plain steps, zero where a parameter is not adapted
-  const T* rate_numbers;  // [rate_rows]: the same where each step has one rate (one_rate)
+  const T* rate_numbers;  // [rate_rows]: the rates, where each step has one; null: each parameter has one
   StepRule<T> rule;       // of other steps; z is theta and the K vectors of its state
   const double* weights;  // [S + 1]: of the query loss at each theta_s
   Samples<T> support, query;

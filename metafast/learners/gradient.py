@@ -122,6 +122,7 @@ class GradientLearner(FollowingLearner):
         self._move(adapt)
         self.rows = rows_per_step(model, bn, steps)
         self.rate = Rates(Rate.of_lr(lr), layout_of(model, self.rows), steps, next(model.parameters()))
+        self._one_rate = self.rate.axes <= {"step"}
         self.hyper = HyperRates()
         self.captures = self._new_captures({name: norm.training for name, norm in norms_of(model).items()})
         self._start()

@@ -339,16 +339,9 @@ class MAML(GradientLearner):
         return self._loop(learns_rates=learned)
 
     def _loop(self, learns_rates: bool) -> InnerLoop:
-        one_rate = not self.rate.axes & {"layer", "parameter"}
+        steps, weights, first_order, one_rate = self._steps, self._weights, self._first_order, self._one_rate
         return InnerLoop(
-            self._steps,
-            self._weights,
-            self._first_order,
-            learns_rates,
-            one_rate,
-            self._rule,
-            truncate=self._truncate,
-            memory=self._memory,
+            steps, weights, first_order, learns_rates, one_rate, self._rule, 0, self._truncate, self._memory
         )
 
 
