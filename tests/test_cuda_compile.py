@@ -18,7 +18,12 @@ CLUSTERS = [f"{name}_cluster" for name in ALONE]
 LOOPS = ALONE + CLUSTERS
 KERNELS = {*LOOPS, "metafast_sum_blocks"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
+# One worker compiles for all of them.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.xdist_group("nvcc"),
+]
 
 
 @functools.cache
