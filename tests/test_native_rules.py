@@ -125,10 +125,9 @@ def test_one_rate_needs_no_gradient_of_a_step(width, adapt):
         close(f, w, 1e-10)
 
 
-def test_one_rate_is_one():
+def test_rates_that_became_wide_are_wide():
     made = work(None, width="parameter", one_rate=True)
-    with pytest.raises(ValueError, match="one_rate: rates have"):
-        made.meta_gradient()
+    assert_same(compare(made), made.but(one_rate=False).meta_gradient())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

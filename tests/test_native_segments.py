@@ -11,6 +11,7 @@ import torch
 from native_work import RULES, assert_same, plain, work
 from torch import nn
 
+import metafast as mf
 from metafast.executors import CpuExecutor
 
 pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
@@ -112,3 +113,18 @@ def test_a_thousand_steps_take_the_memory_of_94():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run([sys.executable, "-c", LONG], check=True, capture_output=True, timeout=300, env=env, cwd=here)
     assert 30 < float(run.stdout) < 94
+
+
+def test_explain_says_what_runs_within_little_memory():
+    """One call fits where the same taken by parts does not; tasks that no longer run in lanes are not said to."""
+    x = torch.randn(64, 5, 3)
+    model = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2))
+    learner = mf.MAML(model, loss="mse", lr=0.1, steps=20, backend="cpu", memory=1 << 14)
+    learner.backward(mf.TaskBatch(x, x[..., :2], x, x[..., :2]))
+    said = learner.explain()
+    assert "taken again, which costs a gradient each" in said
+    assert "memory=16,384: the way back through 20 steps keeps 619,520 bytes at the least" in said
+    assert "tasks at once" not in said
+    learner.memory = None
+    learner.backward(mf.TaskBatch(x, x[..., :2], x, x[..., :2]))
+    assert "tasks at once" in learner.explain()

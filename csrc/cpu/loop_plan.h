@@ -83,7 +83,9 @@ Kept kept_of(const Job<T>& job) {
 // Chooses what to keep within so many elements for each task: everything; z and gradients of all steps; or all of the
 // steps of a segment, if that is much less or if it has to be, for `bounded` says that the user gave the limit. A
 // longer segment keeps more and takes fewer steps again; without a bound its length is such that it keeps what some
-// sqrt(S) steps do. The least that is kept is z alone of some steps. Returns how many elements are kept.
+// sqrt(S) steps do. Where z and gradients of all steps fit, it is to spare a third of the steps, since there their
+// passes run again, but no weight gradient. The least that is kept is z alone of some steps. Returns how many elements
+// are kept.
 template <class T>
 double plan_loop(Job<T>& job, int64_t truncate, double limit, bool bounded) {
   const int64_t back = truncate < 0 ? job.steps : std::min<int64_t>(truncate, job.steps);
@@ -108,7 +110,7 @@ double plan_loop(Job<T>& job, int64_t truncate, double limit, bool bounded) {
     return job.keeps_tapes ? whole.all() : states;
   }
   const int64_t length = cut.longest(bounded ? limit : std::max(least, std::min(limit, usual)));
-  if (length > 0) {
+  if (length > 0 && (3 * length > whole.steps || states > limit)) {
     job.segment = static_cast<int32_t>(length);
     return cut.in_segments(length);
   }

@@ -114,7 +114,7 @@ class CpuCall {
     const auto sizes = rates.sizes();
     const int64_t rows = sizes[0], width = sizes[1], size = job.program->size;
     expect<T>(rates, rows * (width == 1 ? 1 : job.n_params), "rates");
-    if (job.one_rate && width != 1) fail("one_rate: rates have " + std::to_string(width) + " numbers a step");
+    job.one_rate = job.one_rate && width == 1;
     job.rate_rows = static_cast<int32_t>(rows);
     alpha = zeros<T>(rows * size);
     const T* given = data<T>(rates);

@@ -286,7 +286,10 @@ class MAML(GradientLearner):
             said += f"\n  inner steps: {self._inner}"
         known = self._latest if x is None else None
         if known is not None and not self.loop.is_plain:
-            segments = self._segments(known)
+            try:
+                segments = str(self._segments(known))
+            except ValueError as error:  # the executor's one call may need less
+                segments = str(error)
             said += f"\n  z of the steps, step by step or through autograd: {segments}"
         return said
 

@@ -22,7 +22,7 @@ class InnerLoop(NamedTuple):
         step_weights: ``w_0 .. w_S``, the weights of the query losses after 0 .. S steps.
         first_order: whether the Hessian terms of the way back are dropped.
         learns_rates: whether the gradient in the rates is computed.
-        one_rate: whether a step has the same rate for all parameters, so that ``rates`` are ``[1 or S, 1]``.
+        one_rate: whether a step has the same rate for all parameters, so that plain ``rates`` are ``[1 or S, 1]``.
         rule: what a step makes of the gradient; ``None``: the step above.
         first: the number of the first step, where others have gone before; steps are numbered from there.
         truncate: the way back of ``meta_gradient`` goes through the last so many steps, and takes what lies before for

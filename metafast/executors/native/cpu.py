@@ -12,6 +12,7 @@ is each pass where C++ has no formula for the steps (see ``inner_steps``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 
 import torch
@@ -100,6 +101,8 @@ class CpuExecutor(Executor):
             needed = self._memory(program, shapes, loop._replace(memory=None))
         except ValueError as error:
             return str(error)
+        with suppress(ValueError):  # which a call raises where the memory is too small
+            needed = self._memory(program, shapes, loop)
         several = needed["team_workspace"] and needed["chunks"] < torch.get_num_threads()
         alone = f"{'several cores' if several else 'a core'} for each task"
         where = f"C++ ({self.isa}), " + (f"a core for {needed['lanes']} tasks at once" if needed["lanes"] else alone)
