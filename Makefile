@@ -43,7 +43,7 @@ demo: setup
 
 # One thread a worker: two workers with two threads each would wait for one another. Then what threads concern, with two.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/test_threads.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/test_threads.py
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_threads.py tests/test_meta_gradients.py \
 	-k "threads or (auto and float32)"
 	$(if $(LIBASAN),$(MAKE) sanitize,@echo "g++ with AddressSanitizer is not here: make sanitize is left out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.compiler.config
 from torch import nn
 
 from metafast.bench.functional_peers import MixedMode, TorchCompile, TorchVmap
@@ -72,6 +74,13 @@ def arrays(answer: Answer) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         return np.asarray(value.detach() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
 
     return array(answer[0]), {name: array(value) for name, value in answer[1].items()}
+
+
+@pytest.fixture(autouse=True)
+def _compiler_caches() -> Iterator[None]:
+    """torch.compile's peer turns them off in the process that it has for itself, and here it has not."""
+    with torch.compiler.config.patch(force_disable_caches=False):
+        yield
 
 
 def answer(peer: Peer, w: Workload, dtype: torch.dtype) -> tuple[np.ndarray, dict[str, np.ndarray]]:

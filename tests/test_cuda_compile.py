@@ -18,12 +18,7 @@ CLUSTERS = [f"{name}_cluster" for name in ALONE]
 LOOPS = ALONE + CLUSTERS
 KERNELS = {*LOOPS, "metafast_sum_blocks"}
 
-# One worker compiles for all of them.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
-    pytest.mark.xdist_group("nvcc"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 
 
 @functools.cache

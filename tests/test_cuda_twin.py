@@ -229,7 +229,7 @@ def test_a_task_that_does_not_fit_is_refused_with_its_size():
     assert reason == (
         "a task takes 83 KiB of shared memory and a block has 78 KiB; clusters of blocks need compute capability 9.0"
     )
-    with pytest.raises(ValueError, match="takes 84480 bytes of shared memory and a block has 80000"):
+    with pytest.raises(ValueError, match="takes 84096 bytes of shared memory and a block has 80000"):
         parts(executor, learner, tasks)
 
 
