@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from test_native import close
@@ -150,3 +151,10 @@ def plain(made):
     rates = made.rates[0] if made.rates.dim() == 3 else made.rates
     loop = made.loop._replace(rule=None, one_rate=rates.shape[1] == 1)
     return dataclasses.replace(made, loop=loop, rates=rates.to(made.params.dtype))
+
+
+def kept(made, executor=None):
+    """Bytes of z that are kept at the least, in words of the error that says so."""
+    with pytest.raises(ValueError, match=r"memory=1: the way back through \d+ steps keeps \d+ bytes") as found:
+        made.but(memory=1).meta_gradient(executor)
+    return int(str(found.value).split("keeps ")[1].split()[0])

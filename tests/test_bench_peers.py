@@ -217,18 +217,21 @@ def test_a_worker_tells_memory_beyond_the_samples() -> None:
     """In a loop that autograd records, more steps need more memory, by a few times the parameters each."""
     network = partial(mlp, 64, 3, (8192,))
     size = 4 * (64 * 8192 + 8192 + 3 * 8192 + 3)  # bytes of the parameters
-    found = []
-    for steps in (40, 120):
+
+    def peak(steps: int) -> dict[str, int]:
         w = replace(KINDS["bilevel-1000"], network=network, sample=(64,), steps=steps)
         worker = Worker(TorchLoop(), w, "cpu", 1)
         try:
             worker.first(100)
-            found.append(worker.turn(0.01, 100)[1])
+            return worker.turn(0.01, 100)[1]
         finally:
             worker.close()
+
+    # A system that takes idle pages back from a process shows less than that needs, and never more.
+    found = [max((peak(steps) for _ in range(3)), key=lambda p: p.get("beyond_data", 0)) for steps in (40, 120)]
     if sys.platform == "linux":
         beyond = [peak["beyond_data"] for peak in found]
-        assert 40 * size < beyond[1] - beyond[0] < 80 * 10 * size
+        assert 80 * size < beyond[1] - beyond[0] < 80 * 10 * size
         assert all(0 < peak["beyond_data"] < peak["host"] for peak in found)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from native_work import ALL_WIDTHS, MODELS, RULES, assert_close, assert_same, compare, plain, work
+from native_work import ALL_WIDTHS, MODELS, RULES, assert_close, assert_same, compare, kept, mlp, plain, work
 from test_native import close
 from torch.func import functional_call
 
@@ -15,6 +15,7 @@ import metafast as mf
 from metafast.executors import CpuExecutor, ReferenceExecutor, base, steps
 
 pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
+
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
@@ -123,6 +124,26 @@ def test_one_rate_needs_no_gradient_of_a_step(width, adapt):
     back = [e.adapt_vjp(made.program, made.loop, z, made.rates, support, v) for e in (native, reference)]
     for f, w in zip(*back, strict=True):
         close(f, w, 1e-10)
+
+
+@pytest.mark.parametrize("width", ["number", "step"])
+@pytest.mark.parametrize("sizes", [(33, 64, 128, 3), (1, 40, 96, 3), (17, 130, 64, 15)])
+def test_a_team_takes_steps_by_one_rate_in_place(sizes, width):
+    """Wide products are shared by columns, others by rows; inputs and outputs have padding; loops whole and cut."""
+    model = (lambda: mlp(*sizes), sizes[:1])
+    for options in ({}, {"weights": (0.1, 0.0, 0.2, 0.3, 0.4)}, {"learns_rates": False, "each_step": True}):
+        exact = work(None, model, width, steps=4, tasks=1, support=5, **options)
+        least = kept(exact)
+        assert CpuExecutor(team_from=0)._memory(exact.program, exact.tasks.shapes, exact.loop)["team_workspace"] > 0
+        for made, tolerance in ((exact, 1e-9), (work(None, model, width, 4, 1, 5, torch.float32, **options), None)):
+            torch.set_num_threads(1)
+            alone = made.meta_gradient()
+            if tolerance:
+                assert_close(alone, made.meta_gradient(ReferenceExecutor()), tolerance)
+            for threads in (2, 4, 5):
+                torch.set_num_threads(threads)
+                for bound in (None, least, 2 * least):
+                    assert_same(made.but(memory=bound).meta_gradient(CpuExecutor(team_from=0)), alone)
 
 
 def test_rates_that_became_wide_are_wide():

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from native_work import RULES, assert_same, plain, work
+from native_work import RULES, assert_same, kept, plain, work
 from torch import nn
 
 import metafast as mf
@@ -17,19 +17,14 @@ from metafast.executors import CpuExecutor
 
 pytestmark = pytest.mark.skipif(not CpuExecutor.isas(), reason="metafast._C is not built")
 
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # in such a build no two things share memory
+
 
 @pytest.fixture(autouse=True)
 def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def kept(made, executor=None):
-    """Bytes of z that are kept at the least, in words of the error that says so."""
-    with pytest.raises(ValueError, match=r"memory=1: the way back through \d+ steps keeps \d+ bytes") as found:
-        made.but(memory=1).meta_gradient(executor)
-    return int(str(found.value).split("keeps ")[1].split()[0])
 
 
 @pytest.mark.parametrize("each_step", [False, True])
@@ -76,9 +71,8 @@ def test_the_words_on_memory():
     kept, again = map(int, said.groups())
     assert kept + again == 1000
     assert plan.keep
-    # 600 of them in 94 copies of the parameters, but for builds of a sanitizer, where nothing shares memory.
-    assert kept > 200
-    assert plan.peak < 110 * 4 * made.program.size
+    assert kept >= (200 if SANITIZED else 600)
+    assert plan.peak < (110 if SANITIZED else 94) * 4 * made.program.size
     each = made.loop._replace(learns_rates=True, one_rate=False)
     learned = CpuExecutor()._memory(made.program, made.tasks.shapes, each)
     assert learned["segment"] < CpuExecutor()._memory(made.program, made.tasks.shapes, made.loop)["segment"]
